@@ -1,0 +1,1 @@
+"""clora: many effect LoRAs and few-step sampling in one LoRA."""

@@ -1,0 +1,48 @@
+"""Training state on disk: one safetensors file, no pickle, written to a temporary name and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer],
+               generators: Mapping[str, torch.Generator], values: Mapping[str, object]) -> None:
+    """Writes tensors, optimizer states, generator states and JSON values to one file, atomically."""
+    flat = {f"tensor/{name}": t.detach().contiguous() for name, t in tensors.items()}
+    for name, optimizer in optimizers.items():
+        flat |= {f"optimizer/{name}/{i}/{key}": torch.as_tensor(value).clone()
+                 for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    flat |= {f"generator/{name}": g.get_state() for name, g in generators.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(flat, temporary, metadata={"values": json.dumps(dict(values))})
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, optimizers: Mapping[str, torch.optim.Optimizer],
+               generators: Mapping[str, torch.Generator]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Reads a file of ``save_state``: returns its tensors and values, and restores optimizers and generators in place."""
+    with safe_open(path, "pt") as file:
+        values = json.loads(file.metadata()["values"])
+        flat = {key: file.get_tensor(key) for key in file.keys()}
+    for name, optimizer in optimizers.items():
+        _restore(optimizer, {k.split("/", 2)[2]: v for k, v in flat.items() if k.startswith(f"optimizer/{name}/")})
+    for name, generator in generators.items():
+        generator.set_state(flat[f"generator/{name}"])
+    return {k.split("/", 1)[1]: v for k, v in flat.items() if k.startswith("tensor/")}, values
+
+
+def _restore(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,225 @@
+"""Writes LoRA files; none is ever left half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clora.errors import CloraError
+from clora.lora.keys import Route, original_route
+from clora.lora.source import METADATA_KEY
+from clora.lora.state import LoRAModule, LoRAState
+
+# The config first: weights without their config would be read with alpha = rank.
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def save_diffusers_lora(
+    state: LoRAState,
+    path: str | Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the file that diffusers (any version), ComfyUI and sglang read alike.
+
+    Its keys are ``transformer.X.lora_A.weight`` and ``lora_B``, every module has the same rank, and alpha = rank
+    without being written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.
+
+    Args:
+        state: what to write.
+        path: the ``.safetensors`` file.
+        rank: rank of every module, zero-padded; the largest one by default.
+        dtype: stored type.
+        metadata: entries for the file's header, under your own keys.
+
+    Raises:
+        CloraError: the file cannot be written, a value is not finite, or `metadata` takes diffusers' own key.
+        ValueError: `rank` is below that of a module.
+    """
+    metadata = dict(metadata or {})
+    if METADATA_KEY in metadata:
+        raise CloraError(f"metadata key {METADATA_KEY!r} is diffusers' own and alpha = rank needs none; rename yours")
+    padded = state.padded(state.max_rank if rank is None else rank)
+    write_safetensors(_named(padded.modules, "transformer.", dtype), path, metadata)
+
+
+def save_peft_folder(
+    state: LoRAState, folder: str | Path, alpha: float | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        state: what to write; ranks may differ.
+        folder: created where missing.
+        alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
+        dtype: stored type.
+
+    Raises:
+        CloraError: the folder cannot be written or a value is not finite.
+    """
+    from peft import LoraConfig
+
+    ranks = {name: module.rank for name, module in state.modules.items() if module.rank != state.max_rank}
+    config = LoraConfig(
+        r=state.max_rank,
+        lora_alpha=state.max_rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        target_modules=sorted(state.modules),
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks) if alpha is None else {},
+    )
+    modules = {name: _with_alpha(module, alpha) for name, module in state.modules.items()}
+    folder = Path(folder)
+    tensors = _named(modules, "base_model.model.", dtype)
+    _refuse_nonfinite(tensors, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
+            write_safetensors(tensors, Path(temporary, _PEFT_FILES[1]), {})
+            config.save_pretrained(temporary)
+            for name in _PEFT_FILES:
+                os.replace(Path(temporary, name), folder / name)
+    except OSError as error:
+        raise CloraError(f"{folder} cannot be written: {error}") from error
+
+
+def save_kohya(state: LoRAState, path: str | Path, alpha: float, dtype: torch.dtype = torch.float32) -> None:
+    """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``, FLUX.2 modules fused.
+
+    Args:
+        state: what to write.
+        path: the ``.safetensors`` file.
+        alpha: stated for every module; ``lora_B`` is rescaled so that the applied update stays the same.
+        dtype: stored type.
+
+    Raises:
+        CloraError: the file cannot be written or a value is not finite.
+    """
+    tensors = {}
+    for name, module in _fused(state).items():
+        stem, module = "lora_unet_" + name.replace(".", "_"), _with_alpha(module, alpha)
+        tensors[f"{stem}.lora_down.weight"] = module.lora_A.to(dtype)
+        tensors[f"{stem}.lora_up.weight"] = module.lora_B.to(dtype)
+        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    write_safetensors(tensors, path, {})
+
+
+def save_comfyui(state: LoRAState, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, FLUX.2 modules fused, alpha = rank.
+
+    Args:
+        state: what to write.
+        path: the ``.safetensors`` file.
+        dtype: stored type.
+
+    Raises:
+        CloraError: the file cannot be written or a value is not finite.
+    """
+    write_safetensors(_named(_fused(state), "diffusion_model.", dtype), path, {})
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Writes under a temporary name, reads back, compares, then renames.
+
+    Args:
+        tensors: what to write; all values must be finite.
+        path: a ``.safetensors`` file; its folder is created where missing.
+        metadata: string entries for the header.
+
+    Raises:
+        CloraError: the path cannot be written, or a value is not finite in its stored type.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CloraError(f"{path}: expected a name that ends in .safetensors")
+    _refuse_nonfinite(tensors, path)
+    # safetensors refuses tensors that share memory, as the parts of a fused module do.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", **metadata}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        _compare(temporary, tensors, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CloraError(f"{path} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _refuse_nonfinite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise CloraError(f"{path}: {name} holds NaN or infinite values as {tensor.dtype}; nothing was written")
+
+
+def _compare(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raises OSError where the file does not hold what was written, as on a full or failing disk."""
+    with safe_open(file, framework="pt") as opened:
+        if opened.metadata() != metadata or set(opened.keys()) != set(tensors):
+            raise OSError("the header read back differs from what was written")
+        for name, tensor in tensors.items():
+            if not torch.equal(opened.get_tensor(name), tensor):
+                raise OSError(f"{name} read back differs from what was written")
+
+
+def _named(modules: Mapping[str, LoRAModule], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for name, module in modules.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = module.lora_A.to(dtype)
+        tensors[f"{prefix}{name}.lora_B.weight"] = module.lora_B.to(dtype)
+    return tensors
+
+
+def _with_alpha(module: LoRAModule, alpha: float | None) -> LoRAModule:
+    """The factors to store beside a stated alpha: a loader multiplies them by alpha / rank."""
+    if alpha is None:
+        return module
+    if alpha <= 0:
+        raise CloraError(f"alpha must be above 0, found {alpha}")
+    return LoRAModule(module.lora_A, module.lora_B * (module.rank / alpha))
+
+
+def _fused(state: LoRAState) -> dict[str, LoRAModule]:
+    """The same LoRA under the original FLUX.2 names, where q, k and v are one module."""
+    groups: dict[str, dict[int, LoRAModule]] = {}
+    parts: dict[str, int] = {}
+    for name, module in state.modules.items():
+        route = original_route(name)
+        groups.setdefault(route.module, {})[route.part] = _to_original(module, route)
+        parts[route.module] = route.parts
+    return {name: _fuse(group, parts[name]) for name, group in groups.items()}
+
+
+def _to_original(module: LoRAModule, route: Route) -> LoRAModule:
+    if not route.swap_halves:
+        return module
+    return LoRAModule(module.lora_A, torch.cat(module.lora_B.chunk(2)[::-1]))
+
+
+def _fuse(group: Mapping[int, LoRAModule], parts: int) -> LoRAModule:
+    """Stacks the row blocks of one fused module; an absent one is zero.
+
+    Returns:
+        One shared ``lora_A`` where all parts have the same, else a block-diagonal module of `parts` times the rank.
+    """
+    first = next(iter(group.values()))
+    zero = LoRAModule(first.lora_A, torch.zeros_like(first.lora_B))
+    blocks = [group.get(part, zero) for part in range(parts)]
+    if all(torch.equal(block.lora_A, first.lora_A) for block in blocks):
+        return LoRAModule(first.lora_A, torch.cat([block.lora_B for block in blocks]))
+    rank = max(block.rank for block in blocks)
+    blocks = [block.padded(rank) for block in blocks]
+    lora_A = torch.cat([block.lora_A for block in blocks])
+    return LoRAModule(lora_A, torch.block_diag(*(block.lora_B for block in blocks)))

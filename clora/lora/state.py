@@ -1,0 +1,81 @@
+"""One LoRA in memory, whatever file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class LoRAModule:
+    """The low-rank update of one linear layer; alpha is already folded into ``lora_B``.
+
+    Attributes:
+        lora_A: ``[rank, in]`` fp32.
+        lora_B: ``[out, rank]`` fp32.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of ``lora_A``."""
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The change of the layer's weight, ``[out, in]``."""
+        return self.lora_B @ self.lora_A
+
+    def padded(self, rank: int) -> LoRAModule:
+        """The same update with zero rows and columns up to ``rank``.
+
+        Raises:
+            ValueError: ``rank`` is below the module's own rank.
+        """
+        extra = rank - self.rank
+        if extra < 0:
+            raise ValueError(f"cannot pad a rank-{self.rank} LoRA module to rank {rank}")
+        return LoRAModule(functional.pad(self.lora_A, (0, 0, 0, extra)), functional.pad(self.lora_B, (0, extra)))
+
+
+@dataclass(frozen=True)
+class LoRAState:
+    """A whole LoRA: the update of each module of the transformer that it changes.
+
+    Attributes:
+        modules: module path in the diffusers transformer (``transformer_blocks.0.attn.to_q``) to its update.
+        metadata: the file's own string metadata.
+        format: the file format it was read from (see `clora.lora.keys`), or how it was made.
+    """
+
+    modules: Mapping[str, LoRAModule]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    format: str = "memory"
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any module; 0 where there is none."""
+        return max((module.rank for module in self.modules.values()), default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of stored values of all ``lora_A`` and ``lora_B``."""
+        return sum(module.lora_A.numel() + module.lora_B.numel() for module in self.modules.values())
+
+    def padded(self, rank: int) -> LoRAState:
+        """The same LoRA with every module zero-padded to ``rank``."""
+        modules = {name: module.padded(rank) for name, module in self.modules.items()}
+        return LoRAState(modules, self.metadata, self.format)
+
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite."""
+        return all(
+            bool(torch.isfinite(tensor).all())
+            for module in self.modules.values()
+            for tensor in (module.lora_A, module.lora_B)
+        )

@@ -1,0 +1,163 @@
+"""The studio's base model: a tiny FLUX.2 [klein] trained on general edits, with its text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clora.checkpoint import load_state, save_state
+from clora.flow_matching import add_noise, sample_sigma
+from clora.models import Conditioning, Flux2KleinAdapter
+from clora.studio.edits import sample_edit
+from clora.studio.scenes import SIZE, make_scene, render
+from clora.studio.text import MAX_SEQUENCE_LENGTH
+from clora.studio.vae import to_tensor
+
+BATCH = 16
+LEARNING_RATE = 1.5e-3
+EMPTY_PROMPT_SHARE = 0.1
+EMA_DECAY = 0.998
+CHECKPOINT_EVERY = 250
+
+
+def make_transformer():
+    """An untrained ``Flux2Transformer2DModel`` of 1 + 3 blocks, 6 heads x 32 (3.1M parameters).
+
+    Modulation and output layers start at zero, so that every block starts as the identity (DiT, "adaLN-Zero").
+    """
+    from diffusers import Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=96,
+        timestep_guidance_channels=64,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name or name.startswith(("proj_out", "norm_out.linear")):
+            torch.nn.init.zeros_(parameter)
+    return transformer
+
+
+def make_pipeline(vae, text_encoder, tokenizer, transformer):
+    """The stock pipeline with a static time shift of 3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def studio_adapter(pipeline) -> Flux2KleinAdapter:
+    return Flux2KleinAdapter(pipeline, (SIZE, SIZE), MAX_SEQUENCE_LENGTH)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded training edits: sources ``[N, 64, 128]``, targets ``[N, E, 64, 128]`` (fp16), instructions ``[N][E]``."""
+
+    sources: Tensor
+    targets: Tensor
+    instructions: list[list[str]]
+
+
+def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Callable[[int], None]) -> Pool:
+    """Renders and encodes ``edits`` edits of every scene in ``scenes`` (scene seeds); ``report(done)`` per chunk."""
+    sources, targets, instructions = [], [], []
+    for start in range(scenes.start, scenes.stop, 64):
+        chunk = [make_scene(seed) for seed in range(start, min(start + 64, scenes.stop))]
+        rng = np.random.default_rng([start, 3])
+        drawn = [[sample_edit(scene, rng) for _ in range(edits)] for scene in chunk]
+        sources.append(adapter.encode_images(to_tensor(np.stack([render(s) for s in chunk]))).half())
+        results = np.stack([e.result for row in drawn for e in row])
+        targets.append(adapter.encode_images(to_tensor(results)).half().unflatten(0, (len(chunk), edits)))
+        instructions += [[e.instruction for e in row] for row in drawn]
+        report(start - scenes.start + len(chunk))
+    return Pool(torch.cat(sources), torch.cat(targets), instructions)
+
+
+def train_base(adapter: Flux2KleinAdapter, pool: Pool, updates: int, seed: int, checkpoint: Path,
+               report: Callable[[int, dict[str, float]], None]) -> None:
+    """Trains the pipeline's transformer and text encoder by flow matching on the pool; leaves the averaged weights in.
+
+    Resumes from ``checkpoint`` if it exists. One prompt in ten is empty, for guidance.
+    """
+    pipeline = adapter.pipeline
+    modules = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder}).train()
+    parameters = dict(modules.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    start = 0
+    if checkpoint.exists():
+        tensors, values = load_state(checkpoint, {"base": optimizer}, {"data": generator})
+        start = int(values["update"])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[f"weight.{name}"])
+            average[name].copy_(tensors[f"average.{name}"])
+    for update in range(start, updates):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * learning_rate_factor(update, updates)
+        loss = _loss(adapter, pool, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        _update_average(average, parameters, update)
+        report(update, {"loss": float(loss)})
+        if (update + 1) % CHECKPOINT_EVERY == 0:
+            tensors = {f"weight.{n}": p for n, p in parameters.items()} | {f"average.{n}": a for n, a in average.items()}
+            save_state(checkpoint, tensors, {"base": optimizer}, {"data": generator}, {"update": update + 1})
+    for name, parameter in parameters.items():
+        parameter.data.copy_(average[name])
+    modules.eval().requires_grad_(False)
+
+
+def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
+    """Linear warm-up, flat, then linear decay to zero over the last 40 %."""
+    return min((update + 1) / warmup, 1.0, (updates - update) / (0.4 * updates))
+
+
+@torch.no_grad()
+def _update_average(average: dict[str, Tensor], parameters: dict[str, Tensor], update: int) -> None:
+    weight = max(1 - EMA_DECAY, 1 / (update + 1))
+    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], weight)
+
+
+def _loss(adapter: Flux2KleinAdapter, pool: Pool, generator: torch.Generator) -> Tensor:
+    rows = torch.randint(len(pool.sources), (BATCH,), generator=generator)
+    edits = torch.randint(pool.targets.shape[1], (BATCH,), generator=generator)
+    dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
+    prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
+    text = embed(adapter, prompts)
+    x0 = pool.targets[rows, edits].float()
+    noise = torch.randn(x0.shape, generator=generator)
+    sigma = sample_sigma(BATCH, 2.0, generator)
+    velocity = adapter.velocity(add_noise(x0, noise, sigma), sigma, Conditioning(text, pool.sources[rows].float()))
+    return (velocity - (noise - x0)).square().mean()
+
+
+def embed(adapter: Flux2KleinAdapter, prompts: list[str]) -> Tensor:
+    """Prompt embeddings with gradient, by the pipeline's own method."""
+    return adapter.pipeline._get_qwen3_prompt_embeds(
+        adapter.pipeline.text_encoder, adapter.pipeline.tokenizer, prompts, max_sequence_length=MAX_SEQUENCE_LENGTH
+    )
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))

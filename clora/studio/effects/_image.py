@@ -1,0 +1,126 @@
+"""Image helpers shared by the effects and their judges.
+
+Images are float32 arrays ``[64, 64, 3]`` in [0, 1], rows first, RGB. Masks are float32 ``[64, 64]`` in [0, 1].
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+SIZE = 64
+ROWS, COLS = (grid.astype(np.float32) for grid in np.mgrid[0:SIZE, 0:SIZE])
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def checked(image: np.ndarray) -> np.ndarray:
+    """Return `image` as float32, unchanged otherwise.
+
+    Raises:
+        ValueError: the shape is not ``[64, 64, 3]``.
+    """
+    if image.shape != (SIZE, SIZE, 3):
+        raise ValueError(f"an effect takes one image [{SIZE}, {SIZE}, 3]; got {list(image.shape)}; resize it first")
+    return np.asarray(image, dtype=np.float32)
+
+
+def apply_deterministic(
+    function: Callable[[np.ndarray], np.ndarray], image: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Run a deterministic effect; `rng` is accepted for the common signature and not drawn from."""
+    return np.clip(function(checked(image)), 0.0, 1.0).astype(np.float32)
+
+
+def apply_stochastic(
+    function: Callable[[np.ndarray, np.random.Generator], np.ndarray], image: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Run a stochastic effect, which draws its outcome from `rng`."""
+    return np.clip(function(checked(image), rng), 0.0, 1.0).astype(np.float32)
+
+
+def rgb(*channels: float) -> np.ndarray:
+    """Return a colour ``[3]`` in [0, 1]."""
+    return np.array(channels, dtype=np.float32)
+
+
+def luminance(image: np.ndarray) -> np.ndarray:
+    """Rec. 601 luma ``[..., H, W]`` of images ``[..., H, W, 3]``."""
+    return image @ LUMA
+
+
+@functools.cache
+def blur_matrix(sigma: float, size: int = SIZE) -> np.ndarray:
+    """Gaussian blur along one axis as a matrix ``[size, size]``; rows sum to 1, so borders do not darken."""
+    offsets = np.arange(size)[:, None] - np.arange(size)[None, :]
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    return (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur an image ``[64, 64, 3]`` or a mask ``[64, 64]`` with a Gaussian of `sigma` pixels."""
+    matrix = blur_matrix(sigma)
+    if image.ndim == 2:
+        return matrix @ image @ matrix.T
+    return np.matmul(matrix, (matrix @ image.reshape(SIZE, -1)).reshape(image.shape))
+
+
+def cell_mean(image: np.ndarray, cell: int) -> np.ndarray:
+    """Average an image ``[64, 64, C]`` over square cells: ``[64 / cell, 64 / cell, C]``."""
+    count = SIZE // cell
+    return image.reshape(count, cell, count, cell, -1).mean(axis=(1, 3))
+
+
+def upsample(cells: np.ndarray, cell: int) -> np.ndarray:
+    """Repeat every entry of ``[h, w, ...]`` over a square of `cell` pixels."""
+    return cells.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def gradients(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Central differences (d/drow, d/dcol) of planes ``[64, 64, ...]``, borders replicated."""
+    padded = np.pad(plane, ((1, 1), (1, 1)) + ((0, 0),) * (plane.ndim - 2), mode="edge")
+    return (padded[2:, 1:-1] - padded[:-2, 1:-1]) * 0.5, (padded[1:-1, 2:] - padded[1:-1, :-2]) * 0.5
+
+
+def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 below `low`, 1 above `high`, a smooth cubic between."""
+    t = np.clip((values - low) / (high - low), 0.0, 1.0)
+    return t * t * (3.0 - 2.0 * t)
+
+
+def edge_mask(image: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """Mask ``[64, 64]`` of visible edges, about 3 px wide: thick enough for an 8x8-token model to place them.
+
+    The largest channel's gradient counts, so an edge between two colours of equal luminance is found too.
+    """
+    d_row, d_col = gradients(gaussian_blur(image, sigma))
+    return smoothstep(np.sqrt((d_row**2 + d_col**2).max(axis=-1)), 0.03, 0.10)
+
+
+def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Colour a mask ``[64, 64]`` by evenly spaced colour stops ``[S, 3]``, linear between: ``[64, 64, 3]``."""
+    position = np.clip(values, 0.0, 1.0) * (len(stops) - 1)
+    index = np.minimum(position.astype(np.int64), len(stops) - 2)
+    fraction = (position - index)[..., None]
+    return stops[index] * (1.0 - fraction) + stops[index + 1] * fraction
+
+
+def mix(image: np.ndarray, other: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`other` (an image or a colour) where `mask` ``[64, 64]`` is 1, `image` where it is 0."""
+    return image + (other - image) * mask[..., None]
+
+
+def saturate(image: np.ndarray, factor: float) -> np.ndarray:
+    """Scale the distance of every pixel to its grey by `factor`."""
+    grey = luminance(image)[..., None]
+    return grey + (image - grey) * factor
+
+
+def quantise(image: np.ndarray, levels: int) -> np.ndarray:
+    """Round every channel to one of `levels` evenly spaced values."""
+    return np.minimum(np.floor(image * levels), levels - 1) / np.float32(levels - 1)
+
+
+def discs(rows: np.ndarray, cols: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Masks ``[n, 64, 64]`` of discs with a one-pixel soft rim; centres and radii ``[n]`` in pixels."""
+    distance = np.sqrt((ROWS - rows[:, None, None]) ** 2 + (COLS - cols[:, None, None]) ** 2)
+    return np.clip(radii[:, None, None] + 0.5 - distance, 0.0, 1.0).astype(np.float32)

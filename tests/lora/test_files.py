@@ -1,0 +1,283 @@
+"""Savers round-trip, diffusers and PEFT agree with us, and bad input is told plainly."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from clora.errors import CloraError
+from clora.lora import save as save_module
+from clora.lora.files import load_lora
+from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
+from clora.lora.source import content_hash
+from clora.lora.state import LoRAModule, LoRAState
+
+STEM = "transformer.transformer_blocks.0.attn.to_q"
+A, B = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight"
+ATTENTION = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+
+
+def good():
+    return {A: torch.ones(4, 16), B: torch.ones(16, 4)}
+
+
+def with_shared_qkv(state):
+    """The same LoRA with one lora_A for q, k and v, as trained on a fused layer."""
+    modules = dict(state.modules)
+    for names in (ATTENTION[:3], [f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv"]):
+        for name in names:
+            modules[name] = LoRAModule(modules[names[0]].lora_A, modules[name].lora_B)
+    return LoRAState(modules)
+
+
+def test_diffusers_export(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
+    state, path = random_state(ranks=(2, 4)), tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    save_diffusers_lora(state, path, rank=6, metadata={"clora": json.dumps({"effects": ["snow"]})})
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "clora": '{"effects": ["snow"]}'}
+        assert all(opened.get_slice(key).get_shape()[0] == 6 for key in opened.keys() if "lora_A" in key)  # noqa: SIM118
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert_same_deltas(load_lora(path.parent, targets), state, atol=1e-6)
+    torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(diffusers_output(path.parent), applied_output(state), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0], ids=["alpha_is_rank", "alpha_8"])
+def test_peft_folder(tmp_path, targets, transformer, run, random_state, applied_output, assert_same_deltas, alpha):
+    state = random_state(ranks=(2, 4))
+    save_peft_folder(state, tmp_path / "peft", alpha=alpha)
+    assert sorted(file.name for file in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert_same_deltas(load_lora(tmp_path / "peft", targets), state)
+    by_peft = PeftModel.from_pretrained(copy.deepcopy(transformer), tmp_path / "peft")
+    torch.testing.assert_close(run(by_peft), applied_output(state), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared_A", "block_diagonal"])
+def test_kohya(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas, shared):
+    state, path = random_state(ranks=(4,)), tmp_path / "kohya.safetensors"
+    state = with_shared_qkv(state) if shared else state
+    save_kohya(state, path, alpha=2.0)
+    qkv = load_file(path)["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
+    assert qkv.shape == (4 if shared else 12, 16)
+    loaded = load_lora(path, targets)
+    assert loaded.max_rank == 4
+    assert_same_deltas(loaded, state, atol=1e-6)
+
+
+def test_kohya_in_diffusers(tmp_path, random_state, diffusers_output, applied_output):
+    """On the modules that diffusers' kohya converter knows (it skips all modulations)."""
+    modules = [*ATTENTION, "transformer_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_out", "x_embedder"]
+    state, path = random_state(modules=modules), tmp_path / "kohya.safetensors"
+    save_kohya(state, path, alpha=1.0)
+    torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
+
+
+def test_comfyui(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
+    state, path = with_shared_qkv(random_state()), tmp_path / "comfyui.safetensors"
+    save_comfyui(state, path)
+    assert all(key.startswith("diffusion_model.") for key in load_file(path))
+    assert_same_deltas(load_lora(path, targets), state)
+    # diffusers 0.42 forgets to swap the halves of the final modulation, so it is compared without that module.
+    rest = LoRAState({name: module for name, module in state.modules.items() if name != "norm_out.linear"})
+    save_comfyui(rest, path)
+    torch.testing.assert_close(diffusers_output(path), applied_output(rest), rtol=1e-5, atol=1e-5)
+
+
+def test_fused_with_missing_parts(tmp_path, targets, random_state):
+    state, path = random_state(modules=["transformer_blocks.0.attn.to_k"]), tmp_path / "a.safetensors"
+    save_comfyui(state, path)
+    loaded = load_lora(path, targets)
+    assert torch.equal(loaded.modules[ATTENTION[1]].delta(), state.modules[ATTENTION[1]].delta())
+    assert not loaded.modules[ATTENTION[0]].delta().any()
+    assert [loaded.modules[name].rank for name in ATTENTION[:3]] == [1, 4, 1]
+    assert not loaded.modules[ATTENTION[2]].delta().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_stored_types(tmp_path, targets, dtype):
+    lora_A, lora_B = torch.randn(4, 16).to(dtype), torch.randn(16, 4).to(dtype)
+    save_file({A: lora_A, B: lora_B, f"{STEM}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
+    module = load_lora(tmp_path, targets).modules[ATTENTION[0]]
+    assert module.lora_A.dtype == module.lora_B.dtype == torch.float32
+    assert torch.equal(module.delta(), (lora_B.float() * 0.75) @ lora_A.float())
+
+
+def test_padded_keeps_delta(random_state, assert_same_deltas):
+    state = random_state(ranks=(1, 3))
+    assert state.max_rank == 3
+    padded = state.padded(5)
+    assert {module.rank for module in padded.modules.values()} == {5}
+    assert_same_deltas(padded, state, atol=1e-6)
+    with pytest.raises(ValueError, match="rank-3"):
+        state.padded(2)
+
+
+def test_content_hash(tmp_path):
+    save_file(good(), tmp_path / "a.safetensors")
+    expected = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    assert content_hash(tmp_path) == content_hash(tmp_path / "a.safetensors") == expected
+
+
+BAD_TENSORS = {
+    "another_architecture": (
+        {
+            "transformer.down_blocks.0.lora_A.weight": torch.ones(4, 8),
+            "transformer.down_blocks.0.lora_B.weight": torch.ones(8, 4),
+        },
+        ["another architecture", "down_blocks.0", "expected modules like"],
+    ),
+    "no_lora_at_all": ({"model.weight": torch.ones(2)}, ["another architecture", "model.weight"]),
+    "unknown_key": (good() | {"surprise": torch.ones(2)}, ["1 unknown key(s)", "surprise"]),
+    "unknown_module": (
+        good() | {f"{STEM}x.lora_A.weight": torch.ones(4, 16), f"{STEM}x.lora_B.weight": torch.ones(16, 4)},
+        ["2 unknown key(s)", "to_qx", "did you mean"],
+    ),
+    "lone_A": ({A: torch.ones(4, 16)}, [STEM, "has no lora_B"]),
+    "lone_alpha": ({f"{STEM}.alpha": torch.tensor(1.0)}, [STEM, "has no lora_A and no lora_B"]),
+    "rank_mismatch": ({A: torch.ones(4, 16), B: torch.ones(16, 8)}, ["rank mismatch", "[4, 16]", "[16, 8]"]),
+    "wrong_shape": ({A: torch.ones(4, 20), B: torch.ones(16, 4)}, ["wrong shape", "[4, 20]", "[rank, 16]"]),
+    "not_a_matrix": ({A: torch.ones(4, 16, 1, 1), B: torch.ones(16, 4)}, ["[4, 16, 1, 1]", "two matrices"]),
+    "rank_zero": ({A: torch.ones(0, 16), B: torch.ones(16, 0)}, ["[0, 16]"]),
+    "nan": ({A: torch.full((4, 16), float("nan")), B: torch.ones(16, 4)}, [A, "NaN"]),
+    "inf": ({A: torch.ones(4, 16), B: torch.full((16, 4), float("inf"))}, [B, "infinite"]),
+    "nan_alpha": (good() | {f"{STEM}.alpha": torch.tensor(float("nan"))}, [f"{STEM}.alpha", "NaN"]),
+    "alpha_vector": (good() | {f"{STEM}.alpha": torch.ones(3)}, [f"{STEM}.alpha", "single number"]),
+    "dora_kohya": (good() | {f"{STEM}.dora_scale": torch.ones(16, 1)}, ["DoRA", "not supported yet"]),
+    "dora_peft": (good() | {f"{STEM}.lora_magnitude_vector": torch.ones(16)}, ["DoRA", "not supported yet"]),
+    "lokr": ({f"{STEM}.lokr_w1": torch.ones(4, 4)}, ["LoKr", "not supported yet"]),
+    "loha": ({f"{STEM}.hada_w1_a": torch.ones(4, 4)}, ["LoHa", "not supported yet"]),
+    "diff": ({f"{STEM}.diff": torch.ones(16, 16)}, [".diff", "not supported yet"]),
+    "twice": (
+        good()
+        | {key.replace("transformer.", "diffusion_model.", 1): torch.ones_like(value) for key, value in good().items()},
+        ["a second time"],
+    ),
+    "no_tensors": ({}, ["no tensors"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors(tmp_path, targets, case):
+    tensors, words = BAD_TENSORS[case]
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "bad.safetensors")
+    with pytest.raises(CloraError) as error:
+        load_lora(tmp_path / "bad.safetensors", targets)
+    for word in ["bad.safetensors", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(lambda data: b"", "empty", id="empty"),
+        pytest.param(lambda data: data[:-7], "truncated", id="truncated"),
+        pytest.param(lambda data: data[:5], "truncated", id="header_cut"),
+        pytest.param(lambda data: b"PK\x03\x04" + data, "corrupt", id="zip"),
+        pytest.param(lambda data: b"<html>not found</html>" * 9, "corrupt", id="html"),
+    ],
+)
+def test_bad_bytes(tmp_path, targets, content, words):
+    path = tmp_path / "bad.safetensors"
+    save_file(good(), path)
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(CloraError, match=words) as error:
+        load_lora(path, targets)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth"])
+def test_pickle_refused(tmp_path, targets, suffix):
+    path = tmp_path / f"lora{suffix}"
+    path.write_bytes(b"\x80\x04anything")
+    for given in (path, tmp_path):
+        with pytest.raises(CloraError, match=r"pickle.*refused.*safetensors"):
+            load_lora(given, targets)
+
+
+def test_bad_paths(tmp_path, targets):
+    with pytest.raises(CloraError, match="does not exist"):
+        load_lora(tmp_path / "nothing.safetensors", targets)
+    with pytest.raises(CloraError, match=r"holds no .safetensors file"):
+        load_lora(tmp_path, targets)
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(CloraError, match="not a .safetensors"):
+        load_lora(tmp_path / "picture.png", targets)
+    for name in ("one", "two"):
+        save_file(good(), tmp_path / f"{name}.safetensors")
+    with pytest.raises(CloraError, match="one.safetensors, two.safetensors"):
+        load_lora(tmp_path, targets)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        pytest.param("{", "not valid JSON", id="json"),
+        pytest.param("[]", "JSON object", id="list"),
+        pytest.param('{"r": 8, "lora_alpha": 8}', "rank 4 but its config says 8", id="other_rank"),
+        pytest.param('{"r": 4, "alpha_pattern": {"(": 1}}', "no valid module pattern", id="pattern"),
+    ],
+)
+def test_bad_adapter_config(tmp_path, targets, config, words):
+    (tmp_path / "adapter_config.json").write_text(config)
+    tensors = {key.replace("transformer.", "base_model.model.", 1): value for key, value in good().items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CloraError, match=words):
+        load_lora(tmp_path, targets)
+
+
+def test_save_refuses(tmp_path, random_state):
+    state = random_state(modules=ATTENTION)
+    broken = LoRAState({ATTENTION[0]: LoRAModule(torch.full((2, 16), float("nan")), torch.ones(16, 2))})
+    huge = LoRAState({ATTENTION[0]: LoRAModule(torch.full((2, 16), 1e9), torch.ones(16, 2))})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CloraError, match="NaN"):
+        save_diffusers_lora(broken, tmp_path / "a.safetensors")
+    with pytest.raises(CloraError, match="float16"):
+        save_diffusers_lora(huge, tmp_path / "a.safetensors", dtype=torch.float16)
+    with pytest.raises(CloraError, match="lora_adapter_metadata"):
+        save_diffusers_lora(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": "{}"})
+    with pytest.raises(CloraError, match="cannot be written"):
+        save_diffusers_lora(state, tmp_path / "file" / "a.safetensors")
+    with pytest.raises(CloraError, match="cannot be written"):
+        save_peft_folder(state, tmp_path / "file")
+    with pytest.raises(CloraError, match="ends in .safetensors"):
+        save_comfyui(state, tmp_path / "a.bin")
+    with pytest.raises(CloraError, match="alpha must be above 0"):
+        save_kohya(state, tmp_path / "a.safetensors", alpha=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, random_state):
+    path = tmp_path / "a.safetensors"
+    save_diffusers_lora(random_state(seed=0), path)
+    before = path.read_bytes()
+
+    def half_written(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(save_module, "save_file", half_written)
+    with pytest.raises(CloraError, match="no space left"):
+        save_diffusers_lora(random_state(seed=1), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_silent_disk_corruption_is_noticed(tmp_path, monkeypatch, random_state):
+    def wrong(tensors, file, metadata):
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata)
+
+    monkeypatch.setattr(save_module, "save_file", wrong)
+    with pytest.raises(CloraError, match="read back differs"):
+        save_diffusers_lora(random_state(), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,95 @@
+"""`inspect_lora` tells what is in a file, and does not stop at what `load_lora` refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from clora.errors import CloraError
+from clora.lora.inspect import inspect_lora, render
+from clora.lora.save import save_kohya, save_peft_folder
+
+
+def text(info):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(info))
+    return console.file.getvalue()
+
+
+def test_kohya_with_a_model(tmp_path, targets, random_state):
+    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16)
+    info = inspect_lora(tmp_path, targets)
+    assert json.loads(json.dumps(info)) == info
+    assert info["format"] == "kohya"
+    assert info["matched"] == len(targets)
+    assert len(info["modules"]) == len(targets) - 4
+    assert info["ranks"] == {"4": len(targets) - 6, "12": 2}
+    assert info["alphas"] == {"2": len(targets) - 4}
+    assert set(info["scales"]) == {"0.5", f"{1 / 6:g}"}
+    assert info["dtypes"] == {"BF16": 2 * (len(targets) - 4)}
+    assert info["bytes"] == (tmp_path / "a.safetensors").stat().st_size
+    assert not info["problems"]
+    assert not info["unmatched"]
+    qkv = next(entry for entry in info["modules"] if entry["name"].endswith("img_attn_qkv"))
+    assert [name.rsplit(".", 1)[1] for name in qkv["targets"]] == ["to_q", "to_k", "to_v"]
+    assert qkv["alpha_from"] == "tensor"
+
+
+def test_peft_without_a_model(tmp_path, random_state):
+    state = random_state(ranks=(2, 4))
+    save_peft_folder(state, tmp_path, alpha=8)
+    info = inspect_lora(tmp_path)
+    assert info["format"] == "peft"
+    assert info["matched"] is None
+    assert info["parameters"] == state.num_parameters
+    assert {entry["scale"] for entry in info["modules"]} == {2.0, 4.0}
+    assert {entry["alpha_from"] for entry in info["modules"]} == {"config"}
+    assert "no model given" in text(info)
+
+
+def test_lists_what_does_not_fit(tmp_path, targets, random_state):
+    path = tmp_path / "a.safetensors"
+    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0)
+    extra = {
+        "surprise[bold]": torch.ones(2),
+        "lora_unet_elsewhere.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_elsewhere.lora_up.weight": torch.ones(3, 2),
+        "lora_unet_proj_out.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_img_in.dora_scale": torch.ones(3),
+        "lora_unet_single_stream_modulation_lin.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_single_stream_modulation_lin.lora_up.weight": torch.ones(48, 2),
+    }
+    save_file(load_file(path) | extra, path)
+    info = inspect_lora(path, targets)
+    assert info["unknown_keys"] == ["surprise[bold]"]
+    assert info["unmatched"] == ["lora_unet_elsewhere"]
+    assert set(info["unsupported"]) == {"DoRA"}
+    assert len(info["problems"]) == 2
+    assert "lora_unet_proj_out has no lora_B" in info["problems"][0]
+    assert "wrong shape" in info["problems"][1]
+    for word in ("surprise[bold]", "lora_unet_elsewhere", "DoRA", "kohya"):
+        assert word in text(info)
+
+
+def test_no_lora_keys(tmp_path):
+    save_file({"model.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    info = inspect_lora(tmp_path)
+    assert (info["format"], info["unknown_keys"], info["modules"]) == ("unknown", ["model.weight"], [])
+    assert "model.weight" in text(info)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("a.safetensors", b"", "empty"), ("a.safetensors", b"x" * 99, "corrupt"), ("a.ckpt", b"x", "pickle")],
+)
+def test_raises_on_unreadable(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CloraError, match=words):
+        inspect_lora(tmp_path / name)
+    with pytest.raises(CloraError, match="does not exist"):
+        inspect_lora(tmp_path / "nothing")

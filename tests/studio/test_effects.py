@@ -1,0 +1,101 @@
+"""The library of effects: exact image functions with texts."""
+
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from clora.studio.effects import EFFECTS
+from clora.studio.scenes import make_scene, render
+
+TEACHERS = (
+    "negative", "thermal", "blueprint", "sepia", "cartoon", "scanlines", "vignette", "neon_edges",
+    "confetti", "paint_splatter", "snow", "random_hatching",
+)  # fmt: skip
+STOCHASTIC = [name for name, effect in EFFECTS.items() if effect.stochastic]
+
+
+@pytest.fixture(scope="module")
+def source() -> np.ndarray:
+    return render(make_scene(11))
+
+
+def test_registry_has_the_promised_effects():
+    assert len(EFFECTS) >= 60
+    assert len(STOCHASTIC) >= 12
+    assert set(TEACHERS) <= set(EFFECTS)
+    assert all(name == effect.name and re.fullmatch(r"[a-z_]+", name) for name, effect in EFFECTS.items())
+
+
+def test_texts_are_short_plain_english_and_descriptions_unique():
+    for effect in EFFECTS.values():
+        assert re.fullmatch(r"[a-z ]+", effect.prompt), effect.prompt
+        assert re.fullmatch(r"[a-z ,']+", effect.description), effect.description
+        assert 6 <= len(effect.prompt.split()) <= 16, effect.prompt
+        assert 10 <= len(effect.description.split()) <= 22, effect.description
+    assert len({effect.prompt for effect in EFFECTS.values()}) == len(EFFECTS)
+    assert len({effect.description for effect in EFFECTS.values()}) == len(EFFECTS)
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_effect_is_a_pure_image_function(name, source):
+    effect, before = EFFECTS[name], source.copy()
+    first = effect.apply(source, np.random.default_rng(5))
+    assert first.dtype == np.float32 and first.shape == (64, 64, 3)
+    assert np.isfinite(first).all() and first.min() >= 0 and first.max() <= 1
+    np.testing.assert_array_equal(source, before)
+    assert not np.shares_memory(first, source)
+    np.testing.assert_array_equal(first, effect.apply(source, np.random.default_rng(5)))
+    other_draw = effect.apply(source, np.random.default_rng(6))
+    assert np.array_equal(first, other_draw) != effect.stochastic
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_effect_survives_flat_images(name):
+    for value in (0.0, 1.0):
+        result = EFFECTS[name].apply(np.full((64, 64, 3), value, np.float32), np.random.default_rng(0))
+        assert np.isfinite(result).all()
+
+
+def test_effects_differ_visibly_from_each_other_and_from_the_source(source):
+    rng = np.random.default_rng(0)
+    images = np.stack([source, *(effect.apply(source, rng) for effect in EFFECTS.values())]).reshape(-1, 64 * 64 * 3)
+    # Root mean square over pixels; 0.05 is 26 dB.
+    distance = np.sqrt(np.stack([((images - image) ** 2).mean(axis=1) for image in images]))
+    np.fill_diagonal(distance, 1.0)
+    first, second = np.unravel_index(distance.argmin(), distance.shape)
+    names = ["unchanged", *EFFECTS]
+    assert distance.min() > 0.05, (names[first], names[second])
+
+
+def test_deterministic_effect_draws_nothing(source):
+    rng = np.random.default_rng(1)
+    EFFECTS["cartoon"].apply(source, rng)
+    assert rng.random() == np.random.default_rng(1).random()
+
+
+def test_effects_can_be_sent_to_worker_processes(source):
+    clone = pickle.loads(pickle.dumps(EFFECTS["scanlines"]))
+    np.testing.assert_array_equal(
+        clone.apply(source, np.random.default_rng(0)), EFFECTS["scanlines"].apply(source, np.random.default_rng(0))
+    )
+
+
+def test_wrong_size_is_an_error():
+    with pytest.raises(ValueError, match=r"\[32, 32, 3\]"):
+        EFFECTS["negative"].apply(np.zeros((32, 32, 3), np.float32), np.random.default_rng(0))
+
+
+def test_negative_and_scanlines_are_exact(source):
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(EFFECTS["negative"].apply(source, rng), 1 - source, atol=1e-6)
+    lines = EFFECTS["scanlines"].apply(source, rng)
+    np.testing.assert_array_equal(lines[0::4], source[0::4])
+    np.testing.assert_allclose(lines[2::4], 0.2 * source[2::4], atol=1e-6)
+
+
+def test_mirror_is_symmetric(source):
+    result = EFFECTS["mirror"].apply(source, np.random.default_rng(0))
+    np.testing.assert_array_equal(result, result[:, ::-1])
+    np.testing.assert_array_equal(result[:, :32], source[:, :32])
