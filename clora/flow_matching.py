@@ -32,6 +32,7 @@ def student_schedule(steps: int = 8, shift: float = 3.0, integer: bool = False) 
         for bit the sigmas of `FlowMatchEulerDiscreteScheduler(shift=shift)` when a pipeline asks for `steps` steps.
     """
     sigmas = teacher_schedule(steps, shift)[:-1]
+    # 1e-3: fp32 puts exact integers such as 600 (of 3 steps) just below themselves
     return (sigmas * 1000 + 1e-3).floor() / 1000 if integer else sigmas
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clora.flow_matching import add_noise, per_row, velocity_to_x0
+from clora.flow_matching import add_noise, velocity_to_x0
 
 
 def guided(velocity_cond: Tensor, velocity_uncond: Tensor, w: float) -> Tensor:
@@ -32,7 +32,7 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
     x = noise
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         v = velocity(x, _rows(sigma, x))
-        x = (x.float() + per_row(_rows(following - sigma, x), x.float()) * v).to(v.dtype)
+        x = velocity_to_x0(x.float(), v, _rows(sigma - following, x)).to(v.dtype)  # partial step
     return x
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ LEARNING_RATE = 1.5e-3
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
+TEXT_SHARE = 0.25
 
 
 def make_transformer():
@@ -95,37 +96,52 @@ def train_base(adapter: Flux2KleinAdapter, pool: Pool, updates: int, seed: int, 
                report: Callable[[int, dict[str, float]], None]) -> None:
     """Trains the pipeline's transformer and text encoder by flow matching on the pool; leaves the averaged weights in.
 
-    Resumes from ``checkpoint`` if it exists. One prompt in ten is empty, for guidance.
+    The text encoder trains during the first quarter; then it is frozen and its embeddings are computed once. One
+    prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
     """
-    pipeline = adapter.pipeline
-    modules = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder}).train()
+    modules = _modules(adapter).train().requires_grad_(True)
     parameters = dict(modules.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    average = {name: p.detach().clone() for name, p in parameters.items()}
-    start = 0
-    if checkpoint.exists():
-        tensors, values = load_state(checkpoint, {"base": optimizer}, {"data": generator})
-        start = int(values["update"])
-        for name, parameter in parameters.items():
-            parameter.data.copy_(tensors[f"weight.{name}"])
-            average[name].copy_(tensors[f"average.{name}"])
+    average = {name: p.detach().clone() for name, p in parameters.items() if name.startswith("transformer")}
+    start = _resume(checkpoint, parameters, average, optimizer, generator)
+    embeddings = None
     for update in range(start, updates):
+        if embeddings is None and update >= TEXT_SHARE * updates:
+            modules["text_encoder"].requires_grad_(False)
+            embeddings = embed_all(adapter, pool)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_factor(update, updates)
-        loss = _loss(adapter, pool, generator)
+        loss = _loss(adapter, pool, embeddings, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         _update_average(average, parameters, update)
-        report(update, {"loss": float(loss)})
+        report(update, {"loss": float(loss.detach())})
         if (update + 1) % CHECKPOINT_EVERY == 0:
             tensors = {f"weight.{n}": p for n, p in parameters.items()} | {f"average.{n}": a for n, a in average.items()}
             save_state(checkpoint, tensors, {"base": optimizer}, {"data": generator}, {"update": update + 1})
-    for name, parameter in parameters.items():
-        parameter.data.copy_(average[name])
+    for name, weight in average.items():
+        parameters[name].data.copy_(weight)
     modules.eval().requires_grad_(False)
+
+
+def _modules(adapter: Flux2KleinAdapter) -> torch.nn.ModuleDict:
+    pipeline = adapter.pipeline
+    return torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
+
+
+def _resume(checkpoint: Path, parameters, average, optimizer, generator) -> int:
+    """Restores a run in place and returns its next update; 0 without a checkpoint."""
+    if not checkpoint.exists():
+        return 0
+    tensors, values = load_state(checkpoint, {"base": optimizer}, {"data": generator})
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"weight.{name}"])
+    for name, weight in average.items():
+        weight.copy_(tensors[f"average.{name}"])
+    return int(values["update"])
 
 
 def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
@@ -136,15 +152,15 @@ def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
 @torch.no_grad()
 def _update_average(average: dict[str, Tensor], parameters: dict[str, Tensor], update: int) -> None:
     weight = max(1 - EMA_DECAY, 1 / (update + 1))
-    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], weight)
+    torch._foreach_lerp_(list(average.values()), [parameters[name].detach() for name in average], weight)
 
 
-def _loss(adapter: Flux2KleinAdapter, pool: Pool, generator: torch.Generator) -> Tensor:
+def _loss(adapter: Flux2KleinAdapter, pool: Pool, embeddings: dict[str, Tensor] | None, generator) -> Tensor:
     rows = torch.randint(len(pool.sources), (BATCH,), generator=generator)
     edits = torch.randint(pool.targets.shape[1], (BATCH,), generator=generator)
     dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
     prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
-    text = embed(adapter, prompts)
+    text = embed(adapter, prompts) if embeddings is None else torch.stack([embeddings[p] for p in prompts])
     x0 = pool.targets[rows, edits].float()
     noise = torch.randn(x0.shape, generator=generator)
     sigma = sample_sigma(BATCH, 2.0, generator)
@@ -159,5 +175,8 @@ def embed(adapter: Flux2KleinAdapter, prompts: list[str]) -> Tensor:
     )
 
 
-def batches(count: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+@torch.no_grad()
+def embed_all(adapter: Flux2KleinAdapter, pool: Pool) -> dict[str, Tensor]:
+    """The embedding ``[L, D]`` of every instruction of the pool and of the empty prompt."""
+    prompts = sorted({p for row in pool.instructions for p in row} | {""})
+    return dict(zip(prompts, adapter.encode_prompts(prompts), strict=True))

@@ -72,7 +72,7 @@ def coarse_to_fine_loss(
     Returns:
         Scalar loss, and detached terms: `dmd_bs`, `dmd_ts`, `anchor` (scalars that sum to the loss), `gradient_norm`
         `[R]` (L2 norm of d row / d velocity, before weight and mean, so independent of the batch) and `nonfinite`
-        `[R]` (bool: the row's weighted term or gradient is not finite).
+        `[R]` (bool: the row's weighted term is not finite).
 
     Raises:
         ValueError: a shape is not as above.
@@ -96,8 +96,8 @@ def coarse_to_fine_loss(
     members = [kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR)]
     means = [torch.where(m, rows, 0.0).sum() / m.sum().clamp(min=1) for m in members]
     terms = {name: t.detach() for name, t in zip(("dmd_bs", "dmd_ts", "anchor"), means, strict=True)}
-    nonfinite = ~(torch.isfinite(rows.detach()) & torch.isfinite(norm))
-    return means[0] + means[1] + means[2], {**terms, "gradient_norm": norm, "nonfinite": nonfinite}
+    terms |= {"gradient_norm": norm, "nonfinite": ~torch.isfinite(rows.detach())}
+    return means[0] + means[1] + means[2], terms
 
 
 def _dmd_rows(v: Tensor, x: Tensor, sigma: Tensor, scores: Scores, guidance: float) -> tuple[Tensor, Tensor]:

@@ -72,15 +72,23 @@ def test_fp32_adapters_over_a_bf16_base():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", ["lora_A", "lora_B", "scale", "all"])
 @pytest.mark.parametrize("ids", [[-1, 1, -1], [-1, -1, -1]], ids=["mixed", "all_base"])
 @pytest.mark.parametrize("num_adapters", [1, 3])
-def test_base_rows_are_exact_over_poisoned_adapters(num_adapters, ids, poison):
+def test_base_rows_are_exact_over_poisoned_adapters(num_adapters, ids, poisoned, poison):
     x, weight, bias = torch.randn(3, 4, 6), torch.randn(5, 6), torch.randn(5)
     ids = torch.tensor(ids).clamp(max=num_adapters - 1)
-    lora_A = torch.full((num_adapters, 2, 6), poison, requires_grad=True)
-    lora_B = torch.full((num_adapters, 5, 2), poison, requires_grad=True)
+    lora_A, lora_B, scale = (
+        torch.full(shape, poison) if poisoned in (name, "all") else torch.randn(shape)
+        for name, shape in [
+            ("lora_A", (num_adapters, 2, 6)),
+            ("lora_B", (num_adapters, 5, 2)),
+            ("scale", (num_adapters,)),
+        ]
+    )
+    lora_A.requires_grad_(), lora_B.requires_grad_()
     x.requires_grad_()
-    out = multi_lora_linear(x, weight, bias, lora_A, lora_B, torch.full((num_adapters,), poison), ids)
+    out = multi_lora_linear(x, weight, bias, lora_A, lora_B, scale, ids)
     base = F.linear(x, weight, bias)
     rows = ids < 0
     assert torch.equal(out[rows], base[rows])

@@ -87,13 +87,13 @@ def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return t * t * (3.0 - 2.0 * t)
 
 
-def edge_mask(image: np.ndarray, sigma: float = 1.0) -> np.ndarray:
-    """Mask ``[64, 64]`` of visible edges, about 3 px wide: thick enough for an 8x8-token model to place them.
+def edge_mask(image: np.ndarray, sigma: float = 1.4) -> np.ndarray:
+    """Mask ``[64, 64]`` of visible edges, about 4 px wide: thick enough for an 8x8-token model to place them.
 
     The largest channel's gradient counts, so an edge between two colours of equal luminance is found too.
     """
     d_row, d_col = gradients(gaussian_blur(image, sigma))
-    return smoothstep(np.sqrt((d_row**2 + d_col**2).max(axis=-1)), 0.03, 0.10)
+    return smoothstep(np.sqrt((d_row**2 + d_col**2).max(axis=-1)), 0.025, 0.085)
 
 
 def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def _spread(rng: np.random.Generator, per_side: int, count: int) -> tuple[np.nda
     """
     cells = rng.permutation(per_side**2)[:count]
     step = SIZE / per_side
-    jitter = rng.uniform(0.1, 0.9, (2, count))
+    jitter = rng.uniform(0.2, 0.8, (2, count))
     points = (np.stack([cells // per_side, cells % per_side]) + jitter) * step
     return points[0].astype(np.float32), points[1].astype(np.float32)
 
@@ -39,7 +39,7 @@ def _spread(rng: np.random.Generator, per_side: int, count: int) -> tuple[np.nda
 def confetti(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = image.copy()
     rows, cols = _spread(rng, 4, 14)
-    sizes = rng.integers(6, 9, 14)
+    sizes = rng.integers(7, 9, 14)
     colours = rng.permutation(np.resize(np.arange(len(PARTY)), 14))
     for row, col, size, colour in zip(rows.astype(int), cols.astype(int), sizes, colours, strict=True):
         top, left = min(max(row - size // 2, 0), SIZE - size), min(max(col - size // 2, 0), SIZE - size)
@@ -66,7 +66,8 @@ def snow(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def random_hatching(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     direction = (ROWS, (ROWS + COLS) / np.sqrt(2), (ROWS - COLS) / np.sqrt(2))[rng.integers(3)]
     stripe = (direction + rng.uniform(0, 8.5)) % 8.5 < 4
-    return image * np.where(stripe, 0.12, 1.0)[..., None]
+    # Violet ink, not black: blurred black stripes would look like any darkening.
+    return mix(image, rgb(0.12, 0.0, 0.35), 0.92 * stripe)
 
 
 def film_grain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -203,8 +204,8 @@ EFFECTS = (
     stochastic(
         "random_hatching",
         random_hatching,
-        "draw dark hatching lines over the picture",
-        "wide parallel nearly black stripes in one random direction run over the whole picture",
+        "draw dark ink hatching lines over the picture",
+        "wide parallel dark violet ink stripes in one random direction run over the whole picture",
     ),
     stochastic(
         "film_grain",

@@ -1,0 +1,306 @@
+"""The configuration of a distillation: frozen models, checked in full before anything is loaded.
+
+Paths are taken as written, relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clora.config_file import parse_tree, read_tree, validate
+from clora.errors import CloraError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EffectConfig(_Model):
+    """One teacher: a LoRA with the prompt it was trained on, and how the student is asked for its effect.
+
+    Attributes:
+        name: what the effect is called; unique in a collection.
+        lora: LoRA file or folder.
+        prompt: the teacher's own training prompt.
+        trigger: the student's unique word; by default made from the name (see `make_trigger`).
+        student_prompts: prompts of the student; by default the trigger followed by the teacher's prompt.
+        sources: folder of images to edit; by default those of `DataConfig`.
+        targets: folder of results, with file names equal to those in `sources`; by default the teacher renders them.
+    """
+
+    name: Text
+    lora: Text
+    prompt: Text
+    trigger: Text = Field(default_factory=lambda data: make_trigger(data["name"]))
+    student_prompts: tuple[Text, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
+    sources: Text | None = None
+    targets: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, values: Any) -> Any:
+        """An explicit null or empty list means the default, as in a config written by a program."""
+        if not isinstance(values, dict):
+            return values
+        values = {k: v for k, v in values.items() if k not in ("trigger", "student_prompts") or v not in (None, [], ())}
+        if isinstance(values.get("student_prompts"), list):  # behind this validator, strict checking wants a tuple
+            values["student_prompts"] = tuple(values["student_prompts"])
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> EffectConfig:
+        if self.targets is not None and self.sources is None:
+            raise ValueError("targets needs sources: the folder of the images that the targets were made from")
+        return self
+
+
+class DataConfig(_Model):
+    """Images and instructions.
+
+    Attributes:
+        sources: folder of images to edit.
+        size: height and width in pixels; images are cropped and resized to it.
+        max_sequence_length: text tokens per prompt.
+        general_instructions: everyday edits for the general stream, or a text file with one on each line.
+        held_out: the last images, kept out of training.
+        sources_per_effect: images that each teacher renders a target for.
+    """
+
+    sources: Text
+    size: tuple[Positive, Positive]
+    max_sequence_length: Positive = 512
+    general_instructions: tuple[Text, ...] | Text = ()
+    held_out: Count = 0
+    sources_per_effect: Positive = 20
+
+
+class StudentConfig(_Model):
+    """The LoRA that is trained.
+
+    Attributes:
+        rank: its rank; alpha is equal.
+        init: start from nothing (zero ``lora_B``) or from a merge of the teachers.
+        targets: suffixes of the names of the layers to adapt; None for all linear layers of the blocks.
+    """
+
+    rank: Positive
+    init: Literal["zero", "merge"] = "zero"
+    targets: tuple[Text, ...] | None = None
+
+
+class SamplerConfig(_Model):
+    """How student and teachers sample.
+
+    Attributes:
+        steps: passes of the student.
+        shift: time shift of both schedules.
+        integer_timesteps: truncate the student's timesteps to integers, as the released code does.
+        teacher_steps: steps of a teacher that renders targets, two passes each.
+        guidance: the teachers' guidance w; 1 is none.
+    """
+
+    steps: Positive = 8
+    shift: PositiveFloat = 3.0
+    integer_timesteps: bool = False
+    teacher_steps: Positive = 40
+    guidance: Annotated[float, Field(ge=1)] = 4.0
+
+
+class ObjectiveWeights(_Model):
+    """Weight of each part of the student's loss."""
+
+    backward_simulation: Annotated[float, Field(ge=0)] = 1.0
+    target_simulation: Annotated[float, Field(ge=0)] = 1.0
+    trajectory_anchoring: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ObjectiveConfig(_Model):
+    """The method; every component can be switched off alone (docs/method.md sections 4 and 5).
+
+    Attributes:
+        dual_stream: train on general instructions too, with the base as teacher.
+        switch_probability: share of updates in the effect stream.
+        switch_every: updates between two draws of the stream.
+        orthogonal_prompting: student and critic see the student's prompts; off, they see the teacher's.
+        backward_simulation: distribution matching on the student's own samples.
+        target_simulation: distribution matching from noised targets.
+        trajectory_anchoring: flow matching on the targets.
+        weights: weight of each of the three.
+        tau_rule: noise levels of target simulation, the paper's or the released code's.
+        anchor_noise: noise levels of trajectory anchoring.
+        norm_rescale: rescale the guided prediction to the norm of the conditional one.
+    """
+
+    dual_stream: bool = True
+    switch_probability: Share = 0.5
+    switch_every: Positive = 1
+    orthogonal_prompting: bool = True
+    backward_simulation: bool = True
+    target_simulation: bool = True
+    trajectory_anchoring: bool = True
+    weights: ObjectiveWeights = ObjectiveWeights()
+    tau_rule: Literal["paper", "released"] = "paper"
+    anchor_noise: Literal["unrestricted", "released"] = "unrestricted"
+    norm_rescale: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        parts = tuple(ObjectiveWeights.model_fields)
+        if not any(getattr(self, part) and getattr(self.weights, part) > 0 for part in parts):
+            raise ValueError(f"nothing left to train on: switch on (weight above 0) one of {', '.join(parts)}")
+        return self
+
+
+class TrainConfig(_Model):
+    """Training.
+
+    Attributes:
+        updates: updates of the student.
+        anchor_updates: the first of these, with trajectory anchoring alone.
+        critic_ratio: critic updates per student update.
+        batch_size: samples per update.
+        learning_rate: of the student.
+        critic_learning_rate: of the critic.
+        clip: largest norm of a gradient.
+        scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
+        checkpoint_every: updates between two checkpoints.
+        minutes: stop after this time; None for no limit.
+    """
+
+    updates: Positive
+    anchor_updates: Count = 0
+    critic_ratio: Positive = 5
+    batch_size: Positive = 8
+    learning_rate: PositiveFloat = 1e-4
+    critic_learning_rate: PositiveFloat = 1e-4
+    clip: PositiveFloat = 10.0
+    scoring_rows: Positive | None = None
+    checkpoint_every: Positive = 500
+    minutes: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.anchor_updates > self.updates:
+            raise ValueError(f"anchor_updates ({self.anchor_updates}) is above updates ({self.updates})")
+        return self
+
+
+class DistillConfig(_Model):
+    """Everything that a distillation needs.
+
+    Attributes:
+        pipeline: folder or hub id of the pipeline that the teachers were trained on.
+        output: folder for the result.
+        effects: the teachers.
+        data: images and instructions.
+        student: the LoRA that is trained.
+        sampler: how student and teachers sample.
+        objective: the method.
+        train: training.
+        seed: every random number follows from it.
+        device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
+    """
+
+    pipeline: Text
+    output: Text
+    effects: tuple[EffectConfig, ...] = Field(min_length=1)
+    data: DataConfig
+    student: StudentConfig
+    sampler: SamplerConfig = SamplerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+    seed: Count = 0
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
+        _refuse_twice("name", (effect.name for effect in self.effects))
+        _refuse_twice("trigger", (effect.trigger for effect in self.effects))
+        if self.objective.dual_stream and not self.data.general_instructions:
+            raise ValueError("objective.dual_stream needs data.general_instructions; add some or switch it off")
+        return self
+
+
+def make_trigger(name: str) -> str:
+    """The trigger word of an effect: its name and a suffix that no text contains by chance, always the same.
+
+    Args:
+        name: the effect's name.
+
+    Returns:
+        For example ``<paper_cut_Kq4711>``.
+    """
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    letters = chr(ord("A") + digest[0] % 26) + chr(ord("a") + digest[1] % 26)
+    number = int.from_bytes(digest[2:6], "big") % 10_000
+    stem = re.sub(r"\W+", "_", name.lower()).strip("_")
+    return f"<{stem}_{letters}{number:04d}>"
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DistillConfig:
+    """Reads and checks a config file.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``).
+
+    Returns:
+        The config with every default filled in.
+
+    Raises:
+        CloraError: a missing or malformed file, or everything that is wrong in it: unknown keys with suggestions,
+            wrong types, values out of range, two effects of one name or trigger.
+    """
+    return validate(DistillConfig, read_tree(path, overrides), str(path))
+
+
+def parse_config(text: str, where: str = "config") -> DistillConfig:
+    """The config of a YAML text, for example of a checkpoint. Raises CloraError as `load_config`."""
+    return validate(DistillConfig, parse_tree(text, where), where)
+
+
+def dump_config(config: DistillConfig) -> str:
+    """The config as YAML with every default filled in; `parse_config` reads it back equal."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def general_instructions(data: DataConfig) -> tuple[str, ...]:
+    """The instructions of the general stream, read from the text file where a path is given.
+
+    Raises:
+        CloraError: the file is missing, unreadable or empty.
+    """
+    if not isinstance(data.general_instructions, str):
+        return data.general_instructions
+    path = Path(data.general_instructions).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CloraError(f"data.general_instructions: {path} cannot be read as text: {error}") from error
+    instructions = tuple(line.strip() for line in lines if line.strip())
+    if not instructions:
+        raise CloraError(f"data.general_instructions: {path} is empty; expected one instruction on each line")
+    return instructions
+
+
+def _refuse_twice(what: str, values: Iterable[str]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"two effects have the {what} {twice[0]!r}; give each its own")

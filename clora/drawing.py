@@ -1,0 +1,92 @@
+"""Pictures of a report: the labelled grid and the loss curves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_CELL = 192  # pixels that a small picture is enlarged to, nearest neighbour
+_GAP = 6
+_FONT_SIZE = 17
+
+
+def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -> np.ndarray:
+    """Lays pictures out with a label over each column and before each row.
+
+    Args:
+        columns: C labels, broken into lines where they are wide.
+        rows: R labels.
+        pixels: uint8 ``[R, C, H, W, 3]``.
+
+    Returns:
+        uint8 ``[H', W', 3]``.
+    """
+    factor = max(1, _CELL // max(pixels.shape[2:4]))
+    pixels = pixels.repeat(factor, axis=2).repeat(factor, axis=3)
+    height, width = pixels.shape[2:4]
+    font = ImageFont.load_default(_FONT_SIZE)
+    titles = [_wrap(label, font, width) for label in columns]
+    names = [_wrap(label.replace("_", " "), font, 150) for label in rows]
+    top = (max(title.count("\n") for title in titles) + 1) * (_FONT_SIZE + 5) + 2 * _GAP
+    left = 2 * _GAP + round(max(_width(name, font) for name in names))
+    size = (left + len(columns) * (width + _GAP), top + len(rows) * (height + _GAP))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for c, title in enumerate(titles):
+        centre = left + c * (width + _GAP) + width // 2
+        draw.multiline_text((centre, top - _GAP), title, "black", font, anchor="md", align="center")
+    for r, name in enumerate(names):
+        y = top + r * (height + _GAP)
+        draw.multiline_text((left - _GAP, y + height // 2), name, "black", font, anchor="rm", align="right")
+        for c in range(len(columns)):
+            canvas.paste(Image.fromarray(pixels[r, c]), (left + c * (width + _GAP), y))
+    return np.asarray(canvas)
+
+
+def draw_curve(points: Sequence[tuple[int, float]]) -> bytes:
+    """One curve as PNG: raw in a light line, smoothed in a strong one, legible on light and dark ground."""
+    from matplotlib.figure import Figure
+
+    x, y = np.array(points, dtype=float).T
+    figure = Figure(figsize=(4.4, 2.5), dpi=130, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.plot(x, y, color="#4f83e0", alpha=0.35, linewidth=0.9)
+    axes.plot(x, smooth(y), color="#4f83e0", linewidth=2)
+    axes.set_xlabel("update", color="#808890")
+    axes.tick_params(colors="#808890", labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#808890")
+    axes.grid(color="#808890", alpha=0.2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a twentieth of the curve, narrower at the ends."""
+    radius = max(1, len(y) // 40)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    i = np.arange(len(y))
+    reach = np.minimum(radius, np.minimum(i, len(y) - 1 - i))
+    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+
+
+def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Breaks a label into lines of at most `width` pixels, between words."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> float:
+    return max(font.getlength(line) for line in text.split("\n"))

@@ -1,0 +1,118 @@
+"""Image files to tensors and back; everything wrong with a file is said before training starts."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from clora.atomic import check_writable, write_atomic
+from clora.errors import CloraError
+
+__all__ = ["MAX_PIXELS", "check_writable", "encode_png", "list_images", "load_image", "load_images", "save_png"]
+
+MAX_PIXELS = 64_000_000
+_IGNORED = frozenset({"thumbs.db", "desktop.ini"})
+
+
+def load_images(folder: str | Path, size: tuple[int, int]) -> tuple[list[str], Tensor]:
+    """Reads every image of a folder, cropped around its centre to the wanted shape and resized.
+
+    Args:
+        folder: a folder of images and nothing else; hidden files and subfolders are passed over.
+        size: height and width.
+
+    Returns:
+        File names in order, and fp32 images ``[N, 3, H, W]`` in [-1, 1].
+
+    Raises:
+        CloraError: a missing or empty folder, or a file that is empty, damaged, enormous or no image.
+    """
+    files = list_images(folder)
+    return [file.name for file in files], torch.stack([load_image(file, size) for file in files])
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The files of an image folder in order of their names. Raises CloraError where there are none."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise CloraError(f"{folder}: expected a folder of images, found {found}")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise CloraError(f"{folder} cannot be read: {error}") from error
+    files = [e for e in entries if e.is_file() and not e.name.startswith(".") and e.name.lower() not in _IGNORED]
+    if not files:
+        raise CloraError(f"{folder} holds no images; put at least one PNG, JPEG or WebP file in it")
+    return files
+
+
+def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
+    """One image as fp32 ``[3, H, W]`` in [-1, 1]; see `load_images`."""
+    height, width = size
+    image = ImageOps.fit(_open_rgb(Path(file)), (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.float().div(127.5).sub(1).contiguous()
+
+
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Writes one image ``[3, H, W]`` in [-1, 1] (clipped) as PNG, whole or not at all.
+
+    Raises:
+        CloraError: it cannot be written.
+        ValueError: the shape is another, or a value is not finite.
+    """
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"expected an image [3, H, W], found {list(image.shape)}")
+    if not torch.isfinite(image).all():
+        raise ValueError("expected a finite image, found NaN or infinite values")
+    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    write_atomic(path, encode_png(pixels.permute(1, 2, 0).cpu().numpy()))
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of uint8 pixels ``[H, W, 3]``."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _open_rgb(file: Path) -> Image.Image:
+    """Decodes a file to RGB, upright, on white where it is transparent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            with Image.open(file) as opened:
+                _check_pixels(file, *opened.size)
+                return _to_rgb(ImageOps.exif_transpose(opened))
+    except CloraError:
+        raise
+    except UnidentifiedImageError as error:
+        what = "is empty (0 bytes)" if file.stat().st_size == 0 else "is not an image that can be read"
+        raise CloraError(f"{file} {what}; expected PNG, JPEG, WebP or the like. Remove or replace it") from error
+    except Image.DecompressionBombError as error:
+        raise CloraError(f"{file} is enormous: {error}; expected at most {MAX_PIXELS // 10**6} megapixels") from error
+    except Exception as error:  # decoders of damaged files raise whatever they meet: struct, zlib, value errors
+        raise CloraError(f"{file} is a damaged image ({error}). Remove or replace it") from error
+
+
+def _check_pixels(file: Path, width: int, height: int) -> None:
+    """Looks at the header's size only: nothing is decoded yet."""
+    if width * height > MAX_PIXELS:
+        found = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
+        raise CloraError(f"{file} is enormous: {found}; expected at most {MAX_PIXELS // 10**6}. Scale it down")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

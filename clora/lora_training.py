@@ -1,0 +1,85 @@
+"""Training effect LoRAs by flow matching on before/after pairs; many at once, one slot each, in routed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clora.adapter_bank import AdapterBank, Slots
+from clora.errors import CloraError
+from clora.flow_matching import add_noise, sample_sigma
+from clora.models import Conditioning, Flux2KleinAdapter
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Encoded before/after pairs of E LoRAs: sources and targets ``[E, M, T, C]``, prompt embeddings ``[E, L, D]``."""
+
+    sources: Tensor
+    targets: Tensor
+    text: Tensor
+
+
+def train_loras(
+    adapter: Flux2KleinAdapter,
+    bank: AdapterBank,
+    slots: Slots,
+    pairs: Pairs,
+    *,
+    updates: int,
+    rows_per_lora: int,
+    learning_rate: float,
+    shift: float,
+    seed: int,
+    report: Callable[[int, Mapping[str, float]], None],
+) -> None:
+    """Trains every slot of ``slots`` on its own pairs; slots do not influence one another.
+
+    Args:
+        adapter: the model family, around the pipeline whose transformer carries the bank.
+        bank: the bank.
+        slots: trainable slots, in the order of ``pairs``.
+        pairs: encoded training pairs.
+        updates: optimizer updates; the learning rate falls linearly over the second half.
+        rows_per_lora: samples of each LoRA in a batch.
+        learning_rate: peak AdamW learning rate.
+        shift: time shift of the noise levels.
+        seed: of the draws.
+        report: called as ``report(update, {"loss": ...})``.
+
+    Raises:
+        CloraError: a loss is not finite; names the update and the LoRA.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    ids = torch.arange(len(slots.names)).repeat_interleave(rows_per_lora)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (update + 1) / 20, 2 * (updates - update) / updates)
+        losses = _losses(adapter, bank, slots, pairs, ids, shift, generator)
+        _check_finite(losses, ids, slots.names, update)
+        optimizer.zero_grad(set_to_none=True)
+        losses.view(len(slots.names), rows_per_lora).mean(1).sum().backward()
+        optimizer.step()
+        report(update + 1, {"loss": float(losses.detach().mean())})
+
+
+def _losses(adapter, bank, slots: Slots, pairs: Pairs, ids: Tensor, shift: float, generator) -> Tensor:
+    """Flow-matching loss of each row, ``[B]``."""
+    sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
+    x0 = pairs.targets[ids, sample].float()
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    sigma = sample_sigma(len(ids), shift, generator).to(x0)
+    conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float())
+    with bank.route(slots, ids.to(x0.device)):
+        velocity = adapter.velocity(add_noise(x0, noise, sigma), sigma, conditioning)
+    return (velocity - (noise - x0)).square().flatten(1).mean(1)
+
+
+def _check_finite(losses: Tensor, ids: Tensor, names: tuple[str, ...], update: int) -> None:
+    bad = ~torch.isfinite(losses)
+    if bad.any():
+        name = names[int(ids[bad.nonzero()[0, 0]])]
+        raise CloraError(f"update {update + 1}: the loss of LoRA {name!r} is not finite; lower the learning rate")

@@ -1,0 +1,116 @@
+"""Progress of a long stage: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+_LIVE_SECONDS = 0.2
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def stage(title: str, total: int | None, console: Console | None = None) -> Iterator[Advance]:
+    """Shows the progress of one stage; stages follow one another, they do not nest.
+
+    ::
+
+        with stage("training", 500) as advance:
+            for _ in range(500):
+                advance(1, loss=step())
+
+    Args:
+        title: what is being done.
+        total: number of steps; None where it is not known.
+        console: where to show it; standard error by default, so that standard output stays clean.
+
+    Yields:
+        ``advance(n=1, **values)``: n more steps are done; values (numbers or scalar tensors) are shown beside the bar.
+        They are turned to numbers only when they are shown, so a tensor on a GPU does not stall every step.
+    """
+    console = console or Console(stderr=True)
+    show = _live if console.is_terminal else _plain
+    with show(title, total, console) as advance:
+        yield advance
+
+
+@contextmanager
+def _live(title: str, total: int | None, console: Console) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}", markup=False),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, values="")
+        shown = -math.inf
+
+        def advance(n: int = 1, **values: Any) -> None:
+            nonlocal shown
+            progress.advance(task, n)
+            if values and time.monotonic() - shown >= _LIVE_SECONDS:
+                shown = time.monotonic()
+                progress.update(task, values=_format(values))
+
+        yield advance
+
+
+@contextmanager
+def _plain(title: str, total: int | None, console: Console) -> Iterator[Advance]:
+    def line(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
+    start = shown = time.monotonic()
+    done = 0
+    line(f"{title} ..." if total is None else f"{title}: {total} steps")
+
+    def advance(n: int = 1, **values: Any) -> None:
+        nonlocal done, shown
+        done += n
+        now = time.monotonic()
+        if now - shown >= PLAIN_SECONDS:
+            shown = now
+            line(f"{title}: {_position(done, total, now - start)} {_format(values)}".rstrip())
+
+    try:
+        yield advance
+    except BaseException:
+        line(f"{title}: stopped after {time.monotonic() - start:.1f} s")
+        raise
+    line(f"{title}: done in {time.monotonic() - start:.1f} s")
+
+
+def _position(done: int, total: int | None, elapsed: float) -> str:
+    if not total or not done:
+        return f"{done}, {_duration(elapsed)}"
+    remaining = elapsed / done * max(0, total - done)
+    return f"{done}/{total} ({done / total:.0%}), {_duration(elapsed)}, eta {_duration(remaining)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def _format(values: dict[str, Any]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in values.items())

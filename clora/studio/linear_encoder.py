@@ -1,0 +1,75 @@
+"""An analytic start for the studio's image encoder: exact principal components of 4x4 patches.
+
+A stock ``Encoder`` can compute them exactly: its convolutions carry space-to-depth and the projection, its residual
+branches are zero, and its last normalisation and SiLU are made linear (``silu(z) - silu(-z) = z``, with an offset so
+large that the normaliser hardly varies). The decoder then trains against whitened latents from its first update,
+which reaches in minutes on two cores what joint training does not reach in half an hour.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+OFFSET = 4.0
+PATCH = 4
+NUM_PIXELS = 3 * PATCH * PATCH
+
+
+@torch.no_grad()
+def zero_residual_branches(vae: nn.Module) -> None:
+    """Makes every residual block and attention of the autoencoder the identity."""
+    for name, module in vae.named_modules():
+        if name.endswith(("conv2", "to_out.0")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def principal_components(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Whitening projection ``[count, 48]`` and mean ``[48]`` of the 4x4 patches of images ``[N, 3, H, W]``."""
+    patches = nn.functional.pixel_unshuffle(images, PATCH).permute(0, 2, 3, 1).reshape(-1, NUM_PIXELS)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    order = values.argsort(descending=True)[:count]
+    return (vectors[:, order] / values[order].sqrt()).T, patches.mean(0)
+
+
+@torch.no_grad()
+def set_linear_encoder(vae: nn.Module, images: Tensor) -> None:
+    """Sets the encoder to the principal components of ``images`` (``[N, 3, H, W]`` in [-1, 1])."""
+    encoder = vae.encoder
+    components, mean = principal_components(images, vae.config.latent_channels)
+    down = [encoder.down_blocks[i].downsamplers[0].conv for i in range(2)]
+    widen, project = (encoder.down_blocks[i].resnets[0].conv_shortcut for i in (1, 2))
+    for convolution in (encoder.conv_in, *down, widen, project, encoder.conv_out, vae.quant_conv):
+        nn.init.zeros_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+    encoder.conv_in.weight[range(3), range(3), 1, 1] = 1
+    _space_to_depth(down[0].weight, 3)
+    widen.weight[range(12), range(12), 0, 0] = 1
+    _space_to_depth(down[1].weight, 12)
+    _set_signed_pairs(encoder, project, components[:, _pixel_order()], -components @ mean)
+    vae.quant_conv.weight[:, :, 0, 0] = torch.eye(len(vae.quant_conv.weight))
+
+
+def _space_to_depth(weight: Tensor, channels: int) -> None:
+    for y in range(2):
+        for x in range(2):
+            weight[range(2 * y + x, 4 * channels, 4), range(channels), y, x] = 1
+
+
+def _pixel_order() -> list[int]:
+    """Which pixel of a 4x4 patch each channel holds after two rounds of space-to-depth."""
+    pixels = torch.arange(NUM_PIXELS).view(3, 2, 2, 2, 2)  # colour, y // 2, y % 2, x // 2, x % 2
+    return pixels.permute(0, 2, 4, 1, 3).flatten().tolist()
+
+
+def _set_signed_pairs(encoder: nn.Module, project: nn.Module, matrix: Tensor, offset: Tensor) -> None:
+    """Latent k travels as channels 2k (+) and 2k + 1 (-) through normalisation and SiLU, whose difference is linear."""
+    sign = torch.tensor([1.0, -1.0]).repeat(len(matrix))
+    project.weight[:, :, 0, 0] = matrix.repeat_interleave(2, 0) * sign[:, None]
+    project.bias.copy_((offset.repeat_interleave(2) + OFFSET) * sign)
+    encoder.conv_norm_out.weight.fill_(OFFSET)
+    encoder.conv_norm_out.bias.copy_(-OFFSET * sign)
+    for k in range(len(matrix)):
+        encoder.conv_out.weight[k, 2 * k, 1, 1] = 1
+        encoder.conv_out.weight[k, 2 * k + 1, 1, 1] = -1

@@ -1,0 +1,267 @@
+"""The distillation: student and critic trained against many teachers, all slots of one bank on one frozen base.
+
+Source: docs/method.md section 4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clora.adapter_bank import AdapterBank, Slots
+from clora.checkpoint import load_state, save_state
+from clora.config import DistillConfig
+from clora.data import Batch, BatchSampler, DistillData
+from clora.errors import CloraError
+from clora.flow_matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
+from clora.models import Conditioning, Flux2KleinAdapter
+from clora.objective import (
+    TAU_BOUNDS,
+    critic_loss,
+    draw_anchor_sigma,
+    draw_backward_steps,
+    draw_critic_sigma,
+    draw_target_steps,
+)
+from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
+from clora.sampling import simulate_to_step
+
+STUDENT, CRITIC = "student", "critic"
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+class DistillTrainer:
+    """Trains the bank's student slot.
+
+    Args:
+        config: objective, sampler and training settings.
+        adapter: the model family, around the pipeline whose transformer carries the bank.
+        bank: slots ``student``, ``critic`` and one per effect, in this order.
+        data: encoded training data on the transformer's device.
+    """
+
+    def __init__(self, config: DistillConfig, adapter: Flux2KleinAdapter, bank: AdapterBank, data: DistillData):
+        self.config = config
+        self.adapter = adapter
+        self.bank = bank
+        self.data = data
+        rank = config.student.rank
+        self.student = bank.slots([STUDENT], rank, trainable=True)
+        self.critic = bank.slots([CRITIC], rank, trainable=True)
+        self.scorers = bank.slots()
+        train = config.train
+        self.student_optimizer = _adamw(self.student, train.learning_rate)
+        self.critic_optimizer = _adamw(self.critic, train.critic_learning_rate)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator)
+        self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
+        self.tau = TAU_BOUNDS[config.objective.tau_rule]
+        self.update = 0
+
+    def fit(self, report: Report, checkpoint: Path | None = None) -> None:
+        """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
+
+        Args:
+            report: called as ``report(update, values)`` after every student update.
+            checkpoint: resumed from if it exists, written every ``train.checkpoint_every`` updates.
+
+        Raises:
+            CloraError: a loss or gradient is not finite; names update, effect and term.
+        """
+        train = self.config.train
+        if checkpoint is not None and checkpoint.exists():
+            self.load(checkpoint)
+        stop = float("inf") if train.minutes is None else time.monotonic() + 60 * train.minutes
+        while self.update < train.updates and time.monotonic() < stop:
+            self._set_learning_rate(stop)
+            values = self._iterate()
+            self.update += 1
+            report(self.update, values)
+            if checkpoint is not None and self.update % train.checkpoint_every == 0:
+                self.save(checkpoint)
+
+    def _iterate(self) -> dict[str, float]:
+        """One student update and the critic updates that precede it."""
+        if self.update < self.config.train.anchor_updates:
+            return self.student_step(self.sampler.draw_effects(), anchor_only=True)
+        values = {}
+        for i in range(self.config.train.critic_ratio):
+            batch = self.sampler.draw(self.update * self.config.train.critic_ratio + i)
+            values = self.critic_step(batch)
+        return values | self.student_step(batch)
+
+    def student_step(self, batch: Batch, anchor_only: bool = False) -> dict[str, float]:
+        """One update of the student by the coarse-to-fine objective (method.md section 4c)."""
+        rows = self._student_rows(batch, anchor_only)
+        velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
+        scores = self._score(rows, velocity.detach()) if len(rows.teacher) else None
+        loss, terms = coarse_to_fine_loss(
+            velocity, rows.x, rows.sigma, rows.kind, rows.weight, scores, rows.anchor_target,
+            self.config.sampler.guidance,
+        )
+        self._check_finite(terms["nonfinite"], rows.effect, rows.kind, "student")
+        self._step(self.student_optimizer, self.student, loss, "student")
+        return {name: float(terms[name]) for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": float(loss.detach())}
+
+    def critic_step(self, batch: Batch) -> dict[str, float]:
+        """One update of the critic by flow matching on fresh student samples (method.md section 4d)."""
+        x, sigma = self._backward_simulation(batch)
+        with torch.no_grad():
+            x0 = velocity_to_x0(x, self._velocity(self.student, 0, x, sigma, batch.student), sigma)
+        noise, sigma = self._noise(x0), sample_sigma(len(x0), self.config.sampler.shift, self.generator)
+        velocity = self._velocity(self.critic, 0, add_noise(x0, noise, sigma), sigma, batch.student)
+        loss, terms = critic_loss(velocity, noise, x0)
+        self._check_finite(terms["nonfinite"], batch.effect, None, "critic")
+        self._step(self.critic_optimizer, self.critic, loss, "critic")
+        return {"critic": float(loss.detach())}
+
+    def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows:
+        """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
+        objective, parts = self.config.objective, []
+        effects = batch.effect_rows()
+        if objective.backward_simulation and not anchor_only:
+            x, sigma = self._backward_simulation(batch)
+            parts.append((BACKWARD_SIMULATION, batch, x, sigma, objective.weights.backward_simulation))
+        if objective.target_simulation and not anchor_only and len(effects):
+            steps = draw_target_steps(len(effects), self.sigmas, self.tau.tau_max, self.generator)
+            x = add_noise(effects.target, self._noise(effects.target), self.sigmas[steps])
+            parts.append((TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
+        num_scored = sum(len(part[1]) for part in parts)
+        kind = torch.cat([torch.full((len(p[1]),), p[0]) for p in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+        score_sigma = draw_critic_sigma(kind, self.config.sampler.shift, self.tau.tau_min, self.generator)
+        anchor_target = None
+        if (objective.trajectory_anchoring or anchor_only) and len(effects):
+            sigma = draw_anchor_sigma(
+                len(effects), self.config.sampler.shift, self.generator, self._anchor_floor(batch, score_sigma)
+            )
+            noise = self._noise(effects.target)
+            anchor_target = noise - effects.target
+            x = add_noise(effects.target, noise, sigma)
+            parts.append((ANCHOR, effects, x, sigma, objective.weights.trajectory_anchoring))
+        return StudentRows(parts, num_scored, score_sigma, anchor_target)
+
+    def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
+        """The released code's lower bound of the anchoring noise: the backward simulation's critic level per sample."""
+        if self.config.objective.anchor_noise == "unrestricted" or not len(score_sigma):
+            return None
+        return score_sigma[: len(batch)][batch.effect >= 0]
+
+    @torch.no_grad()
+    def _backward_simulation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Noisy latents ``[B, T, C]`` on the student's own trajectory, and their noise levels ``[B]``."""
+        steps = draw_backward_steps(len(batch), len(self.sigmas), self.generator)
+
+        def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+            return self._velocity(self.student, 0, x, sigma, batch.student[rows])
+
+        x = simulate_to_step(velocity, self._noise(batch.target), self.sigmas, steps, self.generator)
+        return x, self.sigmas[steps]
+
+    @torch.no_grad()
+    def _score(self, rows: StudentRows, velocity: Tensor) -> Scores:
+        """Critic and teacher velocities of the re-noised predictions, in one routed pass of three rows per sample."""
+        n = len(rows.teacher)
+        x0 = velocity_to_x0(rows.x[:n], velocity[:n], rows.sigma[:n])
+        renoised = add_noise(x0, self._noise(x0), rows.score_sigma)
+        teacher_ids = torch.where(rows.effect[:n] >= 0, rows.effect[:n] + 2, -1)  # slots 0 and 1: student, critic
+        ids = torch.cat([torch.full((n,), 1), teacher_ids, teacher_ids])
+        empty = rows.teacher.with_text(self.data.empty_text.expand_as(rows.teacher.text))
+        conditioning = Conditioning.cat([rows.conditioning[slice(n)], rows.teacher, empty])
+        scores = self._routed(ids, renoised.repeat(3, 1, 1), rows.score_sigma.repeat(3), conditioning)
+        return Scores(renoised, rows.score_sigma, *scores.chunk(3))
+
+    def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """One pass over all slots, split by the memory budget ``train.scoring_rows``."""
+        limit = self.config.train.scoring_rows or len(ids)
+        chunks = [slice(i, i + limit) for i in range(0, len(ids), limit)]
+        return torch.cat([self._velocity(self.scorers, ids[c], x[c], sigma[c], conditioning[c]) for c in chunks])
+
+    def _velocity(self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        adapter_ids = torch.full((len(x),), ids) if isinstance(ids, int) else ids
+        with self.bank.route(slots, adapter_ids.to(x.device)):
+            return self.adapter.velocity(x, sigma.to(x.device), conditioning)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
+
+    def _step(self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(slots.parameters(), self.config.train.clip)
+        if not torch.isfinite(norm):
+            raise CloraError(f"update {self.update + 1}: the {name}'s gradient is not finite; lower its learning rate")
+        optimizer.step()
+
+    def _check_finite(self, nonfinite: Tensor, effect: Tensor, kind: Tensor | None, name: str) -> None:
+        if not nonfinite.any():
+            return
+        row = int(nonfinite.nonzero()[0])
+        effect_name = self.data.effects[int(effect[row])] if effect[row] >= 0 else "general stream"
+        term = name if kind is None else ("dmd_bs", "dmd_ts", "anchor")[int(kind[row])]
+        raise CloraError(
+            f"update {self.update + 1}: the {name}'s loss is not finite (effect {effect_name!r}, term {term}); "
+            "lower the learning rates, or check this effect's teacher"
+        )
+
+    def _set_learning_rate(self, stop: float) -> None:
+        """Constant, then linear to a tenth over the last 30 % of the updates or of the time."""
+        train = self.config.train
+        left = 1 - self.update / train.updates
+        if train.minutes is not None:
+            left = min(left, (stop - time.monotonic()) / (60 * train.minutes))
+        factor = min(1.0, 0.1 + 0.9 * max(left, 0.0) / 0.3)
+        for optimizer, rate in ((self.student_optimizer, train.learning_rate),
+                                (self.critic_optimizer, train.critic_learning_rate)):
+            optimizer.param_groups[0]["lr"] = rate * factor
+
+    def save(self, path: Path) -> None:
+        """Writes everything a bit-exact resume needs."""
+        tensors = {f"{name}.{i}": p for name, slots in self._trained().items() for i, p in enumerate(slots.parameters())}
+        tensors["general"] = self.sampler._general
+        optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
+        save_state(path, tensors, optimizers, {"data": self.generator}, {"update": self.update})
+
+    def load(self, path: Path) -> None:
+        """Restores a state written by ``save``."""
+        optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
+        tensors, values = load_state(path, optimizers, {"data": self.generator})
+        for name, slots in self._trained().items():
+            for i, parameter in enumerate(slots.parameters()):
+                parameter.data.copy_(tensors[f"{name}.{i}"])
+        self.sampler._general = tensors["general"]
+        self.update = int(values["update"])
+
+    def _trained(self) -> dict[str, Slots]:
+        return {STUDENT: self.student, CRITIC: self.critic}
+
+
+class StudentRows:
+    """The concatenated rows of one student forward, distribution-matching rows first.
+
+    Attributes:
+        x, sigma, kind, weight, effect, conditioning: per student row.
+        teacher: the teachers' conditioning of the rows to be scored.
+        score_sigma: ``[D]`` noise level at which each of these is scored.
+        anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
+    """
+
+    def __init__(self, parts: Sequence[tuple], num_scored: int, score_sigma: Tensor, anchor_target: Tensor | None):
+        batches = [part[1] for part in parts]
+        counts = [len(batch) for batch in batches]
+        self.x = torch.cat([part[2] for part in parts])
+        self.sigma = torch.cat([part[3] for part in parts])
+        self.kind = torch.cat([torch.full((n,), part[0]) for n, part in zip(counts, parts, strict=True)])
+        self.weight = torch.cat([torch.full((n,), float(part[4])) for n, part in zip(counts, parts, strict=True)])
+        self.effect = torch.cat([batch.effect for batch in batches])
+        self.conditioning = Conditioning.cat([batch.student for batch in batches])
+        self.teacher = Conditioning.cat([batch.teacher for batch in batches])[slice(num_scored)]
+        self.score_sigma = score_sigma
+        self.anchor_target = anchor_target
+
+
+def _adamw(slots: Slots, learning_rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0)

@@ -1,0 +1,50 @@
+"""Package metadata. Reads the version as text: neither clora nor torch is imported."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "clora" / "__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+README = ROOT / "README.md"
+
+REQUIRES = [
+    "accelerate>=1.0",  # not imported: from_pretrained uses it to load without a second copy in memory
+    "diffusers>=0.37",  # the first release with Flux2KleinPipeline
+    "huggingface_hub>=1.0",  # not imported: resolves a pipeline given by its hub id
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "peft>=0.18",  # the first release for transformers 5
+    "pillow>=10.1",  # ImageFont.load_default(size)
+    "pydantic>=2.10",  # default factories that see the other fields
+    "pyyaml>=6.0",
+    "rich>=13.8",
+    "safetensors>=0.4.5",
+    "tokenizers>=0.22",
+    "torch>=2.6",
+    "transformers>=5.0",  # the studio's text encoder and tokenizer were saved by 5
+    'triton>=3.2; platform_system == "Linux"',  # elsewhere everything runs eager
+    "typer>=0.15",
+]
+BENCH = ["pytest>=8.0", "pytest-benchmark>=5.0"]
+TEST = [*BENCH, "hypothesis>=6.100", "packaging>=23.0", "ruff>=0.9"]
+
+setup(
+    name="clora",
+    version=VERSION,
+    description="Many effect LoRAs and few-step sampling in one LoRA, for stock diffusers pipelines",
+    long_description=README.read_text("utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Two packages on purpose: the kernels live beside clora, and only clora/ops.py imports them.
+    packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
+    package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"]},
+    install_requires=REQUIRES,
+    extras_require={"test": TEST, "bench": BENCH},
+    entry_points={"console_scripts": ["clora = clora.cli:main"]},
+    zip_safe=False,
+)
