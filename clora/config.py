@@ -109,14 +109,14 @@ class SamplerConfig(_Model):
         shift: time shift of both schedules.
         integer_timesteps: truncate the student's timesteps to integers, as the released code does.
         teacher_steps: steps of a teacher that renders targets, two passes each.
-        guidance: the teachers' guidance w; 1 is none.
+        guidance: the teachers' guidance w, 0 for none (pipelines call w + 1 the guidance scale).
     """
 
     steps: Positive = 8
     shift: PositiveFloat = 3.0
     integer_timesteps: bool = False
     teacher_steps: Positive = 40
-    guidance: Annotated[float, Field(ge=1)] = 4.0
+    guidance: Annotated[float, Field(ge=0)] = 4.0
 
 
 class ObjectiveWeights(_Model):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clora.errors import CloraError
-from clora.lora.files import check_fit, check_pair, find_alpha
+from clora.lora.files import check_fit, check_pair, find_alpha, linear_shapes
 from clora.lora.keys import FileKeys, Route, routes, sort_keys, split_prefix
 from clora.lora.source import LoRASource, content_hash, open_lora
 
@@ -161,3 +162,23 @@ def _by_count(counts: Mapping[str, int]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{value} ({count})" for value, count in counts.items()) or "-"
+
+
+def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
+    """The linear layers of a pipeline folder's transformer, from its config alone; see `linear_shapes`.
+
+    Raises:
+        CloraError: no folder of a diffusers pipeline with a transformer.
+    """
+    import diffusers
+    import torch
+
+    file = Path(folder).expanduser() / "transformer" / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = getattr(diffusers, config["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{folder} is not a diffusers pipeline with a transformer ({file}: {error})"
+        raise CloraError(f"{message}; expected a folder as save_pretrained writes it") from error
+    with torch.device("meta"):
+        return linear_shapes(kind.from_config(config))

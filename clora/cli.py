@@ -1,0 +1,188 @@
+"""The command line. Each command loads what it needs when it runs, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clora.errors import CloraError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Many effect LoRAs and few-step sampling in one LoRA.\n\nStart with [bold]clora demo[/bold]: it needs no GPU, "
+    "no download and a few minutes.",
+)
+studio = typer.Typer(no_args_is_help=True, help="The small trained pipeline that ships with clora.")
+app.add_typer(studio, name="studio")
+
+Folder = Annotated[Path | None, typer.Argument(help="Studio folder; by default the one that ships with clora.")]
+
+
+def main() -> None:
+    """Runs the command line; a mistake of the user's is told without a traceback and exits with 1."""
+    try:
+        app()
+    except CloraError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        message = Text("error: ", style="bold red").append(str(error), style="not bold default")
+        Console(stderr=True).print(message, soft_wrap=True)
+        sys.exit(1)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from clora import __version__
+
+        typer.echo(f"clora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html, grid.png, metrics.json and the LoRA.")] = Path(
+        "clora-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 0,
+    effects: Annotated[str | None, typer.Option(help="Names of effects, separated by commas.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train longer and measure every row again.")] = False,
+) -> None:
+    """Distil the studio's effect LoRAs into one, measure it and write a report.
+
+    Example: [bold]clora demo --effects snow,blueprint,confetti,thermal --out my-demo[/bold]
+    """
+    names = None if effects is None else _split(effects)
+    _check_output(out)
+    from clora.demo import run_demo
+
+    run_demo(out, seed, names, full)
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="YAML file: pipeline, effects, data, student, train.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+) -> None:
+    """Distil your own LoRA files on your own pipeline.
+
+    Example: [bold]clora distill my.yaml train.updates=500 student.rank=32[/bold]
+    """
+    from clora.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    _check_output(Path(loaded.output))
+    from clora.distill import distill as run
+
+    run(loaded)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A .safetensors LoRA or a folder with one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="Pipeline folder: tell which of its layers the LoRA changes.")
+    ] = None,
+) -> None:
+    """Show a LoRA's format, modules, ranks, alphas and effective scales.
+
+    Example: [bold]clora inspect my_lora.safetensors[/bold]
+    """
+    from clora.lora.inspect import inspect_lora, pipeline_shapes, render
+
+    info = inspect_lora(path, None if pipeline is None else pipeline_shapes(pipeline))
+    if as_json:
+        typer.echo(json.dumps(info, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(info))
+    _refuse_unusable(info)
+
+
+@studio.command()
+def build(
+    folder: Folder = None,
+    stages: Annotated[str | None, typer.Option(help="Stages to run, separated by commas; by default all.")] = None,
+) -> None:
+    """Rebuild the studio from its seeds; stages that are done are passed over.
+
+    Example: [bold]clora studio build ./my-studio[/bold]
+    """
+    if folder is not None:
+        _check_output(folder)
+    from clora.studio.build import build as run
+
+    run(folder, None if stages is None else _split(stages))
+
+
+@studio.command()
+def check(folder: Folder = None) -> None:
+    """Measure the studio against its floors: the VAE, every teacher, the general edits.
+
+    Example: [bold]clora studio check[/bold]
+    """
+    from clora.studio.build import check as run
+
+    run(folder)
+
+
+@studio.command()
+def path() -> None:
+    """Print the studio's pipeline folder, for DiffusionPipeline.from_pretrained.
+
+    Example: [bold]ls $(clora studio path)[/bold]
+    """
+    from clora.studio.assets import pipeline_folder
+
+    typer.echo(str(pipeline_folder()))
+
+
+def _split(names: str) -> list[str]:
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise CloraError(f"expected names separated by commas, found {names!r}")
+    return found
+
+
+def _check_output(folder: Path) -> None:
+    """Fails before the long work rather than after it."""
+    from clora.atomic import check_writable
+
+    check_writable(folder)
+
+
+def _refuse_unusable(info: Mapping[str, Any]) -> None:
+    """An inspected file that `clora distill` would refuse is shown all the same, but the exit code tells."""
+    reasons = {
+        "it holds no LoRA module": not info["modules"],
+        "its adapter type is not supported": info["unsupported"],
+        "it has unknown keys": info["unknown_keys"],
+        "some of its modules are damaged or do not fit": info["problems"],
+        "it has modules that the pipeline lacks": info["unmatched"],
+    }
+    found = [reason for reason, is_so in reasons.items() if is_so]
+    if found:
+        raise CloraError(f"{info['file']} cannot be used as it is: {'; '.join(found)}")

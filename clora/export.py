@@ -1,0 +1,98 @@
+"""The collection: one folder that stock diffusers loads, with scheduler, prompts, provenance and a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from clora.atomic import write_atomic
+from clora.lora.save import save_diffusers_lora
+from clora.lora.state import LoRAState
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class CollectedEffect:
+    """One effect of a collection, as its user asks for it.
+
+    Attributes:
+        name: the effect.
+        prompts: the student's prompts, the first is the one to use.
+        teacher: file name of the teacher it was distilled from.
+        teacher_sha256: hash of that file.
+        license: the teacher's licence where its file says so.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    teacher: str
+    teacher_sha256: str
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What is written beside the weights.
+
+    Attributes:
+        effects: the effects.
+        base_model: folder or hub id of the pipeline.
+        pipeline_class: its class.
+        steps: passes of the few-step sampler.
+        shift: its time shift.
+        max_sequence_length: text tokens that the pipeline must be called with.
+        size: height and width it was trained at.
+        provenance: anything else worth keeping (versions, seed, config), JSON values.
+    """
+
+    effects: Sequence[CollectedEffect]
+    base_model: str
+    pipeline_class: str
+    steps: int
+    shift: float
+    max_sequence_length: int
+    size: tuple[int, int]
+    provenance: Mapping[str, object]
+
+
+def export_collection(student: LoRAState, collection: Collection, folder: Path, dtype: torch.dtype) -> Path:
+    """Writes the folder; returns it.
+
+    ``pytorch_lora_weights.safetensors`` has keys ``transformer.X.lora_A/B.weight``, uniform rank and alpha = rank, so
+    that diffusers of any version, ComfyUI and sglang read it alike; ``scheduler/`` yields the student's timesteps
+    whatever shift the pipeline passes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "clora.effects": json.dumps([asdict(effect) for effect in collection.effects]),
+        "clora.sampling": json.dumps(
+            {"steps": collection.steps, "shift": collection.shift, "guidance_scale": 1.0,
+             "max_sequence_length": collection.max_sequence_length, "size": list(collection.size)}
+        ),
+        "clora.base_model": collection.base_model,
+        "clora.provenance": json.dumps(dict(collection.provenance), default=str),
+    }
+    save_diffusers_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
+    student_scheduler(collection.shift).save_pretrained(folder / "scheduler")
+    write_atomic(folder / "README.md", model_card(collection))
+    return folder
+
+
+def student_scheduler(shift: float):
+    """diffusers' scheduler that is the few-step sampler: static shift, fresh noise at every step."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+
+
+def model_card(collection: Collection) -> str:
+    """The folder's README: what it is, how to call it in diffusers and ComfyUI, effects, prompts and licences."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
+    return environment.get_template("model_card.md.j2").render(collection=collection)

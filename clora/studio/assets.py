@@ -1,0 +1,85 @@
+"""The studio's shipped files: the pipeline, the teachers, and what was computed once from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from clora.config import make_trigger
+from clora.errors import CloraError
+from clora.studio.effects import EFFECTS
+
+ASSETS = Path(__file__).parent / "assets"
+PROVENANCE = "provenance.json"
+
+
+def assets_folder() -> Path:
+    """The folder of the shipped studio. Raises CloraError where it is incomplete."""
+    if not (ASSETS / "pipeline" / "model_index.json").exists():
+        raise CloraError(f"expected the studio in {ASSETS}, found it incomplete; run `clora studio build` or reinstall")
+    return ASSETS
+
+
+def pipeline_folder() -> Path:
+    """The folder that ``DiffusionPipeline.from_pretrained`` takes."""
+    return assets_folder() / "pipeline"
+
+
+def provenance(folder: Path) -> dict:
+    """Stage name to what its build recorded: seconds, seeds, versions, measured numbers, hashes of its files."""
+    path = folder / PROVENANCE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def student_prompts(effect: str) -> tuple[str, ...]:
+    """How the student is asked for an effect: its trigger with a description, in three phrasings."""
+    trigger, library = make_trigger(effect), EFFECTS[effect]
+    return (f"{trigger} {library.description}", f"{trigger} {library.prompt}", f"{library.description} {trigger}")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Rendered targets: ``latents [E, M, T, C]`` of each effect's sources, and the scenes' seeds ``[E][M]``."""
+
+    effects: tuple[str, ...]
+    seeds: list[list[int]]
+    latents: Tensor
+
+    def of(self, effects: Sequence[str]) -> Tensor:
+        return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])
+
+
+def load_targets(folder: Path, seeds: list[list[int]], effects: tuple[str, ...]) -> Targets:
+    """Reads the shipped targets, verified against the hash in the provenance."""
+    path = verified(folder, "targets.safetensors")
+    return Targets(effects, seeds, torch.from_numpy(load_file(path)["targets"]).float())
+
+
+def verified(folder: Path, name: str) -> Path:
+    """A shipped file whose hash is the recorded one.
+
+    Raises:
+        CloraError: the file is missing or differs.
+    """
+    recorded = {n: h for stage in provenance(folder).values() for n, h in stage.get("sha256", {}).items()}
+    path = folder / name
+    if not path.exists() or recorded.get(name) != sha256(path):
+        raise CloraError(f"{path} is missing or not the file that the build recorded; use --full or rebuild the studio")
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] as uint8."""
+    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
