@@ -32,7 +32,8 @@ def load_state(path: Path, optimizers: Mapping[str, torch.optim.Optimizer],
     """Reads a file of ``save_state``: returns its tensors and values, and restores optimizers and generators in place."""
     with safe_open(path, "pt") as file:
         values = json.loads(file.metadata()["values"])
-        flat = {key: file.get_tensor(key) for key in file.keys()}
+        keys = file.keys()
+        flat = {key: file.get_tensor(key) for key in keys}
     for name, optimizer in optimizers.items():
         _restore(optimizer, {k.split("/", 2)[2]: v for k, v in flat.items() if k.startswith(f"optimizer/{name}/")})
     for name, generator in generators.items():

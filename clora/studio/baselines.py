@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from clora.studio.vae import to_images, to_tensor
 
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
 STEPS, TEACHER_STEPS, SHIFT = 8, 40, 3.0
+MERGE_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Measured:
 
     def row(self) -> dict[str, object]:
         return summary(self.verdicts, self.general)
+
+    def to_json(self) -> dict[str, object]:
+        verdicts = {effect: [asdict(v) for v in row] for effect, row in self.verdicts.items()}
+        return {"verdicts": verdicts, "general": self.general}
 
 
 @dataclass(frozen=True)
@@ -130,13 +135,21 @@ def measure_one_lora(adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluat
 
 def measure_merges(adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], evaluation: EvaluationSet,
                    report: Report) -> dict[str, Measured]:
-    """One row per PEFT merge that takes unequal ranks, at the sum weights 1, asked with the teachers' prompts."""
+    """One row per PEFT merge that takes unequal ranks, asked with the teachers' prompts.
+
+    Each is measured at several weights per teacher and the best is kept, as its user would.
+    """
     shapes = linear_shapes(adapter.pipeline.transformer)
-    rank = sum(state.max_rank for state in teachers.values())
-    merged = {name: merge_states(list(teachers.values()), shapes, method, min(rank, 64))
-              for name, method in MERGES.items()}
-    return {name: measure_one_lora(adapter, lora, evaluation, evaluation.teacher_text, report)
-            for name, lora in merged.items()}
+    states = list(teachers.values())
+    rank = min(MERGE_RANK, sum(state.max_rank for state in states))
+
+    def best(method: str) -> Measured:
+        weights = [1.0, len(states) ** -0.5, 1 / len(states)]
+        merged = [merge_states(states, shapes, method, rank, [w] * len(states)) for w in weights]
+        rows = [measure_one_lora(adapter, lora, evaluation, evaluation.teacher_text, report) for lora in merged]
+        return max(rows, key=lambda m: m.row()["effect_accuracy"])
+
+    return {name: best(method) for name, method in MERGES.items()}
 
 
 def _measured(adapter: Flux2KleinAdapter, evaluation: EvaluationSet, latents: Tensor,

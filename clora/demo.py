@@ -1,0 +1,261 @@
+"""``clora demo``: the studio's effects become one LoRA, which a stock pipeline then runs and the judges judge."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from clora.atomic import check_writable
+from clora.config import DistillConfig
+from clora.data import DistillData
+from clora.distill import encode_student_prompts, load_pipeline, train_student
+from clora.errors import CloraError, nearest
+from clora.export import CollectedEffect, Collection, export_collection
+from clora.lora.source import content_hash
+from clora.progress import stage
+from clora.report import GridData, write_report
+from clora.studio import assets, baselines, build, teachers
+from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
+from clora.studio.edits import sample_edit
+from clora.studio.effects import EFFECTS
+from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
+from clora.studio.judges import Verdict
+from clora.studio.scenes import make_scene
+
+FIRST_GENERAL_SCENE = 400_000_000
+NUM_GENERAL = 192
+
+
+@dataclass
+class Run:
+    """What a demo has gathered so far."""
+
+    folder: Path
+    config: DistillConfig
+    seconds: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+    def record(self, update: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append((update, value))
+
+
+def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) -> Path:
+    """Distils the studio's teachers, exports, evaluates in a fresh stock pipeline and writes the report.
+
+    Args:
+        out: folder for ``report.html``, ``grid.png``, ``metrics.json`` and ``collection/``.
+        seed: of the training.
+        effects: some of the studio's teachers; the default eight for None.
+        full: train as long as it takes and recompute what the studio ships.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        CloraError: unknown effect, or the folder cannot be written.
+    """
+    names = check_effects(effects or DEFAULT_EFFECTS)
+    folder = assets.assets_folder()
+    run = Run(check_writable(out), demo_config(names, seed, None) if full else demo_config(names, seed))
+    with run.timed("load"):
+        adapter = build.studio(folder)
+        loras = teachers.load_teachers(adapter, folder / "teachers", names)
+    with run.timed("targets"):
+        data = demo_data(adapter, loras, run.config, folder, recompute=full)
+    with run.timed("train"):
+        student = train(run, adapter, loras, data)
+    with run.timed("export"):
+        collection = export_collection(student, _collection(run.config, folder), run.folder / "collection", torch.float16)
+    rows = baseline_rows(run, adapter, loras, folder, recompute=full)
+    with run.timed("evaluate"):
+        outputs, general = run_collection(run.config, folder / "pipeline", collection)
+        verdicts = judge_effects(outputs)
+        rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
+    return _report(run, rows, outputs, folder, collection)
+
+
+def check_effects(names: Sequence[str]) -> list[str]:
+    """The names, if the studio has a teacher for each. Raises CloraError naming the nearest otherwise."""
+    known = [spec.effect for spec in teachers.SPECS]
+    for name in names:
+        if name not in known:
+            raise CloraError(f"unknown effect {name!r}{nearest(name, known)}; the studio has teachers for {known}")
+    return list(dict.fromkeys(names))
+
+
+def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
+    """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
+    names = list(loras)
+    sources = build.scene_latents(adapter, build.target_seeds(1)[0])
+    targets = build.make_targets(adapter, loras) if recompute else build.shipped_targets(folder).of(names)
+    rng = np.random.default_rng([config.seed, 7])
+    seeds = [FIRST_GENERAL_SCENE + i for i in range(NUM_GENERAL)]
+    instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
+    return DistillData(
+        effects=tuple(names),
+        sources=sources.expand(len(names), *sources.shape),
+        targets=targets,
+        teacher_text=adapter.encode_prompts([effect.prompt for effect in config.effects]),
+        student_text=encode_student_prompts(adapter, config.effects),
+        general_sources=build.scene_latents(adapter, seeds),
+        general_text=adapter.encode_prompts(instructions),
+        empty_text=adapter.encode_prompts([""])[0],
+    )
+
+
+def train(run: Run, adapter, loras, data: DistillData):
+    """Trains the student under a progress bar; returns its LoRA."""
+    minutes = run.config.train.minutes
+    total = run.config.train.updates if minutes is None else int(60 * minutes)
+    start, shown = time.monotonic(), 0
+    with stage(f"distil {len(loras)} effects", total) as advance:
+
+        def report(update: int, values: Mapping[str, float]) -> None:
+            nonlocal shown
+            run.record(update, values)
+            done = update if minutes is None else min(total, int(time.monotonic() - start))
+            advance(done - shown, update=update, **values)
+            shown = done
+
+        return train_student(run.config, adapter, loras, data, report)
+
+
+def baseline_rows(run: Run, adapter, loras, folder: Path, recompute: bool) -> dict[str, dict]:
+    """Rows that do not depend on the student: the shipped ones where they fit, else measured now."""
+    shipped = json.loads(assets.verified(folder, "baselines.json").read_text())
+    names = list(loras)
+    fits = set(names) == set(DEFAULT_EFFECTS) and not recompute
+    if fits:
+        return {name: _shipped_row(row, names) for name, row in shipped.items()}
+    with run.timed("baselines"):
+        measured = build.measure_baselines(adapter, loras, names)
+    images = {f"{n}/{e}": assets.to_bytes(o[build.grid_scene(e)]) for n, m in measured.items() for e, o in m.outputs.items()}
+    return {name: {"verdicts": m.verdicts, "general": m.general, "precomputed": False,
+                   "images": {e: images[f"{name}/{e}"] for e in names}} for name, m in measured.items()}
+
+
+def _shipped_row(row: dict, names: Sequence[str]) -> dict:
+    verdicts = {name: [Verdict(**v) for v in row["verdicts"][name]] for name in names}
+    return {"verdicts": verdicts, "general": row["general"], "precomputed": True}
+
+
+def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Path):
+    """Loads the collection into a fresh stock pipeline and runs it on the held-out scenes, as its users would.
+
+    Returns:
+        Effect name to outputs ``[N, 64, 64, 3]``, and the general accuracy.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = load_pipeline(str(pipeline_folder), "cpu")
+    pipe.load_lora_weights(collection)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection / "scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    sources = held_out_sources(build.EVALUATION_SCENES)
+    cases = general_cases(build.EVALUATION_GENERAL)
+    with stage("evaluate", len(config.effects) * len(sources) + len(cases)) as advance:
+
+        def edit(image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
+            advance(1)
+            return stock_edit(pipe, config, image, prompt, seed)
+
+        outputs = {
+            effect.name: np.stack([edit(s, effect.student_prompts[0], 100 * i + j) for j, s in enumerate(sources)])
+            for i, effect in enumerate(config.effects)
+        }
+        general = general_accuracy([edit(c.source, c.edit.instruction, 9000 + i) for i, c in enumerate(cases)])
+    return outputs, general
+
+
+def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
+    """One picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
+    from PIL import Image
+
+    torch.manual_seed(seed)
+    result = pipe(
+        image=Image.fromarray(assets.to_bytes(image)), prompt=prompt, num_inference_steps=config.sampler.steps,
+        guidance_scale=1.0, height=config.data.size[0], width=config.data.size[1],
+        max_sequence_length=config.data.max_sequence_length, output_type="np",
+    )
+    return result.images[0]
+
+
+def _collection(config: DistillConfig, folder: Path) -> Collection:
+    from clora import __version__
+
+    effects = [
+        CollectedEffect(e.name, e.student_prompts, teachers.teacher_path(folder / "teachers", e.name).name,
+                        content_hash(teachers.teacher_path(folder / "teachers", e.name)), "Apache-2.0")
+        for e in config.effects
+    ]
+    return Collection(
+        effects=effects, base_model=str(folder / "pipeline"), pipeline_class="Flux2KleinPipeline",
+        steps=config.sampler.steps, shift=config.sampler.shift, max_sequence_length=config.data.max_sequence_length,
+        size=config.data.size, provenance={"clora": __version__, "seed": config.seed},
+    )
+
+
+def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:
+    names = [effect.name for effect in run.config.effects]
+    sizes = _sizes(names, folder, collection)
+    table = [
+        {"method": method, "precomputed": row["precomputed"], **sizes[method], **summary(row["verdicts"], row["general"])}
+        for method, row in rows.items()
+    ]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    metrics = {"seed": run.config.seed, "device": "cpu", "seconds": run.seconds, "peak_rss_mb": round(peak),
+               "effects": names, "rows": table}
+    best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
+    return write_report(run.folder, metrics, _grid(names, rows, outputs, folder, best), run.curves)
+
+
+def _sizes(names: Sequence[str], folder: Path, collection: Path) -> dict[str, dict[str, float]]:
+    """Files a user keeps, their megabytes, and passes per picture of each method."""
+
+    def megabytes(path: Path) -> float:
+        files = [path] if path.is_file() else path.rglob("*.safetensors")
+        return sum(file.stat().st_size for file in files) / 1e6
+
+    many = sum(megabytes(teachers.teacher_path(folder / "teachers", name)) for name in names)
+    one = round(megabytes(collection), 2)
+    merges = {name: {"files": 1, "megabytes": round(2 * one, 2), "nfe": 8} for name in baselines.MERGES}
+    return merges | {
+        "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
+        "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": 8},
+        "base": {"files": 0, "megabytes": 0.0, "nfe": 8},
+        "clora": {"files": 1, "megabytes": one, "nfe": 8},
+    }
+
+
+def _grid(names: Sequence[str], rows: dict[str, dict], outputs, folder: Path, best: str) -> GridData:
+    images = load_file(assets.verified(folder, "baselines.safetensors"))
+
+    def shown(method: str, name: str) -> np.ndarray:
+        measured = rows[method].get("images")
+        return (images[f"{method}/{name}"] if measured is None else measured[name]) / 255
+
+    def row(name: str) -> list[np.ndarray]:
+        scene = build.grid_scene(name)
+        source = held_out_sources(build.EVALUATION_SCENES)[scene]
+        exact = EFFECTS[name].apply(source, np.random.default_rng(0))
+        return [source, exact, *(shown(m, name) for m in ("teachers_80", "teachers_8", best)), outputs[name][scene]]
+
+    columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
+    return GridData(columns, tuple(names), np.stack([np.stack(row(name)) for name in names]))

@@ -1,0 +1,246 @@
+"""Rebuilding the studio from seeds: stages that can be run alone, each recorded in ``provenance.json`` when done."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from clora.atomic import check_writable, write_atomic
+from clora.distill import load_pipeline, render_targets
+from clora.errors import CloraError, nearest
+from clora.progress import stage
+from clora.studio import base, baselines, teachers, text, vae
+from clora.studio.assets import ASSETS, PROVENANCE, Targets, load_targets, provenance, sha256, to_bytes
+from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
+from clora.studio.effects import EFFECTS
+from clora.studio.evaluation import FIRST_HELD_OUT, general_accuracy, general_cases, held_out_sources
+from clora.studio.judges import Judge
+from clora.studio.scenes import make_scene, render
+
+SEED = 0
+VAE_UPDATES = 1800
+BASE_SCENES, BASE_EDITS, BASE_UPDATES = 4000, 4, 3200
+TEACHER_UPDATES = 1200
+TARGET_SOURCES = 24
+FIRST_TARGET_SCENE = 300_000_000
+EVALUATION_SCENES, EVALUATION_GENERAL = 12, 72
+FLOORS = {"vae_psnr": 30.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.9, "general_accuracy": 0.9}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``run(folder, work)`` returns the measured numbers and the files whose hashes are recorded."""
+
+    run: Callable[[Path, Path], tuple[dict[str, object], list[str]]]
+    explanation: str
+
+
+def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> None:
+    """Runs stages (default: all) and writes their results to ``folder`` (default: the package's own assets).
+
+    A stage that was cut off resumes from its last checkpoint in ``studio-build/``.
+
+    Raises:
+        CloraError: unknown stage, or the folder cannot be written.
+    """
+    folder = check_writable(folder or ASSETS)
+    for name in stages or STAGES:
+        if name not in STAGES:
+            raise CloraError(f"unknown stage {name!r}; the stages are {list(STAGES)}{nearest(name, STAGES)}")
+    for name in stages or STAGES:
+        start = time.monotonic()
+        measured, files = STAGES[name].run(folder, Path("studio-build"))
+        _record(folder, name, time.monotonic() - start, measured, files)
+
+
+def _record(folder: Path, name: str, seconds: float, measured: dict[str, object], files: list[str]) -> None:
+    import diffusers
+    import transformers
+
+    entry = {
+        "command": f"clora studio build --stages {name}",
+        "seed": SEED,
+        "seconds": round(seconds, 1),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+        "measured": measured,
+        "sha256": {file: sha256(folder / file) for file in files},
+    }
+    write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
+
+
+def _vae_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+    with stage("autoencoder", VAE_UPDATES) as advance:
+        model = vae.train_vae(VAE_UPDATES, SEED, lambda update, values: advance(1, psnr=values["psnr"]))
+    _half(model).save_pretrained(folder / "pipeline" / "vae")
+    return vae_quality(model), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
+
+
+def vae_quality(model) -> dict[str, float]:
+    """Held-out PSNR of scenes and of effects, and the judges' accuracy on exact effects after a round trip."""
+    sources = held_out_sources(4)
+    draws = {n: [e.apply(s, np.random.default_rng([i, 6])) for i, s in enumerate(sources)] for n, e in EFFECTS.items()}
+    exact = np.stack([image for row in draws.values() for image in row])
+    with torch.no_grad():
+        latents = [model.encode(chunk).latent_dist.mode() for chunk in vae.to_tensor(exact).split(32)]
+        decoded = np.concatenate([vae.to_images(model.decode(z).sample) for z in latents])
+    judges = [Judge.for_source(source, seed=100 + i) for i, source in enumerate(sources)]
+    names = [name for name in EFFECTS for _ in sources]
+    verdicts = [judges[i % len(sources)].score(image, name)
+                for i, (image, name) in enumerate(zip(decoded, names, strict=True))]
+    scenes = np.stack([render(make_scene(FIRST_HELD_OUT + i)) for i in range(48)])
+    return {
+        "vae_psnr": vae.reconstruction_psnr(model, scenes),
+        "vae_psnr_effects": vae.reconstruction_psnr(model, exact),
+        "judge_accuracy": float(np.mean([v.accurate for v in verdicts])),
+    }
+
+
+def _half(module):
+    """Rounds weights to fp16 in place and returns the module in fp16 for saving; it is loaded back as fp32."""
+    return module.half()
+
+
+def _base_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+    from diffusers import AutoencoderKLFlux2
+
+    torch.manual_seed(SEED)
+    tokenizer = text.train_tokenizer(text.prompt_corpus())
+    encoder = text.make_text_encoder(len(tokenizer))
+    autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
+    pipeline = base.make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
+    adapter = base.studio_adapter(pipeline)
+    with stage("training edits", BASE_SCENES) as advance:
+        pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
+    with stage("base model", BASE_UPDATES) as advance:
+        base.train_base(adapter, pool, BASE_UPDATES, SEED, work / "base.safetensors",
+                        lambda update, values: advance(1, **values))
+    save_pipeline(pipeline, folder / "pipeline")
+    adapter = studio(folder)
+    return {"general_accuracy": general_quality(adapter)}, [
+        "pipeline/transformer/diffusion_pytorch_model.safetensors", "pipeline/text_encoder/model.safetensors"]
+
+
+def save_pipeline(pipeline, folder: Path) -> None:
+    """Saves the pipeline with fp16 weights."""
+    for component in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
+        component.half()
+    pipeline.save_pretrained(folder)
+
+
+def studio(folder: Path):
+    """The adapter of a built studio."""
+    return base.studio_adapter(load_pipeline(str(folder / "pipeline"), "cpu"))
+
+
+def general_quality(adapter) -> float:
+    """Accuracy of the base on held-out general edits, 40 guided steps."""
+    from clora.generation import Generator
+
+    evaluation = baselines.EvaluationSet.encode(adapter, DEFAULT_EFFECTS[:1], 1, EVALUATION_GENERAL)
+    count = len(general_cases(EVALUATION_GENERAL))
+    passes = 2 * baselines.TEACHER_STEPS * count
+    with stage("general edits", passes) as advance:
+        generator = Generator(adapter, None, None, baselines.SHIFT, report=advance)
+        latents = generator.guided_euler(torch.zeros(count, dtype=torch.int64), evaluation.general,
+                                         evaluation.empty_text, [8_000_000 + i for i in range(count)],
+                                         baselines.TEACHER_STEPS, GUIDANCE)
+    return general_accuracy(vae.to_images(adapter.decode(latents)))
+
+
+def _teacher_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+    adapter = studio(folder)
+    with stage("teachers", TEACHER_UPDATES) as advance:
+        trained = teachers.train_teachers(adapter, TEACHER_UPDATES, SEED, lambda u, values: advance(1, **values))
+    out = folder / "teachers"
+    paths = [teachers.save_teacher(spec, trained[spec.effect], out) for spec in teachers.SPECS]
+    files = [p if p.is_file() else p / "adapter_model.safetensors" for p in paths]
+    return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
+
+
+def target_seeds(num_effects: int) -> list[list[int]]:
+    """Scene seeds ``[E][M]`` of the distillation's sources, the same scenes for every effect."""
+    return [[FIRST_TARGET_SCENE + i for i in range(TARGET_SOURCES)]] * num_effects
+
+
+def scene_latents(adapter, seeds: Sequence[int]) -> torch.Tensor:
+    """Encoded scenes ``[M, T, C]``."""
+    return adapter.encode_images(vae.to_tensor(np.stack([render(make_scene(seed)) for seed in seeds])))
+
+
+def _target_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+    adapter = studio(folder)
+    names = [spec.effect for spec in teachers.SPECS]
+    latents = make_targets(adapter, teachers.load_teachers(adapter, folder / "teachers", names))
+    save_file({"targets": latents.half().numpy()}, folder / "targets.safetensors")
+    return {"sources_per_effect": TARGET_SOURCES}, ["targets.safetensors"]
+
+
+def make_targets(adapter, loras) -> torch.Tensor:
+    """Every teacher's render of its sources: ``[E, M, T, C]``."""
+    names = list(loras)
+    sources = torch.stack([scene_latents(adapter, row) for row in target_seeds(len(names))])
+    prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in names])
+    passes = 2 * baselines.TEACHER_STEPS * len(names) * TARGET_SOURCES
+    with stage("render targets", passes) as advance:
+        return render_targets(adapter, loras, sources, prompts, adapter.encode_prompts([""])[0],
+                              demo_config(names, SEED), advance)
+
+
+def shipped_targets(folder: Path) -> Targets:
+    names = tuple(spec.effect for spec in teachers.SPECS)
+    return load_targets(folder, target_seeds(len(names)), names)
+
+
+def _baseline_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+    adapter = studio(folder)
+    every = [spec.effect for spec in teachers.SPECS]
+    loras = teachers.load_teachers(adapter, folder / "teachers", every)
+    rows, images = {}, {}
+    for name, measured in measure_baselines(adapter, loras, list(DEFAULT_EFFECTS)).items():
+        rows[name] = measured.to_json()
+        images |= {f"{name}/{effect}": to_bytes(outputs[grid_scene(effect)])
+                   for effect, outputs in measured.outputs.items()}
+    write_atomic(folder / "baselines.json", json.dumps(rows) + "\n")
+    save_file(images, folder / "baselines.safetensors")
+    measured = {effect: float(np.mean([v["accurate"] for v in verdicts]))
+                for effect, verdicts in rows["teachers_80"]["verdicts"].items()}
+    return {"teacher_accuracy": measured, "guidance": GUIDANCE}, ["baselines.json", "baselines.safetensors"]
+
+
+def grid_scene(effect: str) -> int:
+    """Which held-out scene shows an effect in the grid of pictures."""
+    return [spec.effect for spec in teachers.SPECS].index(effect) % EVALUATION_SCENES
+
+
+def measure_baselines(adapter, loras, merged: list[str]) -> dict[str, baselines.Measured]:
+    """All rows that do not depend on the student; the merges are of the effects ``merged``."""
+    evaluation = baselines.EvaluationSet.encode(adapter, list(loras), EVALUATION_SCENES, EVALUATION_GENERAL)
+    few = baselines.EvaluationSet.encode(adapter, merged, EVALUATION_SCENES, EVALUATION_GENERAL)
+    n = len(evaluation.ids)
+    m = len(few.ids) + EVALUATION_GENERAL
+    passes = n * (2 * baselines.TEACHER_STEPS + 2 * baselines.STEPS) + (3 * len(baselines.MERGES) + 1) * m * baselines.STEPS
+    with stage("baselines", passes) as advance:
+        rows = baselines.measure_teachers(adapter, loras, evaluation, GUIDANCE, advance)
+        rows |= baselines.measure_merges(adapter, {e: loras[e] for e in merged}, few, advance)
+        rows["base"] = baselines.measure_one_lora(adapter, None, few, few.student_text, advance)
+    return rows
+
+
+STAGES: dict[str, Stage] = {
+    "vae": Stage(_vae_stage, "the image autoencoder"),
+    "base": Stage(_base_stage, "the base model and its text encoder"),
+    "teachers": Stage(_teacher_stage, "twelve effect LoRAs"),
+    "targets": Stage(_target_stage, "the teachers' renders that the student learns from"),
+    "baselines": Stage(_baseline_stage, "what the student is compared with"),
+}

@@ -1,0 +1,37 @@
+"""Settings of the demo: which effects, the studio's guidance, and a budget that fits two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clora.config import DistillConfig, EffectConfig
+from clora.studio.assets import student_prompts
+from clora.studio.effects import EFFECTS
+from clora.studio.scenes import SIZE
+from clora.studio.text import MAX_SEQUENCE_LENGTH
+
+GUIDANCE = 1.0
+DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "cartoon", "vignette", "confetti", "snow")
+DEFAULT_MINUTES = 5.0
+
+
+def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAULT_MINUTES) -> DistillConfig:
+    """The demo's configuration for some of the studio's effects; ``minutes`` None is the full run."""
+    return DistillConfig.model_validate(
+        {
+            "pipeline": "studio",
+            "output": "clora-demo",
+            "effects": tuple(_effect(name) for name in effects),
+            "data": {"sources": "studio", "size": (SIZE, SIZE), "max_sequence_length": MAX_SEQUENCE_LENGTH,
+                     "general_instructions": ("studio",)},
+            "student": {"rank": 32, "init": "merge"},
+            "sampler": {"guidance": GUIDANCE},
+            "train": {"updates": 100_000 if minutes else 6000, "anchor_updates": 400, "critic_ratio": 2,
+                      "batch_size": 8, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "minutes": minutes},
+            "seed": seed,
+        }
+    )
+
+
+def _effect(name: str) -> EffectConfig:
+    return EffectConfig(name=name, lora=name, prompt=EFFECTS[name].prompt, student_prompts=student_prompts(name))

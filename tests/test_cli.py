@@ -1,0 +1,184 @@
+"""The command line: what reaches the engine, and that every mistake is one line and exit code 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import clora
+from clora.cli import main
+
+CONFIG = """
+pipeline: base
+output: {out}
+effects: [{{name: snow, lora: a.safetensors, prompt: make it snow}}]
+data: {{sources: photos, size: [64, 64], general_instructions: [brighten it]}}
+student: {{rank: 8}}
+train: {{updates: 10}}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Returns run(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["clora", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Returns engine(module, function): replaces the module and collects the arguments of its function's calls."""
+
+    def fake(module, function):
+        calls = []
+        made = ModuleType(module)
+        setattr(made, function, lambda *arguments: calls.append(arguments) or Path("/studio"))
+        monkeypatch.setitem(sys.modules, module, made)
+        return calls
+
+    return fake
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A small readable LoRA file."""
+    tensors = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 16),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(16, 4),
+    }
+    save_file(tensors, tmp_path / "good.safetensors")
+    return tmp_path / "good.safetensors"
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("distill",), ("inspect",), ("studio",), ("studio", "build")])
+def test_help(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert "Usage" in out
+    assert command == ("studio",) or "Example" in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"clora {clora.__version__}\n", "")
+
+
+def test_usage_error(run):
+    code, _, err = run("demo", "--sed", "1")
+    assert code == 2
+    assert "--seed" in err
+
+
+def test_inspect(run, lora):
+    code, out, err = run("inspect", lora)
+    assert (code, err) == (0, "")
+    assert "diffusers" in out
+    code, out, _ = run("inspect", lora.parent, "--json")
+    assert code == 0
+    assert json.loads(out)["ranks"] == {"4": 1}
+
+
+def test_inspect_against_a_pipeline(run, lora, tmp_path):
+    code, _, err = run("inspect", lora, "--pipeline", tmp_path)
+    assert code == 1
+    assert "not a diffusers pipeline" in err
+
+
+def test_inspect_shows_and_refuses_an_unusable_file(run, tmp_path):
+    file = tmp_path / "bad.safetensors"
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.lora_A.weight": torch.ones(4, 16), f"{name}.lora_B.weight": torch.ones(16, 3)}, file)
+    code, out, err = run("inspect", file, "--json")
+    assert code == 1
+    assert "rank mismatch" in json.loads(out)["problems"][0]
+    assert err.startswith("error: ")
+    assert "damaged or do not fit" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.safetensors", None, "does not exist"),
+        ("empty.safetensors", b"", "corrupt or truncated"),
+        ("lora.pt", b"x", "is a pickle"),
+        ("lora.txt", b"x", "not a .safetensors file"),
+    ],
+)
+def test_inspect_bad_file(run, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, out, err = run("inspect", tmp_path / name)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_message_is_never_markup(run, tmp_path):
+    err = run("inspect", tmp_path / "[red]x[/].safetensors")[2]
+    assert "[red]x[/].safetensors" in err
+
+
+def test_demo_arguments(run, engine, tmp_path):
+    calls = engine("clora.demo", "run_demo")
+    assert run("demo", "--out", tmp_path / "o", "--seed", 3, "--effects", "a, b", "--full")[0] == 0
+    assert calls == [(tmp_path / "o", 3, ["a", "b"], True)]
+
+
+def test_demo_bad_input(run, engine, tmp_path):
+    calls = engine("clora.demo", "run_demo")
+    (tmp_path / "file").write_text("x")
+    code, _, err = run("demo", "--out", tmp_path / "file")
+    assert (code, "is a file" in err) == (1, True)
+    code, _, err = run("demo", "--out", tmp_path / "o", "--effects", " , ")
+    assert (code, "expected names" in err) == (1, True)
+    assert calls == []
+    assert not (tmp_path / "o").exists()
+
+
+def test_distill(run, engine, tmp_path):
+    calls = engine("clora.distill", "distill")
+    file = tmp_path / "c.yaml"
+    file.write_text(CONFIG.format(out=tmp_path / "out"))
+    assert run("distill", file, "train.updates=5", "seed=2")[0] == 0
+    ((config,),) = calls
+    assert (config.train.updates, config.seed) == (5, 2)
+
+
+def test_distill_bad_input(run, engine, tmp_path):
+    calls = engine("clora.distill", "distill")
+    file = tmp_path / "c.yaml"
+    code, _, err = run("distill", file)
+    assert (code, "does not exist" in err) == (1, True)
+    file.write_text(CONFIG.format(out=file))
+    code, _, err = run("distill", file, "train.updats=5")
+    assert (code, "did you mean 'updates'" in err) == (1, True)
+    code, _, err = run("distill", file)
+    assert (code, "is a file" in err) == (1, True)
+    assert calls == []
+
+
+def test_studio(run, engine, tmp_path):
+    builds = engine("clora.studio.build", "build")
+    assert run("studio", "build", tmp_path, "--stages", "vae,base")[0] == 0
+    assert run("studio", "build")[0] == 0
+    assert builds == [(tmp_path, ["vae", "base"]), (None, None)]
+    checks = engine("clora.studio.build", "check")
+    assert run("studio", "check")[0] == 0
+    assert checks == [(None,)]
+    engine("clora.studio.assets", "pipeline_folder")
+    assert run("studio", "path") == (0, "/studio\n", "")

@@ -1,0 +1,162 @@
+"""Config files: what is read, and what is said about everything wrong in them."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from clora.config import dump_config, general_instructions, load_config, make_trigger, parse_config
+from clora.errors import CloraError
+
+TEXT = """
+pipeline: base
+output: out
+effects:
+  - {name: snow fall, lora: a.safetensors, prompt: make it snow}
+  - {name: comic, lora: b, prompt: draw it, trigger: <c>, student_prompts: [<c> one, <c> two]}
+data: {sources: photos, size: [64, 96], general_instructions: [brighten it]}
+student: {rank: 8}
+train: {updates: 10, learning_rate: 1e-3}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Returns load(*overrides, text=TEXT)."""
+
+    def run(*overrides, text=TEXT):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return run
+
+
+def test_defaults_and_values(load):
+    config = load()
+    snow, comic = config.effects
+    assert snow.trigger == make_trigger("snow fall")
+    assert snow.student_prompts == (f"{snow.trigger} make it snow",)
+    assert comic.student_prompts == ("<c> one", "<c> two")
+    assert config.data.size == (64, 96)
+    assert config.train.learning_rate == 1e-3  # without a dot, which plain YAML would read as text
+    assert (config.sampler.steps, config.sampler.shift, config.objective.tau_rule) == (8, 3.0, "paper")
+
+
+def test_trigger_is_deterministic_and_unique():
+    assert make_trigger("snow fall") == "<snow_fall_Xe4025>"
+    names = [f"effect {i}" for i in range(2000)] + ["snow-fall", "snow fall", "été"]
+    assert len({make_trigger(name) for name in names}) == len(names)
+
+
+def test_overrides(load):
+    config = load("train.updates=7", "sampler.steps=4", "effects.1.lora=x.safetensors", "data.size=[32, 32]")
+    assert (config.train.updates, config.sampler.steps) == (7, 4)
+    assert (config.effects[1].lora, config.data.size) == ("x.safetensors", (32, 32))
+
+
+def test_unset_trigger_means_default(load):
+    assert load("effects.1.trigger=null", "effects.1.student_prompts=[]").effects[1].trigger == make_trigger("comic")
+
+
+def test_dump_reads_back_equal(load):
+    config = load("objective.dual_stream=false", "train.minutes=2.5", "student.targets=[to_q]")
+    assert parse_config(dump_config(config)) == config
+
+
+def test_frozen(load):
+    with pytest.raises(ValidationError):
+        load().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.updats=4", r"train\.updats: unknown key; did you mean 'updates'"),
+        ("effects.0.promt=x", r"effects\.0\.promt: unknown key; did you mean 'prompt'"),
+        ("objective.weights.anchoring=1", r"objective\.weights\.anchoring: unknown key"),
+        ("zzz=1", "zzz: unknown key; expected one of pipeline, output"),
+        ("train.updates='9'", r"train\.updates: expected a whole number, found '9' \(text\)"),
+        ("train.updates=2.5", r"train\.updates: expected a whole number, found 2\.5"),
+        ("seed=true", r"seed: expected a whole number, found True \(true or false\)"),
+        ("objective.dual_stream=1", r"objective\.dual_stream: expected true or false"),
+        ("data.sources=", r"data\.sources: expected text, found nothing"),
+        ("data.size=[1, 2, 3]", r"data\.size: expected at most 2 items, found a list of 3"),
+        ("data.general_instructions=5", r"expected a list or text, found 5 \(a number\)"),
+        ("sampler=4", r"sampler: expected a section of keys, found 4"),
+        ("student.rank=0", r"student\.rank: expected greater than or equal to 1, found 0"),
+        ("sampler.steps=0", r"sampler\.steps"),
+        ("objective.switch_probability=1.5", r"objective\.switch_probability: expected less than or equal to 1"),
+        ("train.minutes=.inf", r"train\.minutes: expected a finite number"),
+        ("train.anchor_updates=11", r"anchor_updates \(11\) is above updates \(10\)"),
+        ("student.init=random", r"student\.init: expected 'zero' or 'merge', found 'random'"),
+        ("device=gpu", "device: expected auto, cpu"),
+        ("effects=[]", r"effects: expected at least 1 item"),
+        ("effects.1.name=snow fall", "two effects have the name 'snow fall'"),
+        ("effects.1.trigger=<snow_fall_Xe4025>", "two effects have the trigger '<snow_fall_Xe4025>'"),
+        ("effects.0.targets=there", r"effects\.0: targets needs sources"),
+        ("data.general_instructions=[]", r"needs data\.general_instructions"),
+        ("effects.2.name=x", "expected an entry from 0 to 1, found '2'"),
+        ("pipeline.x=1", "'x' is inside text"),
+        ("train.updates", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("seed=[1", "override 'seed=.*not valid YAML"),
+    ],
+)
+def test_wrong_value(load, override, message):
+    with pytest.raises(CloraError, match=message):
+        load(override)
+
+
+def test_all_parts_off(load):
+    off = [f"objective.{part}=false" for part in ("backward_simulation", "target_simulation")]
+    assert load(*off).objective.trajectory_anchoring
+    for last in ("objective.trajectory_anchoring=false", "objective.weights.trajectory_anchoring=0"):
+        with pytest.raises(CloraError, match="nothing left to train on"):
+            load(*off, last)
+
+
+def test_every_problem_is_listed(load):
+    with pytest.raises(CloraError) as caught:
+        load("train.updats=4", "student.rank=x", "effects.0.name=")
+    assert "3 problems" in str(caught.value)
+    for path in ("train.updats", "student.rank", "effects.0.name"):
+        assert f"  {path}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a mapping of keys to values, found nothing"),
+        ("- a", "found a list"),
+        ("pipeline: a\noutput: [b", "c.yaml line 2: not valid YAML"),
+        ("pipeline: a\npipeline: b", "line 2: .*'pipeline' is given twice"),
+        ("pipeline: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("a: &x [*x]", "not a plain tree"),
+        ("pipeline: a", r"train: missing; expected training"),
+    ],
+)
+def test_malformed_file(load, text, message):
+    with pytest.raises(CloraError, match=message):
+        load(text=text)
+
+
+def test_missing_and_binary_file(tmp_path):
+    with pytest.raises(CloraError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CloraError, match="cannot be read as text"):
+        load_config(tmp_path / "b.yaml")
+
+
+def test_general_instructions(load, tmp_path):
+    assert general_instructions(load().data) == ("brighten it",)
+    file = tmp_path / "lines.txt"
+    data = load(f"data.general_instructions={file}").data
+    with pytest.raises(CloraError, match="cannot be read"):
+        general_instructions(data)
+    file.write_text("\n")
+    with pytest.raises(CloraError, match="is empty"):
+        general_instructions(data)
+    file.write_text("one\n\n two \n")
+    assert general_instructions(data) == ("one", "two")

@@ -1,0 +1,96 @@
+"""The order of imports: every module may use its own layer and those below, never one above."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the bottom up; a name stands for the module and everything in it.
+LAYERS = (
+    {"clora.errors", "clora.ops"},
+    {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.progress"},
+    {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
+    {"clora.adapter_bank", "clora.models", "clora.objective", "clora.sampling"},
+    {"clora.studio"},
+    set(),  # applications: distill, demo, the studio's build and every module that is not listed here
+    {"clora.cli"},
+)
+APPLICATIONS = 5
+# Modules of a lower package that are themselves applications.
+BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.evaluate")
+# Tensors and callables only: these never see a model, a bank or a config.
+PURE = ("clora.flow_matching", "clora.objective", "clora.sampling")
+PURE_MAY_USE = {"clora.errors", "clora.ops", "clora.flow_matching"}
+
+
+def module_name(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(module):
+    if module.startswith(BUILD):
+        return APPLICATIONS
+    for index, layer in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in layer):
+            return index
+    return APPLICATIONS
+
+
+def imports_of(file):
+    """Absolute module names that a file imports, inside functions too, but not those for type checkers alone."""
+    tree = ast.parse(file.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if is_module(name) else node.module for name in inner)
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+MODULES = {module_name(file): file for file in sorted((ROOT / "clora").rglob("*.py"))}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "clora"])
+def test_imports_go_downwards(module):
+    used = {name for name in imports_of(MODULES[module]) if name.startswith("clora.")}
+    above = {name for name in used if layer_of(name) > layer_of(module)}
+    assert not above, f"{module} (layer {layer_of(module)}) imports {above}"
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_maths_takes_tensors_only(module):
+    used = {name for name in imports_of(MODULES[module]) if name.startswith("clora.")}
+    assert used <= PURE_MAY_USE
+
+
+def test_only_ops_imports_the_kernels():
+    users = {name for name, file in MODULES.items() if any(i.startswith("csrc_triton") for i in imports_of(file))}
+    assert users == {"clora.ops"}
+
+
+def test_kernels_do_not_import_clora():
+    for file in (ROOT / "csrc_triton").rglob("*.py"):
+        assert not any(name.startswith("clora") for name in imports_of(file)), file
+
+
+def test_heavy_libraries_are_imported_inside_functions():
+    """So that a command which does not need them starts at once."""
+    for module, file in MODULES.items():
+        top = ast.parse(file.read_text("utf-8")).body
+        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+        heavy = {name for name in names if name.partition(".")[0] in ("diffusers", "transformers", "peft", "matplotlib")}
+        assert not heavy, f"{module} imports {heavy} at its top"

@@ -1,0 +1,117 @@
+"""What is installed: metadata that matches the imports, and an import that costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import clora
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+# Needed at run time without an import: see the comments in setup.py.
+NOT_IMPORTED = {"accelerate", "huggingface-hub", "triton"}
+
+
+@pytest.fixture(scope="module")
+def metadata():
+    """The arguments that setup.py gives to setuptools."""
+    setuptools = pytest.importorskip("setuptools")
+    given = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", given.update)
+        patch.chdir(ROOT)
+        runpy.run_path(str(ROOT / "setup.py"))
+    return given
+
+
+def source_files():
+    return [file for package in ("clora", "csrc_triton") for file in (ROOT / package).rglob("*.py")]
+
+
+def imported_packages():
+    """Top-level packages imported anywhere in clora and csrc_triton, inside functions too."""
+    found = set()
+    for file in source_files():
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"clora", "csrc_triton"}
+
+
+def test_requirements_are_what_is_imported(metadata):
+    required = {canonicalize_name(Requirement(line).name) for line in metadata["install_requires"]}
+    imported = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported_packages()}
+    assert imported <= required
+    assert required - imported <= NOT_IMPORTED
+
+
+def test_constraints_pin_every_requirement_within_its_range(metadata):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): next(iter(pin.specifier)) for pin in pins}
+    assert all(pin.operator == "==" and "+" not in pin.version for pin in pinned.values())
+    lists = [metadata["install_requires"], *metadata["extras_require"].values()]
+    required = [Requirement(line) for lines in lists for line in lines]
+    assert {canonicalize_name(requirement.name) for requirement in required} == set(pinned)
+    for requirement in required:
+        assert pinned[canonicalize_name(requirement.name)].version in requirement.specifier
+
+
+def test_every_source_folder_is_packaged(metadata):
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in source_files()}
+    assert folders == set(metadata["packages"])
+
+
+def test_version_and_entry_point(metadata):
+    assert metadata["version"] == clora.__version__
+    assert metadata["entry_points"] == {"console_scripts": ["clora = clora.cli:main"]}
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_data_files_are_packaged(metadata):
+    patterns = metadata["package_data"]["clora"]
+    kept = {file for pattern in patterns for file in (ROOT / "clora").glob(pattern)}
+    for name in ("py.typed", "templates/report.html.j2"):
+        assert ROOT / "clora" / name in kept
+
+
+def test_import_is_lazy_and_quick():
+    """Under 0.3 s beyond Python, for the command line too; measured as CPU time, which a busy machine does not change."""
+    code = (
+        "import sys, time; start = time.process_time(); import clora; dir(clora); took = time.process_time() - start\n"
+        "import clora.cli\n"
+        "print(took, sorted({'torch', 'diffusers', 'transformers', 'triton', 'csrc_triton'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    took, _, loaded = out.strip().partition(" ")
+    assert float(took) < 0.3
+    assert loaded == "[]"
+
+
+def test_public_names():
+    from clora.config import load_config
+
+    assert clora.load_config is load_config
+    assert set(clora.__all__) <= set(dir(clora))
+    for name in clora.__all__:
+        assert getattr(clora, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = clora.nothing
+
+
+def test_ci_uses_the_same_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^pip install --quiet -c constraints.txt -e '\.\[test\]'$", script, re.MULTILINE)
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
