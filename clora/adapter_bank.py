@@ -40,9 +40,7 @@ class Slots:
         return torch.tensor([-1 if name is None else self._index(name) for name in names], device=device)
 
     def _index(self, name: str) -> int:
-        if name not in self.names:
-            raise CloraError(f"unknown adapter {name!r}; the bank has {list(self.names)}{nearest(name, self.names)}")
-        return self.names.index(name)
+        return _index(name, self.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +66,14 @@ class AdapterBank:
     def __init__(self, transformer: nn.Module, states: Mapping[str, LoRAState]):
         if not states:
             raise CloraError("expected at least one LoRA for the bank, found none")
+        modules = list(dict.fromkeys(m for state in states.values() for m in state.modules))
+        _check_modules(transformer, modules)
         self.transformer = transformer
         self.names = tuple(states)
         self.routing: Routing | None = None
         self._layers: dict[str, RoutedLinear] = {}
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
-        for module in dict.fromkeys(m for state in states.values() for m in state.modules):
+        for module in modules:
             base = transformer.get_submodule(module)
             self._stacks[module] = _stack(base, [state.modules.get(module) for state in states.values()])
             self._layers[module] = RoutedLinear(base, module, self)
@@ -83,10 +83,10 @@ class AdapterBank:
         """A range of neighbouring slots (default: all), its factors cut to ``rank`` and set to take gradients or not.
 
         Raises:
-            CloraError: the names are not neighbours in the bank's order.
+            CloraError: a name is unknown, or the names are not neighbours in the bank's order.
         """
         names = tuple(self.names if names is None else names)
-        first = self.names.index(names[0])
+        first = _index(names[0], self.names)
         if self.names[first : first + len(names)] != names:
             raise CloraError(f"expected neighbouring slots of {list(self.names)}, found {list(names)}")
         rows = slice(first, first + len(names))
@@ -109,7 +109,7 @@ class AdapterBank:
 
     def state(self, name: str, rank: int | None = None) -> LoRAState:
         """A copy of one slot as a LoRA, its factors cut to ``rank``."""
-        i = self.names.index(name)
+        i = _index(name, self.names)
         modules = {
             module: LoRAModule(a[i, :rank].detach().clone(), b[i, :, :rank].detach().clone())
             for module, (a, b) in self._stacks.items()
@@ -140,6 +140,18 @@ class RoutedLinear(nn.Module):
         scale = torch.ones(len(a), device=x.device)
         y = multi_lora_linear(rows, self.base.weight, self.base.bias, a, b, scale, routing.adapter_ids)
         return y if x.ndim == 3 else y.squeeze(1)
+
+
+def _index(name: str, names: tuple[str, ...]) -> int:
+    if name not in names:
+        raise CloraError(f"unknown adapter {name!r}; the bank has {list(names)}{nearest(name, names)}")
+    return names.index(name)
+
+
+def _check_modules(transformer: nn.Module, modules: Sequence[str]) -> None:
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for name in sorted(set(modules) - set(linear)):
+        raise CloraError(f"the transformer has no linear layer {name!r}{nearest(name, linear)}")
 
 
 def _stack(base: nn.Linear, modules: Sequence[LoRAModule | None]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,9 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise CloraError(f"{path} cannot be written: {error.strerror or error}; choose another output folder") from error
+        raise CloraError(
+            f"{path} cannot be written: {error.strerror or error}; choose another output folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -56,7 +56,8 @@ def list_images(folder: str | Path) -> list[Path]:
 def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
     """One image as fp32 ``[3, H, W]`` in [-1, 1]; see `load_images`."""
     height, width = size
-    image = ImageOps.fit(_open_rgb(Path(file)), (width, height), Image.Resampling.LANCZOS)
+    # Cropped first: resizing out of a box (ImageOps.fit) mixes in pixels from beyond the crop.
+    image = _crop(_open_rgb(Path(file)), width / height).resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.float().div(127.5).sub(1).contiguous()
 
@@ -100,6 +101,14 @@ def _open_rgb(file: Path) -> Image.Image:
         raise CloraError(f"{file} is enormous: {error}; expected at most {MAX_PIXELS // 10**6} megapixels") from error
     except Exception as error:  # decoders of damaged files raise whatever they meet: struct, zlib, value errors
         raise CloraError(f"{file} is a damaged image ({error}). Remove or replace it") from error
+
+
+def _crop(image: Image.Image, aspect: float) -> Image.Image:
+    """The largest centred part of an image with `aspect` = width / height."""
+    width = min(image.width, max(1, round(image.height * aspect)))
+    height = min(image.height, max(1, round(image.width / aspect)))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _check_pixels(file: Path, width: int, height: int) -> None:

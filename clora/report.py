@@ -156,7 +156,11 @@ def _render(metrics: Mapping[str, Any], grid: GridData, curves: Mapping[str, Cur
 
     folder = Path(__file__).parent / "templates"
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
         metrics=metrics,
@@ -235,7 +239,9 @@ def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _grid(grid: GridData) -> list[tuple[str, list[str]]]:
     pixels = grid.pixels()
-    return [(name, [_data_uri(encode_png(image)) for image in row]) for name, row in zip(grid.rows, pixels, strict=True)]
+    return [
+        (name, [_data_uri(encode_png(image)) for image in row]) for name, row in zip(grid.rows, pixels, strict=True)
+    ]
 
 
 def _curves(curves: Mapping[str, Curve]) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from clora.objective import (
     draw_target_steps,
 )
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
-from clora.sampling import simulate_to_step
+from clora.sampling import guided, simulate_to_step
 
 STUDENT, CRITIC = "student", "critic"
 Report = Callable[[int, Mapping[str, float]], None]
@@ -97,6 +97,8 @@ class DistillTrainer:
     def student_step(self, batch: Batch, anchor_only: bool = False) -> dict[str, float]:
         """One update of the student by the coarse-to-fine objective (method.md section 4c)."""
         rows = self._student_rows(batch, anchor_only)
+        if rows is None:
+            return dict.fromkeys(("dmd_bs", "dmd_ts", "anchor", "loss"), 0.0)
         velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
         scores = self._score(rows, velocity.detach()) if len(rows.teacher) else None
         loss, terms = coarse_to_fine_loss(
@@ -119,8 +121,11 @@ class DistillTrainer:
         self._step(self.critic_optimizer, self.critic, loss, "critic")
         return {"critic": float(loss.detach())}
 
-    def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows:
-        """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
+    def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows | None:
+        """The rows of one student forward: backward simulation, target simulation, trajectory anchoring.
+
+        None where there are none: a batch of the general stream alone, backward simulation being off.
+        """
         objective, parts = self.config.objective, []
         effects = batch.effect_rows()
         if objective.backward_simulation and not anchor_only:
@@ -142,11 +147,12 @@ class DistillTrainer:
             anchor_target = noise - effects.target
             x = add_noise(effects.target, noise, sigma)
             parts.append((ANCHOR, effects, x, sigma, objective.weights.trajectory_anchoring))
-        return StudentRows(parts, num_scored, score_sigma, anchor_target)
+        return StudentRows(parts, num_scored, score_sigma, anchor_target) if parts else None
 
     def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
         """The released code's lower bound of the anchoring noise: the backward simulation's critic level per sample."""
-        if self.config.objective.anchor_noise == "unrestricted" or not len(score_sigma):
+        objective = self.config.objective
+        if objective.anchor_noise == "unrestricted" or not objective.backward_simulation or not len(score_sigma):
             return None
         return score_sigma[: len(batch)][batch.effect >= 0]
 
@@ -172,7 +178,15 @@ class DistillTrainer:
         empty = rows.teacher.with_text(self.data.empty_text.expand_as(rows.teacher.text))
         conditioning = Conditioning.cat([rows.conditioning[slice(n)], rows.teacher, empty])
         scores = self._routed(ids, renoised.repeat(3, 1, 1), rows.score_sigma.repeat(3), conditioning)
-        return Scores(renoised, rows.score_sigma, *scores.chunk(3))
+        critic, teacher, uncond = scores.chunk(3)
+        if self.config.objective.norm_rescale:
+            teacher = uncond = self._rescaled(teacher, uncond)
+        return Scores(renoised, rows.score_sigma, critic, teacher, uncond)
+
+    def _rescaled(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Guided teacher velocity, each token scaled to the norm of the conditional one, as Qwen's pipeline does."""
+        v = guided(cond, uncond, self.config.sampler.guidance)
+        return v * (cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One pass over all slots, split by the memory budget ``train.scoring_rows``."""
@@ -253,13 +267,15 @@ class StudentRows:
         batches = [part[1] for part in parts]
         counts = [len(batch) for batch in batches]
         self.x = torch.cat([part[2] for part in parts])
-        self.sigma = torch.cat([part[3] for part in parts])
-        self.kind = torch.cat([torch.full((n,), part[0]) for n, part in zip(counts, parts, strict=True)])
-        self.weight = torch.cat([torch.full((n,), float(part[4])) for n, part in zip(counts, parts, strict=True)])
+        device = self.x.device
+        self.sigma = torch.cat([part[3] for part in parts]).to(device)
+        self.kind = torch.cat([torch.full((n,), part[0]) for n, part in zip(counts, parts, strict=True)]).to(device)
+        weights = [torch.full((n,), float(part[4])) for n, part in zip(counts, parts, strict=True)]
+        self.weight = torch.cat(weights).to(device)
         self.effect = torch.cat([batch.effect for batch in batches])
         self.conditioning = Conditioning.cat([batch.student for batch in batches])
         self.teacher = Conditioning.cat([batch.teacher for batch in batches])[slice(num_scored)]
-        self.score_sigma = score_sigma
+        self.score_sigma = score_sigma.to(device)
         self.anchor_target = anchor_target
 
 

@@ -113,7 +113,8 @@ def test_inspect_shows_and_refuses_an_unusable_file(run, tmp_path):
     ("name", "content", "message"),
     [
         ("none.safetensors", None, "does not exist"),
-        ("empty.safetensors", b"", "corrupt or truncated"),
+        ("empty.safetensors", b"", "is empty (0 bytes)"),
+        ("damaged.safetensors", b"\x08" * 40, "corrupt or truncated"),
         ("lora.pt", b"x", "is a pickle"),
         ("lora.txt", b"x", "not a .safetensors file"),
     ],

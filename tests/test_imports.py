@@ -14,7 +14,7 @@ LAYERS = (
     {"clora.errors", "clora.ops"},
     {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.progress"},
     {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
-    {"clora.adapter_bank", "clora.models", "clora.objective", "clora.sampling"},
+    {"clora.adapter_bank", "clora.generation", "clora.models", "clora.objective", "clora.sampling"},
     {"clora.studio"},
     set(),  # applications: distill, demo, the studio's build and every module that is not listed here
     {"clora.cli"},
@@ -92,5 +92,7 @@ def test_heavy_libraries_are_imported_inside_functions():
         top = ast.parse(file.read_text("utf-8")).body
         names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
-        heavy = {name for name in names if name.partition(".")[0] in ("diffusers", "transformers", "peft", "matplotlib")}
+        heavy = {
+            name for name in names if name.partition(".")[0] in ("diffusers", "transformers", "peft", "matplotlib")
+        }
         assert not heavy, f"{module} imports {heavy} at its top"

@@ -141,11 +141,14 @@ def test_progress_in_plain_lines(console, monkeypatch):
 
 
 def test_progress_is_sparse_and_tells_a_failure(console):
-    with pytest.raises(KeyError):
+    def work():
         with stage("load", None, console) as advance:
             for _ in range(100):
                 advance()
             raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
     first, last = console.file.getvalue().splitlines()
     assert first == "load ..."
     assert last.startswith("load: stopped after")

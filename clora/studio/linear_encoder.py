@@ -25,19 +25,36 @@ def zero_residual_branches(vae: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def principal_components(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Whitening projection ``[count, 48]`` and mean ``[48]`` of the 4x4 patches of images ``[N, 3, H, W]``."""
+def principal_components(images: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whitening projection ``[count, 48]``, standard deviations ``[count]``, mean ``[48]`` of 4x4 patches of images."""
     patches = nn.functional.pixel_unshuffle(images, PATCH).permute(0, 2, 3, 1).reshape(-1, NUM_PIXELS)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     order = values.argsort(descending=True)[:count]
-    return (vectors[:, order] / values[order].sqrt()).T, patches.mean(0)
+    spread = values[order].sqrt()
+    return (vectors[:, order] / spread).T, spread, patches.mean(0)
+
+
+def latent_basis(spread: Tensor) -> Tensor:
+    """From whitened components to latents ``[C, C]``: back to pixel scale, then spread evenly over the channels.
+
+    An error of one unit then means the same in every latent direction and in pixels. Whitened latents would give the
+    faintest detail the weight of a patch's mean colour, and a generator that is trained on them makes blotches.
+    The rotation (Hadamard) gives all channels equal variance, so that the pipeline's normalisation keeps the scale.
+    """
+    rotation = torch.ones(1, 1)
+    while len(rotation) < len(spread):
+        rotation = torch.cat([torch.cat([rotation, rotation], 1), torch.cat([rotation, -rotation], 1)])
+    return rotation / len(spread) ** 0.5 * (spread / spread.square().mean().sqrt())
 
 
 @torch.no_grad()
 def set_linear_encoder(vae: nn.Module, images: Tensor) -> None:
-    """Sets the encoder to the principal components of ``images`` (``[N, 3, H, W]`` in [-1, 1])."""
+    """Sets the encoder to the principal components of ``images`` (``[N, 3, H, W]`` in [-1, 1]), in `latent_basis`.
+
+    The decoder's first layer undoes the basis: it starts from whitened components.
+    """
     encoder = vae.encoder
-    components, mean = principal_components(images, vae.config.latent_channels)
+    components, spread, mean = principal_components(images, vae.config.latent_channels)
     down = [encoder.down_blocks[i].downsamplers[0].conv for i in range(2)]
     widen, project = (encoder.down_blocks[i].resnets[0].conv_shortcut for i in (1, 2))
     for convolution in (encoder.conv_in, *down, widen, project, encoder.conv_out, vae.quant_conv):
@@ -48,7 +65,16 @@ def set_linear_encoder(vae: nn.Module, images: Tensor) -> None:
     widen.weight[range(12), range(12), 0, 0] = 1
     _space_to_depth(down[1].weight, 12)
     _set_signed_pairs(encoder, project, components[:, _pixel_order()], -components @ mean)
-    vae.quant_conv.weight[:, :, 0, 0] = torch.eye(len(vae.quant_conv.weight))
+    set_latent_basis(vae, latent_basis(spread))
+
+
+@torch.no_grad()
+def set_latent_basis(vae: nn.Module, basis: Tensor) -> None:
+    """Expresses the latents in a basis; the decoder's first layer undoes it. The variance channels stay zero."""
+    count = len(basis)
+    vae.quant_conv.weight[:count, :count, 0, 0] = basis
+    nn.init.zeros_(vae.post_quant_conv.bias)
+    vae.post_quant_conv.weight[:, :, 0, 0] = torch.linalg.inv(basis)
 
 
 def _space_to_depth(weight: Tensor, channels: int) -> None:

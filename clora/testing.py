@@ -1,0 +1,148 @@
+"""A tiny world for tests: a stock pipeline with random weights, random teachers, random encoded data. No training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clora.config import DistillConfig
+from clora.data import DistillData
+from clora.lora.files import linear_shapes
+from clora.lora.state import LoRAModule, LoRAState
+from clora.models import Flux2KleinAdapter, linear_names
+
+SIZE = (16, 16)
+MAX_SEQUENCE_LENGTH = 48
+SENTENCES = (
+    "make it a blueprint with thin white lines",
+    "turn the picture into a warm sunset",
+    "add falling snow in front of everything",
+    "brighten the image, keep the red circle",
+)
+
+
+def tiny_pipeline(seed: int = 0, is_distilled: bool = False):
+    """A stock ``Flux2KleinPipeline`` of 60 000 random weights in its transformer: 16x16 pixels are 16 tokens of 16 channels."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    from clora.studio.text import train_tokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(SENTENCES)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIZE[0],
+    )
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=_text_encoder(len(tokenizer)),
+        tokenizer=tokenizer, transformer=transformer, is_distilled=is_distilled,
+    )
+    for model in (transformer, vae, pipeline.text_encoder):
+        model.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _text_encoder(vocabulary: int):
+    """28 layers x 8: the pipeline taps layers 9, 18 and 27, so that prompts have 24 channels."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary, hidden_size=8, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=4, max_position_embeddings=64, initializer_range=0.1,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def tiny_adapter(pipeline=None) -> Flux2KleinAdapter:
+    """The adapter of ``tiny_pipeline()`` or of the given one, at 16x16 pixels."""
+    return Flux2KleinAdapter(pipeline or tiny_pipeline(), SIZE, MAX_SEQUENCE_LENGTH)
+
+
+def random_lora(transformer: nn.Module, rank: int, seed: int, modules: Sequence[str] | None = None) -> LoRAState:
+    """A LoRA of random factors, strong enough to change every output; all linear layers of the blocks by default."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = linear_shapes(transformer)
+
+    def module(out_features: int, in_features: int) -> LoRAModule:
+        a = torch.randn(rank, in_features, generator=generator) * (rank * in_features) ** -0.5
+        return LoRAModule(a, torch.randn(out_features, rank, generator=generator) * 0.5)
+
+    return LoRAState({name: module(*shapes[name]) for name in modules or linear_names(transformer)})
+
+
+def random_teachers(transformer: nn.Module, count: int = 3, seed: int = 0) -> dict[str, LoRAState]:
+    """Teachers ``effect_0``, ... of ranks 2, 3, 4, ...; every second one changes attention layers only."""
+    attention = [name for name in linear_names(transformer) if ".attn." in name]
+    return {
+        f"effect_{i}": random_lora(transformer, 2 + i, seed + i, attention if i % 2 else None) for i in range(count)
+    }
+
+
+def merge_lora(transformer: nn.Module, state: LoRAState | None) -> nn.Module:
+    """A plain copy of the transformer whose weights are ``W + B A``; what a slot of a bank must equal."""
+    transformer = copy.deepcopy(transformer)
+    with torch.no_grad():
+        for name, module in (state.modules if state else {}).items():
+            transformer.get_submodule(name).weight += module.delta()
+    return transformer
+
+
+def random_data(
+    adapter: Flux2KleinAdapter, effects: Sequence[str], sources: int = 3, phrasings: int = 2, seed: int = 0
+) -> DistillData:
+    """Encoded data of the adapter's shapes, all of it random and different from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    latent, text = adapter.latent_shape, (8, adapter.pipeline.transformer.config.joint_attention_dim)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return DistillData(
+        effects=tuple(effects),
+        sources=draw(len(effects), sources, *latent),
+        targets=draw(len(effects), sources, *latent),
+        teacher_text=draw(len(effects), *text),
+        student_text=draw(len(effects), phrasings, *text),
+        general_sources=draw(4, *latent),
+        general_text=draw(3, *text),
+        empty_text=draw(*text),
+    )
+
+
+def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections: Any) -> DistillConfig:
+    """A config of two updates of six rows.
+
+    Args:
+        effects: names, or whole effect entries.
+        sections: entries that replace the defaults, a mapping entry by entry (``train={"updates": 5}``).
+    """
+    tree: dict[str, Any] = {
+        "pipeline": "tiny",
+        "output": "out",
+        "effects": tuple({"name": e, "lora": e, "prompt": f"make it {e}"} if isinstance(e, str) else e for e in effects),
+        "data": {"sources": "images", "size": SIZE, "max_sequence_length": MAX_SEQUENCE_LENGTH,
+                 "general_instructions": SENTENCES[3:]},
+        "student": {"rank": 4},
+        "sampler": {"steps": 4, "teacher_steps": 2, "guidance": 1.0},
+        "train": {"updates": 2, "critic_ratio": 2, "batch_size": 6, "learning_rate": 1e-2, "critic_learning_rate": 1e-2},
+        "device": "cpu",
+    }
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return DistillConfig.model_validate(tree)
