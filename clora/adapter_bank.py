@@ -37,10 +37,7 @@ class Slots:
 
     def ids(self, names: Sequence[str | None], device: torch.device | str = "cpu") -> Tensor:
         """Adapter ids ``[B]`` of one slot name per sample; None is the base alone (-1)."""
-        return torch.tensor([-1 if name is None else self._index(name) for name in names], device=device)
-
-    def _index(self, name: str) -> int:
-        return _index(name, self.names)
+        return torch.tensor([-1 if name is None else _index(name, self.names) for name in names], device=device)
 
 
 @dataclass(frozen=True, eq=False)

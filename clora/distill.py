@@ -178,8 +178,12 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
     from clora.progress import stage
 
     size = config.data.size
-    _, shared = load_images(config.data.sources, size)
-    shared = adapter.encode_images(shared[: len(shared) - config.data.held_out])
+    _, images = load_images(config.data.sources, size)
+    if len(images) <= config.data.held_out:
+        raise CloraError(f"data.held_out = {config.data.held_out} leaves none of the {len(images)} images in "
+                         f"{config.data.sources}; lower it or add images")
+    _check_pairs(config)
+    shared = adapter.encode_images(images[: len(images) - config.data.held_out])
     sources = [_effect_images(effect.sources, shared, adapter, size) for effect in config.effects]
     count = min(config.data.sources_per_effect, *(len(s) for s in sources))
     stacked = torch.stack([s[:count] for s in sources])
@@ -196,6 +200,19 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
         student_text=encode_student_prompts(adapter, config.effects), general_sources=shared,
         general_text=adapter.encode_prompts(general), empty_text=empty_text,
     )
+
+
+def _check_pairs(config: DistillConfig) -> None:
+    """Given targets must go by the names of their sources, else images would be paired with others' results."""
+    from clora.images import list_images
+
+    for effect in config.effects:
+        if effect.targets is None or effect.sources is None:
+            continue
+        names = [{file.stem for file in list_images(folder)} for folder in (effect.sources, effect.targets)]
+        if names[0] != names[1]:
+            raise CloraError(f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold images of the "
+                             f"same names, found only one of each pair for {sorted(names[0] ^ names[1])[:5]}")
 
 
 def _effect_images(folder: str | None, default: Tensor | None, adapter: Flux2KleinAdapter, size) -> Tensor | None:

@@ -6,7 +6,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,16 @@ from clora.distill import load_pipeline, render_targets
 from clora.errors import CloraError, nearest
 from clora.progress import stage
 from clora.studio import base, baselines, teachers, text, vae
-from clora.studio.assets import ASSETS, PROVENANCE, Targets, load_targets, provenance, sha256, to_bytes
+from clora.studio.assets import (
+    ASSETS,
+    PROVENANCE,
+    Targets,
+    assets_folder,
+    load_targets,
+    provenance,
+    sha256,
+    to_bytes,
+)
 from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import FIRST_HELD_OUT, general_accuracy, general_cases, held_out_sources
@@ -35,30 +43,66 @@ EVALUATION_SCENES, EVALUATION_GENERAL = 12, 72
 FLOORS = {"vae_psnr": 30.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.9, "general_accuracy": 0.9}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage: ``run(folder, work)`` returns the measured numbers and the files whose hashes are recorded."""
-
-    run: Callable[[Path, Path], tuple[dict[str, object], list[str]]]
-    explanation: str
+Stage = Callable[[Path, Path], tuple[dict[str, object], list[str]]]
+"""``stage(folder, work)`` writes to the folder and returns measured numbers and the files to hash."""
 
 
 def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> None:
-    """Runs stages (default: all) and writes their results to ``folder`` (default: the package's own assets).
+    """Builds the studio in ``folder`` (default: the package's own assets).
 
-    A stage that was cut off resumes from its last checkpoint in ``studio-build/``.
+    Stages that are done are passed over, unless named in ``stages``; one that was cut off resumes from its last
+    checkpoint in ``studio-build/``.
 
     Raises:
         CloraError: unknown stage, or the folder cannot be written.
     """
     folder = check_writable(folder or ASSETS)
-    for name in stages or STAGES:
+    for name in stages or ():
         if name not in STAGES:
             raise CloraError(f"unknown stage {name!r}; the stages are {list(STAGES)}{nearest(name, STAGES)}")
-    for name in stages or STAGES:
+    for name in stages or [name for name in STAGES if not _is_done(folder, name)]:
         start = time.monotonic()
-        measured, files = STAGES[name].run(folder, Path("studio-build"))
+        measured, files = STAGES[name](folder, Path("studio-build"))
         _record(folder, name, time.monotonic() - start, measured, files)
+
+
+def _is_done(folder: Path, name: str) -> bool:
+    """Whether a stage is recorded and its files are the recorded ones."""
+    files = provenance(folder).get(name, {}).get("sha256", {})
+    return bool(files) and all((folder / file).exists() and sha256(folder / file) == files[file] for file in files)
+
+
+def check(folder: Path | None = None) -> None:
+    """Measures a built studio on held-out scenes and shows it against its floors.
+
+    Raises:
+        CloraError: a measured number is below its floor.
+    """
+    folder = folder or assets_folder()
+    adapter = studio(folder)
+    names = [spec.effect for spec in teachers.SPECS]
+    loras = teachers.load_teachers(adapter, folder / "teachers", names)
+    evaluation = baselines.EvaluationSet.encode(adapter, names, EVALUATION_SCENES, EVALUATION_GENERAL)
+    measured = vae_quality(adapter.pipeline.vae) | {"general_accuracy": general_quality(adapter)}
+    with stage("teachers", len(evaluation.ids) * 2 * (baselines.TEACHER_STEPS + baselines.STEPS)) as advance:
+        rows = baselines.measure_teachers(adapter, loras, evaluation, GUIDANCE, advance)
+    accuracies = rows["teachers_80"].row()["per_effect"]
+    results = [(name, measured[name], floor) for name, floor in FLOORS.items() if name in measured]
+    results += [(f"teacher {name}", value, FLOORS["teacher_accuracy"]) for name, value in accuracies.items()]
+    _show(results)
+    low = [name for name, value, floor in results if value < floor]
+    if low:
+        raise CloraError(f"below the floor: {', '.join(low)}; rebuild with `clora studio build`")
+
+
+def _show(results: list[tuple[str, float, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("measured", "value", "floor", title="studio, held-out scenes")
+    for name, value, floor in results:
+        table.add_row(name, f"{value:.3f}", f"{floor:.3f}", style="" if value >= floor else "red")
+    Console().print(table)
 
 
 def _record(folder: Path, name: str, seconds: float, measured: dict[str, object], files: list[str]) -> None:
@@ -82,8 +126,8 @@ def _record(folder: Path, name: str, seconds: float, measured: dict[str, object]
 def _vae_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
     with stage("autoencoder", VAE_UPDATES) as advance:
         model = vae.train_vae(VAE_UPDATES, SEED, lambda update, values: advance(1, psnr=values["psnr"]))
-    _half(model).save_pretrained(folder / "pipeline" / "vae")
-    return vae_quality(model), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
+    model.half().save_pretrained(folder / "pipeline" / "vae")
+    return vae_quality(model.float()), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
 
 
 def vae_quality(model) -> dict[str, float]:
@@ -104,11 +148,6 @@ def vae_quality(model) -> dict[str, float]:
         "vae_psnr_effects": vae.reconstruction_psnr(model, exact),
         "judge_accuracy": float(np.mean([v.accurate for v in verdicts])),
     }
-
-
-def _half(module):
-    """Rounds weights to fp16 in place and returns the module in fp16 for saving; it is loaded back as fp32."""
-    return module.half()
 
 
 def _base_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
@@ -238,9 +277,9 @@ def measure_baselines(adapter, loras, merged: list[str]) -> dict[str, baselines.
 
 
 STAGES: dict[str, Stage] = {
-    "vae": Stage(_vae_stage, "the image autoencoder"),
-    "base": Stage(_base_stage, "the base model and its text encoder"),
-    "teachers": Stage(_teacher_stage, "twelve effect LoRAs"),
-    "targets": Stage(_target_stage, "the teachers' renders that the student learns from"),
-    "baselines": Stage(_baseline_stage, "what the student is compared with"),
+    "vae": _vae_stage,
+    "base": _base_stage,
+    "teachers": _teacher_stage,
+    "targets": _target_stage,
+    "baselines": _baseline_stage,
 }

@@ -42,8 +42,11 @@ def test_texts_are_short_plain_english_and_descriptions_unique():
 def test_effect_is_a_pure_image_function(name, source):
     effect, before = EFFECTS[name], source.copy()
     first = effect.apply(source, np.random.default_rng(5))
-    assert first.dtype == np.float32 and first.shape == (64, 64, 3)
-    assert np.isfinite(first).all() and first.min() >= 0 and first.max() <= 1
+    assert first.dtype == np.float32
+    assert first.shape == (64, 64, 3)
+    assert np.isfinite(first).all()
+    assert first.min() >= 0
+    assert first.max() <= 1
     np.testing.assert_array_equal(source, before)
     assert not np.shares_memory(first, source)
     np.testing.assert_array_equal(first, effect.apply(source, np.random.default_rng(5)))

@@ -55,7 +55,9 @@ def test_fresh_draws_of_stochastic_effects_count_as_strong(sources, judged):
 
 def test_exact_deterministic_result_is_perfect(sources, judged):
     verdict = judged[0].score(exact("thermal", sources[0]), "thermal")
-    assert verdict.nearest == "thermal" and verdict.accurate and not verdict.bad_case
+    assert verdict.nearest == "thermal"
+    assert verdict.accurate
+    assert not verdict.bad_case
     assert verdict.strength == pytest.approx(1.0, abs=1e-3)
     assert verdict.psnr > 60
     assert verdict.subject_alignment == pytest.approx(5.0, abs=1e-3)
@@ -65,13 +67,16 @@ def test_exact_deterministic_result_is_perfect(sources, judged):
 def test_unchanged_source_is_a_bad_case(name, sources, judged):
     verdict = judged[0].score(sources[0], name)
     assert verdict.nearest == UNCHANGED
-    assert verdict.bad_case and not verdict.accurate
-    assert verdict.strength == 0.0 and verdict.subject_alignment == 0.0
+    assert verdict.bad_case
+    assert not verdict.accurate
+    assert verdict.strength == 0.0
+    assert verdict.subject_alignment == 0.0
 
 
 def test_another_effect_is_a_bad_case(sources, judged):
     verdict = judged[0].score(exact("sepia", sources[0]), "negative")
-    assert verdict.nearest == "sepia" and verdict.bad_case
+    assert verdict.nearest == "sepia"
+    assert verdict.bad_case
 
 
 @pytest.mark.parametrize("name", ["negative", "scanlines", "cartoon", "snow", "confetti", "random_hatching"])
@@ -115,7 +120,8 @@ def test_an_effect_without_effect_has_no_strength():
     flat = np.full((64, 64, 3), 0.5, np.float32)
     judge = Judge.for_source(flat, 0, effects={"mirror": EFFECTS["mirror"]})
     verdict = judge.score(flat, "mirror")
-    assert verdict.strength == 0.0 and verdict.bad_case
+    assert verdict.strength == 0.0
+    assert verdict.bad_case
 
 
 def test_ssim_bounds(sources):
