@@ -85,8 +85,12 @@ class BatchSampler:
         self._general = torch.zeros(batch_size, dtype=torch.bool)
 
     def draw(self, update: int) -> Batch:
-        """The batch of one iteration; streams are redrawn every ``objective.switch_every`` iterations."""
-        if self.objective.dual_stream and update % self.objective.switch_every == 0:
+        """The batch of one iteration; streams are redrawn every ``objective.switch_every`` iterations.
+
+        Without backward simulation, its only loss, the general stream is left out.
+        """
+        dual_stream = self.objective.dual_stream and self.objective.backward_simulation
+        if dual_stream and update % self.objective.switch_every == 0:
             chance = torch.rand(self.batch_size, generator=self.generator)
             self._general = chance >= self.objective.switch_probability
         return self._gather(self._general)

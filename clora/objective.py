@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from clora.errors import CloraError
 from clora.flow_matching import sample_sigma
 from clora.ops import TARGET_SIMULATION
 
@@ -43,11 +44,11 @@ def target_simulation_steps(sigmas: Tensor, tau_max: float) -> Tensor:
         int64 indices into sigmas, at least one.
 
     Raises:
-        ValueError: no step is below tau_max.
+        CloraError: no step is below tau_max.
     """
     steps = torch.nonzero(sigmas < tau_max).flatten()
     if len(steps) == 0:
-        raise ValueError(
+        raise CloraError(
             f"target simulation needs a schedule step below tau_max={tau_max}, but the lowest is {sigmas.min():.4f}: "
             "use more steps or a larger tau_max"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -170,15 +171,14 @@ def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
     Raises:
         CloraError: no folder of a diffusers pipeline with a transformer.
     """
-    import diffusers
-    import torch
-
     file = Path(folder).expanduser() / "transformer" / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        kind = getattr(diffusers, config["_class_name"])
+        kind = getattr(importlib.import_module("diffusers"), config["_class_name"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{folder} is not a diffusers pipeline with a transformer ({file}: {error})"
         raise CloraError(f"{message}; expected a folder as save_pretrained writes it") from error
+    import torch
+
     with torch.device("meta"):
         return linear_shapes(kind.from_config(config))

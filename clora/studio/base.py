@@ -1,4 +1,4 @@
-"""The studio's base model: a tiny FLUX.2 [klein] trained on general edits, with its text encoder."""
+"""The studio's base model: a tiny FLUX.2 [klein] transformer trained on general edits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ LEARNING_RATE = 1.5e-3
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
-TEXT_SHARE = 0.25
 
 
 def make_transformer():
@@ -94,22 +93,18 @@ def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Cal
 
 def train_base(adapter: Flux2KleinAdapter, pool: Pool, updates: int, seed: int, checkpoint: Path,
                report: Callable[[int, dict[str, float]], None]) -> None:
-    """Trains the pipeline's transformer and text encoder by flow matching on the pool; leaves the averaged weights in.
+    """Trains the pipeline's transformer by flow matching on the pool and leaves its averaged weights in.
 
-    The text encoder trains during the first quarter; then it is frozen and its embeddings are computed once. One
-    prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
+    One prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
     """
-    modules = _modules(adapter).train().requires_grad_(True)
-    parameters = dict(modules.named_parameters())
+    transformer = adapter.pipeline.transformer.train().requires_grad_(True)
+    parameters = dict(transformer.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    average = {name: p.detach().clone() for name, p in parameters.items() if name.startswith("transformer")}
+    average = {name: p.detach().clone() for name, p in parameters.items()}
     start = _resume(checkpoint, parameters, average, optimizer, generator)
-    embeddings = None
+    embeddings = embed_all(adapter, pool)
     for update in range(start, updates):
-        if embeddings is None and update >= TEXT_SHARE * updates:
-            modules["text_encoder"].requires_grad_(False)
-            embeddings = embed_all(adapter, pool)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_factor(update, updates)
         loss = _loss(adapter, pool, embeddings, generator)
@@ -124,12 +119,7 @@ def train_base(adapter: Flux2KleinAdapter, pool: Pool, updates: int, seed: int, 
             save_state(checkpoint, tensors, {"base": optimizer}, {"data": generator}, {"update": update + 1})
     for name, weight in average.items():
         parameters[name].data.copy_(weight)
-    modules.eval().requires_grad_(False)
-
-
-def _modules(adapter: Flux2KleinAdapter) -> torch.nn.ModuleDict:
-    pipeline = adapter.pipeline
-    return torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
+    transformer.eval().requires_grad_(False)
 
 
 def _resume(checkpoint: Path, parameters, average, optimizer, generator) -> int:
@@ -139,8 +129,7 @@ def _resume(checkpoint: Path, parameters, average, optimizer, generator) -> int:
     tensors, values = load_state(checkpoint, {"base": optimizer}, {"data": generator})
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weight.{name}"])
-    for name, weight in average.items():
-        weight.copy_(tensors[f"average.{name}"])
+        average[name].copy_(tensors[f"average.{name}"])
     return int(values["update"])
 
 
@@ -155,24 +144,17 @@ def _update_average(average: dict[str, Tensor], parameters: dict[str, Tensor], u
     torch._foreach_lerp_(list(average.values()), [parameters[name].detach() for name in average], weight)
 
 
-def _loss(adapter: Flux2KleinAdapter, pool: Pool, embeddings: dict[str, Tensor] | None, generator) -> Tensor:
+def _loss(adapter: Flux2KleinAdapter, pool: Pool, embeddings: dict[str, Tensor], generator) -> Tensor:
     rows = torch.randint(len(pool.sources), (BATCH,), generator=generator)
     edits = torch.randint(pool.targets.shape[1], (BATCH,), generator=generator)
     dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
     prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
-    text = embed(adapter, prompts) if embeddings is None else torch.stack([embeddings[p] for p in prompts])
+    text = torch.stack([embeddings[p] for p in prompts])
     x0 = pool.targets[rows, edits].float()
     noise = torch.randn(x0.shape, generator=generator)
     sigma = sample_sigma(BATCH, 2.0, generator)
     velocity = adapter.velocity(add_noise(x0, noise, sigma), sigma, Conditioning(text, pool.sources[rows].float()))
     return (velocity - (noise - x0)).square().mean()
-
-
-def embed(adapter: Flux2KleinAdapter, prompts: list[str]) -> Tensor:
-    """Prompt embeddings with gradient, by the pipeline's own method."""
-    return adapter.pipeline._get_qwen3_prompt_embeds(
-        adapter.pipeline.text_encoder, adapter.pipeline.tokenizer, prompts, max_sequence_length=MAX_SEQUENCE_LENGTH
-    )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The studio's words: a byte-level BPE tokenizer with a chat template, and a tiny Qwen3 text encoder.
 
-The text encoder is trained together with the base transformer (``clora.studio.base``) and frozen from then on.
+The text encoder is frozen at its random start, which is chosen so that its layers pass on which token stands where,
+with a little of what came before it; the base transformer (``clora.studio.base``) learns to read that.
 """
 
 from __future__ import annotations
@@ -61,10 +62,15 @@ def train_tokenizer(corpus: Iterable[str]):
 
 
 def make_text_encoder(vocabulary: int):
-    """An untrained ``Qwen3ForCausalLM`` of 28 layers x 32: the pipeline taps its layers 9, 18 and 27 (3 x 32 channels)."""
+    """A random ``Qwen3ForCausalLM`` of 28 layers x 32: the pipeline taps its layers 9, 18 and 27 (3 x 32 channels).
+
+    Token embeddings of unit scale over small layers: with equal scales, 28 random layers bury the tokens and the
+    transformer does not learn to follow instructions.
+    """
+    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(
+    encoder = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocabulary,
             hidden_size=32,
@@ -74,7 +80,9 @@ def make_text_encoder(vocabulary: int):
             num_key_value_heads=2,
             head_dim=16,
             max_position_embeddings=MAX_SEQUENCE_LENGTH,
-            initializer_range=0.12,
+            initializer_range=0.06,
             tie_word_embeddings=True,
         )
     )
+    torch.nn.init.normal_(encoder.model.embed_tokens.weight)
+    return encoder.eval().requires_grad_(False)
