@@ -69,8 +69,10 @@ def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState
 def _fill(fresh: LoRAModule, merged: LoRAModule | None) -> LoRAModule:
     if merged is None:
         return fresh
-    a = torch.cat([merged.lora_A, fresh.lora_A[merged.rank :]])
-    b = torch.cat([merged.lora_B, fresh.lora_B[:, merged.rank :]], dim=1)
+    norms = merged.lora_A.norm(dim=1)  # square roots of the singular values; padded teachers give some that are 0
+    alive = int((norms > 1e-5 * norms.max()).sum())
+    a = torch.cat([merged.lora_A[:alive], fresh.lora_A[alive:]])
+    b = torch.cat([merged.lora_B[:, :alive], fresh.lora_B[:, alive:]], dim=1)
     return LoRAModule(a, b)
 
 

@@ -16,7 +16,7 @@ from clora.lora.state import LoRAModule, LoRAState
 from clora.models import Flux2KleinAdapter, linear_names
 
 SIZE = (16, 16)
-MAX_SEQUENCE_LENGTH = 48
+MAX_SEQUENCE_LENGTH = 40
 SENTENCES = (
     "make it a blueprint with thin white lines",
     "turn the picture into a warm sunset",
@@ -108,7 +108,8 @@ def random_data(
 ) -> DistillData:
     """Encoded data of the adapter's shapes, all of it random and different from row to row."""
     generator = torch.Generator().manual_seed(seed)
-    latent, text = adapter.latent_shape, (8, adapter.pipeline.transformer.config.joint_attention_dim)
+    latent = adapter.latent_shape
+    text = (adapter.max_sequence_length, adapter.pipeline.transformer.config.joint_attention_dim)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)

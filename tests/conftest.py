@@ -30,7 +30,7 @@ def inputs(adapter):
     def make(n=5, seed=0):
         generator = torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-        conditioning = Conditioning(draw(n, 6, 24), draw(n, *adapter.latent_shape))
+        conditioning = Conditioning(draw(n, adapter.max_sequence_length, 24), draw(n, *adapter.latent_shape))
         return draw(n, *adapter.latent_shape), torch.rand(n, generator=generator) * 0.8 + 0.1, conditioning
 
     return make

@@ -1,0 +1,187 @@
+"""The whole job on the user's own files, and what is said about files that cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
+from PIL import Image
+
+from clora import distill as engine
+from clora.config import parse_config
+from clora.distill import distill, encode_student_prompts, render_targets
+from clora.errors import CloraError
+from clora.export import LORA_FILE
+from clora.lora.files import linear_shapes, load_lora
+from clora.lora.save import save_kohya, save_peft_folder
+from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
+
+EFFECTS = ("blueprint", "snow")
+
+
+@pytest.fixture(scope="module")
+def loras(adapter, tmp_path_factory):
+    """Two teachers in different formats and of different ranks."""
+    folder, transformer = tmp_path_factory.mktemp("loras"), adapter.pipeline.transformer
+    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0)
+    save_peft_folder(random_lora(transformer, 2, 2, ["transformer_blocks.0.attn.to_q"]), folder / "snow", alpha=1.0)
+    return {"blueprint": folder / "blueprint.safetensors", "snow": folder / "snow"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 4)
+
+
+def write_images(folder, count, seed=0):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny_folder, loras, images, tmp_path):
+    def make(first=(), **sections):
+        effects = [{"name": e, "lora": str(loras[e]), "prompt": f"make it {e}"} for e in EFFECTS]
+        effects[0].update(first)
+        data = {"sources": str(images), "sources_per_effect": 2, "held_out": 1, **sections.pop("data", {})}
+        defaults = {"pipeline": str(tiny_folder), "output": str(tmp_path / "out"), "data": data}
+        return tiny_config(effects, **{**defaults, **sections})
+
+    return make
+
+
+def test_two_files_become_one_collection(make_config, tiny_folder, tmp_path):
+    config = make_config()
+    folder = distill(config)
+    assert folder == tmp_path / "out"
+    assert {"README.md", LORA_FILE, "scheduler", "clora.yaml"} <= {p.name for p in folder.iterdir()}
+    assert parse_config((folder / "clora.yaml").read_text("utf-8")) == config
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    state = load_lora(folder, linear_shapes(pipeline.transformer))
+    assert state.max_rank == config.student.rank
+    assert any(module.lora_B.any() for module in state.modules.values()), "the student learned nothing"
+    pipeline.load_lora_weights(folder)
+    assert pipeline.get_active_adapters()
+    assert "make it blueprint" in state.metadata["clora.effects"]
+    assert '"snow"' in state.metadata["clora.effects"]
+
+
+def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
+    sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
+    seen = {}
+
+    def train(config, used, teachers, data, report, checkpoint):
+        seen.update(data=data, adapter=used)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "train_student", train)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_config({"sources": str(sources), "targets": str(targets)}))
+    data = seen["data"]
+    from clora.images import load_images
+
+    for stacked, folder in ((data.sources, sources), (data.targets, targets)):
+        expected = seen["adapter"].encode_images(load_images(folder, SIZE)[1][:2])
+        torch.testing.assert_close(stacked[0], expected, rtol=1e-5, atol=1e-5)
+    assert data.effects == EFFECTS
+    assert len(data.general_sources) == 3  # of 4 images one is held out
+    assert data.sources.shape[:2] == (2, 2)
+
+
+def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
+    """Guided Euler by hand, on a plain transformer with the teacher merged in."""
+    base = adapter.pipeline.transformer
+    teachers = random_teachers(base, 2)
+    data = random_data(adapter, list(teachers), sources=2)
+    config = tiny_config(list(teachers), sampler={"teacher_steps": 3, "guidance": 2.0})
+    passes = []
+    out = render_targets(adapter, teachers, data.sources, data.teacher_text, data.empty_text, config, passes.append, 3)
+    assert out.shape == data.sources.shape
+    assert sum(passes) == 2 * 3 * 4
+    merged = merge_lora(base, list(teachers.values())[1])
+    u = torch.tensor([1, 2 / 3, 1 / 3])
+    sigmas = [*(3 * u / (1 + 2 * u)).tolist(), 0.0]
+    x = torch.randn(adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * (config.seed + 3)))[None]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        cond, uncond = (
+            merged(
+                hidden_states=torch.cat([x, data.sources[1, 1:]], 1), encoder_hidden_states=text[None],
+                timestep=torch.tensor([sigma]), img_ids=adapter._image_ids, txt_ids=adapter._text_ids, return_dict=False,
+            )[0][:, : x.shape[1]]
+            for text in (data.teacher_text[1], data.empty_text)
+        )
+        x = x + (following - sigma) * (cond + 2 * (cond - uncond))
+    torch.testing.assert_close(out[1, 1], x[0], rtol=1e-4, atol=1e-4)
+
+
+def test_student_prompts_are_repeated_up_to_the_longest_list(adapter):
+    config = tiny_config([
+        {"name": "a", "lora": "a", "prompt": "p", "student_prompts": ("make it a", "turn it", "add")},
+        {"name": "b", "lora": "b", "prompt": "p", "student_prompts": ("brighten", "keep")},
+    ])
+    text = encode_student_prompts(adapter, config.effects)
+    expected = adapter.encode_prompts(["make it a", "turn it", "add", "brighten", "keep", "brighten"])
+    torch.testing.assert_close(text.flatten(0, 1), expected)
+
+
+def wrong_architecture(tmp_path):
+    other = dataclasses.replace(random_lora(tiny_pipeline().transformer, 2, 0))
+    modules = {f"other_blocks.{i}.proj": m for i, m in enumerate(other.modules.values())}
+    from clora.lora.save import save_diffusers_lora
+
+    path = tmp_path / "other.safetensors"
+    save_diffusers_lora(dataclasses.replace(other, modules=modules), path)
+    return {"first": {"lora": str(path)}}
+
+
+def distilled_klein(tmp_path):
+    tiny_pipeline(is_distilled=True).save_pretrained(tmp_path / "klein")
+    return {"pipeline": str(tmp_path / "klein")}
+
+
+def not_a_pipeline(tmp_path):
+    tiny_pipeline().vae.save_pretrained(tmp_path / "vae")
+    assert AutoencoderKLFlux2.load_config(tmp_path / "vae")
+    return {"pipeline": str(tmp_path / "vae")}
+
+
+def empty_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return {"data": {"sources": str(tmp_path / "empty")}}
+
+
+def unequal_names(tmp_path):
+    before, after = write_images(tmp_path / "before", 3), write_images(tmp_path / "after", 3)
+    (after / "2.png").rename(after / "two.png")
+    return {"first": {"sources": str(before), "targets": str(after)}}
+
+
+BAD = {
+    "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
+    "wrong_architecture": (wrong_architecture, "other.safetensors"),
+    "distilled_klein": (distilled_klein, "is_distilled"),
+    "no_pipeline_there": (lambda tmp: {"pipeline": str(tmp / "nothing")}, "cannot be loaded"),
+    "not_a_pipeline": (not_a_pipeline, "cannot be loaded"),
+    "size": (lambda tmp: {"data": {"size": (18, 16)}}, "multiples of 4"),
+    "overlong_prompt": (lambda tmp: {"first": {"prompt": "snow " * 60}}, "at most 40 tokens"),
+    "overlong_student_prompt": (lambda tmp: {"first": {"student_prompts": ("snow " * 60,)}}, "at most 40 tokens"),
+    "empty_images": (empty_images, "holds no images"),
+    "all_held_out": (lambda tmp: {"data": {"held_out": 6}}, "held_out = 6 leaves none of the 4"),
+    "unequal_names": (unequal_names, "same names.*'2', 'two'"),
+    "unknown_target": (lambda tmp: {"student": {"targets": ("to_qq",)}}, "to_qq"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, case):
+    make_bad, message = BAD[case]
+    with pytest.raises(CloraError, match=message):
+        distill(make_config(**make_bad(tmp_path)))
+    out = tmp_path / "out"
+    assert not out.exists() or not [p for p in out.rglob("*") if p.is_file()]
