@@ -13,13 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_state(path: Path, tensors: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer],
-               generators: Mapping[str, torch.Generator], values: Mapping[str, object]) -> None:
+def save_state(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    generators: Mapping[str, torch.Generator],
+    values: Mapping[str, object],
+) -> None:
     """Writes tensors, optimizer states, generator states and JSON values to one file, atomically."""
     flat = {f"tensor/{name}": t.detach().contiguous() for name, t in tensors.items()}
     for name, optimizer in optimizers.items():
-        flat |= {f"optimizer/{name}/{i}/{key}": torch.as_tensor(value).clone()
-                 for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+        flat |= {
+            f"optimizer/{name}/{i}/{key}": torch.as_tensor(value).clone()
+            for i, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
     flat |= {f"generator/{name}": g.get_state() for name, g in generators.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -27,8 +35,9 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], optimizers: Mapping[st
     os.replace(temporary, path)
 
 
-def load_state(path: Path, optimizers: Mapping[str, torch.optim.Optimizer],
-               generators: Mapping[str, torch.Generator]) -> tuple[dict[str, Tensor], dict[str, object]]:
+def load_state(
+    path: Path, optimizers: Mapping[str, torch.optim.Optimizer], generators: Mapping[str, torch.Generator]
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Reads a file of ``save_state``: returns its tensors and values, and restores optimizers and generators in place."""
     with safe_open(path, "pt") as file:
         values = json.loads(file.metadata()["values"])

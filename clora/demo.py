@@ -82,7 +82,9 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) ->
     with run.timed("train"):
         student = train(run, adapter, loras, data)
     with run.timed("export"):
-        collection = export_collection(student, _collection(run.config, folder), run.folder / "collection", torch.float16)
+        collection = export_collection(
+            student, _collection(run.config, folder), run.folder / "collection", torch.float16
+        )
     rows = baseline_rows(run, adapter, loras, folder, recompute=full)
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
@@ -146,9 +148,18 @@ def baseline_rows(run: Run, adapter, loras, folder: Path, recompute: bool) -> di
         return {name: _shipped_row(row, names) for name, row in shipped.items()}
     with run.timed("baselines"):
         measured = build.measure_baselines(adapter, loras, names)
-    images = {f"{n}/{e}": assets.to_bytes(o[build.grid_scene(e)]) for n, m in measured.items() for e, o in m.outputs.items()}
-    return {name: {"verdicts": m.verdicts, "general": m.general, "precomputed": False,
-                   "images": {e: images[f"{name}/{e}"] for e in names}} for name, m in measured.items()}
+    images = {
+        f"{n}/{e}": assets.to_bytes(o[build.grid_scene(e)]) for n, m in measured.items() for e, o in m.outputs.items()
+    }
+    return {
+        name: {
+            "verdicts": m.verdicts,
+            "general": m.general,
+            "precomputed": False,
+            "images": {e: images[f"{name}/{e}"] for e in names},
+        }
+        for name, m in measured.items()
+    }
 
 
 def _shipped_row(row: dict, names: Sequence[str]) -> dict:
@@ -190,9 +201,14 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
 
     torch.manual_seed(seed)
     result = pipe(
-        image=Image.fromarray(assets.to_bytes(image)), prompt=prompt, num_inference_steps=config.sampler.steps,
-        guidance_scale=1.0, height=config.data.size[0], width=config.data.size[1],
-        max_sequence_length=config.data.max_sequence_length, output_type="np",
+        image=Image.fromarray(assets.to_bytes(image)),
+        prompt=prompt,
+        num_inference_steps=config.sampler.steps,
+        guidance_scale=1.0,
+        height=config.data.size[0],
+        width=config.data.size[1],
+        max_sequence_length=config.data.max_sequence_length,
+        output_type="np",
     )
     return result.images[0]
 
@@ -201,14 +217,24 @@ def _collection(config: DistillConfig, folder: Path) -> Collection:
     from clora import __version__
 
     effects = [
-        CollectedEffect(e.name, e.student_prompts, teachers.teacher_path(folder / "teachers", e.name).name,
-                        content_hash(teachers.teacher_path(folder / "teachers", e.name)), "Apache-2.0")
+        CollectedEffect(
+            e.name,
+            e.student_prompts,
+            teachers.teacher_path(folder / "teachers", e.name).name,
+            content_hash(teachers.teacher_path(folder / "teachers", e.name)),
+            "Apache-2.0",
+        )
         for e in config.effects
     ]
     return Collection(
-        effects=effects, base_model=str(folder / "pipeline"), pipeline_class="Flux2KleinPipeline",
-        steps=config.sampler.steps, shift=config.sampler.shift, max_sequence_length=config.data.max_sequence_length,
-        size=config.data.size, provenance={"clora": __version__, "seed": config.seed},
+        effects=effects,
+        base_model=str(folder / "pipeline"),
+        pipeline_class="Flux2KleinPipeline",
+        steps=config.sampler.steps,
+        shift=config.sampler.shift,
+        max_sequence_length=config.data.max_sequence_length,
+        size=config.data.size,
+        provenance={"clora": __version__, "seed": config.seed},
     )
 
 
@@ -216,12 +242,23 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
     names = [effect.name for effect in run.config.effects]
     sizes = _sizes(names, folder, collection)
     table = [
-        {"method": method, "precomputed": row["precomputed"], **sizes[method], **summary(row["verdicts"], row["general"])}
+        {
+            "method": method,
+            "precomputed": row["precomputed"],
+            **sizes[method],
+            **summary(row["verdicts"], row["general"]),
+        }
         for method, row in rows.items()
     ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-    metrics = {"seed": run.config.seed, "device": "cpu", "seconds": run.seconds, "peak_rss_mb": round(peak),
-               "effects": names, "rows": table}
+    metrics = {
+        "seed": run.config.seed,
+        "device": "cpu",
+        "seconds": run.seconds,
+        "peak_rss_mb": round(peak),
+        "effects": names,
+        "rows": table,
+    }
     best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
     return write_report(run.folder, metrics, _grid(names, rows, outputs, folder, best), run.curves)
 

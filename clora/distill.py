@@ -87,7 +87,9 @@ def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
         return names
     unused = [suffix for suffix in suffixes if not any(name.endswith(suffix) for name in names)]
     if unused:
-        raise CloraError(f"student.targets: no linear layer of the blocks ends in {unused}; they are called {names[:6]}...")
+        raise CloraError(
+            f"student.targets: no linear layer of the blocks ends in {unused}; they are called {names[:6]}..."
+        )
     return [name for name in names if name.endswith(tuple(suffixes))]
 
 
@@ -150,8 +152,14 @@ def distill(config: DistillConfig) -> Path:
     teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
     data = _encode(config, adapter, teachers)
     with stage("distil", config.train.updates) as advance:
-        student = train_student(config, adapter, teachers, data, lambda update, values: advance(1, **values),
-                                output / "checkpoint" / "state.safetensors")
+        student = train_student(
+            config,
+            adapter,
+            teachers,
+            data,
+            lambda update, values: advance(1, **values),
+            output / "checkpoint" / "state.safetensors",
+        )
     write_atomic(output / "clora.yaml", dump_config(config))
     return export_collection(student, _collection(config, pipeline), output, pipeline.transformer.dtype)
 
@@ -182,8 +190,10 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
     size = config.data.size
     _, images = load_images(config.data.sources, size)
     if len(images) <= config.data.held_out:
-        raise CloraError(f"data.held_out = {config.data.held_out} leaves none of the {len(images)} images in "
-                         f"{config.data.sources}; lower it or add images")
+        raise CloraError(
+            f"data.held_out = {config.data.held_out} leaves none of the {len(images)} images in "
+            f"{config.data.sources}; lower it or add images"
+        )
     _check_pairs(config)
     shared = adapter.encode_images(images[: len(images) - config.data.held_out])
     sources = [_effect_images(effect.sources, shared, adapter, size) for effect in config.effects]
@@ -198,9 +208,14 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
     targets = torch.stack([r if g is None else g[:count] for r, g in zip(rendered, given, strict=True)])
     general = general_instructions(config.data) or ("",)
     return DistillData(
-        effects=tuple(teachers), sources=stacked, targets=targets, teacher_text=teacher_text,
-        student_text=encode_student_prompts(adapter, config.effects), general_sources=shared,
-        general_text=adapter.encode_prompts(general), empty_text=empty_text,
+        effects=tuple(teachers),
+        sources=stacked,
+        targets=targets,
+        teacher_text=teacher_text,
+        student_text=encode_student_prompts(adapter, config.effects),
+        general_sources=shared,
+        general_text=adapter.encode_prompts(general),
+        empty_text=empty_text,
     )
 
 
@@ -213,8 +228,10 @@ def _check_pairs(config: DistillConfig) -> None:
             continue
         names = [{file.stem for file in list_images(folder)} for folder in (effect.sources, effect.targets)]
         if names[0] != names[1]:
-            raise CloraError(f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold images of the "
-                             f"same names, found only one of each pair for {sorted(names[0] ^ names[1])[:5]}")
+            raise CloraError(
+                f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold images of the "
+                f"same names, found only one of each pair for {sorted(names[0] ^ names[1])[:5]}"
+            )
 
 
 def _effect_images(folder: str | None, default: Tensor | None, adapter: Flux2KleinAdapter, size) -> Tensor | None:
@@ -240,7 +257,12 @@ def _collection(config: DistillConfig, pipeline):
         for effect in config.effects
     ]
     return Collection(
-        effects=effects, base_model=config.pipeline, pipeline_class=type(pipeline).__name__,
-        steps=config.sampler.steps, shift=config.sampler.shift, max_sequence_length=config.data.max_sequence_length,
-        size=config.data.size, provenance={"clora": __version__, "seed": config.seed, "config": dump_config(config)},
+        effects=effects,
+        base_model=config.pipeline,
+        pipeline_class=type(pipeline).__name__,
+        steps=config.sampler.steps,
+        shift=config.sampler.shift,
+        max_sequence_length=config.data.max_sequence_length,
+        size=config.data.size,
+        provenance={"clora": __version__, "seed": config.seed, "config": dump_config(config)},
     )

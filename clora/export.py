@@ -71,8 +71,13 @@ def export_collection(student: LoRAState, collection: Collection, folder: Path, 
     metadata = {
         "clora.effects": json.dumps([asdict(effect) for effect in collection.effects]),
         "clora.sampling": json.dumps(
-            {"steps": collection.steps, "shift": collection.shift, "guidance_scale": 1.0,
-             "max_sequence_length": collection.max_sequence_length, "size": list(collection.size)}
+            {
+                "steps": collection.steps,
+                "shift": collection.shift,
+                "guidance_scale": 1.0,
+                "max_sequence_length": collection.max_sequence_length,
+                "size": list(collection.size),
+            }
         ),
         "clora.base_model": collection.base_model,
         "clora.provenance": json.dumps(dict(collection.provenance), default=str),

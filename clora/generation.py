@@ -19,8 +19,15 @@ class Generator:
     Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in.
     """
 
-    def __init__(self, adapter: Flux2KleinAdapter, bank: AdapterBank | None, slots: Slots | None, shift: float,
-                 batch_size: int = 24, report: Callable[[int], None] = lambda passes: None):
+    def __init__(
+        self,
+        adapter: Flux2KleinAdapter,
+        bank: AdapterBank | None,
+        slots: Slots | None,
+        shift: float,
+        batch_size: int = 24,
+        report: Callable[[int], None] = lambda passes: None,
+    ):
         self.adapter = adapter
         self.bank = bank
         self.slots = slots
@@ -28,8 +35,9 @@ class Generator:
         self.batch_size = batch_size
         self.report = report
 
-    def guided_euler(self, ids: Tensor, conditioning: Conditioning, empty_text: Tensor, seeds: list[int],
-                     steps: int, guidance: float) -> Tensor:
+    def guided_euler(
+        self, ids: Tensor, conditioning: Conditioning, empty_text: Tensor, seeds: list[int], steps: int, guidance: float
+    ) -> Tensor:
         """The teachers' sampler: ``steps`` Euler steps with guidance w, two passes each; latents ``[N, T, C]``."""
         sigmas = teacher_schedule(steps, self.shift)
 
@@ -49,7 +57,9 @@ class Generator:
         """Plain Euler steps without guidance; latents ``[N, T, C]``."""
         sigmas = teacher_schedule(steps, self.shift)
         return self._batched(
-            lambda rows: euler_sample(self._conditioned(ids[rows], conditioning[rows]), self._noise(seeds[rows]), sigmas),
+            lambda rows: euler_sample(
+                self._conditioned(ids[rows], conditioning[rows]), self._noise(seeds[rows]), sigmas
+            ),
             len(ids),
         )
 

@@ -39,16 +39,33 @@ def tiny_pipeline(seed: int = 0, is_distilled: bool = False):
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(SENTENCES)
     transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
     )
     vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIZE[0],
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE[0],
     )
     pipeline = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=_text_encoder(len(tokenizer)),
-        tokenizer=tokenizer, transformer=transformer, is_distilled=is_distilled,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=_text_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=is_distilled,
     )
     for model in (transformer, vae, pipeline.text_encoder):
         model.eval().requires_grad_(False)
@@ -62,8 +79,15 @@ def _text_encoder(vocabulary: int):
 
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=vocabulary, hidden_size=8, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=4, max_position_embeddings=64, initializer_range=0.1,
+            vocab_size=vocabulary,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,
+            max_position_embeddings=64,
+            initializer_range=0.1,
             tie_word_embeddings=True,
         )
     )
@@ -136,12 +160,24 @@ def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections
     tree: dict[str, Any] = {
         "pipeline": "tiny",
         "output": "out",
-        "effects": tuple({"name": e, "lora": e, "prompt": f"make it {e}"} if isinstance(e, str) else e for e in effects),
-        "data": {"sources": "images", "size": SIZE, "max_sequence_length": MAX_SEQUENCE_LENGTH,
-                 "general_instructions": SENTENCES[3:]},
+        "effects": tuple(
+            {"name": e, "lora": e, "prompt": f"make it {e}"} if isinstance(e, str) else e for e in effects
+        ),
+        "data": {
+            "sources": "images",
+            "size": SIZE,
+            "max_sequence_length": MAX_SEQUENCE_LENGTH,
+            "general_instructions": SENTENCES[3:],
+        },
         "student": {"rank": 4},
         "sampler": {"steps": 4, "teacher_steps": 2, "guidance": 1.0},
-        "train": {"updates": 2, "critic_ratio": 2, "batch_size": 6, "learning_rate": 1e-2, "critic_learning_rate": 1e-2},
+        "train": {
+            "updates": 2,
+            "critic_ratio": 2,
+            "batch_size": 6,
+            "learning_rate": 1e-2,
+            "critic_learning_rate": 1e-2,
+        },
         "device": "cpu",
     }
     for name, value in sections.items():

@@ -102,7 +102,13 @@ class DistillTrainer:
         velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
         scores = self._score(rows, velocity.detach()) if len(rows.teacher) else None
         loss, terms = coarse_to_fine_loss(
-            velocity, rows.x, rows.sigma, rows.kind, rows.weight, scores, rows.anchor_target,
+            velocity,
+            rows.x,
+            rows.sigma,
+            rows.kind,
+            rows.weight,
+            scores,
+            rows.anchor_target,
             self.config.sampler.guidance,
         )
         self._check_finite(terms["nonfinite"], rows.effect, rows.kind, "student")
@@ -136,7 +142,9 @@ class DistillTrainer:
             x = add_noise(effects.target, self._noise(effects.target), self.sigmas[steps])
             parts.append((TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
         num_scored = sum(len(part[1]) for part in parts)
-        kind = torch.cat([torch.full((len(p[1]),), p[0]) for p in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+        kind = (
+            torch.cat([torch.full((len(p[1]),), p[0]) for p in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+        )
         score_sigma = draw_critic_sigma(kind, self.config.sampler.shift, self.tau.tau_min, self.generator)
         anchor_target = None
         if (objective.trajectory_anchoring or anchor_only) and len(effects):
@@ -194,7 +202,9 @@ class DistillTrainer:
         chunks = [slice(i, i + limit) for i in range(0, len(ids), limit)]
         return torch.cat([self._velocity(self.scorers, ids[c], x[c], sigma[c], conditioning[c]) for c in chunks])
 
-    def _velocity(self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def _velocity(
+        self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         adapter_ids = torch.full((len(x),), ids) if isinstance(ids, int) else ids
         with self.bank.route(slots, adapter_ids.to(x.device)):
             return self.adapter.velocity(x, sigma.to(x.device), conditioning)
@@ -228,13 +238,17 @@ class DistillTrainer:
         if train.minutes is not None:
             left = min(left, (stop - time.monotonic()) / (60 * train.minutes))
         factor = min(1.0, 0.1 + 0.9 * max(left, 0.0) / 0.3)
-        for optimizer, rate in ((self.student_optimizer, train.learning_rate),
-                                (self.critic_optimizer, train.critic_learning_rate)):
+        for optimizer, rate in (
+            (self.student_optimizer, train.learning_rate),
+            (self.critic_optimizer, train.critic_learning_rate),
+        ):
             optimizer.param_groups[0]["lr"] = rate * factor
 
     def save(self, path: Path) -> None:
         """Writes everything a bit-exact resume needs."""
-        tensors = {f"{name}.{i}": p for name, slots in self._trained().items() for i, p in enumerate(slots.parameters())}
+        tensors = {
+            f"{name}.{i}": p for name, slots in self._trained().items() for i, p in enumerate(slots.parameters())
+        }
         tensors["general"] = self.sampler._general
         optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
         save_state(path, tensors, optimizers, {"data": self.generator}, {"update": self.update})

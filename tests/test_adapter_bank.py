@@ -51,7 +51,9 @@ def test_mixed_batch_equals_merged_weights_sample_by_sample(adapter, teachers, i
     bank = AdapterBank(adapter.pipeline.transformer, teachers)
     try:
         mixed = routed(adapter, bank, ids, x, sigma, conditioning)
-        alone = torch.cat([routed(adapter, bank, [e], x[[i]], sigma[[i]], conditioning[[i]]) for i, e in enumerate(ids)])
+        alone = torch.cat(
+            [routed(adapter, bank, [e], x[[i]], sigma[[i]], conditioning[[i]]) for i, e in enumerate(ids)]
+        )
     finally:
         bank.detach()
     for i, e in enumerate(ids):
@@ -128,11 +130,15 @@ def test_forward_outside_route_is_refused(adapter, bank, inputs):
             pass
 
 
-@pytest.mark.parametrize("ask", [
-    lambda bank: bank.slots().ids(["efect_1"]),
-    lambda bank: bank.slots(["efect_1"]),
-    lambda bank: bank.state("efect_1"),
-], ids=["ids", "slots", "state"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda bank: bank.slots().ids(["efect_1"]),
+        lambda bank: bank.slots(["efect_1"]),
+        lambda bank: bank.state("efect_1"),
+    ],
+    ids=["ids", "slots", "state"],
+)
 def test_an_unknown_slot_names_the_nearest(bank, ask):
     with pytest.raises(CloraError, match=r"unknown adapter 'efect_1'.*did you mean 'effect_1'"):
         ask(bank)
@@ -148,7 +154,9 @@ def test_slots_must_be_neighbours_and_states_must_fit(adapter, bank):
 def test_a_module_that_the_transformer_lacks_changes_nothing(adapter):
     transformer = adapter.pipeline.transformer
     state = random_lora(transformer, 2, 0)
-    wrong = LoRAState({**state.modules, "transformer_blocks.0.attn.to_qq": LoRAModule(torch.ones(1, 2), torch.ones(2, 1))})
+    wrong = LoRAState(
+        {**state.modules, "transformer_blocks.0.attn.to_qq": LoRAModule(torch.ones(1, 2), torch.ones(2, 1))}
+    )
     with pytest.raises(CloraError, match=r"to_qq'; did you mean 'transformer_blocks\.0\.attn\.to_q'"):
         AdapterBank(transformer, {"wrong": wrong})
     assert not any(isinstance(module, RoutedLinear) for module in transformer.modules())

@@ -111,8 +111,12 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         cond, uncond = (
             merged(
-                hidden_states=torch.cat([x, data.sources[1, 1:]], 1), encoder_hidden_states=text[None],
-                timestep=torch.tensor([sigma]), img_ids=adapter._image_ids, txt_ids=adapter._text_ids, return_dict=False,
+                hidden_states=torch.cat([x, data.sources[1, 1:]], 1),
+                encoder_hidden_states=text[None],
+                timestep=torch.tensor([sigma]),
+                img_ids=adapter._image_ids,
+                txt_ids=adapter._text_ids,
+                return_dict=False,
             )[0][:, : x.shape[1]]
             for text in (data.teacher_text[1], data.empty_text)
         )
@@ -121,10 +125,12 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
 
 
 def test_student_prompts_are_repeated_up_to_the_longest_list(adapter):
-    config = tiny_config([
-        {"name": "a", "lora": "a", "prompt": "p", "student_prompts": ("make it a", "turn it", "add")},
-        {"name": "b", "lora": "b", "prompt": "p", "student_prompts": ("brighten", "keep")},
-    ])
+    config = tiny_config(
+        [
+            {"name": "a", "lora": "a", "prompt": "p", "student_prompts": ("make it a", "turn it", "add")},
+            {"name": "b", "lora": "b", "prompt": "p", "student_prompts": ("brighten", "keep")},
+        ]
+    )
     text = encode_student_prompts(adapter, config.effects)
     expected = adapter.encode_prompts(["make it a", "turn it", "add", "brighten", "keep", "brighten"])
     torch.testing.assert_close(text.flatten(0, 1), expected)

@@ -37,10 +37,13 @@ def student(adapter):
 
 @pytest.fixture(scope="module")
 def collection(adapter, student, tmp_path_factory):
-    effects = [CollectedEffect("blueprint", (PROMPT, "a blueprint"), "blueprint.safetensors", "ab" * 32, "apache-2.0"),
-               CollectedEffect("snow", ("add falling snow",), "snow.safetensors", "cd" * 32)]
-    described = Collection(effects, "some/pipeline", "Flux2KleinPipeline", STEPS, 3.0, MAX_SEQUENCE_LENGTH, SIZE,
-                           {"seed": 5})
+    effects = [
+        CollectedEffect("blueprint", (PROMPT, "a blueprint"), "blueprint.safetensors", "ab" * 32, "apache-2.0"),
+        CollectedEffect("snow", ("add falling snow",), "snow.safetensors", "cd" * 32),
+    ]
+    described = Collection(
+        effects, "some/pipeline", "Flux2KleinPipeline", STEPS, 3.0, MAX_SEQUENCE_LENGTH, SIZE, {"seed": 5}
+    )
     return export_collection(student, described, tmp_path_factory.mktemp("out") / "collection", torch.float32)
 
 
@@ -64,8 +67,15 @@ def call(pipeline, source, latents, steps=STEPS, guidance_scale=1.0, seed=0, **k
     """The stock call; explicit latents ``[1, C, H, W]``, images ``[1, 3, H, W]`` in [0, 1]."""
     torch.manual_seed(seed)
     return pipeline(
-        image=Image.open(source), prompt=PROMPT, num_inference_steps=steps, guidance_scale=guidance_scale,
-        latents=latents, max_sequence_length=MAX_SEQUENCE_LENGTH, height=SIZE[0], width=SIZE[1], output_type="pt",
+        image=Image.open(source),
+        prompt=PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        height=SIZE[0],
+        width=SIZE[1],
+        output_type="pt",
         **kwargs,
     ).images
 
@@ -155,8 +165,9 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
     try:
         generator = Generator(adapter, bank, bank.slots(), 3.0)
         noise = generator._noise([4])
-        latents = generator.guided_euler(torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""])[0],
-                                         [4], steps, w)
+        latents = generator.guided_euler(
+            torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""])[0], [4], steps, w
+        )
     finally:
         bank.detach()
     stock = call(pipeline, source, noise.transpose(1, 2).reshape(1, 16, 4, 4), steps, w + 1)
@@ -174,15 +185,33 @@ def test_the_folder(adapter, collection, student):
     assert "lora_adapter_metadata" not in metadata
     effects = json.loads(metadata["clora.effects"])
     assert [e["name"] for e in effects] == ["blueprint", "snow"]
-    assert effects[0] == {"name": "blueprint", "prompts": [PROMPT, "a blueprint"], "teacher": "blueprint.safetensors",
-                          "teacher_sha256": "ab" * 32, "license": "apache-2.0"}
-    assert json.loads(metadata["clora.sampling"]) == {"steps": STEPS, "shift": 3.0, "guidance_scale": 1.0,
-                                                      "max_sequence_length": MAX_SEQUENCE_LENGTH, "size": list(SIZE)}
+    assert effects[0] == {
+        "name": "blueprint",
+        "prompts": [PROMPT, "a blueprint"],
+        "teacher": "blueprint.safetensors",
+        "teacher_sha256": "ab" * 32,
+        "license": "apache-2.0",
+    }
+    assert json.loads(metadata["clora.sampling"]) == {
+        "steps": STEPS,
+        "shift": 3.0,
+        "guidance_scale": 1.0,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "size": list(SIZE),
+    }
     assert metadata["clora.base_model"] == "some/pipeline"
     assert json.loads(metadata["clora.provenance"]) == {"seed": 5}
     card = (collection / "README.md").read_text("utf-8")
-    for text in (PROMPT, "add falling snow", "some/pipeline", "apache-2.0", "ComfyUI", f"num_inference_steps={STEPS}",
-                 f"max_sequence_length={MAX_SEQUENCE_LENGTH}", "shift 3.0"):
+    for text in (
+        PROMPT,
+        "add falling snow",
+        "some/pipeline",
+        "apache-2.0",
+        "ComfyUI",
+        f"num_inference_steps={STEPS}",
+        f"max_sequence_length={MAX_SEQUENCE_LENGTH}",
+        "shift 3.0",
+    ):
         assert text in card, text
     read = load_lora(collection, linear_shapes(adapter.pipeline.transformer))
     for name, module in read.modules.items():
@@ -224,8 +253,14 @@ def test_a_process_without_clora_gives_the_same(adapter, tiny_folder, collection
     torch.save(draw_latents(), out)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     arguments = [str(a) for a in (tiny_folder, collection, source, out, PROMPT, MAX_SEQUENCE_LENGTH)]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     ours = image(adapter, sample(adapter, student, condition(adapter, source), draw_latents()))
     torch.testing.assert_close(torch.load(out), ours, rtol=0, atol=1e-4)
@@ -234,6 +269,8 @@ def test_a_process_without_clora_gives_the_same(adapter, tiny_folder, collection
 def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
     """What these tests rest on: loading gives the weights and the tokens that were saved."""
     loaded, fresh = tiny_adapter(DiffusionPipeline.from_pretrained(tiny_folder)), tiny_adapter()
-    for (name, a), b in zip(loaded.pipeline.transformer.named_parameters(), fresh.pipeline.transformer.parameters(), strict=True):
+    for (name, a), b in zip(
+        loaded.pipeline.transformer.named_parameters(), fresh.pipeline.transformer.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
     torch.testing.assert_close(loaded.encode_prompts([PROMPT]), fresh.encode_prompts([PROMPT]))

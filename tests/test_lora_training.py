@@ -20,8 +20,9 @@ NAMES = ("first", "second")
 def pairs(adapter):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return Pairs(draw(2, 3, *adapter.latent_shape), draw(2, 3, *adapter.latent_shape),
-                 draw(2, adapter.max_sequence_length, 24))
+    return Pairs(
+        draw(2, 3, *adapter.latent_shape), draw(2, 3, *adapter.latent_shape), draw(2, adapter.max_sequence_length, 24)
+    )
 
 
 def train(adapter, pairs, updates, names=NAMES, rows=4):
@@ -31,8 +32,18 @@ def train(adapter, pairs, updates, names=NAMES, rows=4):
     fresh = {name: fresh_lora(linear_shapes(transformer), 3, generator) for name in NAMES}
     bank = AdapterBank(transformer, fresh)
     try:
-        train_loras(adapter, bank, bank.slots(names, trainable=True), pairs, updates=updates, rows_per_lora=rows,
-                    learning_rate=2e-2, shift=2.0, seed=0, report=lambda update, values: losses.append(values["loss"]))
+        train_loras(
+            adapter,
+            bank,
+            bank.slots(names, trainable=True),
+            pairs,
+            updates=updates,
+            rows_per_lora=rows,
+            learning_rate=2e-2,
+            shift=2.0,
+            seed=0,
+            report=lambda update, values: losses.append(values["loss"]),
+        )
         return losses, {name: bank.state(name) for name in NAMES}
     finally:
         bank.detach()

@@ -181,7 +181,9 @@ def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, m
         batch, calls, velocity = mixed_batch(trainer), [], trainer._velocity
 
         def record(slots, ids, x, sigma, conditioning):
-            calls.append((slots.names, x.detach(), sigma, conditioning.text, out := velocity(slots, ids, x, sigma, conditioning)))
+            calls.append(
+                (slots.names, x.detach(), sigma, conditioning.text, out := velocity(slots, ids, x, sigma, conditioning))
+            )
             return out
 
         monkeypatch.setattr(trainer, "_velocity", record)
@@ -207,8 +209,13 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
         batch = trainer.sampler.draw(0)
         rows = trainer._student_rows(batch, anchor_only=False)
     effects = batch.effect_rows()
-    kind = torch.cat([torch.full((64,), BACKWARD_SIMULATION), torch.full((len(effects),), TARGET_SIMULATION),
-                      torch.full((len(effects),), ANCHOR)])
+    kind = torch.cat(
+        [
+            torch.full((64,), BACKWARD_SIMULATION),
+            torch.full((len(effects),), TARGET_SIMULATION),
+            torch.full((len(effects),), ANCHOR),
+        ]
+    )
     assert torch.equal(rows.kind, kind)
     assert torch.equal(rows.effect, torch.cat([batch.effect, effects.effect, effects.effect]))
     bs, ts, anchor = (kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR))
@@ -375,7 +382,10 @@ def test_a_batch_holds_matching_rows(adapter, orthogonal):
     phrasings = set()
     for i, e in enumerate(batch.effect.tolist()):
         source, target, student, teacher = (
-            batch.student.source[i], batch.target[i], batch.student.text[i], batch.teacher.text[i]
+            batch.student.source[i],
+            batch.target[i],
+            batch.student.text[i],
+            batch.teacher.text[i],
         )
         if e == GENERAL:
             assert any(torch.equal(source, s) for s in data.general_sources)

@@ -78,8 +78,12 @@ class Pool:
 
     def entries(self, phrasings: Container[str] | None = None) -> Tensor:
         """Indices ``[K, 2]`` of all edits, or of those with one of these instructions."""
-        rows = [(i, j) for i, row in enumerate(self.instructions) for j, text in enumerate(row)
-                if phrasings is None or text in phrasings]
+        rows = [
+            (i, j)
+            for i, row in enumerate(self.instructions)
+            for j, text in enumerate(row)
+            if phrasings is None or text in phrasings
+        ]
         return torch.tensor(rows)
 
 
@@ -103,8 +107,14 @@ def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Cal
     return Pool(torch.cat(sources), torch.cat(targets), instructions)
 
 
-def train_base(adapter: Flux2KleinAdapter, pool: Pool, updates: int, seed: int, checkpoint: Path,
-               report: Callable[[int, dict[str, float]], None]) -> None:
+def train_base(
+    adapter: Flux2KleinAdapter,
+    pool: Pool,
+    updates: int,
+    seed: int,
+    checkpoint: Path,
+    report: Callable[[int, dict[str, float]], None],
+) -> None:
     """Trains the pipeline's transformer by flow matching on the pool and leaves its averaged weights in.
 
     The first part draws only edits whose instruction names no colour or shape: the transformer learns to listen to
@@ -131,7 +141,9 @@ def train_base(adapter: Flux2KleinAdapter, pool: Pool, updates: int, seed: int, 
         _update_average(average, parameters, update)
         report(update, {"loss": float(loss.detach())})
         if (update + 1) % CHECKPOINT_EVERY == 0:
-            tensors = {f"weight.{n}": p for n, p in parameters.items()} | {f"average.{n}": a for n, a in average.items()}
+            tensors = {f"weight.{n}": p for n, p in parameters.items()} | {
+                f"average.{n}": a for n, a in average.items()
+            }
             save_state(checkpoint, tensors, {"base": optimizer}, {"data": generator}, {"update": update + 1})
     for name, weight in average.items():
         parameters[name].data.copy_(weight)

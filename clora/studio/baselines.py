@@ -96,8 +96,13 @@ class EvaluationSet:
 Report = Callable[[int], None]
 
 
-def measure_teachers(adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], evaluation: EvaluationSet,
-                     guidance: float, report: Report) -> dict[str, Measured]:
+def measure_teachers(
+    adapter: Flux2KleinAdapter,
+    teachers: Mapping[str, LoRAState],
+    evaluation: EvaluationSet,
+    guidance: float,
+    report: Report,
+) -> dict[str, Measured]:
     """Rows ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
     bank = AdapterBank(adapter.pipeline.transformer, teachers)
     try:
@@ -113,8 +118,9 @@ def measure_teachers(adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAStat
     return {"teachers_80": _measured(adapter, evaluation, full), "teachers_8": best}
 
 
-def measure_one_lora(adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluation: EvaluationSet, text: Tensor,
-                     report: Report) -> Measured:
+def measure_one_lora(
+    adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluation: EvaluationSet, text: Tensor, report: Report
+) -> Measured:
     """One LoRA (None: the base) for every effect and for general edits, with the few-step sampler."""
     transformer = adapter.pipeline.transformer
     bank = None if lora is None else AdapterBank(transformer, {"lora": lora})
@@ -133,8 +139,9 @@ def measure_one_lora(adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluat
     return _measured(adapter, evaluation, latents, accuracy)
 
 
-def measure_merges(adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], evaluation: EvaluationSet,
-                   report: Report) -> dict[str, Measured]:
+def measure_merges(
+    adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], evaluation: EvaluationSet, report: Report
+) -> dict[str, Measured]:
     """One row per PEFT merge that takes unequal ranks, asked with the teachers' prompts.
 
     Each is measured at several weights per teacher and the best is kept, as its user would.
@@ -152,8 +159,9 @@ def measure_merges(adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState]
     return {name: best(method) for name, method in MERGES.items()}
 
 
-def _measured(adapter: Flux2KleinAdapter, evaluation: EvaluationSet, latents: Tensor,
-              general: float | None = None) -> Measured:
+def _measured(
+    adapter: Flux2KleinAdapter, evaluation: EvaluationSet, latents: Tensor, general: float | None = None
+) -> Measured:
     images = to_images(adapter.decode(latents))
     outputs = {e: images[i * evaluation.count : (i + 1) * evaluation.count] for i, e in enumerate(evaluation.effects)}
     return Measured(outputs, judge_effects(outputs), general)

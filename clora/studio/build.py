@@ -115,8 +115,12 @@ def _record(folder: Path, name: str, seconds: float, measured: dict[str, object]
         "seconds": round(seconds, 1),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
         "measured": measured,
         "sha256": {file: sha256(folder / file) for file in files},
     }
@@ -140,8 +144,9 @@ def vae_quality(model) -> dict[str, float]:
         decoded = np.concatenate([vae.to_images(model.decode(z).sample) for z in latents])
     judges = [Judge.for_source(source, seed=100 + i) for i, source in enumerate(sources)]
     names = [name for name in EFFECTS for _ in sources]
-    verdicts = [judges[i % len(sources)].score(image, name)
-                for i, (image, name) in enumerate(zip(decoded, names, strict=True))]
+    verdicts = [
+        judges[i % len(sources)].score(image, name) for i, (image, name) in enumerate(zip(decoded, names, strict=True))
+    ]
     scenes = np.stack([render(make_scene(FIRST_HELD_OUT + i)) for i in range(48)])
     return {
         "vae_psnr": vae.reconstruction_psnr(model, scenes),
@@ -162,12 +167,15 @@ def _base_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]
     with stage("training edits", BASE_SCENES) as advance:
         pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
     with stage("base model", BASE_UPDATES) as advance:
-        base.train_base(adapter, pool, BASE_UPDATES, SEED, work / "base.safetensors",
-                        lambda update, values: advance(1, **values))
+        base.train_base(
+            adapter, pool, BASE_UPDATES, SEED, work / "base.safetensors", lambda update, values: advance(1, **values)
+        )
     save_pipeline(pipeline, folder / "pipeline")
     adapter = studio(folder)
     return {"general_accuracy": general_quality(adapter)}, [
-        "pipeline/transformer/diffusion_pytorch_model.safetensors", "pipeline/text_encoder/model.safetensors"]
+        "pipeline/transformer/diffusion_pytorch_model.safetensors",
+        "pipeline/text_encoder/model.safetensors",
+    ]
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
@@ -191,9 +199,14 @@ def general_quality(adapter) -> float:
     passes = 2 * baselines.TEACHER_STEPS * count
     with stage("general edits", passes) as advance:
         generator = Generator(adapter, None, None, baselines.SHIFT, report=advance)
-        latents = generator.guided_euler(torch.zeros(count, dtype=torch.int64), evaluation.general,
-                                         evaluation.empty_text, [8_000_000 + i for i in range(count)],
-                                         baselines.TEACHER_STEPS, GUIDANCE)
+        latents = generator.guided_euler(
+            torch.zeros(count, dtype=torch.int64),
+            evaluation.general,
+            evaluation.empty_text,
+            [8_000_000 + i for i in range(count)],
+            baselines.TEACHER_STEPS,
+            GUIDANCE,
+        )
     return general_accuracy(vae.to_images(adapter.decode(latents)))
 
 
@@ -232,8 +245,9 @@ def make_targets(adapter, loras) -> torch.Tensor:
     prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in names])
     passes = 2 * baselines.TEACHER_STEPS * len(names) * TARGET_SOURCES
     with stage("render targets", passes) as advance:
-        return render_targets(adapter, loras, sources, prompts, adapter.encode_prompts([""])[0],
-                              demo_config(names, SEED), advance)
+        return render_targets(
+            adapter, loras, sources, prompts, adapter.encode_prompts([""])[0], demo_config(names, SEED), advance
+        )
 
 
 def shipped_targets(folder: Path) -> Targets:
@@ -248,12 +262,15 @@ def _baseline_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[s
     rows, images = {}, {}
     for name, measured in measure_baselines(adapter, loras, list(DEFAULT_EFFECTS)).items():
         rows[name] = measured.to_json()
-        images |= {f"{name}/{effect}": to_bytes(outputs[grid_scene(effect)])
-                   for effect, outputs in measured.outputs.items()}
+        images |= {
+            f"{name}/{effect}": to_bytes(outputs[grid_scene(effect)]) for effect, outputs in measured.outputs.items()
+        }
     write_atomic(folder / "baselines.json", json.dumps(rows) + "\n")
     save_file(images, folder / "baselines.safetensors")
-    measured = {effect: float(np.mean([v["accurate"] for v in verdicts]))
-                for effect, verdicts in rows["teachers_80"]["verdicts"].items()}
+    measured = {
+        effect: float(np.mean([v["accurate"] for v in verdicts]))
+        for effect, verdicts in rows["teachers_80"]["verdicts"].items()
+    }
     return {"teacher_accuracy": measured, "guidance": GUIDANCE}, ["baselines.json", "baselines.safetensors"]
 
 
@@ -268,7 +285,9 @@ def measure_baselines(adapter, loras, merged: list[str]) -> dict[str, baselines.
     few = baselines.EvaluationSet.encode(adapter, merged, EVALUATION_SCENES, EVALUATION_GENERAL)
     n = len(evaluation.ids)
     m = len(few.ids) + EVALUATION_GENERAL
-    passes = n * (2 * baselines.TEACHER_STEPS + 2 * baselines.STEPS) + (3 * len(baselines.MERGES) + 1) * m * baselines.STEPS
+    passes = (
+        n * (2 * baselines.TEACHER_STEPS + 2 * baselines.STEPS) + (3 * len(baselines.MERGES) + 1) * m * baselines.STEPS
+    )
     with stage("baselines", passes) as advance:
         rows = baselines.measure_teachers(adapter, loras, evaluation, GUIDANCE, advance)
         rows |= baselines.measure_merges(adapter, {e: loras[e] for e in merged}, few, advance)

@@ -22,12 +22,23 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "pipeline": "studio",
             "output": "clora-demo",
             "effects": tuple(_effect(name) for name in effects),
-            "data": {"sources": "studio", "size": (SIZE, SIZE), "max_sequence_length": MAX_SEQUENCE_LENGTH,
-                     "general_instructions": ("studio",)},
+            "data": {
+                "sources": "studio",
+                "size": (SIZE, SIZE),
+                "max_sequence_length": MAX_SEQUENCE_LENGTH,
+                "general_instructions": ("studio",),
+            },
             "student": {"rank": 32, "init": "merge"},
             "sampler": {"guidance": GUIDANCE},
-            "train": {"updates": 100_000 if minutes else 6000, "anchor_updates": 400, "critic_ratio": 2,
-                      "batch_size": 8, "learning_rate": 1e-3, "critic_learning_rate": 1e-3, "minutes": minutes},
+            "train": {
+                "updates": 100_000 if minutes else 6000,
+                "anchor_updates": 400,
+                "critic_ratio": 2,
+                "batch_size": 8,
+                "learning_rate": 1e-3,
+                "critic_learning_rate": 1e-3,
+                "minutes": minutes,
+            },
             "seed": seed,
         }
     )

@@ -197,34 +197,61 @@ def _bar(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
 
 FAMILIES: dict[str, Family] = {
     "keep": Family(
-        ("keep the image as it is", "change nothing", "leave everything the same", "return the picture unchanged",
-         "do not edit this image"), _keep, share=1.2),
+        (
+            "keep the image as it is",
+            "change nothing",
+            "leave everything the same",
+            "return the picture unchanged",
+            "do not edit this image",
+        ),
+        _keep,
+        share=1.2,
+    ),
     "recolour": Family(
-        ("make the {a} {b}", "change the {a} to {b}", "paint the {a} {b}", "turn the {a} {b}", "recolour the {a} in {b}"),
-        _recolour, share=2.0),
-    "recolour_all": Family(
-        ("make every shape {a}", "paint all the shapes {a}", "turn all objects {a}"), _recolour_all),
+        (
+            "make the {a} {b}",
+            "change the {a} to {b}",
+            "paint the {a} {b}",
+            "turn the {a} {b}",
+            "recolour the {a} in {b}",
+        ),
+        _recolour,
+        share=2.0,
+    ),
+    "recolour_all": Family(("make every shape {a}", "paint all the shapes {a}", "turn all objects {a}"), _recolour_all),
     "remove": Family(
         ("remove the {a}", "delete the {a}", "take the {a} away", "erase the {a}", "get rid of the {a}"),
-        _remove, share=1.6),
+        _remove,
+        share=1.6,
+    ),
     "remove_all": Family(("remove all shapes", "leave only the background", "erase every object"), _remove_all),
     "background": Family(
-        ("make the background {a}", "change the background to {a}", "put everything on a {a} background",
-         "replace the backdrop with plain {a}"), _background, share=1.6),
+        (
+            "make the background {a}",
+            "change the background to {a}",
+            "put everything on a {a} background",
+            "replace the backdrop with plain {a}",
+        ),
+        _background,
+        share=1.6,
+    ),
     "add_shape": Family(
-        ("add a {a}", "put a {a} somewhere in the picture", "draw a {a} on it"), _add_shape, random=True, share=1.2),
+        ("add a {a}", "put a {a} somewhere in the picture", "draw a {a} on it"), _add_shape, random=True, share=1.2
+    ),
     "outline": Family(
         ("outline every shape in {a}", "draw {a} contours around the shapes", "give all objects a {a} outline"),
-        _outline, share=1.2),
+        _outline,
+        share=1.2,
+    ),
     "brighten": Family(
-        ("brighten the image", "make it brighter", "increase the brightness", "turn up the light"),
-        _light(0.8, 0.22)),
+        ("brighten the image", "make it brighter", "increase the brightness", "turn up the light"), _light(0.8, 0.22)
+    ),
     "darken": Family(
-        ("darken the image", "make it darker", "lower the brightness", "turn down the light"), _light(0.5, 0.0)),
+        ("darken the image", "make it darker", "lower the brightness", "turn down the light"), _light(0.5, 0.0)
+    ),
     "contrast": Family(("increase the contrast", "make it more contrasty", "boost contrast"), _light(1.5, -0.25)),
     "fade": Family(("fade the picture", "wash out the image", "lower the contrast"), _light(0.45, 0.28)),
-    "grey": Family(
-        ("make it black and white", "convert to greyscale", "remove all colour", "turn it grey"), _grey),
+    "grey": Family(("make it black and white", "convert to greyscale", "remove all colour", "turn it grey"), _grey),
     "saturate": Family(("make the colours stronger", "increase the saturation", "more vivid colours"), _saturate),
     "warm": Family(("make it warmer", "give it a warm tone", "warm up the colours"), _balance(1.15, 0.97, 0.72)),
     "cool": Family(("make it cooler", "give it a cold tone", "cool down the colours"), _balance(0.75, 0.95, 1.18)),
@@ -233,10 +260,14 @@ FAMILIES: dict[str, Family] = {
     "half": Family(("tint the {a} half {b}", "put a {b} filter on the {a} side"), _half),
     "dots": Family(
         ("sprinkle a few {a} dots over it", "add some small {a} dots", "scatter {a} spots on the picture"),
-        _dots, random=True),
+        _dots,
+        random=True,
+    ),
     "lines": Family(
         ("draw a few {a} lines across", "add random {a} lines", "cross the picture with {a} strokes"),
-        _lines, random=True),
+        _lines,
+        random=True,
+    ),
     "bar": Family(("put a {b} {a} bar somewhere", "add one {b} bar in {a}"), _bar, random=True),
 }
 SHARES = np.array([f.share for f in FAMILIES.values()]) / sum(f.share for f in FAMILIES.values())

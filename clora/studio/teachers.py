@@ -84,8 +84,16 @@ def train_teachers(
     }
     bank = AdapterBank(transformer, fresh)
     try:
-        train_loras(adapter, bank, bank.slots(trainable=True), encode_pairs(adapter), updates=updates, seed=seed,
-                    report=report, **TRAINING)
+        train_loras(
+            adapter,
+            bank,
+            bank.slots(trainable=True),
+            encode_pairs(adapter),
+            updates=updates,
+            seed=seed,
+            report=report,
+            **TRAINING,
+        )
         return {spec.effect: _own_part(bank.state(spec.effect, spec.rank), fresh[spec.effect]) for spec in SPECS}
     finally:
         bank.detach()

@@ -47,7 +47,9 @@ def train_tokenizer(corpus: Iterable[str]):
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = VOCABULARY - len(SPECIAL)
-    raw.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    raw.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
     model = json.loads(raw.to_str())["model"]
     tokenizer = Qwen2TokenizerFast(
         vocab=model["vocab"],

@@ -108,8 +108,10 @@ def set_latent_statistics(vae, rng: np.random.Generator, batches: int = 48) -> N
     from diffusers import Flux2KleinPipeline
 
     packed = torch.cat(
-        [Flux2KleinPipeline._patchify_latents(vae.encode(training_images(rng, BATCH)).latent_dist.mode())
-         for _ in range(batches)]
+        [
+            Flux2KleinPipeline._patchify_latents(vae.encode(training_images(rng, BATCH)).latent_dist.mode())
+            for _ in range(batches)
+        ]
     )
     vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
     vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))

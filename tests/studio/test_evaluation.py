@@ -1,0 +1,47 @@
+"""General edits are judged against what else could have been done; rows sum up verdicts."""
+
+import numpy as np
+import pytest
+
+from clora.studio.effects import EFFECTS
+from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, judges, summary
+
+CASES = 18
+
+
+def test_exact_results_are_correct_and_unchanged_sources_are_not():
+    cases = general_cases(CASES)
+    assert general_accuracy([case.edit.result for case in cases]) == 1.0
+    wrong = [case.source for case in cases if case.edit.family != "keep"]
+    right = [
+        case.is_correct(image) for case, image in zip([c for c in cases if c.edit.family != "keep"], wrong, strict=True)
+    ]
+    assert sum(right) == 0
+
+
+def test_another_edit_is_not_correct():
+    cases = general_cases(CASES)
+    others = [cases[(i + 1) % CASES].edit.result for i in range(CASES)]
+    assert general_accuracy(others) == 0.0
+
+
+def test_summary_of_exact_effects():
+    rng = np.random.default_rng(8)
+    outputs = {
+        name: np.stack([EFFECTS[name].apply(s, rng) for s in held_out_sources(2)]) for name in ("thermal", "snow")
+    }
+    row = summary(judge_effects(outputs), 0.5)
+    assert row["effect_accuracy"] == 1.0
+    assert row["bad_case_rate"] == row["bad_case_rate_stochastic"] == 0.0
+    assert row["psnr"] == pytest.approx(100)  # thermal alone: snow has no PSNR
+    assert row["per_effect"] == {"thermal": 1.0, "snow": 1.0}
+    assert row["general_accuracy"] == 0.5
+
+
+def test_unchanged_outputs_are_bad_cases():
+    outputs = {"thermal": held_out_sources(2), "snow": held_out_sources(2)}
+    row = summary(judge_effects(outputs), None)
+    assert row["effect_accuracy"] == 0.0
+    assert row["bad_case_rate"] == 1.0
+    assert row["subject_alignment"] == 0.0
+    assert len(judges(2)) == 2
