@@ -81,14 +81,14 @@ class Generator:
         self.report(len(x))
         if self.bank is None:
             return self.adapter.velocity(x, sigma, conditioning)
-        with self.bank.route(self.slots, ids):
+        with self.bank.route(self.slots, ids.to(x.device)):
             return self.adapter.velocity(x, sigma, conditioning)
 
     def _noise(self, seeds: list[int], draw: int = 0) -> Tensor:
         def one(seed: int) -> Tensor:
             return torch.randn(self.adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * seed + draw))
 
-        return torch.stack([one(seed) for seed in seeds])
+        return torch.stack([one(seed) for seed in seeds]).to(self.adapter.pipeline.transformer.device)
 
     @torch.no_grad()
     def _batched(self, sample: Callable[[slice], Tensor], count: int) -> Tensor:

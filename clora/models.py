@@ -99,7 +99,7 @@ class Flux2KleinAdapter:
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """Packed normalised latents ``[N, T, C]`` of images ``[N, 3, H, W]`` in [-1, 1]."""
-        encode = self.pipeline._encode_vae_image
+        encode, images = self.pipeline._encode_vae_image, images.to(self.pipeline.vae.device)
         return torch.cat(
             [self.pipeline._pack_latents(encode(chunk, generator=None)) for chunk in images.split(batch_size)]
         )
@@ -107,7 +107,7 @@ class Flux2KleinAdapter:
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
         """Images ``[N, 3, H, W]`` in [-1, 1] (not clipped) of packed latents ``[N, T, C]``."""
-        return torch.cat([self._decode(chunk) for chunk in latents.split(batch_size)])
+        return torch.cat([self._decode(chunk) for chunk in latents.to(self.pipeline.vae.device).split(batch_size)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

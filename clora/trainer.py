@@ -97,8 +97,6 @@ class DistillTrainer:
     def student_step(self, batch: Batch, anchor_only: bool = False) -> dict[str, float]:
         """One update of the student by the coarse-to-fine objective (method.md section 4c)."""
         rows = self._student_rows(batch, anchor_only)
-        if rows is None:
-            return dict.fromkeys(("dmd_bs", "dmd_ts", "anchor", "loss"), 0.0)
         velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
         scores = self._score(rows, velocity.detach()) if len(rows.teacher) else None
         loss, terms = coarse_to_fine_loss(
@@ -127,11 +125,8 @@ class DistillTrainer:
         self._step(self.critic_optimizer, self.critic, loss, "critic")
         return {"critic": float(loss.detach())}
 
-    def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows | None:
-        """The rows of one student forward: backward simulation, target simulation, trajectory anchoring.
-
-        None where there are none: a batch of the general stream alone, backward simulation being off.
-        """
+    def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows:
+        """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
         objective, parts = self.config.objective, []
         effects = batch.effect_rows()
         if objective.backward_simulation and not anchor_only:
@@ -155,7 +150,7 @@ class DistillTrainer:
             anchor_target = noise - effects.target
             x = add_noise(effects.target, noise, sigma)
             parts.append((ANCHOR, effects, x, sigma, objective.weights.trajectory_anchoring))
-        return StudentRows(parts, num_scored, score_sigma, anchor_target) if parts else None
+        return StudentRows(parts, num_scored, score_sigma, anchor_target)
 
     def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
         """The released code's lower bound of the anchoring noise: the backward simulation's critic level per sample."""

@@ -35,11 +35,11 @@ from clora.studio.scenes import make_scene, render
 
 SEED = 0
 VAE_UPDATES = 1800
-BASE_SCENES, BASE_EDITS, BASE_UPDATES = 4000, 4, 3200
-TEACHER_UPDATES = 1200
-TARGET_SOURCES = 24
+BASE_SCENES, BASE_EDITS, BASE_UPDATES = 3000, 4, 4000
+TEACHER_UPDATES = 700
+TARGET_SOURCES = 20
 FIRST_TARGET_SCENE = 300_000_000
-EVALUATION_SCENES, EVALUATION_GENERAL = 12, 72
+EVALUATION_SCENES, EVALUATION_GENERAL = 8, 54
 FLOORS = {"vae_psnr": 30.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.9, "general_accuracy": 0.9}
 
 
@@ -179,8 +179,8 @@ def _base_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
-    """Saves the pipeline with fp16 weights."""
-    for component in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
+    """Saves the pipeline with fp16 weights, which diffusers loads as fp32; transformers would keep fp16."""
+    for component in (pipeline.transformer, pipeline.vae):
         component.half()
     pipeline.save_pretrained(folder)
 

@@ -11,7 +11,7 @@ from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 GUIDANCE = 1.0
-DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "cartoon", "vignette", "confetti", "snow")
+DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "confetti", "snow")
 DEFAULT_MINUTES = 5.0
 
 
@@ -32,8 +32,8 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "sampler": {"guidance": GUIDANCE},
             "train": {
                 "updates": 100_000 if minutes else 6000,
-                "anchor_updates": 400,
-                "critic_ratio": 2,
+                "anchor_updates": 500,
+                "critic_ratio": 1,
                 "batch_size": 8,
                 "learning_rate": 1e-3,
                 "critic_learning_rate": 1e-3,
