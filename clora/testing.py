@@ -93,9 +93,9 @@ def _text_encoder(vocabulary: int):
     )
 
 
-def tiny_adapter(pipeline=None) -> Flux2KleinAdapter:
-    """The adapter of ``tiny_pipeline()`` or of the given one, at 16x16 pixels."""
-    return Flux2KleinAdapter(pipeline or tiny_pipeline(), SIZE, MAX_SEQUENCE_LENGTH)
+def tiny_adapter(pipeline=None, size: tuple[int, int] = SIZE) -> Flux2KleinAdapter:
+    """The adapter of ``tiny_pipeline()`` or of the given one; a stock call of the pipeline takes 64 pixels or more."""
+    return Flux2KleinAdapter(pipeline or tiny_pipeline(), size, MAX_SEQUENCE_LENGTH)
 
 
 def random_lora(transformer: nn.Module, rank: int, seed: int, modules: Sequence[str] | None = None) -> LoRAState:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -131,15 +132,12 @@ class DistillTrainer:
         effects = batch.effect_rows()
         if objective.backward_simulation and not anchor_only:
             x, sigma = self._backward_simulation(batch)
-            parts.append((BACKWARD_SIMULATION, batch, x, sigma, objective.weights.backward_simulation))
+            parts.append(Part(BACKWARD_SIMULATION, batch, x, sigma, objective.weights.backward_simulation))
         if objective.target_simulation and not anchor_only and len(effects):
             steps = draw_target_steps(len(effects), self.sigmas, self.tau.tau_max, self.generator)
             x = add_noise(effects.target, self._noise(effects.target), self.sigmas[steps])
-            parts.append((TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
-        num_scored = sum(len(part[1]) for part in parts)
-        kind = (
-            torch.cat([torch.full((len(p[1]),), p[0]) for p in parts]) if parts else torch.zeros(0, dtype=torch.int64)
-        )
+            parts.append(Part(TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
+        kind = torch.tensor([part.kind for part in parts for _ in range(len(part.batch))], dtype=torch.int64)
         score_sigma = draw_critic_sigma(kind, self.config.sampler.shift, self.tau.tau_min, self.generator)
         anchor_target = None
         if (objective.trajectory_anchoring or anchor_only) and len(effects):
@@ -149,8 +147,8 @@ class DistillTrainer:
             noise = self._noise(effects.target)
             anchor_target = noise - effects.target
             x = add_noise(effects.target, noise, sigma)
-            parts.append((ANCHOR, effects, x, sigma, objective.weights.trajectory_anchoring))
-        return StudentRows(parts, num_scored, score_sigma, anchor_target)
+            parts.append(Part(ANCHOR, effects, x, sigma, objective.weights.trajectory_anchoring))
+        return StudentRows.join(parts, score_sigma, anchor_target)
 
     def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
         """The released code's lower bound of the anchoring noise: the backward simulation's critic level per sample."""
@@ -262,8 +260,20 @@ class DistillTrainer:
         return {STUDENT: self.student, CRITIC: self.critic}
 
 
+@dataclass(frozen=True)
+class Part:
+    """One kind of student rows before they are joined: ``x [B, T, C]`` at noise ``sigma [B]``, one loss weight."""
+
+    kind: int
+    batch: Batch
+    x: Tensor
+    sigma: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
 class StudentRows:
-    """The concatenated rows of one student forward, distribution-matching rows first.
+    """The joined rows of one student forward, distribution-matching rows first.
 
     Attributes:
         x, sigma, kind, weight, effect, conditioning: per student row.
@@ -272,20 +282,30 @@ class StudentRows:
         anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
     """
 
-    def __init__(self, parts: Sequence[tuple], num_scored: int, score_sigma: Tensor, anchor_target: Tensor | None):
-        batches = [part[1] for part in parts]
-        counts = [len(batch) for batch in batches]
-        self.x = torch.cat([part[2] for part in parts])
-        device = self.x.device
-        self.sigma = torch.cat([part[3] for part in parts]).to(device)
-        self.kind = torch.cat([torch.full((n,), part[0]) for n, part in zip(counts, parts, strict=True)]).to(device)
-        weights = [torch.full((n,), float(part[4])) for n, part in zip(counts, parts, strict=True)]
-        self.weight = torch.cat(weights).to(device)
-        self.effect = torch.cat([batch.effect for batch in batches])
-        self.conditioning = Conditioning.cat([batch.student for batch in batches])
-        self.teacher = Conditioning.cat([batch.teacher for batch in batches])[slice(num_scored)]
-        self.score_sigma = score_sigma.to(device)
-        self.anchor_target = anchor_target
+    x: Tensor
+    sigma: Tensor
+    kind: Tensor
+    weight: Tensor
+    effect: Tensor
+    conditioning: Conditioning
+    teacher: Conditioning
+    score_sigma: Tensor
+    anchor_target: Tensor | None
+
+    @staticmethod
+    def join(parts: Sequence[Part], score_sigma: Tensor, anchor_target: Tensor | None) -> StudentRows:
+        counts = torch.tensor([len(part.batch) for part in parts])
+        return StudentRows(
+            x=torch.cat([part.x for part in parts]),
+            sigma=torch.cat([part.sigma for part in parts]),
+            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts),
+            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts),
+            effect=torch.cat([part.batch.effect for part in parts]),
+            conditioning=Conditioning.cat([part.batch.student for part in parts]),
+            teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
+            score_sigma=score_sigma,
+            anchor_target=anchor_target,
+        )
 
 
 def _adamw(slots: Slots, learning_rate: float) -> torch.optim.AdamW:

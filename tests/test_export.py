@@ -24,10 +24,17 @@ from clora.lora.save import save_diffusers_lora
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import Conditioning
 from clora.sampling import few_step_sample
-from clora.testing import MAX_SEQUENCE_LENGTH, SIZE, random_lora, tiny_adapter
+from clora.testing import MAX_SEQUENCE_LENGTH, random_lora, tiny_adapter
 
 PROMPT = "make it a blueprint with thin white lines"
 STEPS = 8
+SIZE = (64, 72)  # the pipeline takes no image below 64 pixels; not square, so that height and width cannot be swapped
+GRID = (16, 18)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return tiny_adapter(size=SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def call(pipeline, source, latents, steps=STEPS, guidance_scale=1.0, seed=0, **k
 
 
 def draw_latents():
-    return torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(11))
+    return torch.randn(1, 16, *GRID, generator=torch.Generator().manual_seed(11))
 
 
 def packed(latents):
@@ -170,7 +177,7 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
         )
     finally:
         bank.detach()
-    stock = call(pipeline, source, noise.transpose(1, 2).reshape(1, 16, 4, 4), steps, w + 1)
+    stock = call(pipeline, source, noise.transpose(1, 2).reshape(1, 16, *GRID), steps, w + 1)
     torch.testing.assert_close(stock, image(adapter, latents), rtol=0, atol=1e-4)
     assert torch.equal(torch.cat(timesteps), teacher_schedule(steps)[:-1].repeat_interleave(2))
 
@@ -241,7 +248,7 @@ pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection + "/
 latents = torch.load(out)
 torch.manual_seed(0)
 images = pipe(image=Image.open(source), prompt=prompt, num_inference_steps=8, guidance_scale=1.0, latents=latents,
-              max_sequence_length=int(length), height=16, width=16, output_type="pt").images
+              max_sequence_length=int(length), height=64, width=72, output_type="pt").images
 assert not any(name.partition(".")[0] in ("clora", "csrc_triton") for name in sys.modules)
 torch.save(images, out)
 """
