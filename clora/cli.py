@@ -74,6 +74,7 @@ def demo(
     Example: [bold]clora demo --effects snow,blueprint,confetti,thermal --out my-demo[/bold]
     """
     names = None if effects is None else _split(effects)
+    _check_output(out)
     from clora.demo import run_demo
 
     run_demo(out, seed, names, full)

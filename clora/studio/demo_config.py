@@ -32,7 +32,7 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "sampler": {"guidance": GUIDANCE},
             "train": {
                 "updates": 100_000 if minutes else 6000,
-                "anchor_updates": 500,
+                "anchor_updates": 880,
                 "critic_ratio": 1,
                 "batch_size": 8,
                 "learning_rate": 1e-3,

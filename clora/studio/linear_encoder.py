@@ -1,8 +1,9 @@
 """An analytic start for the studio's image encoder: exact principal components of 4x4 patches.
 
 A stock ``Encoder`` can compute them exactly: its convolutions carry space-to-depth and the projection, its residual
-branches are zero, and its last normalisation and SiLU are made linear (``silu(z) - silu(-z) = z``, with an offset so
-large that the normaliser hardly varies). The decoder then trains against whitened latents from its first update,
+branches are zero, and its last normalisation and SiLU are made linear: every latent travels as a pair of opposite
+channels (``silu(z) - silu(-z) = z``, and the mean of a group is zero), beside two opposite constants so large that the
+normaliser hardly varies. The decoder then trains against whitened latents from its first update,
 which reaches in minutes on two cores what joint training does not reach in half an hour.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-OFFSET = 4.0
+CONSTANT = 32.0
+PAIRS_PER_GROUP = 4
 PATCH = 4
 NUM_PIXELS = 3 * PATCH * PATCH
 
@@ -90,12 +92,16 @@ def _pixel_order() -> list[int]:
 
 
 def _set_signed_pairs(encoder: nn.Module, project: nn.Module, matrix: Tensor, offset: Tensor) -> None:
-    """Latent k travels as channels 2k (+) and 2k + 1 (-) through normalisation and SiLU, whose difference is linear."""
-    sign = torch.tensor([1.0, -1.0]).repeat(len(matrix))
-    project.weight[:, :, 0, 0] = matrix.repeat_interleave(2, 0) * sign[:, None]
-    project.bias.copy_((offset.repeat_interleave(2) + OFFSET) * sign)
-    encoder.conv_norm_out.weight.fill_(OFFSET)
-    encoder.conv_norm_out.bias.copy_(-OFFSET * sign)
+    """Fills each group of the last normalisation with four pairs (+, -) of latents and the constants (+, -)."""
+    group = 2 * PAIRS_PER_GROUP + 2
+    norm = encoder.conv_norm_out
+    norm.weight.fill_(CONSTANT * (2 / group) ** 0.5)  # what the normaliser divides by, so that latents keep their scale
+    nn.init.zeros_(norm.bias)
     for k in range(len(matrix)):
-        encoder.conv_out.weight[k, 2 * k, 1, 1] = 1
-        encoder.conv_out.weight[k, 2 * k + 1, 1, 1] = -1
+        plus = k // PAIRS_PER_GROUP * group + 2 * (k % PAIRS_PER_GROUP)
+        for channel, sign in ((plus, 1.0), (plus + 1, -1.0)):
+            project.weight[channel, :, 0, 0] = sign * matrix[k]
+            project.bias[channel] = sign * offset[k]
+            encoder.conv_out.weight[k, channel, 1, 1] = sign
+    project.bias[group - 2 :: group] = CONSTANT
+    project.bias[group - 1 :: group] = -CONSTANT

@@ -25,7 +25,7 @@ def make_vae():
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 48, 64),
+        block_out_channels=(16, 48, 80),
         layers_per_block=1,
         latent_channels=32,
         norm_num_groups=8,

@@ -12,11 +12,9 @@ CASES = 18
 def test_exact_results_are_correct_and_unchanged_sources_are_not():
     cases = general_cases(CASES)
     assert general_accuracy([case.edit.result for case in cases]) == 1.0
-    wrong = [case.source for case in cases if case.edit.family != "keep"]
-    right = [
-        case.is_correct(image) for case, image in zip([c for c in cases if c.edit.family != "keep"], wrong, strict=True)
-    ]
-    assert sum(right) == 0
+    visible = [case for case in cases if np.abs(case.edit.result - case.source).mean() > 0.01]
+    assert len(visible) > CASES // 2
+    assert not any(case.is_correct(case.source) for case in visible)
 
 
 def test_another_edit_is_not_correct():

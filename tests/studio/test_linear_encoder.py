@@ -28,7 +28,7 @@ def test_encoder_is_the_projection(vae, images):
     expected = (patches - mean) @ components.T @ latent_basis(spread).T
     found = vae.encode(images).latent_dist.mode().permute(0, 2, 3, 1)
     error = (found - expected).square().mean() / expected.square().mean()
-    assert error < 0.02  # the normaliser varies a little with the image's contrast
+    assert error < 1e-4
 
 
 def test_basis_keeps_distances_and_levels_the_channels():
@@ -46,4 +46,4 @@ def test_decoder_starts_from_whitened_components(vae, images):
     whitened = vae.post_quant_conv(latents).permute(0, 2, 3, 1)
     patches = torch.nn.functional.pixel_unshuffle(images, 4).permute(0, 2, 3, 1)
     expected = (patches - mean) @ components.T
-    assert (whitened - expected).square().mean() < 0.05
+    assert (whitened - expected).square().mean() < 1e-3
