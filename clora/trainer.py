@@ -89,11 +89,22 @@ class DistillTrainer:
         """One student update and the critic updates that precede it."""
         if self.update < self.config.train.anchor_updates:
             return self.student_step(self.sampler.draw_effects(), anchor_only=True)
+        if self.update == self.config.train.anchor_updates:
+            self._start_critic()
         values = {}
         for i in range(self.config.train.critic_ratio):
             batch = self.sampler.draw(self.update * self.config.train.critic_ratio + i)
             values = self.critic_step(batch)
         return values | self.student_step(batch)
+
+    @torch.no_grad()
+    def _start_critic(self) -> None:
+        """Sets the critic to the student: one left behind by anchoring pushes the student away from where it was.
+
+        Measured on the studio: 15 updates against such a critic over-saturate every picture.
+        """
+        for critic, student in zip(self.critic.parameters(), self.student.parameters(), strict=True):
+            critic.copy_(student)
 
     def student_step(self, batch: Batch, anchor_only: bool = False) -> dict[str, float]:
         """One update of the student by the coarse-to-fine objective (method.md section 4c)."""

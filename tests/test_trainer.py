@@ -327,6 +327,22 @@ def test_anchor_updates_come_first_and_learn_the_targets(adapter):
     assert last < 0.8 * first
 
 
+def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
+    train = {"updates": 4, "anchor_updates": 3, "learning_rate": 3e-2}
+    with make_trainer(adapter, train=train) as trainer:
+        equal = []
+
+        def compare(batch):
+            pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
+            equal.append(all(torch.equal(critic, student) for critic, student in pairs))
+            return {}
+
+        monkeypatch.setattr(trainer, "critic_step", compare)
+        trainer.fit(lambda update, values: None)
+    assert equal
+    assert equal[0]
+
+
 def test_the_learning_rate_falls_to_a_tenth(adapter):
     with make_trainer(adapter, train={"updates": 10, "learning_rate": 1.0, "critic_learning_rate": 2.0}) as trainer:
         rates = []
