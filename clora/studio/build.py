@@ -183,6 +183,10 @@ def save_pipeline(pipeline, folder: Path) -> None:
     for component in (pipeline.transformer, pipeline.vae):
         component.half()
     pipeline.save_pretrained(folder)
+    for config in folder.rglob("*.json"):  # diffusers writes where the parts were loaded from
+        values = json.loads(config.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            write_atomic(config, json.dumps(values, indent=2) + "\n")
 
 
 def studio(folder: Path):
