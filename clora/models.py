@@ -6,7 +6,7 @@ packed and normalised, ``[B, T, C]``; images are float32 ``[B, 3, H, W]`` in [-1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,10 +151,10 @@ def adapter_for(pipeline, size: tuple[int, int], max_sequence_length: int) -> Fl
     return ADAPTERS[name](pipeline, size, max_sequence_length)
 
 
-def linear_names(transformer, skip: Iterable[str] = ()) -> list[str]:
+def linear_names(transformer) -> list[str]:
     """Names of all linear layers inside the transformer's blocks, the default LoRA targets."""
     return [
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and name not in set(skip)
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name
     ]

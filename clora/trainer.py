@@ -99,9 +99,9 @@ class DistillTrainer:
 
     @torch.no_grad()
     def _start_critic(self) -> None:
-        """Sets the critic to the student: one left behind by anchoring pushes the student away from where it was.
+        """Sets the critic to the student, whose samples it must model; anchoring trains the student alone.
 
-        Measured on the studio: 15 updates against such a critic over-saturate every picture.
+        On the studio, runs whose critic was left behind ended over-saturated; that this is the cause was not isolated.
         """
         for critic, student in zip(self.critic.parameters(), self.student.parameters(), strict=True):
             critic.copy_(student)
