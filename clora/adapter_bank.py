@@ -35,10 +35,6 @@ class Slots:
         """The factors as a flat list, for an optimizer."""
         return [factor for pair in self.factors.values() for factor in pair]
 
-    def ids(self, names: Sequence[str | None], device: torch.device | str = "cpu") -> Tensor:
-        """Adapter ids ``[B]`` of one slot name per sample; None is the base alone (-1)."""
-        return torch.tensor([-1 if name is None else _index(name, self.names) for name in names], device=device)
-
 
 @dataclass(frozen=True, eq=False)
 class Routing:

@@ -37,10 +37,10 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Makes sure, before long work starts, that its results can be written.
+    """Makes sure, before long work starts, that its results can be written; leaves nothing behind.
 
     Args:
-        folder: the output folder; created where it is missing.
+        folder: the output folder; it may be missing, what writes into it creates it.
 
     Returns:
         The folder as a path.
@@ -48,7 +48,8 @@ def check_writable(folder: str | Path) -> Path:
     Raises:
         CloraError: it is a file, cannot be created, or nothing can be written in it.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -58,4 +59,8 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         message = f"output folder {folder} cannot be written: {error.strerror or error}"
         raise CloraError(f"{message}; choose another output folder") from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
     return folder

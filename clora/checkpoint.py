@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+
+from clora.atomic import write_atomic
+from clora.errors import CloraError
 
 
 def save_state(
@@ -20,7 +22,11 @@ def save_state(
     generators: Mapping[str, torch.Generator],
     values: Mapping[str, object],
 ) -> None:
-    """Writes tensors, optimizer states, generator states and JSON values to one file, atomically."""
+    """Writes tensors, optimizer states, generator states and JSON values to one file, atomically.
+
+    Raises:
+        CloraError: the file cannot be written.
+    """
     flat = {f"tensor/{name}": t.detach().contiguous() for name, t in tensors.items()}
     for name, optimizer in optimizers.items():
         flat |= {
@@ -29,25 +35,33 @@ def save_state(
             for key, value in state.items()
         }
     flat |= {f"generator/{name}": g.get_state() for name, g in generators.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(flat, temporary, metadata={"values": json.dumps(dict(values))})
-    os.replace(temporary, path)
+    write_atomic(path, save(flat, metadata={"values": json.dumps(dict(values))}))
 
 
 def load_state(
     path: Path, optimizers: Mapping[str, torch.optim.Optimizer], generators: Mapping[str, torch.Generator]
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Reads a file of ``save_state``: returns its tensors and values, and restores optimizers and generators in place."""
-    with safe_open(path, "pt") as file:
-        values = json.loads(file.metadata()["values"])
-        keys = file.keys()
-        flat = {key: file.get_tensor(key) for key in keys}
+    """Reads a file of ``save_state``: returns its tensors and values, and restores optimizers and generators in place.
+
+    Raises:
+        CloraError: the file is not a whole checkpoint.
+    """
+    flat, values = _read(path)
     for name, optimizer in optimizers.items():
         _restore(optimizer, {k.split("/", 2)[2]: v for k, v in flat.items() if k.startswith(f"optimizer/{name}/")})
     for name, generator in generators.items():
         generator.set_state(flat[f"generator/{name}"])
     return {k.split("/", 1)[1]: v for k, v in flat.items() if k.startswith("tensor/")}, values
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["values"])  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise CloraError(
+            f"checkpoint {path} cannot be read ({error}); remove it to start from the beginning"
+        ) from error
 
 
 def _restore(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:

@@ -73,11 +73,9 @@ def demo(
 
     Example: [bold]clora demo --effects snow,blueprint,confetti,thermal --out my-demo[/bold]
     """
-    names = None if effects is None else _split(effects)
-    _check_output(out)
     from clora.demo import run_demo
 
-    run_demo(out, seed, names, full)
+    run_demo(out, seed, None if effects is None else _split(effects), full)
 
 
 @app.command()
@@ -94,7 +92,6 @@ def distill(
     from clora.config import load_config
 
     loaded = load_config(config, overrides or ())
-    _check_output(Path(loaded.output))
     from clora.distill import distill as run
 
     run(loaded)
@@ -133,8 +130,6 @@ def build(
 
     Example: [bold]clora studio build ./my-studio[/bold]
     """
-    if folder is not None:
-        _check_output(folder)
     from clora.studio.build import build as run
 
     run(folder, None if stages is None else _split(stages))
@@ -167,13 +162,6 @@ def _split(names: str) -> list[str]:
     if not found:
         raise CloraError(f"expected names separated by commas, found {names!r}")
     return found
-
-
-def _check_output(folder: Path) -> None:
-    """Fails before the long work rather than after it."""
-    from clora.atomic import check_writable
-
-    check_writable(folder)
 
 
 def _refuse_unusable(info: Mapping[str, Any]) -> None:

@@ -77,6 +77,8 @@ class DataConfig(_Model):
         general_instructions: everyday edits for the general stream, or a text file with one on each line.
         held_out: the last images, kept out of training.
         sources_per_effect: images that each teacher renders a target for.
+        general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
+            0, as in the paper, for none.
     """
 
     sources: Text
@@ -85,6 +87,7 @@ class DataConfig(_Model):
     general_instructions: tuple[Text, ...] | Text = ()
     held_out: Count = 0
     sources_per_effect: Positive = 20
+    general_targets: Count = 0
 
 
 class StudentConfig(_Model):
@@ -107,7 +110,8 @@ class SamplerConfig(_Model):
     Attributes:
         steps: passes of the student.
         shift: time shift of both schedules.
-        integer_timesteps: truncate the student's timesteps to integers, as the released code does.
+        integer_timesteps: truncate the student's timesteps to integers, as the released code does. No
+            stock scheduler yields them, so they are for comparison and cannot be exported.
         teacher_steps: steps of a teacher that renders targets, two passes each.
         guidance: the teachers' guidance w, 0 for none (pipelines call w + 1 the guidance scale).
     """
@@ -120,7 +124,10 @@ class SamplerConfig(_Model):
 
 
 class ObjectiveWeights(_Model):
-    """Weight of each part of the student's loss."""
+    """Weight of each part of the student's loss, each the mean over its own rows.
+
+    In a batch of both streams target simulation and anchoring are so weighed as if all rows were effect rows.
+    """
 
     backward_simulation: Annotated[float, Field(ge=0)] = 1.0
     target_simulation: Annotated[float, Field(ge=0)] = 1.0
@@ -132,7 +139,7 @@ class ObjectiveConfig(_Model):
 
     Attributes:
         dual_stream: train on general instructions too, with the base as teacher.
-        switch_probability: share of updates in the effect stream.
+        switch_probability: chance of each row to be of the effect stream.
         switch_every: updates between two draws of the stream.
         orthogonal_prompting: student and critic see the student's prompts; off, they see the teacher's.
         backward_simulation: distribution matching on the student's own samples.
@@ -141,7 +148,7 @@ class ObjectiveConfig(_Model):
         weights: weight of each of the three.
         tau_rule: noise levels of target simulation, the paper's or the released code's.
         anchor_noise: noise levels of trajectory anchoring.
-        norm_rescale: rescale the guided prediction to the norm of the conditional one.
+        norm_rescale: rescale guided predictions, of targets too, to the norm of the conditional one.
     """
 
     dual_stream: bool = True
@@ -231,6 +238,13 @@ class DistillConfig(_Model):
             raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
         _refuse_twice("name", (effect.name for effect in self.effects))
         _refuse_twice("trigger", (effect.trigger for effect in self.effects))
+        _refuse_twice("student prompt", (p for effect in self.effects for p in dict.fromkeys(effect.student_prompts)))
+        reserved = {"student", "critic"} & {effect.name for effect in self.effects}
+        if reserved:
+            raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
+        anchored = self.objective.trajectory_anchoring and self.objective.weights.trajectory_anchoring > 0
+        if self.train.anchor_updates and not anchored:
+            raise ValueError("train.anchor_updates needs objective.trajectory_anchoring; set it to 0")
         if self.objective.dual_stream and not self.data.general_instructions:
             raise ValueError("objective.dual_stream needs data.general_instructions; add some or switch it off")
         return self

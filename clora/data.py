@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,8 @@ class DistillData:
         general_sources: ``[G, T, C]`` unlabelled images of the general stream.
         general_text: ``[I, L, D]`` general edit instructions.
         empty_text: ``[L, D]`` the empty prompt of the unconditional branch.
+        general_targets: ``[P, T, C]`` what the base makes of general pairs (`general_pair`), or None. With them the
+            general stream draws these pairs, and anchors them like effects.
     """
 
     effects: tuple[str, ...]
@@ -37,6 +38,12 @@ class DistillData:
     general_sources: Tensor
     general_text: Tensor
     empty_text: Tensor
+    general_targets: Tensor | None = None
+
+
+def general_pair(pair: Tensor, num_sources: int, num_texts: int) -> tuple[Tensor, Tensor]:
+    """Source and instruction of general pairs: all sources in turn, from round to round with another instruction."""
+    return pair % num_sources, (pair + pair // num_sources) % num_texts
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,25 @@ class Batch:
         effect: ``[B]`` index into the effects; -1 (`GENERAL`) marks the general stream, whose teacher is the base.
         student: conditioning of student and critic.
         teacher: conditioning of the teachers.
-        target: ``[B, T, C]``, zero for general rows.
+        target: ``[B, T, C]``, zero for rows without one.
+        has_target: ``[B]`` bool.
     """
 
     effect: Tensor
     student: Conditioning
     teacher: Conditioning
     target: Tensor
+    has_target: Tensor
 
     def __len__(self) -> int:
         return len(self.effect)
 
-    def effect_rows(self) -> Batch:
-        """The rows of the effect stream."""
-        rows = torch.nonzero(self.effect >= 0).flatten()
-        return Batch(self.effect[rows], self.student[rows], self.teacher[rows], self.target[rows])
-
-    def names(self, effects: Sequence[str]) -> list[str]:
-        return [effects[e] if e >= 0 else "general" for e in self.effect.tolist()]
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """The rows where ``rows [B]`` is true."""
+        index = torch.nonzero(rows).flatten()
+        return Batch(
+            self.effect[index], self.student[index], self.teacher[index], self.target[index], self.has_target[index]
+        )
 
 
 class BatchSampler:
@@ -87,16 +95,19 @@ class BatchSampler:
     def draw(self, update: int) -> Batch:
         """The batch of one iteration; streams are redrawn every ``objective.switch_every`` iterations.
 
-        Without backward simulation, its only loss, the general stream is left out.
+        A general stream without a loss, neither backward simulation nor targets, is left out.
         """
-        dual_stream = self.objective.dual_stream and self.objective.backward_simulation
-        if dual_stream and update % self.objective.switch_every == 0:
+        anchored = self.objective.trajectory_anchoring and self.data.general_targets is not None
+        has_loss = self.objective.backward_simulation or anchored
+        if self.objective.dual_stream and has_loss and update % self.objective.switch_every == 0:
             chance = torch.rand(self.batch_size, generator=self.generator)
             self._general = chance >= self.objective.switch_probability
         return self._gather(self._general)
 
-    def draw_effects(self) -> Batch:
-        """A batch of the effect stream alone."""
+    def draw_targets(self, update: int) -> Batch:
+        """As `draw`, without rows that have no target."""
+        if self.data.general_targets is not None:
+            return self.draw(update)
         return self._gather(torch.zeros(self.batch_size, dtype=torch.bool))
 
     def _gather(self, general: Tensor) -> Batch:
@@ -106,16 +117,29 @@ class BatchSampler:
         source = data.sources[effect, sample]
         teacher_text = data.teacher_text[effect]
         student_text = data.student_text[effect, phrasing] if self.objective.orthogonal_prompting else teacher_text
-        target = data.targets[effect, sample]
-        instruction = data.general_text[self._pick(len(data.general_text))]
+        general_source, instruction, general_target = self._general_rows()
         where = general.to(source.device)[:, None, None]
-        source = torch.where(where, data.general_sources[self._pick(len(data.general_sources))], source)
+        source = torch.where(where, general_source, source)
         return Batch(
             effect.masked_fill(general, GENERAL),
             Conditioning(torch.where(where, instruction, student_text), source),
             Conditioning(torch.where(where, instruction, teacher_text), source),
-            target.masked_fill(where, 0.0),
+            torch.where(where, general_target, data.targets[effect, sample]),
+            ~general if data.general_targets is None else torch.ones_like(general),
         )
+
+    def _general_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sources, instructions and targets (0 where there are none) of a batch of general pairs."""
+        data, (num_sources, num_texts) = self.data, (len(self.data.general_sources), len(self.data.general_text))
+        if data.general_targets is None:
+            return (
+                data.general_sources[self._pick(num_sources)],
+                data.general_text[self._pick(num_texts)],
+                torch.zeros(()),
+            )
+        pair = self._pick(len(data.general_targets))
+        source, text = general_pair(pair, num_sources, num_texts)
+        return data.general_sources[source], data.general_text[text], data.general_targets[pair]
 
     def _pick(self, count: int) -> Tensor:
         return torch.randint(count, (self.batch_size,), generator=self.generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +25,9 @@ from clora.progress import stage
 from clora.report import GridData, write_report
 from clora.studio import assets, baselines, build, teachers
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
-from clora.studio.edits import sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
 from clora.studio.judges import Verdict
-from clora.studio.scenes import make_scene
-
-FIRST_GENERAL_SCENE = 400_000_000
-NUM_GENERAL = 192
 
 
 @dataclass
@@ -79,13 +73,14 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) ->
         loras = teachers.load_teachers(adapter, folder / "teachers", names)
     with run.timed("targets"):
         data = demo_data(adapter, loras, run.config, folder, recompute=full)
+    shipped = None if full else shipped_rows(folder, names)
     with run.timed("train"):
         student = train(run, adapter, loras, data)
     with run.timed("export"):
         collection = export_collection(
             student, _collection(run.config, folder), run.folder / "collection", torch.float16
         )
-    rows = baseline_rows(run, adapter, loras, folder, recompute=full)
+    rows = measured_rows(run, adapter, loras) if shipped is None else shipped
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
         verdicts = judge_effects(outputs)
@@ -105,20 +100,19 @@ def check_effects(names: Sequence[str]) -> list[str]:
 def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
     """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
     names = list(loras)
-    sources = build.scene_latents(adapter, build.target_seeds(1)[0])
-    targets = build.make_targets(adapter, loras) if recompute else build.shipped_targets(folder).of(names)
-    rng = np.random.default_rng([config.seed, 7])
-    seeds = [FIRST_GENERAL_SCENE + i for i in range(NUM_GENERAL)]
-    instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
+    sources = build.target_sources(adapter)
+    targets = build.make_targets(adapter, loras) if recompute else build.shipped_targets(folder)
+    general_sources, general_text = build.general_pairs(adapter)
     return DistillData(
         effects=tuple(names),
         sources=sources.expand(len(names), *sources.shape),
-        targets=targets,
+        targets=targets.of(names),
         teacher_text=adapter.encode_prompts([effect.prompt for effect in config.effects]),
         student_text=encode_student_prompts(adapter, config.effects),
-        general_sources=build.scene_latents(adapter, seeds),
-        general_text=adapter.encode_prompts(instructions),
+        general_sources=general_sources,
+        general_text=general_text,
         empty_text=adapter.encode_prompts([""])[0],
+        general_targets=targets.general,
     )
 
 
@@ -139,32 +133,42 @@ def train(run: Run, adapter, loras, data: DistillData):
         return train_student(run.config, adapter, loras, data, report)
 
 
-def baseline_rows(run: Run, adapter, loras, folder: Path, recompute: bool) -> dict[str, dict]:
-    """Rows that do not depend on the student: the shipped ones where they fit, else measured now."""
-    shipped = json.loads(assets.verified(folder, "baselines.json").read_text())
-    names = list(loras)
-    fits = set(names) == set(DEFAULT_EFFECTS) and not recompute
-    if fits:
-        return {name: _shipped_row(row, names) for name, row in shipped.items()}
-    with run.timed("baselines"):
-        measured = build.measure_baselines(adapter, loras, names)
-    images = {
-        f"{n}/{e}": assets.to_bytes(o[build.grid_scene(e)]) for n, m in measured.items() for e, o in m.outputs.items()
-    }
+def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
+    """The rows that do not depend on the student, as the studio ships them; None for other effects than its own.
+
+    Raises:
+        CloraError: a shipped file is not the one that was built.
+    """
+    if set(names) != set(DEFAULT_EFFECTS):
+        return None
+    rows = json.loads(assets.verified(folder, "baselines.json").read_text())
+    images = load_file(assets.verified(folder, "baselines.safetensors"))
     return {
-        name: {
+        method: {
+            "verdicts": {name: [Verdict(**v) for v in row["verdicts"][name]] for name in names},
+            "general": row["general"],
+            "megabytes": row["megabytes"],
+            "precomputed": True,
+            "images": {name: images[f"{method}/{name}"] for name in names},
+        }
+        for method, row in rows.items()
+    }
+
+
+def measured_rows(run: Run, adapter, loras) -> dict[str, dict]:
+    """The same rows, measured now."""
+    with run.timed("baselines"):
+        measured = build.measure_baselines(adapter, loras, list(loras))
+    return {
+        method: {
             "verdicts": m.verdicts,
             "general": m.general,
+            "megabytes": m.megabytes,
             "precomputed": False,
-            "images": {e: images[f"{name}/{e}"] for e in names},
+            "images": {e: assets.to_bytes(m.outputs[e][build.grid_scene(e)]) for e in loras},
         }
-        for name, m in measured.items()
+        for method, m in measured.items()
     }
-
-
-def _shipped_row(row: dict, names: Sequence[str]) -> dict:
-    verdicts = {name: [Verdict(**v) for v in row["verdicts"][name]] for name in names}
-    return {"verdicts": verdicts, "general": row["general"], "precomputed": True}
 
 
 def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Path):
@@ -228,8 +232,7 @@ def _collection(config: DistillConfig, folder: Path) -> Collection:
     ]
     return Collection(
         effects=effects,
-        base_model=str(folder / "pipeline"),
-        pipeline_class="Flux2KleinPipeline",
+        base_model="clora-studio",
         steps=config.sampler.steps,
         shift=config.sampler.shift,
         max_sequence_length=config.data.max_sequence_length,
@@ -240,7 +243,7 @@ def _collection(config: DistillConfig, folder: Path) -> Collection:
 
 def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:
     names = [effect.name for effect in run.config.effects]
-    sizes = _sizes(names, folder, collection)
+    sizes = _sizes(names, rows, folder, collection)
     table = [
         {
             "method": method,
@@ -250,20 +253,30 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
         }
         for method, row in rows.items()
     ]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
     metrics = {
         "seed": run.config.seed,
         "device": "cpu",
         "seconds": run.seconds,
-        "peak_rss_mb": round(peak),
+        "peak_rss_mb": _peak_megabytes(),
         "effects": names,
         "rows": table,
     }
     best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
-    return write_report(run.folder, metrics, _grid(names, rows, outputs, folder, best), run.curves)
+    return write_report(run.folder, metrics, _grid(names, rows, outputs, best), run.curves)
 
 
-def _sizes(names: Sequence[str], folder: Path, collection: Path) -> dict[str, dict[str, float]]:
+def _peak_megabytes() -> int | None:
+    """The process's peak memory; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    )
+
+
+def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection: Path) -> dict[str, dict[str, float]]:
     """Files a user keeps, their megabytes, and passes per picture of each method."""
 
     def megabytes(path: Path) -> float:
@@ -271,28 +284,26 @@ def _sizes(names: Sequence[str], folder: Path, collection: Path) -> dict[str, di
         return sum(file.stat().st_size for file in files) / 1e6
 
     many = sum(megabytes(teachers.teacher_path(folder / "teachers", name)) for name in names)
-    one = round(megabytes(collection), 2)
-    merges = {name: {"files": 1, "megabytes": round(2 * one, 2), "nfe": 8} for name in baselines.MERGES}
+    merges = {name: {"files": 1, "megabytes": rows[name]["megabytes"], "nfe": 8} for name in baselines.MERGES}
     return merges | {
         "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
         "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": 8},
         "base": {"files": 0, "megabytes": 0.0, "nfe": 8},
-        "clora": {"files": 1, "megabytes": one, "nfe": 8},
+        "clora": {"files": 1, "megabytes": round(megabytes(collection), 2), "nfe": 8},
     }
 
 
-def _grid(names: Sequence[str], rows: dict[str, dict], outputs, folder: Path, best: str) -> GridData:
-    images = load_file(assets.verified(folder, "baselines.safetensors"))
-
-    def shown(method: str, name: str) -> np.ndarray:
-        measured = rows[method].get("images")
-        return (images[f"{method}/{name}"] if measured is None else measured[name]) / 255
-
+def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> GridData:
     def row(name: str) -> list[np.ndarray]:
         scene = build.grid_scene(name)
         source = held_out_sources(build.EVALUATION_SCENES)[scene]
         exact = EFFECTS[name].apply(source, np.random.default_rng(0))
-        return [source, exact, *(shown(m, name) for m in ("teachers_80", "teachers_8", best)), outputs[name][scene]]
+        return [
+            source,
+            exact,
+            *(rows[m]["images"][name] / 255 for m in ("teachers_80", "teachers_8", best)),
+            outputs[name][scene],
+        ]
 
     columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
     return GridData(columns, tuple(names), np.stack([np.stack(row(name)) for name in names]))

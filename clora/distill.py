@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.config import DistillConfig, EffectConfig, dump_config, general_instructions
-from clora.data import DistillData
+from clora.data import DistillData, general_pair
 from clora.errors import CloraError
+from clora.flow_matching import student_schedule
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import Conditioning, Flux2KleinAdapter, adapter_for, linear_names
+from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report
+
+SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # no paths of the machine
+FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
 
 
 def train_student(
@@ -128,11 +134,41 @@ def render_targets(
         seeds = [config.seed + i for i in range(len(effect))]
         conditioning = Conditioning(teacher_text[effect], sources.flatten(0, 1))
         latents = generator.guided_euler(
-            effect, conditioning, empty_text, seeds, config.sampler.teacher_steps, config.sampler.guidance
+            effect,
+            conditioning,
+            empty_text,
+            seeds,
+            config.sampler.teacher_steps,
+            config.sampler.guidance,
+            config.objective.norm_rescale,
         )
     finally:
         bank.detach()
     return latents.unflatten(0, (num_effects, num_sources))
+
+
+def render_general_targets(
+    adapter: Flux2KleinAdapter, sources: Tensor, text: Tensor, empty_text: Tensor, config: DistillConfig, report
+) -> Tensor:
+    """What the base makes of ``data.general_targets`` general pairs (`DistillData.general_targets`), as teachers do.
+
+    Returns:
+        ``[P, T, C]``.
+    """
+    from clora.generation import Generator
+
+    pairs = torch.arange(config.data.general_targets)
+    source, instruction = general_pair(pairs, len(sources), len(text))
+    conditioning = Conditioning(text[instruction], sources[source])
+    return Generator(adapter, None, None, config.sampler.shift, report=report).guided_euler(
+        pairs,
+        conditioning,
+        empty_text,
+        [config.seed + FIRST_GENERAL_SEED + p for p in pairs.tolist()],
+        config.sampler.teacher_steps,
+        config.sampler.guidance,
+        config.objective.norm_rescale,
+    )
 
 
 def distill(config: DistillConfig) -> Path:
@@ -143,25 +179,47 @@ def distill(config: DistillConfig) -> Path:
     """
     from clora.atomic import check_writable, write_atomic
     from clora.export import export_collection
-    from clora.progress import stage
 
+    _check_exportable(config)
     output = check_writable(config.output)
     pipeline = load_pipeline(config.pipeline, config.device)
     adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
     shapes = linear_shapes(pipeline.transformer)
     teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
     data = _encode(config, adapter, teachers)
-    with stage("distil", config.train.updates) as advance:
-        student = train_student(
-            config,
-            adapter,
-            teachers,
-            data,
-            lambda update, values: advance(1, **values),
-            output / "checkpoint" / "state.safetensors",
-        )
+    checkpoint = output / ".checkpoint.safetensors"
+    student = _train(config, adapter, teachers, data, checkpoint)
     write_atomic(output / "clora.yaml", dump_config(config))
-    return export_collection(student, _collection(config, pipeline), output, pipeline.transformer.dtype)
+    export_collection(student, _collection(config, teachers), output, pipeline.transformer.dtype)
+    checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
+    return output
+
+
+def _check_exportable(config: DistillConfig) -> None:
+    """Refuses, before anything is rendered, settings whose result no stock pipeline could run."""
+    sampler = config.sampler
+    if sampler.integer_timesteps:
+        raise CloraError(
+            "sampler.integer_timesteps trains at timesteps that no stock scheduler yields; it is there for comparison "
+            "through DistillTrainer, switch it off to export"
+        )
+    if config.objective.target_simulation:
+        sigmas = student_schedule(sampler.steps, sampler.shift)
+        target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)
+
+
+def _train(config: DistillConfig, adapter, teachers, data: DistillData, checkpoint: Path) -> LoRAState:
+    from clora.progress import stage
+
+    done = 0
+    with stage("distil", config.train.updates) as advance:
+
+        def report(update: int, values: Mapping[str, float]) -> None:
+            nonlocal done
+            advance(update - done, **values)  # a resumed run jumps to where it was
+            done = update
+
+        return train_student(config, adapter, teachers, data, report, checkpoint)
 
 
 def load_pipeline(path: str, device: str):
@@ -171,12 +229,18 @@ def load_pipeline(path: str, device: str):
         CloraError: it cannot be loaded.
     """
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise CloraError(
+            f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA devices; use another or auto"
+        )
+    folder = Path(path).expanduser()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path)
+    except (OSError, ValueError, SafetensorError) as error:
         raise CloraError(f"pipeline {path!r} cannot be loaded: {error}") from error
-    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -185,7 +249,6 @@ def load_pipeline(path: str, device: str):
 
 def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState]) -> DistillData:
     from clora.images import load_images
-    from clora.progress import stage
 
     size = config.data.size
     _, images = load_images(config.data.sources, size)
@@ -197,16 +260,12 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
     _check_pairs(config)
     shared = adapter.encode_images(images[: len(images) - config.data.held_out])
     sources = [_effect_images(effect.sources, shared, adapter, size) for effect in config.effects]
-    count = min(config.data.sources_per_effect, *(len(s) for s in sources))
-    stacked = torch.stack([s[:count] for s in sources])
+    count = min(config.data.sources_per_effect, max(len(s) for s in sources))
+    stacked = torch.stack([_in_turn(s, count) for s in sources])
     teacher_text = adapter.encode_prompts([effect.prompt for effect in config.effects])
     empty_text = adapter.encode_prompts([""])[0]
-    passes = 2 * config.sampler.teacher_steps * len(config.effects) * count
-    with stage("render targets", passes) as advance:
-        rendered = render_targets(adapter, teachers, stacked, teacher_text, empty_text, config, advance)
-    given = [_effect_images(effect.targets, None, adapter, size) for effect in config.effects]
-    targets = torch.stack([r if g is None else g[:count] for r, g in zip(rendered, given, strict=True)])
-    general = general_instructions(config.data) or ("",)
+    targets = _targets(config, adapter, teachers, stacked, teacher_text, empty_text)
+    general_text = adapter.encode_prompts(general_instructions(config.data) or ("",))
     return DistillData(
         effects=tuple(teachers),
         sources=stacked,
@@ -214,9 +273,41 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
         teacher_text=teacher_text,
         student_text=encode_student_prompts(adapter, config.effects),
         general_sources=shared,
-        general_text=adapter.encode_prompts(general),
+        general_text=general_text,
         empty_text=empty_text,
+        general_targets=_general_targets(config, adapter, shared, general_text, empty_text),
     )
+
+
+def _targets(config: DistillConfig, adapter, teachers, sources: Tensor, teacher_text: Tensor, empty_text: Tensor):
+    """Targets ``[E, M, T, C]``: the images given with an effect, else its teacher's renders."""
+    from clora.progress import stage
+
+    count = sources.shape[1]
+    targets = torch.empty_like(sources)
+    missing = [i for i, effect in enumerate(config.effects) if effect.targets is None]
+    for i, effect in enumerate(config.effects):
+        if effect.targets is not None:
+            targets[i] = _in_turn(_effect_images(effect.targets, None, adapter, config.data.size), count)
+    if missing:
+        chosen = {config.effects[i].name: teachers[config.effects[i].name] for i in missing}
+        with stage("render targets", 2 * config.sampler.teacher_steps * len(missing) * count) as advance:
+            targets[missing] = render_targets(
+                adapter, chosen, sources[missing], teacher_text[missing], empty_text, config, advance
+            )
+    return targets
+
+
+def _general_targets(
+    config: DistillConfig, adapter, sources: Tensor, text: Tensor, empty_text: Tensor
+) -> Tensor | None:
+    from clora.progress import stage
+
+    count = config.data.general_targets
+    if not count:
+        return None
+    with stage("render general targets", 2 * config.sampler.teacher_steps * count) as advance:
+        return render_general_targets(adapter, sources, text, empty_text, config, advance)
 
 
 def _check_pairs(config: DistillConfig) -> None:
@@ -226,11 +317,14 @@ def _check_pairs(config: DistillConfig) -> None:
     for effect in config.effects:
         if effect.targets is None or effect.sources is None:
             continue
-        names = [{file.stem for file in list_images(folder)} for folder in (effect.sources, effect.targets)]
-        if names[0] != names[1]:
+        names = [Counter(file.stem for file in list_images(folder)) for folder in (effect.sources, effect.targets)]
+        if names[0] != names[1] or max(names[0].values()) > 1:
+            odd = sorted(
+                (names[0] - names[1]) + (names[1] - names[0]) + Counter(k for k in names[0] if names[0][k] > 1)
+            )
             raise CloraError(
-                f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold images of the "
-                f"same names, found only one of each pair for {sorted(names[0] ^ names[1])[:5]}"
+                f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold one image of each name, "
+                f"found no pair for {odd[:5]}"
             )
 
 
@@ -240,6 +334,11 @@ def _effect_images(folder: str | None, default: Tensor | None, adapter: Flux2Kle
     return default if folder is None else adapter.encode_images(load_images(folder, size)[1])
 
 
+def _in_turn(images: Tensor, count: int) -> Tensor:
+    """The first ``count`` images; fewer are repeated in turn."""
+    return images[torch.arange(count) % len(images)]
+
+
 def encode_student_prompts(adapter: Flux2KleinAdapter, effects: tuple[EffectConfig, ...]) -> Tensor:
     """Embeddings ``[E, P, L, D]`` of each effect's student prompts, repeated in turn up to the longest list."""
     most = max(len(effect.student_prompts) for effect in effects)
@@ -247,22 +346,32 @@ def encode_student_prompts(adapter: Flux2KleinAdapter, effects: tuple[EffectConf
     return adapter.encode_prompts(prompts).unflatten(0, (len(effects), most))
 
 
-def _collection(config: DistillConfig, pipeline):
+def _collection(config: DistillConfig, teachers: Mapping[str, LoRAState]):
     from clora import __version__
     from clora.export import CollectedEffect, Collection
     from clora.lora.source import content_hash
 
     effects = [
-        CollectedEffect(effect.name, effect.student_prompts, Path(effect.lora).name, content_hash(effect.lora))
+        CollectedEffect(
+            effect.name,
+            effect.student_prompts if config.objective.orthogonal_prompting else (effect.prompt,),
+            Path(effect.lora).name,
+            content_hash(effect.lora),
+            _license(teachers[effect.name].metadata),
+        )
         for effect in config.effects
     ]
     return Collection(
         effects=effects,
-        base_model=config.pipeline,
-        pipeline_class=type(pipeline).__name__,
+        base_model=Path(config.pipeline).name if Path(config.pipeline).expanduser().exists() else config.pipeline,
         steps=config.sampler.steps,
         shift=config.sampler.shift,
         max_sequence_length=config.data.max_sequence_length,
         size=config.data.size,
-        provenance={"clora": __version__, "seed": config.seed, "config": dump_config(config)},
+        provenance={"clora": __version__} | config.model_dump(mode="json", include=SHARED_SETTINGS),
     )
+
+
+def _license(metadata: Mapping[str, str]) -> str | None:
+    """A LoRA file's licence: kohya and ai-toolkit write it under the ModelSpec name."""
+    return metadata.get("modelspec.license") or metadata.get("license")

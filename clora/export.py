@@ -41,8 +41,7 @@ class Collection:
 
     Attributes:
         effects: the effects.
-        base_model: folder or hub id of the pipeline.
-        pipeline_class: its class.
+        base_model: hub id of the pipeline, or the name of its folder.
         steps: passes of the few-step sampler.
         shift: its time shift.
         max_sequence_length: text tokens that the pipeline must be called with.
@@ -52,7 +51,6 @@ class Collection:
 
     effects: Sequence[CollectedEffect]
     base_model: str
-    pipeline_class: str
     steps: int
     shift: float
     max_sequence_length: int

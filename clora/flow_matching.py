@@ -1,6 +1,6 @@
 """Flow matching in diffusers' convention: `x_sigma = (1 - sigma) x0 + sigma eps`, velocity `v = eps - x0`.
 
-Source: docs/method.md section 2.
+Source: docs/method.md sections 1 and 3.
 """
 
 from typing import TypeVar

@@ -36,7 +36,14 @@ class Generator:
         self.report = report
 
     def guided_euler(
-        self, ids: Tensor, conditioning: Conditioning, empty_text: Tensor, seeds: list[int], steps: int, guidance: float
+        self,
+        ids: Tensor,
+        conditioning: Conditioning,
+        empty_text: Tensor,
+        seeds: list[int],
+        steps: int,
+        guidance: float,
+        norm_rescale: bool = False,
     ) -> Tensor:
         """The teachers' sampler: ``steps`` Euler steps with guidance w, two passes each; latents ``[N, T, C]``."""
         sigmas = teacher_schedule(steps, self.shift)
@@ -47,7 +54,7 @@ class Generator:
 
             def velocity(x: Tensor, sigma: Tensor) -> Tensor:
                 v = self._velocity(ids[rows].repeat(2), x.repeat(2, 1, 1), sigma.repeat(2), both)
-                return guided(*v.chunk(2), guidance)
+                return guided(*v.chunk(2), guidance, norm_rescale)
 
             return euler_sample(velocity, self._noise(seeds[rows]), sigmas)
 

@@ -11,10 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from clora.atomic import check_writable, write_atomic
 from clora.errors import CloraError
-
-__all__ = ["MAX_PIXELS", "check_writable", "encode_png", "list_images", "load_image", "load_images", "save_png"]
 
 MAX_PIXELS = 64_000_000
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
@@ -60,21 +57,6 @@ def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
     image = _crop(_open_rgb(Path(file)), width / height).resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.float().div(127.5).sub(1).contiguous()
-
-
-def save_png(image: Tensor, path: str | Path) -> None:
-    """Writes one image ``[3, H, W]`` in [-1, 1] (clipped) as PNG, whole or not at all.
-
-    Raises:
-        CloraError: it cannot be written.
-        ValueError: the shape is another, or a value is not finite.
-    """
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"expected an image [3, H, W], found {list(image.shape)}")
-    if not torch.isfinite(image).all():
-        raise ValueError("expected a finite image, found NaN or infinite values")
-    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    write_atomic(path, encode_png(pixels.permute(1, 2, 0).cpu().numpy()))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -110,7 +110,6 @@ METHODS = {
     "merge_dare_ties_svd": "merged LoRA, DARE + TIES + SVD",
     "merge_dare_linear_svd": "merged LoRA, DARE + SVD",
     "merge_magnitude_prune_svd": "merged LoRA, magnitude pruning + SVD",
-    "merge_cat": "merged LoRA, concatenated",
     "base": "base model, no LoRA",
     "clora": "clora: one LoRA, 8 passes",
 }

@@ -13,9 +13,15 @@ from torch import Tensor
 from clora.flow_matching import add_noise, velocity_to_x0
 
 
-def guided(velocity_cond: Tensor, velocity_uncond: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance `cond + w (cond - uncond)`; pipelines call `w + 1` the guidance scale."""
-    return velocity_cond + w * (velocity_cond - velocity_uncond)
+def guided(velocity_cond: Tensor, velocity_uncond: Tensor, w: float, norm_rescale: bool = False) -> Tensor:
+    """Classifier-free guidance `cond + w (cond - uncond)`; pipelines call `w + 1` the guidance scale.
+
+    With norm_rescale every token (last dimension) is scaled to the norm of the conditional one, as Qwen's pipeline does.
+    """
+    v = velocity_cond + w * (velocity_cond - velocity_uncond)
+    if not norm_rescale:
+        return v
+    return v * (velocity_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor) -> Tensor:

@@ -88,12 +88,14 @@ class DistillTrainer:
     def _iterate(self) -> dict[str, float]:
         """One student update and the critic updates that precede it."""
         if self.update < self.config.train.anchor_updates:
-            return self.student_step(self.sampler.draw_effects(), anchor_only=True)
-        if self.update == self.config.train.anchor_updates:
+            return self.student_step(self.sampler.draw_targets(self.update), anchor_only=True)
+        if self.update == self.config.train.anchor_updates > 0:
             self._start_critic()
-        values = {}
-        for i in range(self.config.train.critic_ratio):
-            batch = self.sampler.draw(self.update * self.config.train.critic_ratio + i)
+        objective, ratio = self.config.objective, self.config.train.critic_ratio
+        if not (objective.backward_simulation or objective.target_simulation):  # nothing for a critic to score
+            return self.student_step(self.sampler.draw(self.update))
+        for i in range(ratio):
+            batch = self.sampler.draw(self.update * ratio + i)
             values = self.critic_step(batch)
         return values | self.student_step(batch)
 
@@ -122,7 +124,9 @@ class DistillTrainer:
             self.config.sampler.guidance,
         )
         self._check_finite(terms["nonfinite"], rows.effect, rows.kind, "student")
-        self._step(self.student_optimizer, self.student, loss, "student")
+        strongest = int(terms["gradient_norm"].nan_to_num(torch.inf).argmax())
+        source = self._source(int(rows.effect[strongest]), int(rows.kind[strongest]))
+        self._step(self.student_optimizer, self.student, loss, "student", f"; the strongest comes from {source}")
         return {name: float(terms[name]) for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": float(loss.detach())}
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
@@ -140,7 +144,7 @@ class DistillTrainer:
     def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows:
         """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
         objective, parts = self.config.objective, []
-        effects = batch.effect_rows()
+        effects, anchored = batch[batch.effect >= 0], batch[batch.has_target]
         if objective.backward_simulation and not anchor_only:
             x, sigma = self._backward_simulation(batch)
             parts.append(Part(BACKWARD_SIMULATION, batch, x, sigma, objective.weights.backward_simulation))
@@ -151,14 +155,14 @@ class DistillTrainer:
         kind = torch.tensor([part.kind for part in parts for _ in range(len(part.batch))], dtype=torch.int64)
         score_sigma = draw_critic_sigma(kind, self.config.sampler.shift, self.tau.tau_min, self.generator)
         anchor_target = None
-        if (objective.trajectory_anchoring or anchor_only) and len(effects):
+        if (objective.trajectory_anchoring or anchor_only) and len(anchored):
             sigma = draw_anchor_sigma(
-                len(effects), self.config.sampler.shift, self.generator, self._anchor_floor(batch, score_sigma)
+                len(anchored), self.config.sampler.shift, self.generator, self._anchor_floor(batch, score_sigma)
             )
-            noise = self._noise(effects.target)
-            anchor_target = noise - effects.target
-            x = add_noise(effects.target, noise, sigma)
-            parts.append(Part(ANCHOR, effects, x, sigma, objective.weights.trajectory_anchoring))
+            noise = self._noise(anchored.target)
+            anchor_target = noise - anchored.target
+            x = add_noise(anchored.target, noise, sigma)
+            parts.append(Part(ANCHOR, anchored, x, sigma, objective.weights.trajectory_anchoring))
         return StudentRows.join(parts, score_sigma, anchor_target)
 
     def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
@@ -166,7 +170,7 @@ class DistillTrainer:
         objective = self.config.objective
         if objective.anchor_noise == "unrestricted" or not objective.backward_simulation or not len(score_sigma):
             return None
-        return score_sigma[: len(batch)][batch.effect >= 0]
+        return score_sigma[: len(batch)][batch.has_target]
 
     @torch.no_grad()
     def _backward_simulation(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -192,13 +196,8 @@ class DistillTrainer:
         scores = self._routed(ids, renoised.repeat(3, 1, 1), rows.score_sigma.repeat(3), conditioning)
         critic, teacher, uncond = scores.chunk(3)
         if self.config.objective.norm_rescale:
-            teacher = uncond = self._rescaled(teacher, uncond)
+            teacher = uncond = guided(teacher, uncond, self.config.sampler.guidance, norm_rescale=True)
         return Scores(renoised, rows.score_sigma, critic, teacher, uncond)
-
-    def _rescaled(self, cond: Tensor, uncond: Tensor) -> Tensor:
-        """Guided teacher velocity, each token scaled to the norm of the conditional one, as Qwen's pipeline does."""
-        v = guided(cond, uncond, self.config.sampler.guidance)
-        return v * (cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp(min=1e-12))
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One pass over all slots, split by the memory budget ``train.scoring_rows``."""
@@ -216,22 +215,28 @@ class DistillTrainer:
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator).to(like)
 
-    def _step(self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str, source: str = "") -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(slots.parameters(), self.config.train.clip)
         if not torch.isfinite(norm):
-            raise CloraError(f"update {self.update + 1}: the {name}'s gradient is not finite; lower its learning rate")
+            raise CloraError(
+                f"update {self.update + 1}: the {name}'s gradient is not finite{source}; lower its learning rate"
+            )
         optimizer.step()
+
+    def _source(self, effect: int, kind: int | None) -> str:
+        """A row's effect and term, for messages."""
+        name = repr(self.data.effects[effect]) if effect >= 0 else "of the general stream"
+        return f"effect {name}" + ("" if kind is None else f", term {('dmd_bs', 'dmd_ts', 'anchor')[kind]}")
 
     def _check_finite(self, nonfinite: Tensor, effect: Tensor, kind: Tensor | None, name: str) -> None:
         if not nonfinite.any():
             return
         row = int(nonfinite.nonzero()[0])
-        effect_name = self.data.effects[int(effect[row])] if effect[row] >= 0 else "general stream"
-        term = name if kind is None else ("dmd_bs", "dmd_ts", "anchor")[int(kind[row])]
+        source = self._source(int(effect[row]), None if kind is None else int(kind[row]))
         raise CloraError(
-            f"update {self.update + 1}: the {name}'s loss is not finite (effect {effect_name!r}, term {term}); "
+            f"update {self.update + 1}: the {name}'s loss is not finite ({source}); "
             "lower the learning rates, or check this effect's teacher"
         )
 
@@ -255,17 +260,31 @@ class DistillTrainer:
         }
         tensors["general"] = self.sampler._general
         optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
-        save_state(path, tensors, optimizers, {"data": self.generator}, {"update": self.update})
+        values = {"update": self.update, "config": _resumable(self.config), "teachers": self._teacher_norms()}
+        save_state(path, tensors, optimizers, {"data": self.generator}, values)
 
     def load(self, path: Path) -> None:
-        """Restores a state written by ``save``."""
+        """Restores a state written by ``save``.
+
+        Raises:
+            CloraError: the file is broken, or comes from another configuration.
+        """
         optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
         tensors, values = load_state(path, optimizers, {"data": self.generator})
+        _check_same(values["config"], _resumable(self.config), path)
+        _check_same(values["teachers"], self._teacher_norms(), path)
         for name, slots in self._trained().items():
             for i, parameter in enumerate(slots.parameters()):
                 parameter.data.copy_(tensors[f"{name}.{i}"])
         self.sampler._general = tensors["general"]
         self.update = int(values["update"])
+
+    @torch.no_grad()
+    def _teacher_norms(self) -> dict[str, str]:
+        """Each teacher's size, by which a resumed run sees that a file was replaced."""
+        factors = self.scorers.factors.values()
+        squares = sum(f.double().square().flatten(1).sum(1) for pair in factors for f in pair)
+        return {f"teacher {n}": f"{s:.6g}" for n, s in zip(self.data.effects, squares[2:].tolist(), strict=True)}
 
     def _trained(self) -> dict[str, Slots]:
         return {STUDENT: self.student, CRITIC: self.critic}
@@ -305,17 +324,36 @@ class StudentRows:
 
     @staticmethod
     def join(parts: Sequence[Part], score_sigma: Tensor, anchor_target: Tensor | None) -> StudentRows:
+        """Joins the parts; what was drawn on the CPU moves to the latents' device, but ``effect``, which routes."""
+        x = torch.cat([part.x for part in parts])
         counts = torch.tensor([len(part.batch) for part in parts])
         return StudentRows(
-            x=torch.cat([part.x for part in parts]),
-            sigma=torch.cat([part.sigma for part in parts]),
-            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts),
-            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts),
+            x=x,
+            sigma=torch.cat([part.sigma for part in parts]).to(x.device),
+            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts).to(x.device),
+            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts).to(x.device),
             effect=torch.cat([part.batch.effect for part in parts]),
             conditioning=Conditioning.cat([part.batch.student for part in parts]),
             teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
-            score_sigma=score_sigma,
+            score_sigma=score_sigma.to(x.device),
             anchor_target=anchor_target,
+        )
+
+
+FREE_TO_CHANGE = {"train": {"updates", "minutes", "checkpoint_every", "scoring_rows"}}
+
+
+def _resumable(config: DistillConfig) -> dict[str, object]:
+    """The settings that a resumed run must share with the one that it continues."""
+    return config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE})
+
+
+def _check_same(written: Mapping, current: Mapping, path: Path) -> None:
+    changed = [key for key in current if written.get(key) != current[key]]
+    if changed:
+        raise CloraError(
+            f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
+            "restore the old settings and files to continue it, or remove it to start from the beginning"
         )
 
 

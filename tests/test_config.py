@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from clora.config import dump_config, general_instructions, load_config, make_trigger, parse_config
 from clora.errors import CloraError
+from clora.testing import tiny_config
 
 TEXT = """
 pipeline: base
@@ -130,6 +134,7 @@ def test_every_problem_is_listed(load):
         ("", "expected a mapping of keys to values, found nothing"),
         ("- a", "found a list"),
         ("pipeline: a\noutput: [b", "c.yaml line 2: not valid YAML"),
+        ("output: {{name}}", "c.yaml line 1: not valid YAML: expected a word as key"),
         ("pipeline: a\npipeline: b", "line 2: .*'pipeline' is given twice"),
         ("pipeline: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("a: &x [*x]", "not a plain tree"),
@@ -160,3 +165,38 @@ def test_general_instructions(load, tmp_path):
         general_instructions(data)
     file.write_text("one\n\n two \n")
     assert general_instructions(data) == ("one", "two")
+
+
+def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path):
+    example = Path(__file__).parents[1] / "docs" / "distill.yaml"
+    shipped = load_config(example)
+    text, count = re.subn(r"(?m)^( *)# ( *\w+: )", r"\1\2", example.read_text("utf-8"))
+    assert count > 20
+    (tmp_path / "all.yaml").write_text(text, "utf-8")
+    config = load_config(tmp_path / "all.yaml")
+    assert config.objective == shipped.objective, "commented values of the method are the defaults"
+    assert (config.seed, config.device, config.train.clip) == (shipped.seed, shipped.device, shipped.train.clip)
+    assert config.effects[0].student_prompts[0].startswith(config.effects[0].trigger)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"effects": ["student"]}, "no effect can be called 'student'"),
+        (
+            {"effects": ["a"], "objective": {"trajectory_anchoring": False}, "train": {"anchor_updates": 1}},
+            "anchor_updates needs objective.trajectory_anchoring",
+        ),
+        (
+            {
+                "effects": [
+                    {"name": name, "lora": name, "prompt": "p", "student_prompts": ("the same",)} for name in ("a", "b")
+                ]
+            },
+            "two effects have the student prompt 'the same'",
+        ),
+    ],
+)
+def test_settings_that_contradict_one_another(sections, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(sections.pop("effects"), **sections)

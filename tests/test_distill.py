@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
 from clora.config import parse_config
@@ -60,7 +61,7 @@ def test_two_files_become_one_collection(make_config, tiny_folder, tmp_path):
     config = make_config()
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "scheduler", "clora.yaml"} <= {p.name for p in folder.iterdir()}
+    assert {"README.md", LORA_FILE, "scheduler", "clora.yaml"} == {p.name for p in folder.iterdir()}
     assert parse_config((folder / "clora.yaml").read_text("utf-8")) == config
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     state = load_lora(folder, linear_shapes(pipeline.transformer))
@@ -168,6 +169,11 @@ def unequal_names(tmp_path):
     return {"first": {"sources": str(before), "targets": str(after)}}
 
 
+def output_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    return {"output": str(tmp_path / "file")}
+
+
 BAD = {
     "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
     "wrong_architecture": (wrong_architecture, "other.safetensors"),
@@ -179,7 +185,11 @@ BAD = {
     "overlong_student_prompt": (lambda tmp: {"first": {"student_prompts": ("snow " * 60,)}}, "at most 40 tokens"),
     "empty_images": (empty_images, "holds no images"),
     "all_held_out": (lambda tmp: {"data": {"held_out": 6}}, "held_out = 6 leaves none of the 4"),
-    "unequal_names": (unequal_names, "same names.*'2', 'two'"),
+    "unequal_names": (unequal_names, "one image of each name.*'2', 'two'"),
+    "integer_timesteps": (lambda tmp: {"sampler": {"integer_timesteps": True}}, "no stock scheduler yields"),
+    "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "step below tau_max"),
+    "no_such_device": (lambda tmp: {"device": "cuda:77"}, "CUDA devices"),
+    "output_is_a_file": (output_is_a_file, "is a file"),
     "unknown_target": (lambda tmp: {"student": {"targets": ("to_qq",)}}, "to_qq"),
 }
 
@@ -190,4 +200,34 @@ def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, case)
     with pytest.raises(CloraError, match=message):
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"
-    assert not out.exists() or not [p for p in out.rglob("*") if p.is_file()]
+    assert not out.exists(), "not even an empty folder"
+
+
+def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkeypatch, tmp_path):
+    sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
+    seen = {}
+    render = engine.render_targets
+
+    def rendered(adapter, teachers, *rest):
+        seen["names"] = list(teachers)
+        return render(adapter, teachers, *rest)
+
+    def train(config, used, teachers, data, report, checkpoint):
+        seen.update(data=data, checkpoint=checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "render_targets", rendered)
+    monkeypatch.setattr(engine, "train_student", train)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_config({"sources": str(sources), "targets": str(targets)}, data={"general_targets": 3}))
+    assert seen["names"] == [EFFECTS[1]]
+    assert len(seen["data"].general_targets) == 3
+    assert seen["data"].general_targets.std(0).any(), "each pair has its own render"
+    assert seen["checkpoint"].parent == tmp_path / "out"
+
+
+def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path):
+    licensed = tmp_path / "licensed.safetensors"
+    save_file(load_file(loras["blueprint"]), licensed, {"format": "pt", "modelspec.license": "CC-BY-4.0"})
+    folder = distill(make_config({"lora": str(licensed)}))
+    assert "CC-BY-4.0" in (folder / "README.md").read_text("utf-8")

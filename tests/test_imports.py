@@ -21,7 +21,7 @@ LAYERS = (
 )
 APPLICATIONS = 5
 # Modules of a lower package that are themselves applications.
-BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.evaluate")
+BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.baselines")
 # Tensors and callables only: these never see a model, a bank or a config.
 PURE = ("clora.flow_matching", "clora.objective", "clora.sampling")
 PURE_MAY_USE = {"clora.errors", "clora.ops", "clora.flow_matching"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import glob
 import re
 import runpy
 import subprocess
@@ -115,3 +116,12 @@ def test_ci_uses_the_same_commands():
     script = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^pip install --quiet -c constraints.txt -e '\.\[test\]'$", script, re.MULTILINE)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_shipped_studio_fits_and_is_packaged(metadata):
+    assets = ROOT / "clora" / "studio" / "assets"
+    files = [file for file in assets.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32e6
+    patterns = metadata["package_data"]["clora"]
+    found = {file for pattern in patterns for file in glob.glob(pattern, root_dir=ROOT / "clora", recursive=True)}
+    assert {str(file.relative_to(ROOT / "clora")) for file in files} <= found

@@ -136,3 +136,6 @@ def test_guided():
     cond, uncond = torch.randn(2, *SHAPE).unbind()
     torch.testing.assert_close(guided(cond, uncond, 4.0), uncond + 5.0 * (cond - uncond))
     assert torch.equal(guided(cond, uncond, 0.0), cond)
+    rescaled = guided(cond, uncond, 4.0, norm_rescale=True)
+    torch.testing.assert_close(rescaled.norm(dim=-1), cond.norm(dim=-1))
+    torch.testing.assert_close(torch.cosine_similarity(rescaled, guided(cond, uncond, 4.0), dim=-1), torch.ones(4))

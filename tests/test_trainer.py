@@ -1,71 +1,21 @@
-"""One iteration against plain transformers computed row by row; ablations, resuming, divergence."""
+"""One iteration against plain transformers computed row by row; ablations."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
+from trainers import changed, make_trainer, mixed_batch, plain_velocity, slots
 
-from clora.adapter_bank import AdapterBank, RoutedLinear
-from clora.data import GENERAL, BatchSampler
-from clora.distill import initial_student, train_student
-from clora.errors import CloraError
+from clora.data import GENERAL
 from clora.flow_matching import shift
-from clora.lora.merge import sum_svd
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION
-from clora.testing import merge_lora, random_data, random_lora, random_teachers, tiny_config
-from clora.trainer import CRITIC, STUDENT, DistillTrainer
+from clora.testing import merge_lora, random_data
+from clora.trainer import CRITIC, STUDENT
 
 TERMS = {"backward_simulation": "dmd_bs", "target_simulation": "dmd_ts", "trajectory_anchoring": "anchor"}
-
-
-@contextmanager
-def make_trainer(adapter, data=None, **sections):
-    """A trainer of three random teachers whose student and critic differ and do something from the start."""
-    transformer = adapter.pipeline.transformer
-    teachers = random_teachers(transformer, 3)
-    states = {STUDENT: random_lora(transformer, 4, 101), CRITIC: random_lora(transformer, 4, 102), **teachers}
-    config = tiny_config(list(teachers), **sections)
-    bank = AdapterBank(transformer, states)
-    try:
-        yield DistillTrainer(config, adapter, bank, data or random_data(adapter, list(teachers)))
-    finally:
-        bank.detach()
-
-
-def mixed_batch(trainer):
-    """A batch with rows of several effects and of the general stream, the same for every objective."""
-    general = torch.arange(trainer.config.train.batch_size) % 3 == 1
-    batch = trainer.sampler._gather(general)
-    assert len(batch.effect.unique()) > 2, "draw another seed"
-    return batch
-
-
-def plain_velocity(adapter, transformer, x, sigma, conditioning):
-    stand_in = copy.copy(adapter)
-    stand_in.pipeline = SimpleNamespace(transformer=transformer)
-    with torch.no_grad():
-        return stand_in.velocity(x, sigma, conditioning)
-
-
-def same(state, other):
-    return all(
-        torch.equal(state.modules[m].lora_A, other.modules[m].lora_A)
-        and torch.equal(state.modules[m].lora_B, other.modules[m].lora_B)
-        for m in state.modules
-    )
-
-
-def changed(trainer, before):
-    return {name for name, state in before.items() if not same(trainer.bank.state(name), state)}
-
-
-def slots(trainer):
-    return {name: trainer.bank.state(name) for name in trainer.bank.names}
 
 
 def test_two_updates_with_every_part(adapter):
@@ -129,7 +79,7 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
         models = {name: merge_lora(base, trainer.bank.state(name)) for name in trainer.bank.names}
 
     n = len(rows.teacher)
-    assert n == len(batch) + len(batch.effect_rows())
+    assert n == len(batch) + len(batch[batch.effect >= 0])
     assert sizes == ([3 * n] if scoring_rows is None else [5] * (3 * n // 5) + [3 * n % 5] * (3 * n % 5 > 0))
     noise = torch.randn(scores.renoised.shape, generator=torch.Generator().set_state(state))
     sigma = scores.sigma.view(-1, 1, 1)
@@ -199,7 +149,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
     with make_trainer(adapter, objective=objective, train={"batch_size": 64}, sampler={"steps": 8}) as trainer:
         batch = trainer.sampler.draw(0)
         rows = trainer._student_rows(batch, anchor_only=False)
-    effects = batch.effect_rows()
+    effects = batch[batch.effect >= 0]
     kind = torch.cat(
         [
             torch.full((64,), BACKWARD_SIMULATION),
@@ -251,212 +201,16 @@ def test_norm_rescale_keeps_the_norm_of_the_conditional_velocity(adapter):
     assert torch.equal(rescaled.critic, plain.critic)
 
 
-def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path):
-    """Interrupted between two draws of the streams, so that these must be kept too."""
-    sections = {"train": {"updates": 3, "checkpoint_every": 1}, "objective": {"switch_every": 4}}
-    checkpoint = tmp_path / "state.safetensors"
-    whole, resumed = {}, {}
-
-    def stop(update, values):
-        if update == 2:
-            raise KeyboardInterrupt
-
-    with make_trainer(adapter, **sections) as trainer:
-        trainer.fit(lambda update, values: whole.update({update: dict(values)}))
-        expected, moments = slots(trainer), trainer.student_optimizer.state_dict()["state"]
-    with make_trainer(adapter, **sections) as trainer, pytest.raises(KeyboardInterrupt):
-        trainer.fit(stop, checkpoint)
-    with make_trainer(adapter, seed=99, **sections) as trainer:
-        trainer.fit(lambda update, values: resumed.update({update: dict(values)}), checkpoint)
-        assert not changed(trainer, expected)
-        for i, state in trainer.student_optimizer.state_dict()["state"].items():
-            assert all(torch.equal(value, moments[i][key]) for key, value in state.items())
-    assert resumed == {2: whole[2], 3: whole[3]}
-    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
-
-
-@pytest.mark.parametrize(("objective", "term"), [({}, "dmd_ts"), ({"target_simulation": False}, "anchor")])
-def test_a_nan_target_stops_naming_update_effect_and_term(adapter, objective, term):
+def test_general_rows_with_targets_are_anchored(adapter):
     data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
-    data.targets[1] = torch.nan
-    objective = {"dual_stream": False, **objective}
-    with make_trainer(adapter, data, objective=objective, train={"batch_size": 16}) as trainer:
-        before = trainer.bank.state(STUDENT)
-        with pytest.raises(CloraError, match=f"update 1: the student.*effect 'effect_1', term {term}"):
-            trainer.fit(lambda update, values: None)
-        assert same(trainer.bank.state(STUDENT), before)
-
-
-def test_a_nan_source_stops_the_critic(adapter):
-    data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
-    data.general_sources[:] = torch.nan
+    data = dataclasses.replace(data, general_targets=torch.randn(5, *adapter.latent_shape))
     with make_trainer(adapter, data) as trainer:
-        before = trainer.bank.state(CRITIC)
-        with pytest.raises(CloraError, match="update 1: the critic.*effect 'general stream', term critic"):
-            trainer.critic_step(mixed_batch(trainer))
-        assert same(trainer.bank.state(CRITIC), before)
-
-
-def test_an_infinite_gradient_stops(adapter):
-    with make_trainer(adapter) as trainer:
-        before = trainer.bank.state(STUDENT)
-        loss = sum(p.sum() for p in trainer.student.parameters()) * torch.inf
-        with pytest.raises(CloraError, match="update 1: the student's gradient is not finite"):
-            trainer._step(trainer.student_optimizer, trainer.student, loss, "student")
-        assert same(trainer.bank.state(STUDENT), before)
-
-
-def test_gradients_are_clipped(adapter):
-    with make_trainer(adapter, train={"clip": 0.5}) as trainer:
-        loss = 100 * sum(p.sum() for p in trainer.student.parameters())
-        trainer._step(trainer.student_optimizer, trainer.student, loss, "student")
-        norm = torch.stack([p.grad.norm() for p in trainer.student.parameters()]).norm()
-    assert float(norm) == pytest.approx(0.5, rel=1e-3)
-
-
-def test_anchor_updates_come_first_and_learn_the_targets(adapter):
-    losses, data = [], random_data(adapter, ["effect_0", "effect_1", "effect_2"])
-    data.targets[:] = 3 * data.targets[0, 0, 0]  # one colour: soon learned
-    train = {"updates": 25, "anchor_updates": 25, "learning_rate": 3e-2}
-    with make_trainer(adapter, data, train=train) as trainer:
-        before = trainer.bank.state(CRITIC)
-        trainer.fit(lambda update, values: losses.append(values))
-        assert same(trainer.bank.state(CRITIC), before)
-    assert all(values["dmd_bs"] == values["dmd_ts"] == 0 and "critic" not in values for values in losses)
-    first, last = (sum(values["anchor"] for values in part) / 5 for part in (losses[:5], losses[-5:]))
-    assert last < 0.8 * first
-
-
-def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
-    train = {"updates": 4, "anchor_updates": 3, "learning_rate": 3e-2}
-    with make_trainer(adapter, train=train) as trainer:
-        equal = []
-
-        def compare(batch):
-            pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
-            equal.append(all(torch.equal(critic, student) for critic, student in pairs))
-            return {}
-
-        monkeypatch.setattr(trainer, "critic_step", compare)
-        trainer.fit(lambda update, values: None)
-    assert equal
-    assert equal[0]
-
-
-def test_the_learning_rate_falls_to_a_tenth(adapter):
-    with make_trainer(adapter, train={"updates": 10, "learning_rate": 1.0, "critic_learning_rate": 2.0}) as trainer:
-        rates = []
-        for trainer.update in range(10):
-            trainer._set_learning_rate(float("inf"))
-            rates.append(trainer.student_optimizer.param_groups[0]["lr"])
-            assert trainer.critic_optimizer.param_groups[0]["lr"] == pytest.approx(2 * rates[-1])
-    assert rates[:8] == [1.0] * 8
-    assert 1 > rates[8] > rates[9] > 0.1
-
-
-def test_a_time_limit_ends_the_run(adapter):
-    with make_trainer(adapter, train={"updates": 10**6, "minutes": 0.001}) as trainer:
-        trainer.fit(lambda update, values: None)
-        assert trainer.update < 1000
-
-
-def sampler(adapter, batch_size=6, **objective):
-    effects = ["effect_0", "effect_1", "effect_2"]
-    config = tiny_config(effects, objective=objective)
-    data = random_data(adapter, effects)
-    return BatchSampler(data, config.objective, batch_size, torch.Generator().manual_seed(0)), data
-
-
-def test_streams_have_their_share_and_are_redrawn_in_time(adapter):
-    draws, _ = sampler(adapter, 4000, switch_probability=0.3)
-    general = draws.draw(0).effect == GENERAL
-    assert abs(float(general.float().mean()) - 0.7) < 0.03
-    draws, _ = sampler(adapter, 64, switch_every=3)
-    streams = [draws.draw(update).effect == GENERAL for update in range(4)]
-    assert torch.equal(streams[0], streams[1])
-    assert torch.equal(streams[0], streams[2])
-    assert not torch.equal(streams[0], streams[3])
-    for off in ("dual_stream", "backward_simulation"):  # the latter is the general stream's only loss
-        draws, _ = sampler(adapter, 64, **{off: False})
-        assert (draws.draw(0).effect >= 0).all()
-    draws, _ = sampler(adapter, 64)
-    assert (draws.draw_effects().effect >= 0).all()
-
-
-@pytest.mark.parametrize("orthogonal", [True, False])
-def test_a_batch_holds_matching_rows(adapter, orthogonal):
-    draws, data = sampler(adapter, 200, orthogonal_prompting=orthogonal)
-    batch = draws.draw(0)
-    assert torch.equal(batch.student.source, batch.teacher.source)
-    phrasings = set()
-    for i, e in enumerate(batch.effect.tolist()):
-        source, target, student, teacher = (
-            batch.student.source[i],
-            batch.target[i],
-            batch.student.text[i],
-            batch.teacher.text[i],
-        )
-        if e == GENERAL:
-            assert any(torch.equal(source, s) for s in data.general_sources)
-            assert any(torch.equal(student, t) for t in data.general_text)
-            assert torch.equal(student, teacher)
-            assert not target.any()
-            continue
-        pairs = zip(data.sources[e], data.targets[e], strict=True)
-        assert any(torch.equal(source, s) and torch.equal(target, t) for s, t in pairs)
-        assert torch.equal(teacher, data.teacher_text[e])
-        if orthogonal:
-            phrasings.add((e, next(p for p, t in enumerate(data.student_text[e]) if torch.equal(student, t))))
-        else:
-            assert torch.equal(student, teacher)
-    assert phrasings == ({(e, p) for e in range(3) for p in range(2)} if orthogonal else set())
-
-
-@pytest.mark.parametrize("init", ["zero", "merge"])
-def test_one_effect_is_distilled_too(adapter, init):
-    transformer = adapter.pipeline.transformer
-    teachers = {"only": random_lora(transformer, 2, 0, ["transformer_blocks.0.attn.to_q"])}
-    config = tiny_config(["only"], student={"init": init})
-    before = initial_student(config, transformer, list(teachers.values()))
-    reports = []
-    state = train_student(config, adapter, teachers, random_data(adapter, ["only"]), lambda u, v: reports.append(v))
-    assert len(reports) == 2
-    assert state.is_finite()
-    assert {m.rank for m in state.modules.values()} == {4}
-    assert not same(state, before)
-    assert not any(isinstance(module, RoutedLinear) for module in transformer.modules())
-
-
-@pytest.mark.parametrize("padding", [0, 4])
-def test_the_student_starts_at_zero_or_at_the_mean_of_the_teachers(adapter, padding):
-    transformer = adapter.pipeline.transformer
-    teachers = [state.padded(state.max_rank + padding) for state in random_teachers(transformer, 2).values()]
-    zero = initial_student(tiny_config(["a", "b"]), transformer, teachers)
-    assert all(not module.delta().any() and module.lora_A.any() for module in zero.modules.values())
-    merge = initial_student(tiny_config(["a", "b"], student={"init": "merge", "rank": 6}), transformer, teachers)
-    mean = sum_svd(teachers, 6, [0.5, 0.5])
-    for name, module in merge.modules.items():
-        expected = sum(t.modules[name].delta() for t in teachers if name in t.modules) / 2
-        torch.testing.assert_close(module.delta(), expected, rtol=1e-4, atol=1e-5)  # rank 2 + 3 fits in 6
-        torch.testing.assert_close(module.delta(), mean.modules[name].delta(), rtol=1e-4, atol=1e-5)
-        assert (module.lora_A.abs().sum(1) > 0).all(), "a rank with lora_A = lora_B = 0 never learns"
-
-
-def test_targets_of_the_student(adapter):
-    transformer = adapter.pipeline.transformer
-    teachers = random_teachers(transformer, 1)
-    config = tiny_config(["effect_0"], student={"targets": ("attn.to_q", "attn.to_k")})
-    state = train_student(config, adapter, teachers, random_data(adapter, ["effect_0"]), lambda u, v: None)
-    assert set(state.modules) == {"transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"}
-    wrong = tiny_config(["effect_0"], student={"targets": ("attn.to_x",)})
-    with pytest.raises(CloraError, match=r"student\.targets.*attn\.to_x"):
-        initial_student(wrong, transformer, list(teachers.values()))
-
-
-def test_a_failed_run_leaves_the_transformer_as_it_was(adapter):
-    teachers = random_teachers(adapter.pipeline.transformer, 1)
-    data = random_data(adapter, ["effect_0"])
-    data = dataclasses.replace(data, targets=data.targets * torch.nan)
-    with pytest.raises(CloraError):
-        train_student(tiny_config(["effect_0"]), adapter, teachers, data, lambda u, v: None)
-    assert not any(isinstance(module, RoutedLinear) for module in adapter.pipeline.transformer.modules())
+        batch = mixed_batch(trainer)
+        rows = trainer._student_rows(batch, anchor_only=False)
+        anchored = rows.kind == ANCHOR
+        assert torch.equal(rows.effect[anchored], batch.effect)
+        assert int((rows.kind == TARGET_SIMULATION).sum()) == int((batch.effect >= 0).sum())
+        sigma = rows.sigma[anchored][:, None, None]
+        noise = rows.anchor_target + batch.target
+        torch.testing.assert_close(rows.x[anchored], (1 - sigma) * batch.target + sigma * noise)
+        assert torch.equal(trainer._student_rows(batch, anchor_only=True).effect, batch.effect)

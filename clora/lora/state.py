@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -71,11 +70,3 @@ class LoRAState:
         """The same LoRA with every module zero-padded to ``rank``."""
         modules = {name: module.padded(rank) for name, module in self.modules.items()}
         return LoRAState(modules, self.metadata, self.format)
-
-    def is_finite(self) -> bool:
-        """Whether no value is NaN or infinite."""
-        return all(
-            bool(torch.isfinite(tensor).all())
-            for module in self.modules.values()
-            for tensor in (module.lora_A, module.lora_B)
-        )

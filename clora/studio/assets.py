@@ -47,20 +47,20 @@ def student_prompts(effect: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Targets:
-    """Rendered targets: ``latents [E, M, T, C]`` of each effect's sources, and the scenes' seeds ``[E][M]``."""
+    """Rendered targets: ``latents [E, M, T, C]`` of each effect's sources, ``general [P, T, C]`` of general pairs."""
 
     effects: tuple[str, ...]
-    seeds: list[list[int]]
     latents: Tensor
+    general: Tensor
 
     def of(self, effects: Sequence[str]) -> Tensor:
         return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])
 
 
-def load_targets(folder: Path, seeds: list[list[int]], effects: tuple[str, ...]) -> Targets:
+def load_targets(folder: Path, effects: tuple[str, ...]) -> Targets:
     """Reads the shipped targets, verified against the hash in the provenance."""
-    path = verified(folder, "targets.safetensors")
-    return Targets(effects, seeds, torch.from_numpy(load_file(path)["targets"]).float())
+    tensors = load_file(verified(folder, "targets.safetensors"))
+    return Targets(effects, *(torch.from_numpy(tensors[name]).float() for name in ("targets", "general")))
 
 
 def verified(folder: Path, name: str) -> Path:

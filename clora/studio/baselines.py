@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -28,18 +28,19 @@ MERGE_RANK = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the table: outputs per effect ``[N, 64, 64, 3]``, their verdicts, and the general accuracy."""
+    """One row of the table: outputs per effect ``[N, 64, 64, 3]``, verdicts, general accuracy, size of one LoRA in fp16."""
 
     outputs: Mapping[str, np.ndarray]
     verdicts: Mapping[str, Sequence[Verdict]]
     general: float | None
+    megabytes: float | None = None
 
     def row(self) -> dict[str, object]:
         return summary(self.verdicts, self.general)
 
     def to_json(self) -> dict[str, object]:
         verdicts = {effect: [asdict(v) for v in row] for effect, row in self.verdicts.items()}
-        return {"verdicts": verdicts, "general": self.general}
+        return {"verdicts": verdicts, "general": self.general, "megabytes": self.megabytes}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def measure_one_lora(
         if bank is not None:
             bank.detach()
     accuracy = general_accuracy(to_images(adapter.decode(general)))
-    return _measured(adapter, evaluation, latents, accuracy)
+    size = None if lora is None else round(2e-6 * lora.num_parameters, 2)
+    return replace(_measured(adapter, evaluation, latents, accuracy), megabytes=size)
 
 
 def measure_merges(

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from clora.atomic import check_writable, write_atomic
-from clora.distill import load_pipeline, render_targets
+from clora.distill import load_pipeline, render_general_targets, render_targets
 from clora.errors import CloraError, nearest
 from clora.progress import stage
-from clora.studio import base, baselines, teachers, text, vae
+from clora.studio import base, baselines, teachers, text, text_training, vae
 from clora.studio.assets import (
     ASSETS,
     PROVENANCE,
@@ -27,7 +27,8 @@ from clora.studio.assets import (
     sha256,
     to_bytes,
 )
-from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
+from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, NUM_GENERAL, demo_config
+from clora.studio.edits import sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import FIRST_HELD_OUT, general_accuracy, general_cases, held_out_sources
 from clora.studio.judges import Judge
@@ -35,23 +36,24 @@ from clora.studio.scenes import make_scene, render
 
 SEED = 0
 VAE_UPDATES = 1800
-BASE_SCENES, BASE_EDITS, BASE_UPDATES = 3000, 4, 4000
+TEXT_UPDATES = 400
+BASE_SCENES, BASE_EDITS, BASE_UPDATES = 4000, 4, 4000
 TEACHER_UPDATES = 700
 TARGET_SOURCES = 20
-FIRST_TARGET_SCENE = 300_000_000
+FIRST_TARGET_SCENE, FIRST_GENERAL_SCENE = 300_000_000, 400_000_000
 EVALUATION_SCENES, EVALUATION_GENERAL = 8, 54
 FLOORS = {"vae_psnr": 30.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.9, "general_accuracy": 0.9}
 
 
-Stage = Callable[[Path, Path], tuple[dict[str, object], list[str]]]
-"""``stage(folder, work)`` writes to the folder and returns measured numbers and the files to hash."""
+Stage = Callable[[Path], tuple[dict[str, object], list[str]]]
+"""``stage(folder)`` writes to the folder and returns measured numbers and the files to hash."""
 
 
 def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> None:
     """Builds the studio in ``folder`` (default: the package's own assets).
 
-    Stages that are done are passed over, unless named in ``stages``; one that was cut off resumes from its last
-    checkpoint in ``studio-build/``.
+    Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; a base that was
+    cut off resumes from its last checkpoint, ``.base.safetensors``.
 
     Raises:
         CloraError: unknown stage, or the folder cannot be written.
@@ -62,14 +64,22 @@ def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> No
             raise CloraError(f"unknown stage {name!r}; the stages are {list(STAGES)}{nearest(name, STAGES)}")
     for name in stages or [name for name in STAGES if not _is_done(folder, name)]:
         start = time.monotonic()
-        measured, files = STAGES[name](folder, Path("studio-build"))
+        measured, files = STAGES[name](folder)
         _record(folder, name, time.monotonic() - start, measured, files)
 
 
 def _is_done(folder: Path, name: str) -> bool:
-    """Whether a stage is recorded and its files are the recorded ones."""
-    files = provenance(folder).get(name, {}).get("sha256", {})
-    return bool(files) and all((folder / file).exists() and sha256(folder / file) == files[file] for file in files)
+    """Whether a stage is recorded, its files are the recorded ones, and so is what it was made from."""
+    entry = provenance(folder).get(name, {})
+    files = entry.get("sha256", {})
+    same = all((folder / file).exists() and sha256(folder / file) == files[file] for file in files)
+    return bool(files) and same and entry["inputs"] == _inputs(folder, name)
+
+
+def _inputs(folder: Path, name: str) -> dict[str, str]:
+    """Hashes of the files that a stage is made from: those of the stages it needs."""
+    recorded = provenance(folder)
+    return {f: h for needed in NEEDS[name] for f, h in recorded.get(needed, {}).get("sha256", {}).items()}
 
 
 def check(folder: Path | None = None) -> None:
@@ -113,7 +123,7 @@ def _record(folder: Path, name: str, seconds: float, measured: dict[str, object]
         "command": f"clora studio build --stages {name}",
         "seed": SEED,
         "seconds": round(seconds, 1),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": "cpu",
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -122,12 +132,13 @@ def _record(folder: Path, name: str, seconds: float, measured: dict[str, object]
             "transformers": transformers.__version__,
         },
         "measured": measured,
+        "inputs": _inputs(folder, name),
         "sha256": {file: sha256(folder / file) for file in files},
     }
     write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
 
 
-def _vae_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+def _vae_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     with stage("autoencoder", VAE_UPDATES) as advance:
         model = vae.train_vae(VAE_UPDATES, SEED, lambda update, values: advance(1, psnr=values["psnr"]))
     model.half().save_pretrained(folder / "pipeline" / "vae")
@@ -155,27 +166,40 @@ def vae_quality(model) -> dict[str, float]:
     }
 
 
-def _base_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
-    from diffusers import AutoencoderKLFlux2
-
+def _text_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     torch.manual_seed(SEED)
     tokenizer = text.train_tokenizer(text.prompt_corpus())
     encoder = text.make_text_encoder(len(tokenizer))
+    with stage("text encoder", TEXT_UPDATES) as advance:
+        accuracy = text_training.train_text_encoder(
+            encoder, tokenizer, TEXT_UPDATES, SEED, lambda update, values: advance(1, **values)
+        )
+    tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
+    encoder.save_pretrained(folder / "pipeline" / "text_encoder")
+    files = ["pipeline/text_encoder/model.safetensors", "pipeline/tokenizer/tokenizer.json"]
+    return {"reading_accuracy": accuracy}, files
+
+
+def _base_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
+    from diffusers import AutoencoderKLFlux2
+    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+
+    torch.manual_seed(SEED)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer")
+    encoder = Qwen3ForCausalLM.from_pretrained(folder / "pipeline" / "text_encoder").eval()
     autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
     pipeline = base.make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
     adapter = base.studio_adapter(pipeline)
     with stage("training edits", BASE_SCENES) as advance:
         pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
+    checkpoint = folder / ".base.safetensors"
     with stage("base model", BASE_UPDATES) as advance:
-        base.train_base(
-            adapter, pool, BASE_UPDATES, SEED, work / "base.safetensors", lambda update, values: advance(1, **values)
-        )
+        base.train_base(adapter, pool, BASE_UPDATES, SEED, checkpoint, lambda update, values: advance(1, **values))
     save_pipeline(pipeline, folder / "pipeline")
+    checkpoint.unlink(missing_ok=True)
     adapter = studio(folder)
-    return {"general_accuracy": general_quality(adapter)}, [
-        "pipeline/transformer/diffusion_pytorch_model.safetensors",
-        "pipeline/text_encoder/model.safetensors",
-    ]
+    measured = {"general_accuracy": general_quality(adapter)}
+    return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
@@ -214,19 +238,14 @@ def general_quality(adapter) -> float:
     return general_accuracy(vae.to_images(adapter.decode(latents)))
 
 
-def _teacher_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+def _teacher_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     adapter = studio(folder)
     with stage("teachers", TEACHER_UPDATES) as advance:
         trained = teachers.train_teachers(adapter, TEACHER_UPDATES, SEED, lambda u, values: advance(1, **values))
     out = folder / "teachers"
     paths = [teachers.save_teacher(spec, trained[spec.effect], out) for spec in teachers.SPECS]
-    files = [p if p.is_file() else p / "adapter_model.safetensors" for p in paths]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.iterdir()))]
     return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
-
-
-def target_seeds(num_effects: int) -> list[list[int]]:
-    """Scene seeds ``[E][M]`` of the distillation's sources, the same scenes for every effect."""
-    return [[FIRST_TARGET_SCENE + i for i in range(TARGET_SOURCES)]] * num_effects
 
 
 def scene_latents(adapter, seeds: Sequence[int]) -> torch.Tensor:
@@ -234,32 +253,45 @@ def scene_latents(adapter, seeds: Sequence[int]) -> torch.Tensor:
     return adapter.encode_images(vae.to_tensor(np.stack([render(make_scene(seed)) for seed in seeds])))
 
 
-def _target_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+def _target_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     adapter = studio(folder)
     names = [spec.effect for spec in teachers.SPECS]
-    latents = make_targets(adapter, teachers.load_teachers(adapter, folder / "teachers", names))
-    save_file({"targets": latents.half().numpy()}, folder / "targets.safetensors")
-    return {"sources_per_effect": TARGET_SOURCES}, ["targets.safetensors"]
+    made = make_targets(adapter, teachers.load_teachers(adapter, folder / "teachers", names))
+    tensors = {"targets": made.latents.half().numpy(), "general": made.general.half().numpy()}
+    write_atomic(folder / "targets.safetensors", save(tensors))
+    return {"sources_per_effect": TARGET_SOURCES, "general": NUM_GENERAL}, ["targets.safetensors"]
 
 
-def make_targets(adapter, loras) -> torch.Tensor:
-    """Every teacher's render of its sources: ``[E, M, T, C]``."""
+def make_targets(adapter, loras) -> Targets:
+    """Every teacher's render of the distillation's sources, and the base's of its general pairs."""
     names = list(loras)
-    sources = torch.stack([scene_latents(adapter, row) for row in target_seeds(len(names))])
+    sources = target_sources(adapter).expand(len(names), -1, -1, -1)
     prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in names])
-    passes = 2 * baselines.TEACHER_STEPS * len(names) * TARGET_SOURCES
+    empty, config = adapter.encode_prompts([""])[0], demo_config(names, SEED)
+    passes = 2 * baselines.TEACHER_STEPS * (len(names) * TARGET_SOURCES + NUM_GENERAL)
     with stage("render targets", passes) as advance:
-        return render_targets(
-            adapter, loras, sources, prompts, adapter.encode_prompts([""])[0], demo_config(names, SEED), advance
-        )
+        latents = render_targets(adapter, loras, sources, prompts, empty, config, advance)
+        general = render_general_targets(adapter, *general_pairs(adapter), empty, config, advance)
+    return Targets(tuple(names), latents, general)
+
+
+def target_sources(adapter) -> torch.Tensor:
+    """The distillation's sources ``[M, T, C]``, the same scenes for every effect."""
+    return scene_latents(adapter, [FIRST_TARGET_SCENE + i for i in range(TARGET_SOURCES)])
+
+
+def general_pairs(adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sources ``[P, T, C]`` and instructions ``[P, L, D]`` of the general stream."""
+    seeds, rng = [FIRST_GENERAL_SCENE + i for i in range(NUM_GENERAL)], np.random.default_rng([SEED, 7])
+    instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
+    return scene_latents(adapter, seeds), adapter.encode_prompts(instructions)
 
 
 def shipped_targets(folder: Path) -> Targets:
-    names = tuple(spec.effect for spec in teachers.SPECS)
-    return load_targets(folder, target_seeds(len(names)), names)
+    return load_targets(folder, tuple(spec.effect for spec in teachers.SPECS))
 
 
-def _baseline_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[str]]:
+def _baseline_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     adapter = studio(folder)
     every = [spec.effect for spec in teachers.SPECS]
     loras = teachers.load_teachers(adapter, folder / "teachers", every)
@@ -270,7 +302,7 @@ def _baseline_stage(folder: Path, work: Path) -> tuple[dict[str, object], list[s
             f"{name}/{effect}": to_bytes(outputs[grid_scene(effect)]) for effect, outputs in measured.outputs.items()
         }
     write_atomic(folder / "baselines.json", json.dumps(rows) + "\n")
-    save_file(images, folder / "baselines.safetensors")
+    write_atomic(folder / "baselines.safetensors", save(images))
     measured = {
         effect: float(np.mean([v["accurate"] for v in verdicts]))
         for effect, verdicts in rows["teachers_80"]["verdicts"].items()
@@ -299,8 +331,17 @@ def measure_baselines(adapter, loras, merged: list[str]) -> dict[str, baselines.
     return rows
 
 
+NEEDS = {
+    "vae": (),
+    "text": (),
+    "base": ("vae", "text"),
+    "teachers": ("vae", "text", "base"),
+    "targets": ("vae", "text", "base", "teachers"),
+    "baselines": ("vae", "text", "base", "teachers"),
+}
 STAGES: dict[str, Stage] = {
     "vae": _vae_stage,
+    "text": _text_stage,
     "base": _base_stage,
     "teachers": _teacher_stage,
     "targets": _target_stage,

@@ -11,6 +11,7 @@ from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 GUIDANCE = 1.0
+NUM_GENERAL = 192
 DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "confetti", "snow")
 DEFAULT_MINUTES = 5.0
 
@@ -27,6 +28,7 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 "size": (SIZE, SIZE),
                 "max_sequence_length": MAX_SEQUENCE_LENGTH,
                 "general_instructions": ("studio",),
+                "general_targets": NUM_GENERAL,
             },
             "student": {"rank": 32, "init": "merge"},
             "sampler": {"guidance": GUIDANCE},

@@ -31,11 +31,12 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """An instruction and its exact result ``[64, 64, 3]``; ``family`` names the kind of edit."""
+    """An instruction and its exact result ``[64, 64, 3]``; the kind of edit and the words in the instruction's slots."""
 
     family: str
     instruction: str
     result: np.ndarray
+    slots: tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def sample_edit(scene: Scene, rng: np.random.Generator, family: str | None = Non
     kind = FAMILIES[name]
     result, a, b = kind.apply(scene, rng)
     instruction = str(rng.choice(kind.phrasings)).format(a=a, b=b)
-    return Edit(name, instruction, np.clip(result, 0, 1).astype(np.float32))
+    return Edit(name, instruction, np.clip(result, 0, 1).astype(np.float32), (a, b))
 
 
 def _colour(rng: np.random.Generator, *but: str) -> str:

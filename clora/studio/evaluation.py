@@ -11,7 +11,7 @@ import numpy as np
 from clora.studio.edits import FAMILIES, Edit, sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import Judge, Verdict, features
-from clora.studio.scenes import make_scene, render
+from clora.studio.scenes import Scene, make_scene, render
 
 FIRST_HELD_OUT = 1_000_000_000
 FIRST_GENERAL = 1_100_000_000
@@ -61,11 +61,22 @@ def _general_case(index: int) -> GeneralCase:
     scene = make_scene(FIRST_GENERAL + index)
     rng = np.random.default_rng([index, 5])
     family = GENERAL_FAMILIES[index % len(GENERAL_FAMILIES)]
-    edit = sample_edit(scene, rng, family)
+    edit = _visible_edit(scene, rng, family)
     rivals = [sample_edit(scene, rng, other) for other in (*GENERAL_FAMILIES, family, family)]
     images = [r.result for r in rivals if r.instruction != edit.instruction] + [render(scene)]
-    distinct = [image for image in images if np.abs(image - edit.result).mean() > 0.01]
+    distinct = [image for image in images if _differ(image, edit.result)]
     return GeneralCase(render(scene), edit, features(np.stack(distinct)))
+
+
+def _visible_edit(scene: Scene, rng: np.random.Generator, family: str) -> Edit:
+    """An edit that shows: not the removal of a shape that is hidden behind another."""
+    source = render(scene)
+    draws = [sample_edit(scene, rng, family) for _ in range(8)]
+    return next((edit for edit in draws if _differ(edit.result, source)), draws[0])
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.abs(a - b).mean() > 0.01)
 
 
 def judge_effects(outputs: Mapping[str, np.ndarray]) -> dict[str, list[Verdict]]:

@@ -74,7 +74,7 @@ def make_scene(seed: int) -> Scene:
 
 
 def random_background(rng: np.random.Generator, colour: str | None = None) -> Background:
-    """A random background; ``colour`` fixes the first of its two colours and makes it plain or a gradient."""
+    """A random background; ``colour`` fixes the first of its two colours and makes it plain."""
     first = colour or str(rng.choice(list(COLOURS)))
     second = str(rng.choice(list(COLOURS)))
     patterns = PATTERNS if colour is None else ("plain",)

@@ -39,14 +39,14 @@ SPECS = (
     TeacherSpec("thermal", "kohya", 16),
     TeacherSpec("blueprint", "comfyui", 16),
     TeacherSpec("sepia", "peft", 8, attention_only=True),
-    TeacherSpec("cartoon", "diffusers", 16),
+    TeacherSpec("posterise", "diffusers", 16),
     TeacherSpec("scanlines", "kohya", 12),
     TeacherSpec("vignette", "peft", 12),
-    TeacherSpec("neon_edges", "comfyui", 16),
+    TeacherSpec("night_vision", "comfyui", 16),
     TeacherSpec("confetti", "diffusers", 16),
     TeacherSpec("paint_splatter", "peft", 16),
     TeacherSpec("snow", "comfyui", 16),
-    TeacherSpec("random_hatching", "kohya", 16),
+    TeacherSpec("random_stripes", "kohya", 16),
 )
 KOHYA_ALPHA = 4.0
 

@@ -1,7 +1,6 @@
 """The studio's words: a byte-level BPE tokenizer with a chat template, and a tiny Qwen3 text encoder.
 
-The text encoder is frozen at its random start, which is chosen so that its layers pass on which token stands where,
-with a little of what came before it; the base transformer (``clora.studio.base``) learns to read that.
+The text encoder is trained first (``clora.studio.text_training``) and frozen from then on.
 """
 
 from __future__ import annotations
@@ -64,12 +63,11 @@ def train_tokenizer(corpus: Iterable[str]):
 
 
 def make_text_encoder(vocabulary: int):
-    """A random ``Qwen3ForCausalLM`` of 28 layers x 32: the pipeline taps its layers 9, 18 and 27 (3 x 32 channels).
+    """An untrained ``Qwen3ForCausalLM`` of 28 layers x 32: the pipeline taps its layers 9, 18 and 27 (3 x 32 channels).
 
     Token embeddings have unit scale, attention is strong and the rest is weak: every token keeps what it is, and the
     padding that fills most of the 64 positions carries the words before it. With equal scales, 28 random layers bury
-    the tokens; with weak attention, the one word that matters is one token in 192. The three were not compared
-    alone: instructions were followed only once training also began with the simple ones (`base.train_base`).
+    the tokens.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -92,4 +90,4 @@ def make_text_encoder(vocabulary: int):
     for layer in encoder.model.layers:
         for projection in (layer.self_attn.v_proj, layer.self_attn.o_proj):
             torch.nn.init.normal_(projection.weight, std=0.14)
-    return encoder.eval().requires_grad_(False)
+    return encoder

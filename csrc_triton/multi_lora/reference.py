@@ -29,7 +29,7 @@ def multi_lora_linear(
 
     Rows with id -1 equal the base layer exactly, forward and backward, whatever the adapters hold (NaN included), and
     (for finite x) send no gradient to any adapter. Never synchronises with the host. Differentiable in x, lora_A and lora_B.
-    Source: docs/method.md section 8, item 1.
+    Source: docs/method.md section 2.
 
     Args:
         x: `[B, T, K]` floating point.

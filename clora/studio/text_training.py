@@ -1,0 +1,127 @@
+"""Training the studio's text encoder to say what a sentence asks for.
+
+A large pipeline's text encoder already understands its prompts. The studio's is taught to: from what the pipeline
+taps, a linear reading tells the kind of edit (or the effect) and the words in its slots. The base transformer then
+finds in every token what it needs, instead of having to learn language from pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clora.studio.edits import FAMILIES, sample_edit
+from clora.studio.effects import EFFECTS
+from clora.studio.scenes import make_scene
+from clora.studio.text import MAX_SEQUENCE_LENGTH
+
+TAPS = (9, 18, 27)
+BATCH = 48
+LEARNING_RATE = 1e-3
+NUM_SENTENCES = 6000
+NUM_CHECKED = 256
+EFFECT_SHARE = 0.25
+TEMPLATE_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A prompt and what it asks for: the kind of edit or effect, and up to three words from its slots."""
+
+    text: str
+    meaning: tuple[str, str, str, str]
+
+
+def draw_sentences(seed: int, count: int) -> list[Sentence]:
+    """Prompts of general edits and, one in four, of effects."""
+    rng = np.random.default_rng([seed, 8])
+    return [_effect_sentence(rng) if rng.random() < EFFECT_SHARE else _edit_sentence(rng) for _ in range(count)]
+
+
+def _effect_sentence(rng: np.random.Generator) -> Sentence:
+    effect = EFFECTS[str(rng.choice(list(EFFECTS)))]
+    texts = (effect.prompt, effect.description, f"{effect.prompt}. {effect.description}")
+    return Sentence(str(rng.choice(texts)), (f"effect {effect.name}", "", "", ""))
+
+
+def _edit_sentence(rng: np.random.Generator) -> Sentence:
+    edit = sample_edit(make_scene(int(rng.integers(1 << 30))), rng, str(rng.choice(list(FAMILIES))))
+    first, second = (edit.slots[0].split() + ["", ""])[:2]
+    return Sentence(edit.instruction, (edit.family, first, second, edit.slots[1]))
+
+
+def train_text_encoder(
+    encoder, tokenizer, updates: int, seed: int, report: Callable[[int, dict[str, float]], None]
+) -> float:
+    """Trains the encoder in place and freezes it; ``report(update, {"loss": ...})`` after each update.
+
+    The reading is asked for at the last tokens and all of the padding, which the transformer sees too.
+
+    Returns:
+        The share of held-out sentences that are read wholly right at the last position.
+    """
+    tokens, mask, labels = _encode(tokenizer, draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED))
+    width = len(TAPS) * encoder.config.hidden_size
+    heads = nn.ModuleList(nn.Linear(width, int(column.max()) + 1) for column in labels.T)
+    parameters = [*encoder.train().requires_grad_(True).parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(
+            (update + 1) / 30, 1, (updates - update) / (0.4 * updates)
+        )
+        rows = torch.randint(NUM_SENTENCES, (BATCH,), generator=generator)
+        loss = _reading_loss(heads, taps(encoder, tokens[rows], mask[rows]), mask[rows], labels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        report(update, {"loss": float(loss.detach())})
+    encoder.eval().requires_grad_(False)
+    with torch.no_grad():
+        states = taps(encoder, tokens[NUM_SENTENCES:], mask[NUM_SENTENCES:])[:, -1]
+        read = torch.stack([head(states).argmax(-1) for head in heads], dim=1)
+    return float((read == labels[NUM_SENTENCES:]).all(1).float().mean())
+
+
+def _encode(tokenizer, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask ``[N, 64]`` and what to read, ``[N, 4]``, each column numbered by itself."""
+    tokens, mask = tokenize(tokenizer, [s.text for s in sentences])
+    labels = [np.unique([s.meaning[i] for s in sentences], return_inverse=True)[1] for i in range(4)]
+    return tokens, mask, torch.from_numpy(np.stack(labels, axis=1))
+
+
+def tokenize(tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``[N, 64]``, as the pipeline makes them."""
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for text in texts
+    ]
+    batch = tokenizer(chats, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
+
+
+def taps(encoder, tokens: Tensor, mask: Tensor) -> Tensor:
+    """What the pipeline gives to the transformer: three layers side by side, ``[B, 64, 96]``."""
+    states = encoder.model(
+        input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return torch.cat([states[i] for i in TAPS], dim=-1)
+
+
+def _reading_loss(heads: nn.ModuleList, states: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    after = mask.cumsum(1) >= mask.sum(1, keepdim=True) - TEMPLATE_TOKENS
+    weight = after / after.sum(1, keepdim=True)
+    losses = [
+        nn.functional.cross_entropy(
+            head(states).transpose(1, 2), label[:, None].expand(-1, states.shape[1]), reduction="none"
+        )
+        for head, label in zip(heads, labels.T, strict=True)
+    ]
+    return (sum(losses) * weight).sum(1).mean()

@@ -1,0 +1,49 @@
+"""The text encoder learns what a sentence asks for; its readings come from what the pipeline hands on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+
+from clora.studio import text, text_training
+
+
+@pytest.fixture(scope="module")
+def words():
+    torch.manual_seed(0)
+    tokenizer = text.train_tokenizer(text.prompt_corpus(edits_per_family=4))
+    return tokenizer, text.make_text_encoder(len(tokenizer))
+
+
+def test_sentences_tell_what_they_ask_for():
+    sentences = text_training.draw_sentences(0, 200)
+    for sentence in sentences:
+        kind, *slots = sentence.meaning
+        assert all(word in sentence.text for word in slots)
+        assert kind.startswith("effect ") <= (slots == ["", "", ""])
+    assert 0.15 < sum(s.meaning[0].startswith("effect ") for s in sentences) / 200 < 0.35
+    assert len({s.meaning for s in sentences}) > 100
+
+
+def test_taps_are_what_the_pipeline_conditions_on(words):
+    tokenizer, encoder = words
+    sentence = "paint the red circle blue"
+    tokens, mask = text_training.tokenize(tokenizer, [sentence])
+    pipeline = Flux2KleinPipeline(None, None, encoder.eval(), tokenizer, None)
+    expected, _ = pipeline.encode_prompt(sentence, device="cpu", max_sequence_length=text.MAX_SEQUENCE_LENGTH)
+    with torch.no_grad():
+        torch.testing.assert_close(text_training.taps(encoder, tokens, mask), expected)
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss_and_freezes(words, monkeypatch):
+    tokenizer, encoder = words
+    monkeypatch.setattr(text_training, "NUM_SENTENCES", 64)
+    monkeypatch.setattr(text_training, "NUM_CHECKED", 8)
+    losses = []
+    accuracy = text_training.train_text_encoder(encoder, tokenizer, 6, 0, lambda _, v: losses.append(v["loss"]))
+    assert len(losses) == 6
+    assert min(losses[3:]) < losses[0]
+    assert 0 <= accuracy <= 1
+    assert not any(p.requires_grad for p in encoder.parameters())

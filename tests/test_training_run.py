@@ -1,0 +1,151 @@
+"""A whole run: anchoring first, resuming, divergence, the learning rate, the time limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trainers import changed, make_trainer, mixed_batch, same, slots
+
+from clora.errors import CloraError
+from clora.testing import random_data
+from clora.trainer import CRITIC, STUDENT
+
+
+def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path):
+    """Interrupted between two draws of the streams, so that these must be kept too."""
+    sections = {"train": {"updates": 3, "checkpoint_every": 1}, "objective": {"switch_every": 4}}
+    checkpoint = tmp_path / "state.safetensors"
+    whole, resumed = {}, {}
+
+    def stop(update, values):
+        if update == 2:
+            raise KeyboardInterrupt
+
+    with make_trainer(adapter, **sections) as trainer:
+        trainer.fit(lambda update, values: whole.update({update: dict(values)}))
+        expected, moments = slots(trainer), trainer.student_optimizer.state_dict()["state"]
+    with make_trainer(adapter, **sections) as trainer, pytest.raises(KeyboardInterrupt):
+        trainer.fit(stop, checkpoint)
+    with make_trainer(adapter, **sections) as trainer:
+        torch.randn(5, generator=trainer.generator)  # the checkpoint's state must win
+        trainer.fit(lambda update, values: resumed.update({update: dict(values)}), checkpoint)
+        assert not changed(trainer, expected)
+        for i, state in trainer.student_optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, moments[i][key]) for key, value in state.items())
+    assert resumed == {2: whole[2], 3: whole[3]}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(adapter, tmp_path):
+    checkpoint = tmp_path / "state.safetensors"
+    with make_trainer(adapter) as trainer:
+        trainer.save(checkpoint)
+    with make_trainer(adapter, sampler={"guidance": 3.0}) as trainer:
+        with pytest.raises(CloraError, match=r"state\.safetensors .*another run \(sampler differ\)"):
+            trainer.fit(lambda update, values: None, checkpoint)
+    with make_trainer(adapter, train={"updates": 1, "checkpoint_every": 7}) as trainer:
+        trainer.load(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_broken_checkpoint_is_refused(adapter, tmp_path, content):
+    checkpoint = tmp_path / "state.safetensors"
+    with make_trainer(adapter) as trainer:
+        trainer.save(checkpoint)
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-9] if content is None else content)
+        with pytest.raises(CloraError, match="cannot be read .* remove it"):
+            trainer.load(checkpoint)
+
+
+def test_no_critic_is_trained_where_nothing_is_scored(adapter):
+    off = {"backward_simulation": False, "target_simulation": False}
+    with make_trainer(adapter, objective=off) as trainer:
+        before, reports = slots(trainer), []
+        trainer.fit(lambda update, values: reports.append(values))
+        assert changed(trainer, before) == {STUDENT}
+    assert all("critic" not in values for values in reports)
+
+
+@pytest.mark.parametrize(("objective", "term"), [({}, "dmd_ts"), ({"target_simulation": False}, "anchor")])
+def test_a_nan_target_stops_naming_update_effect_and_term(adapter, objective, term):
+    data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    data.targets[1] = torch.nan
+    objective = {"dual_stream": False, **objective}
+    with make_trainer(adapter, data, objective=objective, train={"batch_size": 16}) as trainer:
+        before = trainer.bank.state(STUDENT)
+        with pytest.raises(CloraError, match=f"update 1: the student.*effect 'effect_1', term {term}"):
+            trainer.fit(lambda update, values: None)
+        assert same(trainer.bank.state(STUDENT), before)
+
+
+def test_a_nan_source_stops_the_critic(adapter):
+    data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    data.general_sources[:] = torch.nan
+    with make_trainer(adapter, data) as trainer:
+        before = trainer.bank.state(CRITIC)
+        with pytest.raises(CloraError, match="update 1: the critic.*effect of the general stream"):
+            trainer.critic_step(mixed_batch(trainer))
+        assert same(trainer.bank.state(CRITIC), before)
+
+
+def test_an_infinite_gradient_stops(adapter):
+    with make_trainer(adapter) as trainer:
+        before = trainer.bank.state(STUDENT)
+        loss = sum(p.sum() for p in trainer.student.parameters()) * torch.inf
+        with pytest.raises(CloraError, match="update 1: the student's gradient is not finite"):
+            trainer._step(trainer.student_optimizer, trainer.student, loss, "student")
+        assert same(trainer.bank.state(STUDENT), before)
+
+
+def test_gradients_are_clipped(adapter):
+    with make_trainer(adapter, train={"clip": 0.5}) as trainer:
+        loss = 100 * sum(p.sum() for p in trainer.student.parameters())
+        trainer._step(trainer.student_optimizer, trainer.student, loss, "student")
+        norm = torch.stack([p.grad.norm() for p in trainer.student.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_anchor_updates_come_first_and_learn_the_targets(adapter):
+    losses, data = [], random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    data.targets[:] = 3 * data.targets[0, 0, 0]  # one colour: soon learned
+    train = {"updates": 25, "anchor_updates": 25, "learning_rate": 3e-2}
+    with make_trainer(adapter, data, train=train) as trainer:
+        before = trainer.bank.state(CRITIC)
+        trainer.fit(lambda update, values: losses.append(values))
+        assert same(trainer.bank.state(CRITIC), before)
+    assert all(values["dmd_bs"] == values["dmd_ts"] == 0 and "critic" not in values for values in losses)
+    first, last = (sum(values["anchor"] for values in part) / 5 for part in (losses[:5], losses[-5:]))
+    assert last < 0.8 * first
+
+
+def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
+    train = {"updates": 4, "anchor_updates": 3, "learning_rate": 3e-2}
+    with make_trainer(adapter, train=train) as trainer:
+        equal = []
+
+        def compare(batch):
+            pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
+            equal.append(all(torch.equal(critic, student) for critic, student in pairs))
+            return {}
+
+        monkeypatch.setattr(trainer, "critic_step", compare)
+        trainer.fit(lambda update, values: None)
+    assert equal
+    assert equal[0]
+
+
+def test_the_learning_rate_falls_to_a_tenth(adapter):
+    with make_trainer(adapter, train={"updates": 10, "learning_rate": 1.0, "critic_learning_rate": 2.0}) as trainer:
+        rates = []
+        for trainer.update in range(10):
+            trainer._set_learning_rate(float("inf"))
+            rates.append(trainer.student_optimizer.param_groups[0]["lr"])
+            assert trainer.critic_optimizer.param_groups[0]["lr"] == pytest.approx(2 * rates[-1])
+    assert rates[:8] == [1.0] * 8
+    assert 1 > rates[8] > rates[9] > 0.1
+
+
+def test_a_time_limit_ends_the_run(adapter):
+    with make_trainer(adapter, train={"updates": 10**6, "minutes": 0.001}) as trainer:
+        trainer.fit(lambda update, values: None)
+        assert trainer.update < 1000
