@@ -25,7 +25,8 @@ RATES = {"matrices": 3e-3, "rest": 1.5e-3}
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
-FIXED_SHARE = 0.05
+FIXED_UPDATES, FOCUS_UPDATES = 200, 800
+FOCUS_FAMILIES = ("recolour", "recolour_all", "remove", "outline")
 
 
 def make_transformer():
@@ -72,31 +73,26 @@ def studio_adapter(pipeline) -> Flux2KleinAdapter:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded training edits: sources ``[N, 64, 128]``, targets ``[N, E, 64, 128]`` (fp16), instructions ``[N][E]``."""
+    """Encoded training edits: sources ``[N, 64, 128]``, targets ``[N, E, 64, 128]`` (fp16), words ``[N][E]``."""
 
     sources: Tensor
     targets: Tensor
     instructions: list[list[str]]
+    families: list[list[str]]
 
-    def entries(self, phrasings: Container[str] | None = None) -> Tensor:
-        """Indices ``[K, 2]`` of all edits, or of those with one of these instructions."""
-        rows = [
-            (i, j)
-            for i, row in enumerate(self.instructions)
-            for j, text in enumerate(row)
-            if phrasings is None or text in phrasings
-        ]
-        return torch.tensor(rows)
+    def entries(self, families: Container[str]) -> Tensor:
+        """Indices ``[K, 2]`` of the edits of these families."""
+        return torch.tensor([(i, j) for i, row in enumerate(self.families) for j, f in enumerate(row) if f in families])
 
 
-def fixed_phrasings() -> set[str]:
-    """The instructions without a slot for a colour or a shape."""
-    return {text for family in FAMILIES.values() for text in family.phrasings if "{" not in text}
+def families_without_slots() -> set[str]:
+    """The kinds of edit whose instructions name no colour or shape."""
+    return {name for name, family in FAMILIES.items() if not any("{" in text for text in family.phrasings)}
 
 
 def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Callable[[int], None]) -> Pool:
     """Renders and encodes ``edits`` edits of every scene in ``scenes`` (scene seeds); ``report(n)`` after n more."""
-    sources, targets, instructions = [], [], []
+    sources, targets, instructions, families = [], [], [], []
     for start in range(scenes.start, scenes.stop, 64):
         chunk = [make_scene(seed) for seed in range(start, min(start + 64, scenes.stop))]
         rng = np.random.default_rng([start, 3])
@@ -105,8 +101,9 @@ def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Cal
         results = np.stack([e.result for row in drawn for e in row])
         targets.append(adapter.encode_images(to_tensor(results)).half().unflatten(0, (len(chunk), edits)))
         instructions += [[e.instruction for e in row] for row in drawn]
+        families += [[e.family for e in row] for row in drawn]
         report(len(chunk))
-    return Pool(torch.cat(sources), torch.cat(targets), instructions)
+    return Pool(torch.cat(sources), torch.cat(targets), instructions, families)
 
 
 def train_base(
@@ -119,8 +116,9 @@ def train_base(
 ) -> None:
     """Trains the pipeline's transformer by flow matching on the pool and leaves its averaged weights in.
 
-    The first part draws only edits whose instruction names no colour or shape, so that the transformer soon listens
-    to its text. One prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
+    The first updates draw only edits whose instruction names no colour or shape, so that the transformer soon listens
+    to its text; the last draw every second one from the families that come out worst. One prompt in ten is empty, for
+    guidance. Resumes from ``checkpoint`` if it exists.
     """
     transformer = adapter.pipeline.transformer.train().requires_grad_(True)
     parameters = dict(transformer.named_parameters())
@@ -135,12 +133,13 @@ def train_base(
         "text": f"{sum(float(e.norm()) for e in embeddings.values()):.6g}",
     }
     start = _resume(checkpoint, parameters, average, optimizers, generator, recipe)
-    everything, fixed = pool.entries(), pool.entries(fixed_phrasings())
+    everything, focus, fixed = map(pool.entries, (FAMILIES, FOCUS_FAMILIES, families_without_slots()))
     for update in range(start, updates):
         for name, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
             optimizer.zero_grad(set_to_none=True)
-        entries = fixed if update < FIXED_SHARE * updates else everything
+        last = focus if update >= updates - FOCUS_UPDATES and update % 2 else everything
+        entries = fixed if update < FIXED_UPDATES else last
         loss = _loss(adapter, pool, entries, embeddings, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -182,8 +181,11 @@ def _resume(checkpoint: Path, parameters, average, optimizers, generator, recipe
 
 
 def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
-    """Linear warm-up, flat, then linear decay to zero over the last 40 %."""
-    return min((update + 1) / warmup, 1.0, (updates - update) / (0.4 * updates))
+    """Linear warm-up, flat, linear decay to zero over the last 40 %; the last updates decay from 40 % once more."""
+    main = updates - FOCUS_UPDATES
+    if update >= main:
+        return 0.4 * (updates - update) / FOCUS_UPDATES
+    return min((update + 1) / warmup, 1.0, (main - update) / (0.4 * main))
 
 
 @torch.no_grad()
