@@ -176,7 +176,8 @@ class TrainConfig(_Model):
 
     Attributes:
         updates: updates of the student.
-        anchor_updates: the first of these, with trajectory anchoring alone.
+        anchor_share: share of the run, at its beginning, with trajectory anchoring alone.
+        anchor_learning_rate: of the student in that share; by default learning_rate.
         critic_ratio: critic updates per student update.
         batch_size: samples per update.
         learning_rate: of the student.
@@ -188,7 +189,8 @@ class TrainConfig(_Model):
     """
 
     updates: Positive
-    anchor_updates: Count = 0
+    anchor_share: Share = 0.0
+    anchor_learning_rate: PositiveFloat | None = None
     critic_ratio: Positive = 5
     batch_size: Positive = 8
     learning_rate: PositiveFloat = 1e-4
@@ -197,12 +199,6 @@ class TrainConfig(_Model):
     scoring_rows: Positive | None = None
     checkpoint_every: Positive = 500
     minutes: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainConfig:
-        if self.anchor_updates > self.updates:
-            raise ValueError(f"anchor_updates ({self.anchor_updates}) is above updates ({self.updates})")
-        return self
 
 
 class DistillConfig(_Model):
@@ -243,8 +239,8 @@ class DistillConfig(_Model):
         if reserved:
             raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
         anchored = self.objective.trajectory_anchoring and self.objective.weights.trajectory_anchoring > 0
-        if self.train.anchor_updates and not anchored:
-            raise ValueError("train.anchor_updates needs objective.trajectory_anchoring; set it to 0")
+        if self.train.anchor_share and not anchored:
+            raise ValueError("train.anchor_share needs objective.trajectory_anchoring; set it to 0")
         if self.objective.dual_stream and not self.data.general_instructions:
             raise ValueError("objective.dual_stream needs data.general_instructions; add some or switch it off")
         return self

@@ -209,17 +209,10 @@ def _check_exportable(config: DistillConfig) -> None:
 
 
 def _train(config: DistillConfig, adapter, teachers, data: DistillData, checkpoint: Path) -> LoRAState:
-    from clora.progress import stage
+    from clora.progress import stage, up_to
 
-    done = 0
     with stage("distil", config.train.updates) as advance:
-
-        def report(update: int, values: Mapping[str, float]) -> None:
-            nonlocal done
-            advance(update - done, **values)  # a resumed run jumps to where it was
-            done = update
-
-        return train_student(config, adapter, teachers, data, report, checkpoint)
+        return train_student(config, adapter, teachers, data, up_to(advance), checkpoint)
 
 
 def load_pipeline(path: str, device: str):

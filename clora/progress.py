@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,18 @@ def stage(title: str, total: int | None, console: Console | None = None) -> Iter
     show = _live if console.is_terminal else _plain
     with show(title, total, console) as advance:
         yield advance
+
+
+def up_to(advance: Advance) -> Callable[[int, Mapping[str, Any]], None]:
+    """For work that may be resumed: ``report(done, values)`` advances to ``done``, jumping over what was done before."""
+    shown = 0
+
+    def report(done: int, values: Mapping[str, Any]) -> None:
+        nonlocal shown
+        advance(done - shown, **values)
+        shown = done
+
+    return report
 
 
 @contextmanager

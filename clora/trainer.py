@@ -62,6 +62,7 @@ class DistillTrainer:
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.update = 0
+        self.matching = False
 
     def fit(self, report: Report, checkpoint: Path | None = None) -> None:
         """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
@@ -76,21 +77,28 @@ class DistillTrainer:
         train = self.config.train
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
-        stop = float("inf") if train.minutes is None else time.monotonic() + 60 * train.minutes
-        while self.update < train.updates and time.monotonic() < stop:
-            self._set_learning_rate(stop)
-            values = self._iterate()
+        start = time.monotonic()
+        while (progress := self._progress(start)) < 1:
+            self._set_learning_rate(progress)
+            values = self._iterate(progress)
             self.update += 1
             report(self.update, values)
             if checkpoint is not None and self.update % train.checkpoint_every == 0:
                 self.save(checkpoint)
 
-    def _iterate(self) -> dict[str, float]:
+    def _progress(self, start: float) -> float:
+        """The share of the run that is done, by updates or by time, whichever is more."""
+        train = self.config.train
+        passed = 0.0 if train.minutes is None else (time.monotonic() - start) / (60 * train.minutes)
+        return max(self.update / train.updates, passed)
+
+    def _iterate(self, progress: float) -> dict[str, float]:
         """One student update and the critic updates that precede it."""
-        if self.update < self.config.train.anchor_updates:
+        if progress < self.config.train.anchor_share:
             return self.student_step(self.sampler.draw_targets(self.update), anchor_only=True)
-        if self.update == self.config.train.anchor_updates > 0:
+        if not self.matching and self.config.train.anchor_share > 0:
             self._start_critic()
+        self.matching = True
         objective, ratio = self.config.objective, self.config.train.critic_ratio
         if not (objective.backward_simulation or objective.target_simulation):  # nothing for a critic to score
             return self.student_step(self.sampler.draw(self.update))
@@ -101,10 +109,7 @@ class DistillTrainer:
 
     @torch.no_grad()
     def _start_critic(self) -> None:
-        """Sets the critic to the student, whose samples it must model; anchoring trains the student alone.
-
-        On the studio, runs whose critic was left behind ended over-saturated; that this is the cause was not isolated.
-        """
+        """Sets the critic to the student, whose samples it must model; anchoring trains the student alone."""
         for critic, student in zip(self.critic.parameters(), self.student.parameters(), strict=True):
             critic.copy_(student)
 
@@ -240,18 +245,15 @@ class DistillTrainer:
             "lower the learning rates, or check this effect's teacher"
         )
 
-    def _set_learning_rate(self, stop: float) -> None:
-        """Constant, then linear to a tenth over the last 30 % of the updates or of the time."""
+    def _set_learning_rate(self, progress: float) -> None:
+        """Constant, then linear to a tenth over the last 30 % of each phase, anchoring and what follows."""
         train = self.config.train
-        left = 1 - self.update / train.updates
-        if train.minutes is not None:
-            left = min(left, (stop - time.monotonic()) / (60 * train.minutes))
-        factor = min(1.0, 0.1 + 0.9 * max(left, 0.0) / 0.3)
-        for optimizer, rate in (
-            (self.student_optimizer, train.learning_rate),
-            (self.critic_optimizer, train.critic_learning_rate),
-        ):
-            optimizer.param_groups[0]["lr"] = rate * factor
+        anchoring = progress < train.anchor_share
+        left = 1 - progress / train.anchor_share if anchoring else (1 - progress) / (1 - train.anchor_share)
+        factor = min(1.0, 0.1 + 0.9 * left / 0.3)
+        rate = (anchoring and train.anchor_learning_rate) or train.learning_rate
+        self.student_optimizer.param_groups[0]["lr"] = rate * factor
+        self.critic_optimizer.param_groups[0]["lr"] = train.critic_learning_rate * factor
 
     def save(self, path: Path) -> None:
         """Writes everything a bit-exact resume needs."""
@@ -260,7 +262,12 @@ class DistillTrainer:
         }
         tensors["general"] = self.sampler._general
         optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
-        values = {"update": self.update, "config": _resumable(self.config), "teachers": self._teacher_norms()}
+        values = {
+            "update": self.update,
+            "matching": self.matching,
+            "config": _resumable(self.config),
+            "teachers": self._teacher_norms(),
+        }
         save_state(path, tensors, optimizers, {"data": self.generator}, values)
 
     def load(self, path: Path) -> None:
@@ -277,7 +284,7 @@ class DistillTrainer:
             for i, parameter in enumerate(slots.parameters()):
                 parameter.data.copy_(tensors[f"{name}.{i}"])
         self.sampler._general = tensors["general"]
-        self.update = int(values["update"])
+        self.update, self.matching = int(values["update"]), bool(values["matching"])
 
     @torch.no_grad()
     def _teacher_norms(self) -> dict[str, str]:

@@ -92,7 +92,6 @@ def test_frozen(load):
         ("sampler.steps=0", r"sampler\.steps"),
         ("objective.switch_probability=1.5", r"objective\.switch_probability: expected less than or equal to 1"),
         ("train.minutes=.inf", r"train\.minutes: expected a finite number"),
-        ("train.anchor_updates=11", r"anchor_updates \(11\) is above updates \(10\)"),
         ("student.init=random", r"student\.init: expected 'zero' or 'merge', found 'random'"),
         ("device=gpu", "device: expected auto, cpu"),
         ("effects=[]", r"effects: expected at least 1 item"),
@@ -184,8 +183,8 @@ def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path):
     [
         ({"effects": ["student"]}, "no effect can be called 'student'"),
         (
-            {"effects": ["a"], "objective": {"trajectory_anchoring": False}, "train": {"anchor_updates": 1}},
-            "anchor_updates needs objective.trajectory_anchoring",
+            {"effects": ["a"], "objective": {"trajectory_anchoring": False}, "train": {"anchor_share": 0.5}},
+            "anchor_share needs objective.trajectory_anchoring",
         ),
         (
             {

@@ -35,7 +35,7 @@ def short(monkeypatch):
 
     def config(names, seed, minutes=0.0):
         whole = demo_config(names, seed, minutes)
-        train = whole.train.model_copy(update={"updates": 2, "anchor_updates": 1, "minutes": None})
+        train = whole.train.model_copy(update={"updates": 2, "anchor_share": 0.5, "minutes": None})
         return whole.model_copy(update={"train": train})
 
     monkeypatch.setattr(demo, "demo_config", config)

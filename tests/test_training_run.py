@@ -108,7 +108,7 @@ def test_gradients_are_clipped(adapter):
 def test_anchor_updates_come_first_and_learn_the_targets(adapter):
     losses, data = [], random_data(adapter, ["effect_0", "effect_1", "effect_2"])
     data.targets[:] = 3 * data.targets[0, 0, 0]  # one colour: soon learned
-    train = {"updates": 25, "anchor_updates": 25, "learning_rate": 3e-2}
+    train = {"updates": 25, "anchor_share": 1.0, "learning_rate": 3e-2}
     with make_trainer(adapter, data, train=train) as trainer:
         before = trainer.bank.state(CRITIC)
         trainer.fit(lambda update, values: losses.append(values))
@@ -119,7 +119,7 @@ def test_anchor_updates_come_first_and_learn_the_targets(adapter):
 
 
 def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
-    train = {"updates": 4, "anchor_updates": 3, "learning_rate": 3e-2}
+    train = {"updates": 4, "anchor_share": 0.5, "learning_rate": 3e-2}
     with make_trainer(adapter, train=train) as trainer:
         equal = []
 
@@ -130,19 +130,32 @@ def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
 
         monkeypatch.setattr(trainer, "critic_step", compare)
         trainer.fit(lambda update, values: None)
-    assert equal
+    assert len(equal) == 4, "two critic updates before each of the last two"
     assert equal[0]
+    assert not equal[2], "the critic is set once"
 
 
 def test_the_learning_rate_falls_to_a_tenth(adapter):
     with make_trainer(adapter, train={"updates": 10, "learning_rate": 1.0, "critic_learning_rate": 2.0}) as trainer:
         rates = []
         for trainer.update in range(10):
-            trainer._set_learning_rate(float("inf"))
+            trainer._set_learning_rate(trainer._progress(0.0))
             rates.append(trainer.student_optimizer.param_groups[0]["lr"])
             assert trainer.critic_optimizer.param_groups[0]["lr"] == pytest.approx(2 * rates[-1])
     assert rates[:8] == [1.0] * 8
     assert 1 > rates[8] > rates[9] > 0.1
+
+
+def test_each_phase_has_its_own_learning_rate(adapter):
+    train = {"updates": 100, "anchor_share": 0.5, "anchor_learning_rate": 4.0, "learning_rate": 1.0}
+    with make_trainer(adapter, train=train) as trainer:
+        rates = {}
+        for progress in (0.0, 0.3, 0.49, 0.5, 0.8, 0.99):
+            trainer._set_learning_rate(progress)
+            rates[progress] = trainer.student_optimizer.param_groups[0]["lr"]
+    assert (rates[0.0], rates[0.3], rates[0.5], rates[0.8]) == (4.0, 4.0, 1.0, 1.0)
+    assert rates[0.49] == pytest.approx(4.0 * (0.1 + 3 * 0.02))
+    assert rates[0.99] == pytest.approx(0.1 + 3 * 0.02)
 
 
 def test_a_time_limit_ends_the_run(adapter):

@@ -146,7 +146,7 @@ def train_base(
         for optimizer in optimizers.values():
             optimizer.step()
         _update_average(average, parameters, update)
-        report(update, {"loss": float(loss.detach())})
+        report(update + 1, {"loss": float(loss.detach())})
         if (update + 1) % CHECKPOINT_EVERY == 0:
             tensors = {f"weight.{n}": p for n, p in parameters.items()} | {
                 f"average.{n}": a for n, a in average.items()

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from clora.atomic import check_writable, write_atomic
 from clora.distill import load_pipeline, render_general_targets, render_targets
 from clora.errors import CloraError, nearest
-from clora.progress import stage
+from clora.progress import stage, up_to
 from clora.studio import base, baselines, teachers, text, text_training, vae
 from clora.studio.assets import (
     ASSETS,
@@ -194,7 +194,7 @@ def _base_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
         pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
     checkpoint = folder / ".base.safetensors"
     with stage("base model", BASE_UPDATES) as advance:
-        base.train_base(adapter, pool, BASE_UPDATES, SEED, checkpoint, lambda update, values: advance(1, **values))
+        base.train_base(adapter, pool, BASE_UPDATES, SEED, checkpoint, up_to(advance))
     save_pipeline(pipeline, folder / "pipeline")
     checkpoint.unlink(missing_ok=True)
     adapter = studio(folder)

@@ -34,7 +34,8 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "sampler": {"guidance": GUIDANCE},
             "train": {
                 "updates": 100_000 if minutes else 6000,
-                "anchor_updates": 880,
+                "anchor_share": 0.8,
+                "anchor_learning_rate": 2e-3,
                 "critic_ratio": 1,
                 "batch_size": 8,
                 "learning_rate": 1e-3,

@@ -58,7 +58,7 @@ def test_the_learning_rate_decays_twice():
 def test_a_resumed_base_equals_an_uninterrupted_one_bitwise(pool, tmp_path, monkeypatch):
     whole, losses = train(pool, tmp_path / "whole", 4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(pool, tmp_path / "cut", 4, monkeypatch, stop=2)
+        train(pool, tmp_path / "cut", 4, monkeypatch, stop=3)
     resumed, rest = train(pool, tmp_path / "cut", 4, monkeypatch)
     assert rest == {k: losses[k] for k in rest}
     assert 1 <= len(rest) < 4
