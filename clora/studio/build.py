@@ -38,7 +38,6 @@ SEED = 0
 VAE_UPDATES = 1800
 TEXT_UPDATES = 400
 BASE_SCENES, BASE_EDITS, BASE_UPDATES = 4000, 4, 4800
-TEACHER_UPDATES = 700
 TARGET_SOURCES = 20
 FIRST_TARGET_SCENE, FIRST_GENERAL_SCENE = 300_000_000, 400_000_000
 EVALUATION_SCENES, EVALUATION_GENERAL = 8, 54
@@ -239,13 +238,15 @@ def general_quality(adapter) -> float:
 
 
 def _teacher_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
-    adapter = studio(folder)
-    with stage("teachers", TEACHER_UPDATES) as advance:
-        trained = teachers.train_teachers(adapter, TEACHER_UPDATES, SEED, lambda u, values: advance(1, **values))
-    out = folder / "teachers"
-    paths = [teachers.save_teacher(spec, trained[spec.effect], out) for spec in teachers.SPECS]
+    adapter, paths = studio(folder), []
+    for training in (teachers.LONGER, teachers.USUAL):
+        specs = [spec for spec in teachers.SPECS if spec.training == training]
+        with stage(f"{len(specs)} teachers from {training.pairs} pairs each", training.updates) as advance:
+            trained = teachers.train_teachers(adapter, specs, SEED, up_to(advance))
+        paths += [teachers.save_teacher(spec, trained[spec.effect], folder / "teachers") for spec in specs]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.iterdir()))]
-    return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
+    pairs = {spec.effect: spec.training.pairs for spec in teachers.SPECS}
+    return {"pairs": pairs}, [str(file.relative_to(folder)) for file in files]
 
 
 def scene_latents(adapter, seeds: Sequence[int]) -> torch.Tensor:

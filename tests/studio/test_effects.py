@@ -8,11 +8,9 @@ import pytest
 
 from clora.studio.effects import EFFECTS
 from clora.studio.scenes import make_scene, render
+from clora.studio.teachers import SPECS
 
-TEACHERS = (
-    "negative", "thermal", "blueprint", "sepia", "cartoon", "scanlines", "vignette", "neon_edges",
-    "confetti", "paint_splatter", "snow", "random_hatching",
-)  # fmt: skip
+TEACHERS = {spec.effect: spec for spec in SPECS}
 STOCHASTIC = [name for name, effect in EFFECTS.items() if effect.stochastic]
 
 
@@ -24,7 +22,12 @@ def source() -> np.ndarray:
 def test_registry_has_the_promised_effects():
     assert len(EFFECTS) >= 60
     assert len(STOCHASTIC) >= 12
+    assert len(TEACHERS) == 12
     assert set(TEACHERS) <= set(EFFECTS)
+    assert len(set(TEACHERS) & set(STOCHASTIC)) >= 3
+    assert {spec.format for spec in SPECS} == {"diffusers", "kohya", "comfyui", "peft"}
+    assert len({spec.rank for spec in SPECS}) >= 3
+    assert any(spec.attention_only for spec in SPECS)
     assert all(name == effect.name and re.fullmatch(r"[a-z_]+", name) for name, effect in EFFECTS.items())
 
 
