@@ -33,7 +33,7 @@ COLUMNS = {
 def short(monkeypatch):
     """Two updates instead of minutes, one held-out scene and two general edits."""
 
-    def config(names, seed, minutes=0.0):
+    def config(names, seed, minutes=1.0):
         whole = demo_config(names, seed, minutes)
         train = whole.train.model_copy(update={"updates": 2, "anchor_share": 0.5, "minutes": None})
         return whole.model_copy(update={"train": train})

@@ -48,9 +48,7 @@ def collection(adapter, student, tmp_path_factory):
         CollectedEffect("blueprint", (PROMPT, "a blueprint"), "blueprint.safetensors", "ab" * 32, "apache-2.0"),
         CollectedEffect("snow", ("add falling snow",), "snow.safetensors", "cd" * 32),
     ]
-    described = Collection(
-        effects, "some/pipeline", "Flux2KleinPipeline", STEPS, 3.0, MAX_SEQUENCE_LENGTH, SIZE, {"seed": 5}
-    )
+    described = Collection(effects, "some/pipeline", STEPS, 3.0, MAX_SEQUENCE_LENGTH, SIZE, {"seed": 5})
     return export_collection(student, described, tmp_path_factory.mktemp("out") / "collection", torch.float32)
 
 
@@ -230,7 +228,7 @@ def test_unequal_ranks_are_exported_as_one(adapter, tmp_path):
     low = random_lora(transformer, 2, 0, ["transformer_blocks.0.attn.to_q"])
     high = random_lora(transformer, 5, 1, ["transformer_blocks.0.attn.to_k"])
     mixed = LoRAState({**low.modules, **high.modules})
-    described = Collection([CollectedEffect("a", ("a",), "a", "")], "p", "P", 4, 3.0, 8, SIZE, {})
+    described = Collection([CollectedEffect("a", ("a",), "a", "")], "p", 4, 3.0, 8, SIZE, {})
     folder = export_collection(mixed, described, tmp_path / "out", torch.float32)
     with safe_open(folder / LORA_FILE, "pt") as file:
         shapes = {k: tuple(file.get_tensor(k).shape) for k in file.keys()}  # noqa: SIM118

@@ -138,4 +138,6 @@ def test_guided():
     assert torch.equal(guided(cond, uncond, 0.0), cond)
     rescaled = guided(cond, uncond, 4.0, norm_rescale=True)
     torch.testing.assert_close(rescaled.norm(dim=-1), cond.norm(dim=-1))
-    torch.testing.assert_close(torch.cosine_similarity(rescaled, guided(cond, uncond, 4.0), dim=-1), torch.ones(4))
+    torch.testing.assert_close(
+        torch.cosine_similarity(rescaled, guided(cond, uncond, 4.0), dim=-1), torch.ones(SHAPE[:-1])
+    )

@@ -10,10 +10,10 @@ from clora.studio.effects import EFFECTS
 from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
-GUIDANCE = 1.0
+GUIDANCE = 0.5
 NUM_GENERAL = 192
-DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "confetti", "snow")
-DEFAULT_MINUTES = 5.0
+DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "snow", "patches")
+DEFAULT_MINUTES = 6.2
 
 
 def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAULT_MINUTES) -> DistillConfig:
@@ -30,16 +30,17 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 "general_instructions": ("studio",),
                 "general_targets": NUM_GENERAL,
             },
-            "student": {"rank": 32, "init": "merge"},
+            "student": {"rank": 64, "init": "merge"},
             "sampler": {"guidance": GUIDANCE},
+            "objective": {"switch_probability": 0.75},
             "train": {
-                "updates": 100_000 if minutes else 6000,
-                "anchor_share": 0.8,
+                "updates": 100_000 if minutes else 3000,
+                "anchor_share": 0.9 if minutes else 0.8,
                 "anchor_learning_rate": 2e-3,
                 "critic_ratio": 1,
                 "batch_size": 8,
-                "learning_rate": 1e-3,
-                "critic_learning_rate": 1e-3,
+                "learning_rate": 2e-4,
+                "critic_learning_rate": 4e-4,
                 "minutes": minutes,
             },
             "seed": seed,

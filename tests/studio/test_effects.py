@@ -1,6 +1,5 @@
 """The library of effects: exact image functions with texts."""
 
-import pickle
 import re
 
 import numpy as np
@@ -79,13 +78,6 @@ def test_deterministic_effect_draws_nothing(source):
     rng = np.random.default_rng(1)
     EFFECTS["cartoon"].apply(source, rng)
     assert rng.random() == np.random.default_rng(1).random()
-
-
-def test_effects_can_be_sent_to_worker_processes(source):
-    clone = pickle.loads(pickle.dumps(EFFECTS["scanlines"]))
-    np.testing.assert_array_equal(
-        clone.apply(source, np.random.default_rng(0)), EFFECTS["scanlines"].apply(source, np.random.default_rng(0))
-    )
 
 
 def test_wrong_size_is_an_error():
