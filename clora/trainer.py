@@ -129,9 +129,12 @@ class DistillTrainer:
             self.config.sampler.guidance,
         )
         self._check_finite(terms["nonfinite"], rows.effect, rows.kind, "student")
-        strongest = int(terms["gradient_norm"].nan_to_num(torch.inf).argmax())
-        source = self._source(int(rows.effect[strongest]), int(rows.kind[strongest]))
-        self._step(self.student_optimizer, self.student, loss, "student", f"; the strongest comes from {source}")
+
+        def strongest() -> str:  # for an error alone: it reads from the device
+            row = int(terms["gradient_norm"].nan_to_num(torch.inf).argmax())
+            return f"; the strongest comes from {self._source(int(rows.effect[row]), int(rows.kind[row]))}"
+
+        self._step(self.student_optimizer, self.student, loss, "student", strongest)
         return {name: float(terms[name]) for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": float(loss.detach())}
 
     def critic_step(self, batch: Batch) -> dict[str, float]:
@@ -220,13 +223,15 @@ class DistillTrainer:
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator).to(like)
 
-    def _step(self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str, source: str = "") -> None:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str, source: Callable[[], str] = str
+    ) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(slots.parameters(), self.config.train.clip)
         if not torch.isfinite(norm):
             raise CloraError(
-                f"update {self.update + 1}: the {name}'s gradient is not finite{source}; lower its learning rate"
+                f"update {self.update + 1}: the {name}'s gradient is not finite{source()}; lower its learning rate"
             )
         optimizer.step()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from trainers import changed, make_trainer, mixed_batch, same, slots
 
+from clora import trainer as training
 from clora.errors import CloraError
 from clora.testing import random_data
 from clora.trainer import CRITIC, STUDENT
@@ -95,6 +96,20 @@ def test_an_infinite_gradient_stops(adapter):
         with pytest.raises(CloraError, match="update 1: the student's gradient is not finite"):
             trainer._step(trainer.student_optimizer, trainer.student, loss, "student")
         assert same(trainer.bank.state(STUDENT), before)
+
+
+def test_an_infinite_gradient_names_effect_and_term(adapter, monkeypatch):
+    real = training.coarse_to_fine_loss
+
+    def infinite(*args):
+        loss, terms = real(*args)
+        return loss * torch.inf, terms
+
+    monkeypatch.setattr(training, "coarse_to_fine_loss", infinite)
+    with make_trainer(adapter) as trainer:
+        message = r"update 1: the student's gradient.*strongest comes from effect .*, term (dmd_bs|dmd_ts|anchor);"
+        with pytest.raises(CloraError, match=message):
+            trainer.student_step(mixed_batch(trainer))
 
 
 def test_gradients_are_clipped(adapter):
