@@ -71,7 +71,7 @@ def demo(
 ) -> None:
     """Distil the studio's effect LoRAs into one, measure it and write a report.
 
-    Example: [bold]clora demo --effects snow,blueprint,confetti,thermal --out my-demo[/bold]
+    Example: [bold]clora demo --effects snow,blueprint,leaves,thermal --out my-demo[/bold]
     """
     from clora.demo import run_demo
 

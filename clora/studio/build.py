@@ -238,15 +238,12 @@ def general_quality(adapter) -> float:
 
 
 def _teacher_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
-    adapter, paths = studio(folder), []
-    for training in (teachers.LONGER, teachers.USUAL):
-        specs = [spec for spec in teachers.SPECS if spec.training == training]
-        with stage(f"{len(specs)} teachers from {training.pairs} pairs each", training.updates) as advance:
-            trained = teachers.train_teachers(adapter, specs, SEED, up_to(advance))
-        paths += [teachers.save_teacher(spec, trained[spec.effect], folder / "teachers") for spec in specs]
+    adapter = studio(folder)
+    with stage(f"{len(teachers.SPECS)} teachers", teachers.UPDATES) as advance:
+        trained = teachers.train_teachers(adapter, teachers.SPECS, SEED, up_to(advance))
+    paths = [teachers.save_teacher(spec, trained[spec.effect], folder / "teachers") for spec in teachers.SPECS]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.iterdir()))]
-    pairs = {spec.effect: spec.training.pairs for spec in teachers.SPECS}
-    return {"pairs": pairs}, [str(file.relative_to(folder)) for file in files]
+    return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
 
 
 def scene_latents(adapter, seeds: Sequence[int]) -> torch.Tensor:
