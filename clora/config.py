@@ -180,7 +180,8 @@ class TrainConfig(_Model):
         anchor_learning_rate: of the student in that share; by default learning_rate.
         critic_ratio: critic updates per student update.
         batch_size: samples per update.
-        learning_rate: of the student.
+        optimizer: of the student; the critic's is AdamW.
+        learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
         scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
@@ -193,6 +194,7 @@ class TrainConfig(_Model):
     anchor_learning_rate: PositiveFloat | None = None
     critic_ratio: Positive = 5
     batch_size: Positive = 8
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0

@@ -20,6 +20,7 @@ from clora.data import Batch, BatchSampler, DistillData
 from clora.errors import CloraError
 from clora.flow_matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
 from clora.models import Conditioning, Flux2KleinAdapter
+from clora.muon import Muon
 from clora.objective import (
     TAU_BOUNDS,
     critic_loss,
@@ -55,8 +56,8 @@ class DistillTrainer:
         self.critic = bank.slots([CRITIC], rank, trainable=True)
         self.scorers = bank.slots()
         train = config.train
-        self.student_optimizer = _adamw(self.student, train.learning_rate)
-        self.critic_optimizer = _adamw(self.critic, train.critic_learning_rate)
+        self.student_optimizer = _optimizer(train.optimizer, self.student, train.learning_rate)
+        self.critic_optimizer = _optimizer("adamw", self.critic, train.critic_learning_rate)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
@@ -251,11 +252,11 @@ class DistillTrainer:
         )
 
     def _set_learning_rate(self, progress: float) -> None:
-        """Constant, then linear to a tenth over the last 30 % of each phase, anchoring and what follows."""
+        """Falls linearly to a fiftieth over each phase, anchoring and what follows."""
         train = self.config.train
         anchoring = progress < train.anchor_share
         left = 1 - progress / train.anchor_share if anchoring else (1 - progress) / (1 - train.anchor_share)
-        factor = min(1.0, 0.1 + 0.9 * left / 0.3)
+        factor = 0.02 + 0.98 * left
         rate = (anchoring and train.anchor_learning_rate) or train.learning_rate
         self.student_optimizer.param_groups[0]["lr"] = rate * factor
         self.critic_optimizer.param_groups[0]["lr"] = train.critic_learning_rate * factor
@@ -369,5 +370,7 @@ def _check_same(written: Mapping, current: Mapping, path: Path) -> None:
         )
 
 
-def _adamw(slots: Slots, learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+def _optimizer(name: str, slots: Slots, learning_rate: float) -> torch.optim.Optimizer:
+    if name == "muon":
+        return Muon(slots.parameters(), learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(slots.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.0)

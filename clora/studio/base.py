@@ -14,8 +14,8 @@ from clora.checkpoint import load_state, save_state
 from clora.errors import CloraError
 from clora.flow_matching import add_noise, sample_sigma
 from clora.models import Conditioning, Flux2KleinAdapter
+from clora.muon import Muon
 from clora.studio.edits import FAMILIES, sample_edit
-from clora.studio.muon import Muon
 from clora.studio.scenes import SIZE, make_scene, render
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 from clora.studio.vae import to_tensor

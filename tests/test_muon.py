@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clora.studio.muon import Muon, orthogonalized
+from clora.muon import Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (16, 16)])
@@ -34,3 +34,10 @@ def test_steps_agree_with_torch_up_to_its_bfloat16(shape):
     moved = (theirs - start).norm()
     assert (ours - theirs).norm() < 0.03 * moved
     assert moved > 0
+
+
+def test_matrices_of_a_stack_do_not_influence_one_another():
+    stack = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(2))
+    stack[1] *= 100
+    torch.testing.assert_close(orthogonalized(stack), torch.stack([orthogonalized(m) for m in stack]))
+    assert torch.equal(orthogonalized(stack * torch.tensor([1.0, 0.0])[:, None, None])[1], torch.zeros(8, 20))
