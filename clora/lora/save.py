@@ -148,7 +148,10 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)  # safetensors 0.8 makes files that their owner alone can read
         _compare(temporary, tensors, metadata)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:

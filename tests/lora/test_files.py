@@ -257,6 +257,13 @@ def test_save_refuses(tmp_path, random_state):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path, random_state):
+    path, other = tmp_path / "a.safetensors", tmp_path / "other"
+    save_diffusers_lora(random_state(), path)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, random_state):
     path = tmp_path / "a.safetensors"
     save_diffusers_lora(random_state(seed=0), path)
