@@ -49,8 +49,9 @@ def check_writable(folder: str | Path) -> Path:
         CloraError: it is a file, cannot be created, or nothing can be written in it.
     """
     folder = Path(folder).expanduser().absolute()
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing: list[Path] = []
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MAX_SEED = 2**31 - 1
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -176,7 +177,7 @@ class TrainConfig(_Model):
 
     Attributes:
         updates: updates of the student.
-        anchor_share: share of the run, at its beginning, with trajectory anchoring alone.
+        anchor_share: share of the run, at its beginning, with trajectory anchoring alone; 0 where that is off.
         anchor_learning_rate: of the student in that share; by default learning_rate.
         critic_ratio: critic updates per student update.
         batch_size: samples per update.
@@ -227,8 +228,15 @@ class DistillConfig(_Model):
     sampler: SamplerConfig = SamplerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     device: str = "auto"
+
+    @property
+    def anchor_share(self) -> float:
+        """The share of the run with trajectory anchoring alone: none where that is off."""
+        objective = self.objective
+        anchored = objective.trajectory_anchoring and objective.weights.trajectory_anchoring > 0
+        return self.train.anchor_share if anchored else 0.0
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
@@ -240,9 +248,6 @@ class DistillConfig(_Model):
         reserved = {"student", "critic"} & {effect.name for effect in self.effects}
         if reserved:
             raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
-        anchored = self.objective.trajectory_anchoring and self.objective.weights.trajectory_anchoring > 0
-        if self.train.anchor_share and not anchored:
-            raise ValueError("train.anchor_share needs objective.trajectory_anchoring; set it to 0")
         if self.objective.dual_stream and not self.data.general_instructions:
             raise ValueError("objective.dual_stream needs data.general_instructions; add some or switch it off")
         return self

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 from clora.atomic import check_writable
 from clora.config import DistillConfig
 from clora.data import DistillData
-from clora.distill import encode_student_prompts, load_pipeline, train_student
+from clora.distill import encode_student_prompts, load_pipeline, train_student, training_bar
 from clora.errors import CloraError, nearest
-from clora.export import CollectedEffect, Collection, export_collection
-from clora.lora.source import content_hash
+from clora.export import Collection, check_output, export_collection, make_collection
+from clora.lora.state import LoRAState
 from clora.progress import stage
 from clora.report import GridData, write_report
 from clora.studio import assets, baselines, build, teachers
@@ -68,7 +68,8 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) ->
     names = check_effects(effects or DEFAULT_EFFECTS)
     folder = assets.assets_folder()
     run = Run(check_writable(out), demo_config(names, seed, None) if full else demo_config(names, seed))
-    with run.timed("load"):
+    check_output(run.folder / "collection")
+    with run.timed("load"), stage("load the studio", None):
         adapter = build.studio(folder)
         loras = teachers.load_teachers(adapter, folder / "teachers", names)
     with run.timed("targets"):
@@ -76,10 +77,9 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) ->
     shipped = None if full else shipped_rows(folder, names)
     with run.timed("train"):
         student = train(run, adapter, loras, data)
-    with run.timed("export"):
-        collection = export_collection(
-            student, _collection(run.config, folder), run.folder / "collection", torch.float16
-        )
+    with run.timed("export"), stage("export", None):
+        description = _collection(run.config, folder)
+        collection = export_collection(student, description, run.folder / "collection", torch.float16)
     rows = measured_rows(run, adapter, loras) if shipped is None else shipped
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
@@ -101,7 +101,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
     names = list(loras)
     sources = build.target_sources(adapter)
-    targets = build.make_targets(adapter, loras) if recompute else build.shipped_targets(folder)
+    targets = build.make_targets(adapter, loras) if recompute else assets.load_targets(folder)
     general_sources, general_text = build.general_pairs(adapter)
     return DistillData(
         effects=tuple(names),
@@ -116,19 +116,13 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     )
 
 
-def train(run: Run, adapter, loras, data: DistillData):
+def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
     """Trains the student under a progress bar; returns its LoRA."""
-    minutes = run.config.train.minutes
-    total = run.config.train.updates if minutes is None else int(60 * minutes)
-    start, shown = time.monotonic(), 0
-    with stage(f"distil {len(loras)} effects", total) as advance:
+    with training_bar(f"distil {len(loras)} effects", run.config.train) as show:
 
         def report(update: int, values: Mapping[str, float]) -> None:
-            nonlocal shown
             run.record(update, values)
-            done = update if minutes is None else min(total, int(time.monotonic() - start))
-            advance(done - shown, update=update, **values)
-            shown = done
+            show(update, values)
 
         return train_student(run.config, adapter, loras, data, report)
 
@@ -218,27 +212,8 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
 
 
 def _collection(config: DistillConfig, folder: Path) -> Collection:
-    from clora import __version__
-
-    effects = [
-        CollectedEffect(
-            e.name,
-            e.student_prompts,
-            teachers.teacher_path(folder / "teachers", e.name).name,
-            content_hash(teachers.teacher_path(folder / "teachers", e.name)),
-            "Apache-2.0",
-        )
-        for e in config.effects
-    ]
-    return Collection(
-        effects=effects,
-        base_model="clora-studio",
-        steps=config.sampler.steps,
-        shift=config.sampler.shift,
-        max_sequence_length=config.data.max_sequence_length,
-        size=config.data.size,
-        provenance={"clora": __version__, "seed": config.seed},
-    )
+    loras = {effect.name: teachers.teacher_path(folder / "teachers", effect.name) for effect in config.effects}
+    return make_collection(config, "clora-studio", loras, dict.fromkeys(loras, "Apache-2.0"))
 
 
 def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:
@@ -262,7 +237,16 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
         "rows": table,
     }
     best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
+    print(_headline(table, best))
     return write_report(run.folder, metrics, _grid(names, rows, outputs, best), run.curves)
+
+
+def _headline(table: list[dict], best_merge: str) -> str:
+    accuracy = {row["method"]: row["effect_accuracy"] for row in table}
+    return (
+        f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
+        f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best_merge]:.1%}"
+    )
 
 
 def _peak_megabytes() -> int | None:

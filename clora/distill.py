@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, fresh_lora
-from clora.config import DistillConfig, EffectConfig, dump_config, general_instructions
+from clora.config import DistillConfig, EffectConfig, TrainConfig, dump_config, general_instructions
 from clora.data import DistillData, general_pair
 from clora.errors import CloraError
 from clora.flow_matching import student_schedule
@@ -19,9 +21,9 @@ from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import Conditioning, Flux2KleinAdapter, adapter_for, linear_names
 from clora.objective import TAU_BOUNDS, target_simulation_steps
+from clora.progress import stage, up_to
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report
 
-SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # no paths of the machine
 FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
 
 
@@ -177,20 +179,23 @@ def distill(config: DistillConfig) -> Path:
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
-    from clora.atomic import check_writable, write_atomic
-    from clora.export import export_collection
+    from clora.atomic import write_atomic
+    from clora.export import check_output, export_collection
 
     _check_exportable(config)
-    output = check_writable(config.output)
-    pipeline = load_pipeline(config.pipeline, config.device)
-    adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
-    shapes = linear_shapes(pipeline.transformer)
-    teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
+    output = check_output(config.output)
+    with stage("load pipeline and LoRAs", None):
+        pipeline = load_pipeline(config.pipeline, config.device)
+        adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
+        shapes = linear_shapes(pipeline.transformer)
+        teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
+        collection = _collection(config, teachers)  # before training: the files are hashed as they were read
     data = _encode(config, adapter, teachers)
     checkpoint = output / ".checkpoint.safetensors"
-    student = _train(config, adapter, teachers, data, checkpoint)
+    with training_bar(f"distil {len(teachers)} effects", config.train) as report:
+        student = train_student(config, adapter, teachers, data, report, checkpoint)
+    export_collection(student, collection, output, pipeline.transformer.dtype)
     write_atomic(output / "clora.yaml", dump_config(config))
-    export_collection(student, _collection(config, teachers), output, pipeline.transformer.dtype)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
     return output
 
@@ -208,11 +213,20 @@ def _check_exportable(config: DistillConfig) -> None:
         target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)
 
 
-def _train(config: DistillConfig, adapter, teachers, data: DistillData, checkpoint: Path) -> LoRAState:
-    from clora.progress import stage, up_to
+@contextmanager
+def training_bar(title: str, train: TrainConfig) -> Iterator[Report]:
+    """Yields a report for `train_student` that moves a bar: by updates, or by seconds where time bounds the run."""
+    start = time.monotonic()
+    with stage(title, train.updates if train.minutes is None else round(60 * train.minutes)) as advance:
+        move = up_to(advance)
 
-    with stage("distil", config.train.updates) as advance:
-        return train_student(config, adapter, teachers, data, up_to(advance), checkpoint)
+        def report(update: int, values: Mapping[str, float]) -> None:
+            if train.minutes is None:
+                move(update, values)
+            else:
+                move(min(round(time.monotonic() - start), round(60 * train.minutes)), {"update": update, **values})
+
+        yield report
 
 
 def load_pipeline(path: str, device: str):
@@ -229,10 +243,12 @@ def load_pipeline(path: str, device: str):
         raise CloraError(
             f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA devices; use another or auto"
         )
+    if target.type == "mps" and not torch.backends.mps.is_available():
+        raise CloraError(f"device {device!r}: torch finds no Apple GPU; use another or auto")
     folder = Path(path).expanduser()
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise CloraError(f"pipeline {path!r} cannot be loaded: {error}") from error
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
@@ -244,27 +260,29 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
     from clora.images import load_images
 
     size = config.data.size
-    _, images = load_images(config.data.sources, size)
-    if len(images) <= config.data.held_out:
-        raise CloraError(
-            f"data.held_out = {config.data.held_out} leaves none of the {len(images)} images in "
-            f"{config.data.sources}; lower it or add images"
-        )
-    _check_pairs(config)
-    shared = adapter.encode_images(images[: len(images) - config.data.held_out])
-    sources = [_effect_images(effect.sources, shared, adapter, size) for effect in config.effects]
-    count = min(config.data.sources_per_effect, max(len(s) for s in sources))
-    stacked = torch.stack([_in_turn(s, count) for s in sources])
-    teacher_text = adapter.encode_prompts([effect.prompt for effect in config.effects])
-    empty_text = adapter.encode_prompts([""])[0]
+    with stage("encode images and prompts", None):
+        _, images = load_images(config.data.sources, size)
+        if len(images) <= config.data.held_out:
+            raise CloraError(
+                f"data.held_out = {config.data.held_out} leaves none of the {len(images)} images in "
+                f"{config.data.sources}; lower it or add images"
+            )
+        _check_pairs(config)
+        shared = adapter.encode_images(images[: len(images) - config.data.held_out])
+        sources = [_effect_images(effect.sources, shared, adapter, size) for effect in config.effects]
+        count = min(config.data.sources_per_effect, max(len(s) for s in sources))
+        stacked = torch.stack([_in_turn(s, count) for s in sources])
+        teacher_text = adapter.encode_prompts([effect.prompt for effect in config.effects])
+        student_text = encode_student_prompts(adapter, config.effects)
+        empty_text = adapter.encode_prompts([""])[0]
+        general_text = adapter.encode_prompts(general_instructions(config.data) or ("",))
     targets = _targets(config, adapter, teachers, stacked, teacher_text, empty_text)
-    general_text = adapter.encode_prompts(general_instructions(config.data) or ("",))
     return DistillData(
         effects=tuple(teachers),
         sources=stacked,
         targets=targets,
         teacher_text=teacher_text,
-        student_text=encode_student_prompts(adapter, config.effects),
+        student_text=student_text,
         general_sources=shared,
         general_text=general_text,
         empty_text=empty_text,
@@ -274,8 +292,6 @@ def _encode(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping
 
 def _targets(config: DistillConfig, adapter, teachers, sources: Tensor, teacher_text: Tensor, empty_text: Tensor):
     """Targets ``[E, M, T, C]``: the images given with an effect, else its teacher's renders."""
-    from clora.progress import stage
-
     count = sources.shape[1]
     targets = torch.empty_like(sources)
     missing = [i for i, effect in enumerate(config.effects) if effect.targets is None]
@@ -294,10 +310,8 @@ def _targets(config: DistillConfig, adapter, teachers, sources: Tensor, teacher_
 def _general_targets(
     config: DistillConfig, adapter, sources: Tensor, text: Tensor, empty_text: Tensor
 ) -> Tensor | None:
-    from clora.progress import stage
-
     count = config.data.general_targets
-    if not count:
+    if not count or not (config.objective.dual_stream and config.objective.trajectory_anchoring):
         return None
     with stage("render general targets", 2 * config.sampler.teacher_steps * count) as advance:
         return render_general_targets(adapter, sources, text, empty_text, config, advance)
@@ -340,29 +354,11 @@ def encode_student_prompts(adapter: Flux2KleinAdapter, effects: tuple[EffectConf
 
 
 def _collection(config: DistillConfig, teachers: Mapping[str, LoRAState]):
-    from clora import __version__
-    from clora.export import CollectedEffect, Collection
-    from clora.lora.source import content_hash
+    from clora.export import make_collection
 
-    effects = [
-        CollectedEffect(
-            effect.name,
-            effect.student_prompts if config.objective.orthogonal_prompting else (effect.prompt,),
-            Path(effect.lora).name,
-            content_hash(effect.lora),
-            _license(teachers[effect.name].metadata),
-        )
-        for effect in config.effects
-    ]
-    return Collection(
-        effects=effects,
-        base_model=Path(config.pipeline).name if Path(config.pipeline).expanduser().exists() else config.pipeline,
-        steps=config.sampler.steps,
-        shift=config.sampler.shift,
-        max_sequence_length=config.data.max_sequence_length,
-        size=config.data.size,
-        provenance={"clora": __version__} | config.model_dump(mode="json", include=SHARED_SETTINGS),
-    )
+    base = Path(config.pipeline).name if Path(config.pipeline).expanduser().exists() else config.pipeline
+    loras = {effect.name: Path(effect.lora) for effect in config.effects}
+    return make_collection(config, base, loras, {name: _license(lora.metadata) for name, lora in teachers.items()})
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import torch
 
-from clora.atomic import write_atomic
+from clora.atomic import check_writable, write_atomic
+from clora.config import DistillConfig
+from clora.errors import CloraError
 from clora.lora.save import save_diffusers_lora
+from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CARD_MARK = "Distilled with clora"  # in every model card
+SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # no paths of the machine
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,73 @@ class Collection:
     provenance: Mapping[str, object]
 
 
+def make_collection(
+    config: DistillConfig, base_model: str, loras: Mapping[str, Path], licenses: Mapping[str, str | None]
+) -> Collection:
+    """What a collection says about itself.
+
+    Args:
+        config: of the distillation.
+        base_model: hub id of the pipeline, or the name of its folder.
+        loras: effect name to its teacher's file or folder, which is hashed.
+        licenses: effect name to its teacher's licence, None where it is not known.
+
+    Raises:
+        CloraError: a teacher's file cannot be read.
+    """
+    from clora import __version__
+
+    effects = [
+        CollectedEffect(
+            effect.name,
+            effect.student_prompts if config.objective.orthogonal_prompting else (effect.prompt,),
+            loras[effect.name].name,
+            content_hash(loras[effect.name]),
+            licenses[effect.name],
+        )
+        for effect in config.effects
+    ]
+    return Collection(
+        effects=effects,
+        base_model=base_model,
+        steps=config.sampler.steps,
+        shift=config.sampler.shift,
+        max_sequence_length=config.data.max_sequence_length,
+        size=config.data.size,
+        provenance={"clora": __version__} | config.model_dump(mode="json", include=SHARED_SETTINGS),
+    )
+
+
+def check_output(folder: str | Path) -> Path:
+    """Makes sure, before long work starts, that a collection can be written there.
+
+    Raises:
+        CloraError: the folder cannot be written, or holds a README.md that is not a collection's.
+    """
+    path = check_writable(folder)
+    check_writable(path / "scheduler")
+    card = path / "README.md"
+    if card.exists() and CARD_MARK not in card.read_text("utf-8", errors="replace"):
+        raise CloraError(f"output folder {path} holds another README.md; choose an empty or a new folder")
+    return path
+
+
 def export_collection(student: LoRAState, collection: Collection, folder: Path, dtype: torch.dtype) -> Path:
     """Writes the folder; returns it.
 
     ``pytorch_lora_weights.safetensors`` has keys ``transformer.X.lora_A/B.weight``, uniform rank and alpha = rank, so
     that diffusers of any version, ComfyUI and sglang read it alike; ``scheduler/`` yields the student's timesteps
-    whatever shift the pipeline passes.
+    whatever shift the pipeline passes. The weights come last: a folder that has them is complete.
+
+    Raises:
+        CloraError: the folder cannot be written, or a weight is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder)
+    write_atomic(folder / "README.md", model_card(collection))
+    try:
+        student_scheduler(collection.shift).save_pretrained(folder / "scheduler")
+    except OSError as error:
+        raise CloraError(f"{folder / 'scheduler'} cannot be written: {error}") from error
     metadata = {
         "clora.effects": json.dumps([asdict(effect) for effect in collection.effects]),
         "clora.sampling": json.dumps(
@@ -81,8 +145,6 @@ def export_collection(student: LoRAState, collection: Collection, folder: Path, 
         "clora.provenance": json.dumps(dict(collection.provenance), default=str),
     }
     save_diffusers_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
-    student_scheduler(collection.shift).save_pretrained(folder / "scheduler")
-    write_atomic(folder / "README.md", model_card(collection))
     return folder
 
 
@@ -98,4 +160,6 @@ def model_card(collection: Collection) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
-    return environment.get_template("model_card.md.j2").render(collection=collection)
+    return environment.get_template("model_card.md.j2").render(
+        collection=collection, mark=CARD_MARK, prompt=repr(collection.effects[0].prompts[0])
+    )

@@ -63,15 +63,13 @@ def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     return x - per_row(sigma, x) * velocity
 
 
-def sample_sigma(
-    n: int, shift: float, generator: torch.Generator | None, low_u: float | Tensor = 0.0, high_u: float = 1.0
-) -> Tensor:
-    """`[n]` noise levels `shift(u, s)` with u uniform in (low_u, high_u], on the generator's device (None: the CPU).
+def sample_sigma(n: int, shift: float, generator: torch.Generator | None, low_u: float | Tensor = 0.0) -> Tensor:
+    """`[n]` noise levels `shift(u, s)` with u uniform in (low_u, 1], on the generator's device (None: the CPU).
 
     low_u may be a tensor `[n]` on that device. The interval is closed at the top: `torch.rand` may return 0, and sigma = low would break a strict lower bound.
     """
     device = generator.device if generator is not None else None
-    u = high_u - (high_u - low_u) * torch.rand(n, generator=generator, device=device)
+    u = 1 - (1 - low_u) * torch.rand(n, generator=generator, device=device)
     return _shift(u, shift)
 
 

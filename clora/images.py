@@ -37,11 +37,12 @@ def load_images(folder: str | Path, size: tuple[int, int]) -> tuple[list[str], T
 def list_images(folder: str | Path) -> list[Path]:
     """The files of an image folder in order of their names. Raises CloraError where there are none."""
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise CloraError(f"{folder}: expected a folder of images, found {found}")
     try:
-        entries = sorted(folder.iterdir())
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing"
+            raise CloraError(f"{folder}: expected a folder of images, found {found}")
+        # By stem first, so that a.png and a.jpg come at the same place of two folders.
+        entries = sorted(folder.iterdir(), key=lambda entry: (entry.stem, entry.suffix))
     except OSError as error:
         raise CloraError(f"{folder} cannot be read: {error}") from error
     files = [e for e in entries if e.is_file() and not e.name.startswith(".") and e.name.lower() not in _IGNORED]

@@ -51,7 +51,7 @@ def train_loras(
         report: called as ``report(update, {"loss": ...})``.
 
     Raises:
-        CloraError: a loss is not finite; names the update and the LoRA.
+        CloraError: a loss or gradient is not finite; names the update and the LoRA.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -59,9 +59,10 @@ def train_loras(
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (update + 1) / 20, 2 * (updates - update) / updates)
         losses = _losses(adapter, bank, slots, pairs, ids, shift, generator)
-        _check_finite(losses, ids, slots.names, update)
+        _check_finite(losses.detach().view(-1, rows_per_lora).sum(1), slots.names, update, "loss")
         optimizer.zero_grad(set_to_none=True)
-        losses.view(len(slots.names), rows_per_lora).mean(1).sum().backward()
+        losses.view(-1, rows_per_lora).mean(1).sum().backward()
+        _check_finite(_gradients(slots), slots.names, update, "gradient")
         optimizer.step()
         report(update + 1, {"loss": float(losses.detach().mean())})
 
@@ -78,8 +79,14 @@ def _losses(adapter, bank, slots: Slots, pairs: Pairs, ids: Tensor, shift: float
     return (velocity - (noise - x0)).square().flatten(1).mean(1)
 
 
-def _check_finite(losses: Tensor, ids: Tensor, names: tuple[str, ...], update: int) -> None:
-    bad = ~torch.isfinite(losses)
+def _gradients(slots: Slots) -> Tensor:
+    """The size of each LoRA's gradient, ``[E]``."""
+    return sum(p.grad.flatten(1).abs().sum(1) for p in slots.parameters() if p.grad is not None)
+
+
+def _check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:
+    """Raises CloraError where one of ``values [E]`` is not finite."""
+    bad = ~torch.isfinite(values)
     if bad.any():
-        name = names[int(ids[bad.nonzero()[0, 0]])]
-        raise CloraError(f"update {update + 1}: the loss of LoRA {name!r} is not finite; lower the learning rate")
+        name = names[int(bad.nonzero()[0, 0])]
+        raise CloraError(f"update {update + 1}: the {what} of LoRA {name!r} is not finite; lower the learning rate")

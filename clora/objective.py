@@ -107,7 +107,8 @@ def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, di
         x0: `[B, ...]` student samples, without gradient.
 
     Returns:
-        Scalar loss (fp32, or fp64 for fp64 input), and detached terms `critic` (the loss) and `nonfinite` `[B]` (bool).
+        Scalar loss (fp32, or fp64 for fp64 input), and detached terms `critic` (the loss), `rows` `[B]`
+        (each row's share) and `nonfinite` `[B]` (bool).
 
     Raises:
         ValueError: shapes differ.
@@ -118,7 +119,7 @@ def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, di
     error = velocity.to(dtype) - (noise.to(dtype) - x0.detach().to(dtype))
     rows = error.square().flatten(1).mean(1)
     loss = rows.mean()
-    return loss, {"critic": loss.detach(), "nonfinite": ~torch.isfinite(rows.detach())}
+    return loss, {"critic": loss.detach(), "rows": rows.detach(), "nonfinite": ~torch.isfinite(rows.detach())}
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -62,7 +62,9 @@ class DistillTrainer:
         self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
+        self.anchor_share = config.anchor_share
         self.update = 0
+        self.seconds = 0.0
         self.matching = False
 
     def fit(self, report: Report, checkpoint: Path | None = None) -> None:
@@ -78,26 +80,27 @@ class DistillTrainer:
         train = self.config.train
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
-        start = time.monotonic()
-        while (progress := self._progress(start)) < 1:
+        start = time.monotonic() - self.seconds
+        while (progress := self._progress()) < 1:
             self._set_learning_rate(progress)
             values = self._iterate(progress)
             self.update += 1
+            self.seconds = time.monotonic() - start
             report(self.update, values)
             if checkpoint is not None and self.update % train.checkpoint_every == 0:
                 self.save(checkpoint)
 
-    def _progress(self, start: float) -> float:
+    def _progress(self) -> float:
         """The share of the run that is done, by updates or by time, whichever is more."""
         train = self.config.train
-        passed = 0.0 if train.minutes is None else (time.monotonic() - start) / (60 * train.minutes)
+        passed = 0.0 if train.minutes is None else self.seconds / (60 * train.minutes)
         return max(self.update / train.updates, passed)
 
     def _iterate(self, progress: float) -> dict[str, float]:
         """One student update and the critic updates that precede it."""
-        if progress < self.config.train.anchor_share:
+        if progress < self.anchor_share:
             return self.student_step(self.sampler.draw_targets(self.update), anchor_only=True)
-        if not self.matching and self.config.train.anchor_share > 0:
+        if not self.matching and self.anchor_share > 0:
             self._start_critic()
         self.matching = True
         objective, ratio = self.config.objective, self.config.train.critic_ratio
@@ -147,7 +150,12 @@ class DistillTrainer:
         velocity = self._velocity(self.critic, 0, add_noise(x0, noise, sigma), sigma, batch.student)
         loss, terms = critic_loss(velocity, noise, x0)
         self._check_finite(terms["nonfinite"], batch.effect, None, "critic")
-        self._step(self.critic_optimizer, self.critic, loss, "critic")
+
+        def worst() -> str:
+            row = int(terms["rows"].nan_to_num(torch.inf).argmax())
+            return f"; the largest loss comes from {self._source(int(batch.effect[row]), None)}"
+
+        self._step(self.critic_optimizer, self.critic, loss, "critic", worst)
         return {"critic": float(loss.detach())}
 
     def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows:
@@ -253,9 +261,9 @@ class DistillTrainer:
 
     def _set_learning_rate(self, progress: float) -> None:
         """Falls linearly to a fiftieth over each phase, anchoring and what follows."""
-        train = self.config.train
-        anchoring = progress < train.anchor_share
-        left = 1 - progress / train.anchor_share if anchoring else (1 - progress) / (1 - train.anchor_share)
+        train, share = self.config.train, self.anchor_share
+        anchoring = progress < share
+        left = 1 - progress / share if anchoring else (1 - progress) / (1 - share)
         factor = 0.02 + 0.98 * left
         rate = (anchoring and train.anchor_learning_rate) or train.learning_rate
         self.student_optimizer.param_groups[0]["lr"] = rate * factor
@@ -270,6 +278,7 @@ class DistillTrainer:
         optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
         values = {
             "update": self.update,
+            "seconds": self.seconds,
             "matching": self.matching,
             "config": _resumable(self.config),
             "teachers": self._teacher_norms(),
@@ -290,7 +299,8 @@ class DistillTrainer:
             for i, parameter in enumerate(slots.parameters()):
                 parameter.data.copy_(tensors[f"{name}.{i}"])
         self.sampler._general = tensors["general"]
-        self.update, self.matching = int(values["update"]), bool(values["matching"])
+        self.update, self.seconds = int(values["update"]), float(values["seconds"])
+        self.matching = bool(values["matching"])
 
     @torch.no_grad()
     def _teacher_norms(self) -> dict[str, str]:

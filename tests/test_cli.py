@@ -136,7 +136,8 @@ def test_a_message_is_never_markup(run, tmp_path):
 
 def test_demo_arguments(run, engine, tmp_path):
     calls = engine("clora.demo", "run_demo")
-    assert run("demo", "--out", tmp_path / "o", "--seed", 3, "--effects", "a, b", "--full")[0] == 0
+    arguments = ("--out", tmp_path / "o", "--seed", 3, "--effects", "a, b", "--full")
+    assert run("demo", *arguments)[:2] == (0, "report: /studio\n")
     assert calls == [(tmp_path / "o", 3, ["a", "b"], True)]
 
 
@@ -152,9 +153,16 @@ def test_distill(run, engine, tmp_path):
     calls = engine("clora.distill", "distill")
     file = tmp_path / "c.yaml"
     file.write_text(CONFIG.format(out=tmp_path / "out"))
-    assert run("distill", file, "train.updates=5", "seed=2")[0] == 0
+    assert run("distill", file, "train.updates=5", "seed=2")[:2] == (0, "collection: /studio\n")
     ((config,),) = calls
     assert (config.train.updates, config.seed) == (5, 2)
+
+
+def test_the_example_is_printed(run, tmp_path):
+    code, out, _ = run("distill", "--example")
+    assert code == 0
+    (tmp_path / "my.yaml").write_text(out, "utf-8")
+    assert clora.load_config(tmp_path / "my.yaml").student.rank == 64
 
 
 def test_distill_bad_input(run, engine, tmp_path):

@@ -169,6 +169,13 @@ def unequal_names(tmp_path):
     return {"first": {"sources": str(before), "targets": str(after)}}
 
 
+def unknown_class(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "newer")
+    index = tmp_path / "newer" / "model_index.json"
+    index.write_text(index.read_text().replace("Flux2KleinPipeline", "Flux9Pipeline"))
+    return {"pipeline": str(tmp_path / "newer")}
+
+
 def output_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     return {"output": str(tmp_path / "file")}
@@ -179,6 +186,8 @@ BAD = {
     "wrong_architecture": (wrong_architecture, "other.safetensors"),
     "distilled_klein": (distilled_klein, "is_distilled"),
     "no_pipeline_there": (lambda tmp: {"pipeline": str(tmp / "nothing")}, "cannot be loaded"),
+    "unknown_pipeline_class": (unknown_class, "cannot be loaded"),
+    "no_apple_gpu": (lambda tmp: {"device": "mps"}, "no Apple GPU"),
     "not_a_pipeline": (not_a_pipeline, "cannot be loaded"),
     "size": (lambda tmp: {"data": {"size": (18, 16)}}, "multiples of 4"),
     "overlong_prompt": (lambda tmp: {"first": {"prompt": "snow " * 60}}, "at most 40 tokens"),
@@ -231,3 +240,11 @@ def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path)
     save_file(load_file(loras["blueprint"]), licensed, {"format": "pt", "modelspec.license": "CC-BY-4.0"})
     folder = distill(make_config({"lora": str(licensed)}))
     assert "CC-BY-4.0" in (folder / "README.md").read_text("utf-8")
+
+
+def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my project")
+    with pytest.raises(CloraError, match=r"another README\.md"):
+        distill(make_config())
+    assert (tmp_path / "out" / "README.md").read_text() == "my project"

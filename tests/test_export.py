@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from clora.adapter_bank import AdapterBank
-from clora.export import LORA_FILE, CollectedEffect, Collection, export_collection
+from clora.errors import CloraError
+from clora.export import LORA_FILE, CollectedEffect, Collection, export_collection, model_card
 from clora.flow_matching import student_schedule, teacher_schedule
 from clora.generation import Generator
 from clora.images import load_image
@@ -279,3 +280,25 @@ def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
     ):
         assert torch.equal(a, b), name
     torch.testing.assert_close(loaded.encode_prompts([PROMPT]), fresh.encode_prompts([PROMPT]))
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monkeypatch):
+    described = Collection([CollectedEffect("a", ("p",), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
+    (tmp_path / "scheduler").write_text("a file where the folder should be")
+    with pytest.raises(CloraError, match="is a file"):
+        export_collection(student, described, tmp_path, torch.float32)
+    assert [file.name for file in tmp_path.iterdir()] == ["scheduler"]
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "save_pretrained", full)
+    with pytest.raises(CloraError, match="scheduler cannot be written: no space left"):
+        export_collection(student, described, tmp_path / "new", torch.float32)
+    assert not (tmp_path / "new" / LORA_FILE).exists()
+
+
+def test_quotes_in_a_prompt_do_not_break_the_card():
+    described = Collection([CollectedEffect("a", ('say "a"',), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
+    code = model_card(described).split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")

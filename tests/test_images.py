@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,28 @@ def test_enormous_image_is_refused_from_its_header(tmp_path, side):
     (tmp_path / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
     with pytest.raises(CloraError, match=r"big\.png is enormous"):
         load_images(tmp_path, (8, 8))
+
+
+def test_pairs_come_in_one_order_whatever_their_formats(tmp_path, pixels):
+    for folder, suffix in (("before", "png"), ("after", "jpg")):
+        (tmp_path / folder).mkdir()
+        for stem in ("img", "img.m", "img-2"):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{stem}.{suffix}")
+    stems = [[Path(name).stem for name in load_images(tmp_path / f, (4, 4))[0]] for f in ("before", "after")]
+    assert stems[0] == stems[1]
+
+
+@pytest.mark.parametrize("what", ["output", "images"])
+def test_a_folder_that_cannot_be_looked_into(tmp_path, monkeypatch, what):
+    """Up to Python 3.11 asking whether it exists raises."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(CloraError, match="Permission denied"):
+        check_writable(tmp_path / "a") if what == "output" else load_images(tmp_path / "a", (4, 4))
 
 
 def test_bad_folder(tmp_path):

@@ -99,3 +99,14 @@ def test_a_nan_names_update_and_lora(adapter, pairs):
     bad.targets[1] = torch.nan
     with pytest.raises(CloraError, match="update 1: the loss of LoRA 'second' is not finite"):
         train(adapter, bad, 2)
+
+
+def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs, monkeypatch):
+    real = lora_training._gradients
+
+    def infinite(slots):
+        return real(slots) * torch.tensor([1.0, torch.inf])
+
+    monkeypatch.setattr(lora_training, "_gradients", infinite)
+    with pytest.raises(CloraError, match="update 1: the gradient of LoRA 'second' is not finite"):
+        train(adapter, pairs, 2)

@@ -114,6 +114,29 @@ def test_an_infinite_gradient_names_effect_and_term(adapter, monkeypatch):
             trainer.student_step(mixed_batch(trainer))
 
 
+def test_an_infinite_critic_gradient_names_the_effect(adapter, monkeypatch):
+    real = training.critic_loss
+
+    def infinite(*args):
+        loss, terms = real(*args)
+        return loss * torch.inf, terms
+
+    monkeypatch.setattr(training, "critic_loss", infinite)
+    with make_trainer(adapter) as trainer:
+        batch = mixed_batch(trainer)
+        with pytest.raises(CloraError, match="update 1: the critic's gradient.*largest loss comes from effect"):
+            trainer.critic_step(batch)
+
+
+def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
+    """So that switching it off is one flag, whatever share of the run it would have had."""
+    with make_trainer(adapter, objective={"trajectory_anchoring": False}, train={"anchor_share": 0.9}) as trainer:
+        reports = []
+        trainer.fit(lambda update, values: reports.append(values))
+    assert reports
+    assert all("critic" in values for values in reports)
+
+
 def test_gradients_are_clipped(adapter):
     with make_trainer(adapter, train={"clip": 0.5}) as trainer:
         loss = 100 * sum(p.sum() for p in trainer.student.parameters())
@@ -170,3 +193,24 @@ def test_a_time_limit_ends_the_run(adapter):
     with make_trainer(adapter, train={"updates": 10**6, "minutes": 0.001}) as trainer:
         trainer.fit(lambda update, values: None)
         assert trainer.update < 1000
+
+
+def test_a_resumed_run_has_only_the_time_that_was_left(adapter, tmp_path, monkeypatch):
+    """Each update takes five seconds of a minute; the learning rate goes on falling where it was."""
+    checkpoint, clock = tmp_path / "state.safetensors", iter(range(1000, 10**6, 5))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    train = {"updates": 10**6, "minutes": 1.0, "checkpoint_every": 1}
+    monkeypatch.setattr(training.DistillTrainer, "_iterate", lambda self, progress: {"progress": progress})
+    seen = []
+
+    def stop(update, values):
+        seen.append(values["progress"])
+        if update == 4:
+            raise KeyboardInterrupt
+
+    with make_trainer(adapter, train=train) as trainer, pytest.raises(KeyboardInterrupt):
+        trainer.fit(stop, checkpoint)
+    with make_trainer(adapter, train=train) as trainer:
+        trainer.fit(lambda update, values: seen.append(values["progress"]), checkpoint)
+    assert seen == sorted(seen)
+    assert len(seen) <= 14, "both parts together take the minute, five seconds an update, and the one that was lost"

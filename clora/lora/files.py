@@ -73,7 +73,7 @@ def find_alpha(source: LoRASource, stem: str, alpha: float | None, rank: int) ->
         (alpha, ``"tensor"``, ``"config"`` or ``"rank"``).
 
     Raises:
-        CloraError: the config states another rank than the tensors have.
+        CloraError: the config states another rank than the tensors have, or PEFT weights come without a config.
     """
     module = split_prefix(stem)[1]
     stated_rank = source.config.module_rank(module)
@@ -83,6 +83,11 @@ def find_alpha(source: LoRASource, stem: str, alpha: float | None, rank: int) ->
     if alpha is not None:
         return alpha, "tensor"
     stated = source.config.module_alpha(module)
+    if stated is None and stem.startswith("base_model.model."):
+        raise CloraError(
+            f"{source.file}: PEFT keeps alpha in an adapter_config.json beside the weights, none is stated there, so "
+            "their strength is not known; put that file there"
+        )
     return (float(rank), "rank") if stated is None else (stated, "config")
 
 
@@ -172,15 +177,21 @@ def _load_module(
     targets = table[split_prefix(stem)[1]]
     check_pair(source, stem, parts)
     check_fit(source, parts, [target_modules[route.module] for route in targets])
-    tensors = dict(zip(parts, source.read(parts.values()).values(), strict=True))
-    for side, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CloraError(f"{source.file}: {parts[side]} holds NaN or infinite values; export the LoRA again")
+    tensors = read_finite(source, parts)
     lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
     stated = tensors["alpha"].item() if "alpha" in tensors else None
     alpha, _ = find_alpha(source, stem, stated, lora_A.shape[0])
     lora_B = lora_B * source.config.scale(alpha, lora_A.shape[0])
     return {route.module: _take(route, lora_A, lora_B) for route in targets}
+
+
+def read_finite(source: LoRASource, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """Reads one module's tensors by side. Raises CloraError where one holds NaN or infinite values."""
+    tensors = dict(zip(parts, source.read(parts.values()).values(), strict=True))
+    for side, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CloraError(f"{source.file}: {parts[side]} holds NaN or infinite values; export the LoRA again")
+    return tensors
 
 
 def _take(route: Route, lora_A: Tensor, lora_B: Tensor) -> LoRAModule:

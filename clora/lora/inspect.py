@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clora.errors import CloraError
-from clora.lora.files import check_fit, check_pair, find_alpha, linear_shapes
+from clora.lora.files import check_fit, check_pair, find_alpha, linear_shapes, read_finite
 from clora.lora.keys import FileKeys, Route, routes, sort_keys, split_prefix
 from clora.lora.source import LoRASource, content_hash, open_lora
 
@@ -21,7 +21,7 @@ _SHOWN_KEYS = 5
 
 
 def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
-    """Describes a LoRA from its header; only ``.alpha`` values are read.
+    """Describes a LoRA; its tensors are read one module at a time, to see that all values are finite.
 
     Args:
         path: a LoRA file or folder.
@@ -35,7 +35,8 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
         ``metadata``.
 
     Raises:
-        CloraError: a missing, corrupt or pickled file, or an adapter config that contradicts the tensors.
+        CloraError: a missing, corrupt or pickled file, an adapter config that contradicts the tensors, or none where
+            the format keeps alpha there.
     """
     source = open_lora(path)
     keys = sort_keys(source.shapes)
@@ -79,7 +80,7 @@ def _whole_modules(source: LoRASource, keys: FileKeys) -> tuple[dict[str, Mappin
     """The modules whose own tensors agree, and what is wrong with the others."""
     whole, problems = {}, []
     for stem, parts in keys.modules.items():
-        if found := _problem(check_pair, source, stem, parts):
+        if found := _problem(check_pair, source, stem, parts) or _problem(read_finite, source, parts):
             problems += found
         else:
             whole[stem] = parts

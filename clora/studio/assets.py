@@ -19,6 +19,7 @@ from clora.studio.effects import EFFECTS
 
 ASSETS = Path(__file__).parent / "assets"
 PROVENANCE = "provenance.json"
+TARGETS = "targets.safetensors"
 
 
 def assets_folder() -> Path:
@@ -53,14 +54,21 @@ class Targets:
     latents: Tensor
     general: Tensor
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The file's tensors in fp16: one for each effect under its name, and the general pairs'."""
+        rows = {f"effect.{name}": latents for name, latents in zip(self.effects, self.latents, strict=True)}
+        return {name: tensor.half().numpy() for name, tensor in (rows | {"general": self.general}).items()}
+
     def of(self, effects: Sequence[str]) -> Tensor:
         return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])
 
 
-def load_targets(folder: Path, effects: tuple[str, ...]) -> Targets:
+def load_targets(folder: Path) -> Targets:
     """Reads the shipped targets, verified against the hash in the provenance."""
-    tensors = load_file(verified(folder, "targets.safetensors"))
-    return Targets(effects, *(torch.from_numpy(tensors[name]).float() for name in ("targets", "general")))
+    tensors = {name: torch.from_numpy(array).float() for name, array in load_file(verified(folder, TARGETS)).items()}
+    general = tensors.pop("general")
+    effects = tuple(name.removeprefix("effect.") for name in tensors)
+    return Targets(effects, torch.stack(list(tensors.values())), general)
 
 
 def verified(folder: Path, name: str) -> Path:

@@ -20,9 +20,9 @@ from clora.studio import base, baselines, teachers, text, text_training, vae
 from clora.studio.assets import (
     ASSETS,
     PROVENANCE,
+    TARGETS,
     Targets,
     assets_folder,
-    load_targets,
     provenance,
     sha256,
     to_bytes,
@@ -61,10 +61,19 @@ def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> No
     for name in stages or ():
         if name not in STAGES:
             raise CloraError(f"unknown stage {name!r}; the stages are {list(STAGES)}{nearest(name, STAGES)}")
-    for name in stages or [name for name in STAGES if not _is_done(folder, name)]:
+    for name in stages or STAGES:
+        if not stages and _is_done(folder, name):  # asked in turn: a stage made anew puts those after it out of date
+            continue
+        _check_inputs(folder, name)
         start = time.monotonic()
         measured, files = STAGES[name](folder)
         _record(folder, name, time.monotonic() - start, measured, files)
+
+
+def _check_inputs(folder: Path, name: str) -> None:
+    missing = [needed for needed in NEEDS[name] if needed not in provenance(folder)]
+    if missing:
+        raise CloraError(f"stage {name!r} needs {missing} first: `clora studio build {folder} --stages {missing[0]}`")
 
 
 def _is_done(folder: Path, name: str) -> bool:
@@ -255,9 +264,8 @@ def _target_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     adapter = studio(folder)
     names = [spec.effect for spec in teachers.SPECS]
     made = make_targets(adapter, teachers.load_teachers(adapter, folder / "teachers", names))
-    tensors = {"targets": made.latents.half().numpy(), "general": made.general.half().numpy()}
-    write_atomic(folder / "targets.safetensors", save(tensors))
-    return {"sources_per_effect": TARGET_SOURCES, "general": NUM_GENERAL}, ["targets.safetensors"]
+    write_atomic(folder / TARGETS, save(made.tensors()))
+    return {"sources_per_effect": TARGET_SOURCES, "general": NUM_GENERAL}, [TARGETS]
 
 
 def make_targets(adapter, loras) -> Targets:
@@ -283,10 +291,6 @@ def general_pairs(adapter) -> tuple[torch.Tensor, torch.Tensor]:
     seeds, rng = [FIRST_GENERAL_SCENE + i for i in range(NUM_GENERAL)], np.random.default_rng([SEED, 7])
     instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
     return scene_latents(adapter, seeds), adapter.encode_prompts(instructions)
-
-
-def shipped_targets(folder: Path) -> Targets:
-    return load_targets(folder, tuple(spec.effect for spec in teachers.SPECS))
 
 
 def _baseline_stage(folder: Path) -> tuple[dict[str, object], list[str]]:

@@ -12,7 +12,7 @@ from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 GUIDANCE = 0.5
 NUM_GENERAL = 192
-DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "snow", "patches")
+DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "snow", "leaves")
 DEFAULT_MINUTES = 6.2
 
 
@@ -36,7 +36,8 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "train": {
                 "updates": 100_000 if minutes else 3000,
                 "anchor_share": 0.9 if minutes else 0.8,
-                "anchor_learning_rate": 2e-3,
+                "optimizer": "muon",
+                "anchor_learning_rate": 5e-3,
                 "critic_ratio": 1,
                 "batch_size": 8,
                 "learning_rate": 2e-4,

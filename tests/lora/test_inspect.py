@@ -93,3 +93,17 @@ def test_raises_on_unreadable(tmp_path, name, content, words):
         inspect_lora(tmp_path / name)
     with pytest.raises(CloraError, match="does not exist"):
         inspect_lora(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("part", ["lora_down.weight", "alpha"])
+def test_nan_is_a_problem(tmp_path, random_state, part):
+    path = tmp_path / "a.safetensors"
+    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0)
+    tensors = load_file(path)
+    spoilt = next(key for key in tensors if key.endswith(part))
+    tensors[spoilt].fill_(torch.nan)
+    save_file(tensors, path)
+    info = inspect_lora(path)
+    assert len(info["modules"]) == 1
+    (problem,) = info["problems"]
+    assert f"{spoilt} holds NaN" in problem

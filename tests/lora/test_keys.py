@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from clora.errors import CloraError
 from clora.lora.files import load_lora
+from clora.lora.inspect import inspect_lora
 from clora.lora.keys import AdapterConfig, original_route, routes, sort_keys
 
 MODULE = "transformer_blocks.0.attn.to_out.0"  # [16, 16]
@@ -40,7 +41,6 @@ DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
     ("stem", "names", "format_name"),
     [
         pytest.param(f"transformer.{MODULE}", A_B, "diffusers", id="diffusers"),
-        pytest.param(f"base_model.model.{MODULE}", A_B, "peft", id="peft"),
         pytest.param(f"diffusion_model.{MODULE}", A_B, "comfyui", id="ai-toolkit"),
         pytest.param("diffusion_model.double_blocks.0.img_attn.proj", A_B, "comfyui", id="comfyui-original"),
         pytest.param("lora_unet_" + MODULE.replace(".", "_"), DOWN_UP, "kohya", id="kohya"),
@@ -77,6 +77,17 @@ def test_adapter_config(tmp_path, targets, config, scale):
     assert torch.equal(
         load_lora(tmp_path / "adapter_model.safetensors", targets).modules[MODULE].lora_B, in_folder.lora_B
     )
+
+
+def test_peft_weights_without_an_alpha_are_refused(tmp_path, targets):
+    """Their strength is not known: alpha is in no other place, and the rank is only one guess."""
+    path = save(tmp_path / "a.safetensors", f"base_model.model.{MODULE}", *matrices())
+    with pytest.raises(CloraError, match=r"adapter_config\.json beside the weights, none is stated"):
+        load_lora(path, targets)
+    with pytest.raises(CloraError, match="strength is not known"):
+        inspect_lora(path)
+    stated = save(tmp_path / "b.safetensors", f"base_model.model.{MODULE}", *matrices(), alpha=ALPHA)
+    assert load_lora(stated, targets).format == "peft"
 
 
 def test_diffusers_metadata(tmp_path, targets, diffusers_output, applied_output):

@@ -52,6 +52,27 @@ def test_done_stages_are_passed_over_until_a_file_or_an_input_changes(stages, tm
         assets.verified(tmp_path, "b")
 
 
+def test_a_stage_made_anew_takes_those_after_it_along(stages, tmp_path):
+    build.build(tmp_path)
+    (tmp_path / "a").write_text("spoilt")
+    build.build(tmp_path)
+    assert stages[3:] == ["a", "b"]
+    assert all(build._is_done(tmp_path, name) for name in build.STAGES)
+
+
+def test_a_stage_without_what_it_needs_is_refused(stages, tmp_path):
+    with pytest.raises(CloraError, match=r"stage 'b' needs \['a'\] first.*--stages a"):
+        build.build(tmp_path, ["b"])
+    assert stages == []
+
+
+def test_the_shipped_stages_belong_together():
+    """None was made from files that have changed since."""
+    folder = assets.assets_folder()
+    assert [name for name in build.STAGES if not build._is_done(folder, name)] == []
+    assert assets.load_targets(folder).effects == tuple(sorted(spec.effect for spec in teachers.SPECS))
+
+
 def test_an_unknown_stage_names_the_nearest(tmp_path):
     with pytest.raises(CloraError, match=r"unknown stage 'bases'.*'base'"):
         build.build(tmp_path, ["bases"])

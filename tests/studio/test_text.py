@@ -39,11 +39,12 @@ def test_taps_are_what_the_pipeline_conditions_on(words):
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_freezes(words, monkeypatch):
     tokenizer, encoder = words
-    monkeypatch.setattr(text_training, "NUM_SENTENCES", 64)
+    monkeypatch.setattr(text_training, "NUM_SENTENCES", 8)
     monkeypatch.setattr(text_training, "NUM_CHECKED", 8)
+    monkeypatch.setattr(text_training, "BATCH", 32)  # every sentence in nearly every batch: losses can be compared
     losses = []
-    accuracy = text_training.train_text_encoder(encoder, tokenizer, 6, 0, lambda _, v: losses.append(v["loss"]))
-    assert len(losses) == 6
-    assert min(losses[3:]) < losses[0]
+    accuracy = text_training.train_text_encoder(encoder, tokenizer, 20, 0, lambda _, v: losses.append(v["loss"]))
+    assert len(losses) == 20
+    assert losses[-1] < 0.8 * losses[0]
     assert 0 <= accuracy <= 1
     assert not any(p.requires_grad for p in encoder.parameters())
