@@ -12,7 +12,7 @@ from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 GUIDANCE = 0.5
 NUM_GENERAL = 192
-DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "vignette", "snow", "leaves")
+DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "leaves", "snow", "colour_static")
 DEFAULT_MINUTES = 6.2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,42 @@ def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
     different = np.abs(rows["teachers_80"]["images"]["snow"].astype(int) - rows["base"]["images"]["snow"])
     assert different.mean() > 1, "the teacher must do something"
     assert torch.isfinite(build.target_sources(adapter)).all()
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A copy of the shipped pipeline, and counts so small that every stage after the base takes seconds."""
+
+    def config(names, seed, minutes=1.0):
+        whole = demo_config(names, seed, minutes)
+        changed = {"sampler": {"teacher_steps": 1}, "data": {"general_targets": 2}}
+        return whole.model_copy(update={k: getattr(whole, k).model_copy(update=v) for k, v in changed.items()})
+
+    monkeypatch.setattr(build, "demo_config", config)
+    monkeypatch.setattr(teachers, "SPECS", teachers.SPECS[:4])  # one of each format
+    monkeypatch.setattr(build, "DEFAULT_EFFECTS", ("negative", "thermal"))
+    for module, counts in (
+        (build, {"EVALUATION_SCENES": 1, "EVALUATION_GENERAL": 2, "TARGET_SOURCES": 2, "NUM_GENERAL": 2}),
+        (baselines, {"TEACHER_STEPS": 2}),
+        (teachers, {"UPDATES": 2, "PAIRS": 2}),
+    ):
+        for name, count in counts.items():
+            monkeypatch.setattr(module, name, count)
+    shutil.copytree(assets.assets_folder() / "pipeline", tmp_path / "pipeline")
+    shutil.copy(assets.assets_folder() / assets.PROVENANCE, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_stages_after_the_base_and_the_check(tiny, monkeypatch, capsys):
+    build.build(tiny, ["teachers", "targets", "baselines"])
+    names = ["negative", "thermal", "blueprint", "sepia"]
+    adapter = build.studio(tiny)
+    loras = teachers.load_teachers(adapter, tiny / "teachers", names)
+    assert {lora.format for lora in loras.values()} == {"diffusers", "kohya", "comfyui", "peft"}
+    data = demo.demo_data(adapter, loras, demo_config(names, 0), tiny, recompute=False)
+    assert data.targets.shape[:2] == (4, 2)
+    monkeypatch.setattr(build, "FLOORS", {"vae_psnr": 60.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.0})
+    with pytest.raises(CloraError, match="below the floor: vae_psnr;"):
+        build.check(tiny)
+    assert "teacher sepia" in capsys.readouterr().out
