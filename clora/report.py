@@ -80,6 +80,13 @@ COLUMNS = (
         min,
     ),
     Column(
+        "bad_case_rate_stochastic",
+        "bad cases, stochastic",
+        "The same for the stochastic effects alone, where few steps tend to give blur.",
+        _percent,
+        min,
+    ),
+    Column(
         "psnr",
         "PSNR",
         "Likeness to the exact result in dB, over the effects that have a single exact result.",

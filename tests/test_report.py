@@ -28,6 +28,7 @@ def row(method, accuracy, psnr=20.0, precomputed=True):
         "nfe": 8,
         "effect_accuracy": accuracy,
         "bad_case_rate": 1 - accuracy,
+        "bad_case_rate_stochastic": 1 - accuracy,
         "psnr": psnr,
         "subject_alignment": 4.0,
         "general_accuracy": np.float32(0.5),
