@@ -33,6 +33,8 @@ from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, co
 from clora.sampling import guided, simulate_to_step
 
 STUDENT, CRITIC = "student", "critic"
+Rollout = tuple[Tensor, Tensor]
+"""Noisy latents ``[B, T, C]`` and their noise levels ``[B]``."""
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -99,7 +101,7 @@ class DistillTrainer:
     def _iterate(self, progress: float) -> dict[str, float]:
         """One student update and the critic updates that precede it."""
         if progress < self.anchor_share:
-            return self.student_step(self.sampler.draw_targets(self.update), anchor_only=True)
+            return self.student_step(self.sampler.draw_targets(self.update))
         if not self.matching and self.anchor_share > 0:
             self._start_critic()
         self.matching = True
@@ -108,8 +110,9 @@ class DistillTrainer:
             return self.student_step(self.sampler.draw(self.update))
         for i in range(ratio):
             batch = self.sampler.draw(self.update * ratio + i)
-            values = self.critic_step(batch)
-        return values | self.student_step(batch)
+            rollout = self.simulate(batch)
+            values = self.critic_step(batch, rollout)
+        return values | self.student_step(batch, rollout)  # the student has not changed since: a simulation saved
 
     @torch.no_grad()
     def _start_critic(self) -> None:
@@ -117,9 +120,14 @@ class DistillTrainer:
         for critic, student in zip(self.critic.parameters(), self.student.parameters(), strict=True):
             critic.copy_(student)
 
-    def student_step(self, batch: Batch, anchor_only: bool = False) -> dict[str, float]:
-        """One update of the student by the coarse-to-fine objective (method.md section 4c)."""
-        rows = self._student_rows(batch, anchor_only)
+    def student_step(self, batch: Batch, rollout: Rollout | None = None) -> dict[str, float]:
+        """One update of the student by the coarse-to-fine objective (method.md section 4c).
+
+        Args:
+            batch: the samples.
+            rollout: from `simulate` of this batch; None for trajectory anchoring alone.
+        """
+        rows = self._student_rows(batch, rollout)
         velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
         scores = self._score(rows, velocity.detach()) if len(rows.teacher) else None
         loss, terms = coarse_to_fine_loss(
@@ -141,9 +149,9 @@ class DistillTrainer:
         self._step(self.student_optimizer, self.student, loss, "student", strongest)
         return {name: float(terms[name]) for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": float(loss.detach())}
 
-    def critic_step(self, batch: Batch) -> dict[str, float]:
+    def critic_step(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
         """One update of the critic by flow matching on fresh student samples (method.md section 4d)."""
-        x, sigma = self._backward_simulation(batch)
+        x, sigma = rollout
         with torch.no_grad():
             x0 = velocity_to_x0(x, self._velocity(self.student, 0, x, sigma, batch.student), sigma)
         noise, sigma = self._noise(x0), sample_sigma(len(x0), self.config.sampler.shift, self.generator)
@@ -158,21 +166,20 @@ class DistillTrainer:
         self._step(self.critic_optimizer, self.critic, loss, "critic", worst)
         return {"critic": float(loss.detach())}
 
-    def _student_rows(self, batch: Batch, anchor_only: bool) -> StudentRows:
+    def _student_rows(self, batch: Batch, rollout: Rollout | None) -> StudentRows:
         """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
         objective, parts = self.config.objective, []
         effects, anchored = batch[batch.effect >= 0], batch[batch.has_target]
-        if objective.backward_simulation and not anchor_only:
-            x, sigma = self._backward_simulation(batch)
-            parts.append(Part(BACKWARD_SIMULATION, batch, x, sigma, objective.weights.backward_simulation))
-        if objective.target_simulation and not anchor_only and len(effects):
+        if objective.backward_simulation and rollout is not None:
+            parts.append(Part(BACKWARD_SIMULATION, batch, *rollout, objective.weights.backward_simulation))
+        if objective.target_simulation and rollout is not None and len(effects):
             steps = draw_target_steps(len(effects), self.sigmas, self.tau.tau_max, self.generator)
             x = add_noise(effects.target, self._noise(effects.target), self.sigmas[steps])
             parts.append(Part(TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
         kind = torch.tensor([part.kind for part in parts for _ in range(len(part.batch))], dtype=torch.int64)
         score_sigma = draw_critic_sigma(kind, self.config.sampler.shift, self.tau.tau_min, self.generator)
         anchor_target = None
-        if (objective.trajectory_anchoring or anchor_only) and len(anchored):
+        if objective.trajectory_anchoring and len(anchored):
             sigma = draw_anchor_sigma(
                 len(anchored), self.config.sampler.shift, self.generator, self._anchor_floor(batch, score_sigma)
             )
@@ -190,8 +197,8 @@ class DistillTrainer:
         return score_sigma[: len(batch)][batch.has_target]
 
     @torch.no_grad()
-    def _backward_simulation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Noisy latents ``[B, T, C]`` on the student's own trajectory, and their noise levels ``[B]``."""
+    def simulate(self, batch: Batch) -> Rollout:
+        """Backward simulation: noisy latents on the student's own trajectory, each at a random step."""
         steps = draw_backward_steps(len(batch), len(self.sigmas), self.generator)
 
         def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from trainers import changed, make_trainer, mixed_batch, plain_velocity, slots
+from trainers import changed, make_trainer, mixed_batch, plain_velocity, rolled, slots
 
 from clora.data import GENERAL
 from clora.flow_matching import shift
@@ -38,10 +38,10 @@ def test_two_updates_with_every_part(adapter):
 def test_each_step_trains_its_own_slot(adapter):
     with make_trainer(adapter) as trainer:
         batch, before = mixed_batch(trainer), slots(trainer)
-        trainer.critic_step(batch)
+        trainer.critic_step(batch, trainer.simulate(batch))
         assert changed(trainer, before) == {CRITIC}
         before = slots(trainer)
-        trainer.student_step(batch)
+        trainer.student_step(batch, trainer.simulate(batch))
         assert changed(trainer, before) == {STUDENT}
 
 
@@ -49,7 +49,7 @@ def test_each_step_trains_its_own_slot(adapter):
 def test_a_part_switched_off_removes_its_term_alone(adapter, part):
     for objective in ({part: False}, {"weights": {part: 0.0}}):
         with make_trainer(adapter, objective=objective) as trainer:
-            values = trainer.student_step(mixed_batch(trainer))
+            values = trainer.student_step(*rolled(trainer))
         for other, term in TERMS.items():
             assert (values[term] == 0) == (other == part), (objective, values)
 
@@ -58,7 +58,7 @@ def test_weights_scale_their_terms(adapter):
     values = []
     for weight in (1.0, 3.0):
         with make_trainer(adapter, objective={"weights": dict.fromkeys(TERMS, weight)}) as trainer:
-            values.append(trainer.student_step(mixed_batch(trainer)))
+            values.append(trainer.student_step(*rolled(trainer)))
     assert values[1] == pytest.approx({name: 3 * value for name, value in values[0].items()}, rel=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
     base = copy.deepcopy(adapter.pipeline.transformer)
     with make_trainer(adapter, train={"scoring_rows": scoring_rows}) as trainer:
         batch = mixed_batch(trainer)
-        rows = trainer._student_rows(batch, anchor_only=False)
+        rows = trainer._student_rows(batch, trainer.simulate(batch))
         velocity, state = torch.randn(rows.x.shape), trainer.generator.get_state()
         sizes = []
         hook = adapter.pipeline.transformer.register_forward_pre_hook(
@@ -103,7 +103,7 @@ def test_rows_of_backward_simulation_lie_on_the_students_trajectory(adapter):
     base = copy.deepcopy(adapter.pipeline.transformer)
     with make_trainer(adapter) as trainer:
         batch, state = mixed_batch(trainer), trainer.generator.get_state()
-        x, sigma = trainer._backward_simulation(batch)
+        x, sigma = trainer.simulate(batch)
         student, sigmas = merge_lora(base, trainer.bank.state(STUDENT)), trainer.sigmas
     generator = torch.Generator().set_state(state)
     steps = torch.randint(len(sigmas), (len(batch),), generator=generator)
@@ -128,7 +128,7 @@ def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, m
             return out
 
         monkeypatch.setattr(trainer, "_velocity", record)
-        values = trainer.critic_step(batch)
+        values = trainer.critic_step(batch, trainer.simulate(batch))
     assert {names for names, *_ in calls[:-1]} == {(STUDENT,)}
     _, x_student, sigma_student, _, v_student = calls[-2]
     names, x, sigma, text, v = calls[-1]
@@ -148,7 +148,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
     objective = {"tau_rule": rule, "anchor_noise": anchor_noise}
     with make_trainer(adapter, objective=objective, train={"batch_size": 64}, sampler={"steps": 8}) as trainer:
         batch = trainer.sampler.draw(0)
-        rows = trainer._student_rows(batch, anchor_only=False)
+        rows = trainer._student_rows(batch, trainer.simulate(batch))
     effects = batch[batch.effect >= 0]
     kind = torch.cat(
         [
@@ -176,7 +176,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
 
 def test_released_anchor_noise_without_backward_simulation(adapter):
     with make_trainer(adapter, objective={"anchor_noise": "released", "backward_simulation": False}) as trainer:
-        assert trainer.student_step(mixed_batch(trainer))["anchor"] > 0
+        assert trainer.student_step(*rolled(trainer))["anchor"] > 0
 
 
 def test_integer_timesteps(adapter):
@@ -191,7 +191,7 @@ def test_norm_rescale_keeps_the_norm_of_the_conditional_velocity(adapter):
     scores = []
     for rescale in (False, True):
         with make_trainer(adapter, objective={"norm_rescale": rescale}, sampler={"guidance": 4.0}) as trainer:
-            rows = trainer._student_rows(mixed_batch(trainer), anchor_only=False)
+            rows = trainer._student_rows(*rolled(trainer))
             scores.append(trainer._score(rows, torch.zeros_like(rows.x)))
     plain, rescaled = scores
     guided = plain.teacher + 4 * (plain.teacher - plain.teacher_uncond)
@@ -206,11 +206,11 @@ def test_general_rows_with_targets_are_anchored(adapter):
     data = dataclasses.replace(data, general_targets=torch.randn(5, *adapter.latent_shape))
     with make_trainer(adapter, data) as trainer:
         batch = mixed_batch(trainer)
-        rows = trainer._student_rows(batch, anchor_only=False)
+        rows = trainer._student_rows(batch, trainer.simulate(batch))
         anchored = rows.kind == ANCHOR
         assert torch.equal(rows.effect[anchored], batch.effect)
         assert int((rows.kind == TARGET_SIMULATION).sum()) == int((batch.effect >= 0).sum())
         sigma = rows.sigma[anchored][:, None, None]
         noise = rows.anchor_target + batch.target
         torch.testing.assert_close(rows.x[anchored], (1 - sigma) * batch.target + sigma * noise)
-        assert torch.equal(trainer._student_rows(batch, anchor_only=True).effect, batch.effect)
+        assert torch.equal(trainer._student_rows(batch, None).effect, batch.effect)

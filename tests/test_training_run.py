@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trainers import changed, make_trainer, mixed_batch, same, slots
+from trainers import changed, make_trainer, rolled, same, slots
 
 from clora import trainer as training
 from clora.errors import CloraError
@@ -87,7 +87,7 @@ def test_a_nan_source_stops_the_critic(adapter):
     with make_trainer(adapter, data) as trainer:
         before = trainer.bank.state(CRITIC)
         with pytest.raises(CloraError, match="update 1: the critic.*effect of the general stream"):
-            trainer.critic_step(mixed_batch(trainer))
+            trainer.critic_step(*rolled(trainer))
         assert same(trainer.bank.state(CRITIC), before)
 
 
@@ -111,7 +111,7 @@ def test_an_infinite_gradient_names_effect_and_term(adapter, monkeypatch):
     with make_trainer(adapter) as trainer:
         message = r"update 1: the student's gradient.*strongest comes from effect .*, term (dmd_bs|dmd_ts|anchor);"
         with pytest.raises(CloraError, match=message):
-            trainer.student_step(mixed_batch(trainer))
+            trainer.student_step(*rolled(trainer))
 
 
 def test_an_infinite_critic_gradient_names_the_effect(adapter, monkeypatch):
@@ -123,9 +123,9 @@ def test_an_infinite_critic_gradient_names_the_effect(adapter, monkeypatch):
 
     monkeypatch.setattr(training, "critic_loss", infinite)
     with make_trainer(adapter) as trainer:
-        batch = mixed_batch(trainer)
+        rollout = rolled(trainer)
         with pytest.raises(CloraError, match="update 1: the critic's gradient.*largest loss comes from effect"):
-            trainer.critic_step(batch)
+            trainer.critic_step(*rollout)
 
 
 def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
@@ -135,6 +135,18 @@ def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
         trainer.fit(lambda update, values: reports.append(values))
     assert reports
     assert all("critic" in values for values in reports)
+
+
+def test_the_student_learns_from_the_rollout_of_its_last_critic_update(adapter, monkeypatch):
+    with make_trainer(adapter, train={"updates": 1, "critic_ratio": 3}) as trainer:
+        rollouts, used = [], []
+        simulate, student_rows = trainer.simulate, trainer._student_rows
+        monkeypatch.setattr(trainer, "simulate", lambda batch: rollouts.append(simulate(batch)) or rollouts[-1])
+        monkeypatch.setattr(trainer, "_student_rows", lambda *args: used.append(args) or student_rows(*args))
+        trainer.fit(lambda update, values: None)
+    assert len(rollouts) == 3
+    ((_, rollout),) = used
+    assert rollout is rollouts[-1]
 
 
 def test_gradients_are_clipped(adapter):
@@ -163,7 +175,7 @@ def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
     with make_trainer(adapter, train=train) as trainer:
         equal = []
 
-        def compare(batch):
+        def compare(batch, rollout):
             pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
             equal.append(all(torch.equal(critic, student) for critic, student in pairs))
             return {}

@@ -35,6 +35,12 @@ def mixed_batch(trainer):
     return batch
 
 
+def rolled(trainer):
+    """A mixed batch and the student's rollout on it."""
+    batch = mixed_batch(trainer)
+    return batch, trainer.simulate(batch)
+
+
 def plain_velocity(adapter, transformer, x, sigma, conditioning):
     stand_in = copy.copy(adapter)
     stand_in.pipeline = SimpleNamespace(transformer=transformer)
