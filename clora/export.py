@@ -109,7 +109,7 @@ def check_output(folder: str | Path) -> Path:
     path = check_writable(folder)
     check_writable(path / "scheduler")
     card = path / "README.md"
-    if card.exists() and CARD_MARK not in card.read_text("utf-8", errors="replace"):
+    if card.is_file() and CARD_MARK not in card.read_text("utf-8", errors="replace"):
         raise CloraError(f"output folder {path} holds another README.md; choose an empty or a new folder")
     return path
 

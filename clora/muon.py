@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 alike.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in alike.items():  # one stack each: a quarter of the time of one by one
+            for shape, parameters in alike.items():  # one stack each: a few large products for many small ones
                 rate = 0.2 * group["lr"] * max(shape[-2:]) ** 0.5
                 directions = [_direction(p, self.state[p], group["momentum"]) for p in parameters]
                 steps = orthogonalized(torch.stack(directions)).unbind()

@@ -187,7 +187,6 @@ BAD = {
     "distilled_klein": (distilled_klein, "is_distilled"),
     "no_pipeline_there": (lambda tmp: {"pipeline": str(tmp / "nothing")}, "cannot be loaded"),
     "unknown_pipeline_class": (unknown_class, "cannot be loaded"),
-    "no_apple_gpu": (lambda tmp: {"device": "mps"}, "no Apple GPU"),
     "not_a_pipeline": (not_a_pipeline, "cannot be loaded"),
     "size": (lambda tmp: {"data": {"size": (18, 16)}}, "multiples of 4"),
     "overlong_prompt": (lambda tmp: {"first": {"prompt": "snow " * 60}}, "at most 40 tokens"),
@@ -240,6 +239,12 @@ def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path)
     save_file(load_file(loras["blueprint"]), licensed, {"format": "pt", "modelspec.license": "CC-BY-4.0"})
     folder = distill(make_config({"lora": str(licensed)}))
     assert "CC-BY-4.0" in (folder / "README.md").read_text("utf-8")
+
+
+def test_a_device_that_is_not_there(monkeypatch, tiny_folder):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(CloraError, match="no Apple GPU"):
+        engine.load_pipeline(str(tiny_folder), "mps")
 
 
 def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):

@@ -102,11 +102,15 @@ def test_a_nan_names_update_and_lora(adapter, pairs):
 
 
 def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs, monkeypatch):
-    real = lora_training._gradients
+    """A finite loss whose gradient is not: the root of zero."""
+    real, seen = lora_training._losses, {}
 
-    def infinite(slots):
-        return real(slots) * torch.tensor([1.0, torch.inf])
+    def steep(adapter, bank, slots, *rest):
+        parameters = list(slots.parameters())
+        seen["now"], seen["before"] = parameters, [p.detach().clone() for p in parameters]
+        return real(adapter, bank, slots, *rest) + torch.sqrt(0 * parameters[0][1].sum())
 
-    monkeypatch.setattr(lora_training, "_gradients", infinite)
+    monkeypatch.setattr(lora_training, "_losses", steep)
     with pytest.raises(CloraError, match="update 1: the gradient of LoRA 'second' is not finite"):
         train(adapter, pairs, 2)
+    assert all(torch.equal(now, before) for now, before in zip(seen["now"], seen["before"], strict=True))

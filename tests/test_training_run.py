@@ -100,32 +100,29 @@ def test_an_infinite_gradient_stops(adapter):
         assert same(trainer.bank.state(STUDENT), before)
 
 
-def test_an_infinite_gradient_names_effect_and_term(adapter, monkeypatch):
-    real = training.coarse_to_fine_loss
+@pytest.mark.parametrize(
+    ("loss_name", "step", "message"),
+    [
+        (
+            "coarse_to_fine_loss",
+            "student_step",
+            r"the student's gradient.*strongest comes from effect .*, term (dmd_bs|dmd_ts|anchor);",
+        ),
+        ("critic_loss", "critic_step", "the critic's gradient.*largest loss comes from effect"),
+    ],
+)
+def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, loss_name, step, message):
+    real = getattr(training, loss_name)
 
     def infinite(*args):
         loss, terms = real(*args)
         return loss * torch.inf, terms
 
-    monkeypatch.setattr(training, "coarse_to_fine_loss", infinite)
+    monkeypatch.setattr(training, loss_name, infinite)
     with make_trainer(adapter) as trainer:
-        message = r"update 1: the student's gradient.*strongest comes from effect .*, term (dmd_bs|dmd_ts|anchor);"
-        with pytest.raises(CloraError, match=message):
-            trainer.student_step(*rolled(trainer))
-
-
-def test_an_infinite_critic_gradient_names_the_effect(adapter, monkeypatch):
-    real = training.critic_loss
-
-    def infinite(*args):
-        loss, terms = real(*args)
-        return loss * torch.inf, terms
-
-    monkeypatch.setattr(training, "critic_loss", infinite)
-    with make_trainer(adapter) as trainer:
-        rollout = rolled(trainer)
-        with pytest.raises(CloraError, match="update 1: the critic's gradient.*largest loss comes from effect"):
-            trainer.critic_step(*rollout)
+        batch, rollout = rolled(trainer)
+        with pytest.raises(CloraError, match=f"update 1: {message}"):
+            getattr(trainer, step)(batch, rollout)
 
 
 def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
