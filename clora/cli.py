@@ -27,6 +27,7 @@ app = typer.Typer(
 studio = typer.Typer(no_args_is_help=True, help="The small trained pipeline that ships with clora.")
 app.add_typer(studio, name="studio")
 
+Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:0; auto takes a CUDA GPU where there is one.")]
 Folder = Annotated[Path | None, typer.Argument(help="Studio folder; by default the one that ships with clora.")]
 
 
@@ -82,6 +83,7 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Train longer; render the targets and measure every row again.")
     ] = False,
+    device: Device = "auto",
 ) -> None:
     """Distil the studio's effect LoRAs into one, measure it and write a report.
 
@@ -89,7 +91,7 @@ def demo(
     """
     from clora.demo import run_demo
 
-    report = run_demo(out, seed, None if effects is None else _split(effects), full)
+    report = run_demo(out, seed, None if effects is None else _split(effects), full, device)
     typer.echo(f"report: {report}")
 
 
@@ -145,6 +147,7 @@ def inspect(
 def build(
     folder: Folder = None,
     stages: Annotated[str | None, typer.Option(help="Stages to run, separated by commas; by default all.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Rebuild the studio from its seeds; stages that are done are passed over.
 
@@ -152,18 +155,18 @@ def build(
     """
     from clora.studio.build import build as run
 
-    run(folder, None if stages is None else _split(stages))
+    run(folder, None if stages is None else _split(stages), device)
 
 
 @studio.command()
-def check(folder: Folder = None) -> None:
+def check(folder: Folder = None, device: Device = "auto") -> None:
     """Measure the studio against its floors: the VAE, every teacher, the general edits.
 
     Example: [bold]clora studio check[/bold]
     """
     from clora.studio.build import check as run
 
-    run(folder)
+    run(folder, device)
 
 
 @studio.command()

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 MAX_SEED = 2**31 - 1
+DEVICES, DEVICE_NAMES = r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or cuda:0 and so on"
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -240,8 +241,8 @@ class DistillConfig(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
+        if not re.fullmatch(DEVICES, self.device):
+            raise ValueError(f"device: expected {DEVICE_NAMES}, found {self.device!r}")
         _refuse_twice("name", (effect.name for effect in self.effects))
         _refuse_twice("trigger", (effect.trigger for effect in self.effects))
         _refuse_twice("student prompt", (p for effect in self.effects for p in dict.fromkeys(effect.student_prompts)))

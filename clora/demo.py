@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from clora.atomic import check_writable
 from clora.config import DistillConfig
 from clora.data import DistillData
-from clora.distill import encode_student_prompts, load_pipeline, train_student, training_bar
+from clora.distill import encode_student_prompts, find_device, load_pipeline, train_student, training_bar
 from clora.errors import CloraError, nearest
 from clora.export import Collection, check_output, export_collection, make_collection
 from clora.lora.state import LoRAState
@@ -50,7 +50,7 @@ class Run:
             self.curves.setdefault(name, []).append((update, value))
 
 
-def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) -> Path:
+def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, device: str = "auto") -> Path:
     """Distils the studio's teachers, exports, evaluates in a fresh stock pipeline and writes the report.
 
     Args:
@@ -58,19 +58,21 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool) ->
         seed: of the training.
         effects: some of the studio's teachers; the default eight for None.
         full: train as long as it takes and recompute what the studio ships.
+        device: where everything runs (`clora.distill.find_device`).
 
     Returns:
         The path of the report.
 
     Raises:
-        CloraError: unknown effect, or the folder cannot be written.
+        CloraError: unknown effect or device, or the folder cannot be written.
     """
     names = check_effects(effects or DEFAULT_EFFECTS)
     folder = assets.assets_folder()
-    run = Run(check_writable(out), demo_config(names, seed, None) if full else demo_config(names, seed))
+    config = demo_config(names, seed, None) if full else demo_config(names, seed)
+    run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}))
     check_output(run.folder / "collection")
     with run.timed("load"), stage("load the studio", None):
-        adapter = build.studio(folder)
+        adapter = build.studio(folder, run.config.device)
         loras = teachers.load_teachers(adapter, folder / "teachers", names)
     with run.timed("targets"):
         data = demo_data(adapter, loras, run.config, folder, recompute=full)
@@ -101,18 +103,19 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
     names = list(loras)
     sources = build.target_sources(adapter)
-    targets = build.make_targets(adapter, loras) if recompute else assets.load_targets(folder)
-    general_sources, general_text = build.general_pairs(adapter)
+    targets = build.make_targets(adapter, loras, config) if recompute else assets.load_targets(folder)
+    general_sources, general_text = build.general_pairs(adapter, config.data.general_targets)
+    device = sources.device
     return DistillData(
         effects=tuple(names),
         sources=sources.expand(len(names), *sources.shape),
-        targets=targets.of(names),
+        targets=targets.of(names).to(device),
         teacher_text=adapter.encode_prompts([effect.prompt for effect in config.effects]),
         student_text=encode_student_prompts(adapter, config.effects),
         general_sources=general_sources,
         general_text=general_text,
         empty_text=adapter.encode_prompts([""])[0],
-        general_targets=targets.general,
+        general_targets=targets.general.to(device),
     )
 
 
@@ -173,7 +176,7 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    pipe = load_pipeline(str(pipeline_folder), "cpu")
+    pipe = load_pipeline(str(pipeline_folder), config.device)
     pipe.load_lora_weights(collection)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection / "scheduler")
     pipe.set_progress_bar_config(disable=True)
@@ -230,7 +233,7 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
     ]
     metrics = {
         "seed": run.config.seed,
-        "device": "cpu",
+        "device": device_name(run.config.device),
         "seconds": run.seconds,
         "peak_rss_mb": _peak_megabytes(),
         "effects": names,
@@ -239,6 +242,11 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
     best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
     print(_headline(table, best))
     return write_report(run.folder, metrics, _grid(names, rows, outputs, best), run.curves)
+
+
+def device_name(device: str) -> str:
+    """What a reader calls it: a GPU by its name."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def _headline(table: list[dict], best_merge: str) -> str:

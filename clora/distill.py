@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, fresh_lora
-from clora.config import DistillConfig, EffectConfig, TrainConfig, dump_config, general_instructions
+from clora.config import (
+    DEVICE_NAMES,
+    DEVICES,
+    DistillConfig,
+    EffectConfig,
+    TrainConfig,
+    dump_config,
+    general_instructions,
+)
 from clora.data import DistillData, general_pair
 from clora.errors import CloraError
 from clora.flow_matching import student_schedule
@@ -229,15 +238,14 @@ def training_bar(title: str, train: TrainConfig) -> Iterator[Report]:
         yield report
 
 
-def load_pipeline(path: str, device: str):
-    """A pipeline by folder or hub id, frozen, on the device (``auto``: cuda where there is one, else the CPU).
+def find_device(device: str) -> torch.device:
+    """The device of this name; ``auto`` is cuda where there is one, else the CPU.
 
     Raises:
-        CloraError: it cannot be loaded.
+        CloraError: no device has this name, or torch does not find it.
     """
-    from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
-
+    if not re.fullmatch(DEVICES, device):
+        raise CloraError(f"device: expected {DEVICE_NAMES}, found {device!r}")
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise CloraError(
@@ -245,6 +253,19 @@ def load_pipeline(path: str, device: str):
         )
     if target.type == "mps" and not torch.backends.mps.is_available():
         raise CloraError(f"device {device!r}: torch finds no Apple GPU; use another or auto")
+    return target
+
+
+def load_pipeline(path: str, device: str):
+    """A pipeline by folder or hub id, frozen, on the device (see `find_device`).
+
+    Raises:
+        CloraError: it cannot be loaded, or the device is not there.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    target = find_device(device)
     folder = Path(path).expanduser()
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path)

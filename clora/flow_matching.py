@@ -3,6 +3,7 @@
 Source: docs/method.md sections 1 and 3.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -71,6 +72,26 @@ def sample_sigma(n: int, shift: float, generator: torch.Generator | None, low_u:
     device = generator.device if generator is not None else None
     u = 1 - (1 - low_u) * torch.rand(n, generator=generator, device=device)
     return _shift(u, shift)
+
+
+def flow_matching_losses(
+    velocity: Callable[[Tensor, Tensor], Tensor], x0: Tensor, shift: float, generator: torch.Generator | None
+) -> Tensor:
+    """Each row's mean of `(v - (eps - x0))^2` at a drawn noise and noise level.
+
+    Args:
+        velocity: the network, `velocity(x, sigma)`.
+        x0: `[B, ...]`.
+        shift: time shift s of the noise levels.
+        generator: of the noise and its levels, on the CPU.
+
+    Returns:
+        `[B]`.
+    """
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    sigma = sample_sigma(len(x0), shift, generator).to(x0)
+    error = velocity(add_noise(x0, noise, sigma), sigma) - (noise - x0)
+    return error.square().flatten(1).mean(1)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:

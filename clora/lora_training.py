@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, Slots
 from clora.errors import CloraError
-from clora.flow_matching import add_noise, sample_sigma
+from clora.flow_matching import flow_matching_losses
 from clora.models import Conditioning, Flux2KleinAdapter
 
 
@@ -71,12 +71,9 @@ def _losses(adapter, bank, slots: Slots, pairs: Pairs, ids: Tensor, shift: float
     """Flow-matching loss of each row, ``[B]``."""
     sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
     x0 = pairs.targets[ids, sample].float()
-    noise = torch.randn(x0.shape, generator=generator).to(x0)
-    sigma = sample_sigma(len(ids), shift, generator).to(x0)
     conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float())
     with bank.route(slots, ids.to(x0.device)):
-        velocity = adapter.velocity(add_noise(x0, noise, sigma), sigma, conditioning)
-    return (velocity - (noise - x0)).square().flatten(1).mean(1)
+        return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, shift, generator)
 
 
 def _gradients(slots: Slots) -> Tensor:

@@ -138,7 +138,7 @@ def test_demo_arguments(run, engine, tmp_path):
     calls = engine("clora.demo", "run_demo")
     arguments = ("--out", tmp_path / "o", "--seed", 3, "--effects", "a, b", "--full")
     assert run("demo", *arguments)[:2] == (0, "report: /studio\n")
-    assert calls == [(tmp_path / "o", 3, ["a", "b"], True)]
+    assert calls == [(tmp_path / "o", 3, ["a", "b"], True, "auto")]
 
 
 def test_demo_bad_input(run, engine, tmp_path):
@@ -180,9 +180,9 @@ def test_studio(run, engine, tmp_path):
     builds = engine("clora.studio.build", "build")
     assert run("studio", "build", tmp_path, "--stages", "vae,base")[0] == 0
     assert run("studio", "build")[0] == 0
-    assert builds == [(tmp_path, ["vae", "base"]), (None, None)]
+    assert builds == [(tmp_path, ["vae", "base"], "auto"), (None, None, "auto")]
     checks = engine("clora.studio.build", "check")
-    assert run("studio", "check")[0] == 0
-    assert checks == [(None,)]
+    assert run("studio", "check", "--device", "cuda:1")[0] == 0
+    assert checks == [(None, "cuda:1")]
     engine("clora.studio.assets", "pipeline_folder")
     assert run("studio", "path") == (0, "/studio\n", "")

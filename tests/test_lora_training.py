@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from clora import lora_training
+from clora import flow_matching, lora_training
 from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.errors import CloraError
 from clora.lora.files import linear_shapes
@@ -74,7 +74,7 @@ def test_a_slot_does_not_feel_anothers_data(adapter, pairs):
 def test_training_jointly_equals_training_alone(adapter, pairs, monkeypatch):
     """With the same draws for its rows; the other LoRA only shares the batch."""
     _, joint = train(adapter, pairs, 3)
-    draw = torch.randint, torch.randn, lora_training.sample_sigma
+    draw = torch.randint, torch.randn, flow_matching.sample_sigma
     rows = 4
 
     def first_half(function, position):
@@ -87,7 +87,7 @@ def test_training_jointly_equals_training_alone(adapter, pairs, monkeypatch):
 
     monkeypatch.setattr(lora_training.torch, "randint", first_half(draw[0], 1))
     monkeypatch.setattr(lora_training.torch, "randn", first_half(draw[1], 0))
-    monkeypatch.setattr(lora_training, "sample_sigma", first_half(draw[2], 0))
+    monkeypatch.setattr(flow_matching, "sample_sigma", first_half(draw[2], 0))
     alone = Pairs(pairs.sources[:1], pairs.targets[:1], pairs.text[:1])
     _, states = train(adapter, alone, 3, names=NAMES[:1], rows=rows)
     for name, module in states["first"].modules.items():

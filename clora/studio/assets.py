@@ -57,7 +57,7 @@ class Targets:
     def tensors(self) -> dict[str, np.ndarray]:
         """The file's tensors in fp16: one for each effect under its name, and the general pairs'."""
         rows = {f"effect.{name}": latents for name, latents in zip(self.effects, self.latents, strict=True)}
-        return {name: tensor.half().numpy() for name, tensor in (rows | {"general": self.general}).items()}
+        return {name: tensor.half().cpu().numpy() for name, tensor in (rows | {"general": self.general}).items()}
 
     def of(self, effects: Sequence[str]) -> Tensor:
         return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])

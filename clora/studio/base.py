@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clora.checkpoint import load_state, save_state
 from clora.errors import CloraError
-from clora.flow_matching import add_noise, sample_sigma
+from clora.flow_matching import flow_matching_losses
 from clora.models import Conditioning, Flux2KleinAdapter
 from clora.muon import Muon
 from clora.studio.edits import FAMILIES, sample_edit
@@ -200,10 +200,8 @@ def _loss(adapter: Flux2KleinAdapter, pool: Pool, entries: Tensor, embeddings: d
     prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
     text = torch.stack([embeddings[p] for p in prompts])
     x0 = pool.targets[rows, edits].float()
-    noise = torch.randn(x0.shape, generator=generator)
-    sigma = sample_sigma(BATCH, 3.0, generator)
-    velocity = adapter.velocity(add_noise(x0, noise, sigma), sigma, Conditioning(text, pool.sources[rows].float()))
-    return (velocity - (noise - x0)).square().mean()
+    conditioning = Conditioning(text, pool.sources[rows].float())
+    return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, 3.0, generator).mean()
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import save
 
 from clora.atomic import check_writable, write_atomic
-from clora.distill import load_pipeline, render_general_targets, render_targets
+from clora.config import DistillConfig
+from clora.distill import find_device, load_pipeline, render_general_targets, render_targets
 from clora.errors import CloraError, nearest
 from clora.progress import stage, up_to
 from clora.studio import base, baselines, teachers, text, text_training, vae
@@ -27,7 +28,7 @@ from clora.studio.assets import (
     sha256,
     to_bytes,
 )
-from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, NUM_GENERAL, demo_config
+from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
 from clora.studio.edits import sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import FIRST_HELD_OUT, general_accuracy, general_cases, held_out_sources
@@ -44,19 +45,20 @@ EVALUATION_SCENES, EVALUATION_GENERAL = 8, 54
 FLOORS = {"vae_psnr": 30.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.9, "general_accuracy": 0.9}
 
 
-Stage = Callable[[Path], tuple[dict[str, object], list[str]]]
-"""``stage(folder)`` writes to the folder and returns measured numbers and the files to hash."""
+Stage = Callable[[Path, torch.device], tuple[dict[str, object], list[str]]]
+"""``stage(folder, device)`` writes to the folder and returns measured numbers and the files to hash."""
 
 
-def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> None:
+def build(folder: Path | None = None, stages: Sequence[str] | None = None, device: str = "auto") -> None:
     """Builds the studio in ``folder`` (default: the package's own assets).
 
     Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; a base that was
     cut off resumes from its last checkpoint, ``.base.safetensors``.
 
     Raises:
-        CloraError: unknown stage, or the folder cannot be written.
+        CloraError: unknown stage or device, or the folder cannot be written.
     """
+    target = find_device(device)
     folder = check_writable(folder or ASSETS)
     for name in stages or ():
         if name not in STAGES:
@@ -66,8 +68,8 @@ def build(folder: Path | None = None, stages: Sequence[str] | None = None) -> No
             continue
         _check_inputs(folder, name)
         start = time.monotonic()
-        measured, files = STAGES[name](folder)
-        _record(folder, name, time.monotonic() - start, measured, files)
+        measured, files = STAGES[name](folder, target)
+        _record(folder, name, time.monotonic() - start, target, measured, files)
 
 
 def _check_inputs(folder: Path, name: str) -> None:
@@ -90,14 +92,14 @@ def _inputs(folder: Path, name: str) -> dict[str, str]:
     return {f: h for needed in NEEDS[name] for f, h in recorded.get(needed, {}).get("sha256", {}).items()}
 
 
-def check(folder: Path | None = None) -> None:
+def check(folder: Path | None = None, device: str = "auto") -> None:
     """Measures a built studio on held-out scenes and shows it against its floors.
 
     Raises:
-        CloraError: a measured number is below its floor.
+        CloraError: a measured number is below its floor, or unknown device.
     """
     folder = folder or assets_folder()
-    adapter = studio(folder)
+    adapter = studio(folder, device)
     names = [spec.effect for spec in teachers.SPECS]
     loras = teachers.load_teachers(adapter, folder / "teachers", names)
     evaluation = baselines.EvaluationSet.encode(adapter, names, EVALUATION_SCENES, EVALUATION_GENERAL)
@@ -123,7 +125,9 @@ def _show(results: list[tuple[str, float, float]]) -> None:
     Console().print(table)
 
 
-def _record(folder: Path, name: str, seconds: float, measured: dict[str, object], files: list[str]) -> None:
+def _record(
+    folder: Path, name: str, seconds: float, device: torch.device, measured: dict[str, object], files: list[str]
+) -> None:
     import diffusers
     import transformers
 
@@ -131,7 +135,7 @@ def _record(folder: Path, name: str, seconds: float, measured: dict[str, object]
         "command": f"clora studio build --stages {name}",
         "seed": SEED,
         "seconds": round(seconds, 1),
-        "device": "cpu",
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -146,9 +150,9 @@ def _record(folder: Path, name: str, seconds: float, measured: dict[str, object]
     write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
 
 
-def _vae_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
+def _vae_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
     with stage("autoencoder", VAE_UPDATES) as advance:
-        model = vae.train_vae(VAE_UPDATES, SEED, lambda update, values: advance(1, psnr=values["psnr"]))
+        model = vae.train_vae(VAE_UPDATES, SEED, device, lambda update, values: advance(1, psnr=values["psnr"]))
     model.half().save_pretrained(folder / "pipeline" / "vae")
     return vae_quality(model.float()), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
 
@@ -159,7 +163,7 @@ def vae_quality(model) -> dict[str, float]:
     draws = {n: [e.apply(s, np.random.default_rng([i, 6])) for i, s in enumerate(sources)] for n, e in EFFECTS.items()}
     exact = np.stack([image for row in draws.values() for image in row])
     with torch.no_grad():
-        latents = [model.encode(chunk).latent_dist.mode() for chunk in vae.to_tensor(exact).split(32)]
+        latents = [model.encode(chunk).latent_dist.mode() for chunk in vae.to_tensor(exact).to(model.device).split(32)]
         decoded = np.concatenate([vae.to_images(model.decode(z).sample) for z in latents])
     judges = [Judge.for_source(source, seed=100 + i) for i, source in enumerate(sources)]
     names = [name for name in EFFECTS for _ in sources]
@@ -174,10 +178,10 @@ def vae_quality(model) -> dict[str, float]:
     }
 
 
-def _text_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
+def _text_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
     torch.manual_seed(SEED)
     tokenizer = text.train_tokenizer(text.prompt_corpus())
-    encoder = text.make_text_encoder(len(tokenizer))
+    encoder = text.make_text_encoder(len(tokenizer)).to(device)
     with stage("text encoder", TEXT_UPDATES) as advance:
         accuracy = text_training.train_text_encoder(
             encoder, tokenizer, TEXT_UPDATES, SEED, lambda update, values: advance(1, **values)
@@ -188,7 +192,7 @@ def _text_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     return {"reading_accuracy": accuracy}, files
 
 
-def _base_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
+def _base_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
     from diffusers import AutoencoderKLFlux2
     from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
@@ -197,7 +201,7 @@ def _base_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
     encoder = Qwen3ForCausalLM.from_pretrained(folder / "pipeline" / "text_encoder").eval()
     autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
     pipeline = base.make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
-    adapter = base.studio_adapter(pipeline)
+    adapter = base.studio_adapter(pipeline.to(device))
     with stage("training edits", BASE_SCENES) as advance:
         pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
     checkpoint = folder / ".base.safetensors"
@@ -205,7 +209,7 @@ def _base_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
         base.train_base(adapter, pool, BASE_UPDATES, SEED, checkpoint, up_to(advance))
     save_pipeline(pipeline, folder / "pipeline")
     checkpoint.unlink(missing_ok=True)
-    adapter = studio(folder)
+    adapter = studio(folder, device)
     measured = {"general_accuracy": general_quality(adapter)}
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
@@ -221,9 +225,9 @@ def save_pipeline(pipeline, folder: Path) -> None:
             write_atomic(config, json.dumps(values, indent=2) + "\n")
 
 
-def studio(folder: Path):
-    """The adapter of a built studio."""
-    return base.studio_adapter(load_pipeline(str(folder / "pipeline"), "cpu"))
+def studio(folder: Path, device: str | torch.device = "auto"):
+    """The adapter of a built studio. Raises CloraError where it cannot be loaded."""
+    return base.studio_adapter(load_pipeline(str(folder / "pipeline"), str(device)))
 
 
 def general_quality(adapter) -> float:
@@ -246,8 +250,8 @@ def general_quality(adapter) -> float:
     return general_accuracy(vae.to_images(adapter.decode(latents)))
 
 
-def _teacher_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
-    adapter = studio(folder)
+def _teacher_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+    adapter = studio(folder, device)
     with stage(f"{len(teachers.SPECS)} teachers", teachers.UPDATES) as advance:
         trained = teachers.train_teachers(adapter, teachers.SPECS, SEED, up_to(advance))
     paths = [teachers.save_teacher(spec, trained[spec.effect], folder / "teachers") for spec in teachers.SPECS]
@@ -260,24 +264,28 @@ def scene_latents(adapter, seeds: Sequence[int]) -> torch.Tensor:
     return adapter.encode_images(vae.to_tensor(np.stack([render(make_scene(seed)) for seed in seeds])))
 
 
-def _target_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
-    adapter = studio(folder)
+def _target_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+    adapter = studio(folder, device)
     names = [spec.effect for spec in teachers.SPECS]
-    made = make_targets(adapter, teachers.load_teachers(adapter, folder / "teachers", names))
+    config = demo_config(names, SEED)
+    made = make_targets(adapter, teachers.load_teachers(adapter, folder / "teachers", names), config)
     write_atomic(folder / TARGETS, save(made.tensors()))
-    return {"sources_per_effect": TARGET_SOURCES, "general": NUM_GENERAL}, [TARGETS]
+    return {"sources_per_effect": TARGET_SOURCES, "general": len(made.general)}, [TARGETS]
 
 
-def make_targets(adapter, loras) -> Targets:
-    """Every teacher's render of the distillation's sources, and the base's of its general pairs."""
-    names = list(loras)
+def make_targets(adapter, loras, config: DistillConfig) -> Targets:
+    """Every teacher's render of the distillation's sources, and the base's of its general pairs.
+
+    They are the same for every seed of a training.
+    """
+    names, config = list(loras), config.model_copy(update={"seed": SEED})
     sources = target_sources(adapter).expand(len(names), -1, -1, -1)
     prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in names])
-    empty, config = adapter.encode_prompts([""])[0], demo_config(names, SEED)
-    passes = 2 * baselines.TEACHER_STEPS * (len(names) * TARGET_SOURCES + NUM_GENERAL)
+    empty, num_general = adapter.encode_prompts([""])[0], config.data.general_targets
+    passes = 2 * baselines.TEACHER_STEPS * (len(names) * TARGET_SOURCES + num_general)
     with stage("render targets", passes) as advance:
         latents = render_targets(adapter, loras, sources, prompts, empty, config, advance)
-        general = render_general_targets(adapter, *general_pairs(adapter), empty, config, advance)
+        general = render_general_targets(adapter, *general_pairs(adapter, num_general), empty, config, advance)
     return Targets(tuple(names), latents, general)
 
 
@@ -286,15 +294,15 @@ def target_sources(adapter) -> torch.Tensor:
     return scene_latents(adapter, [FIRST_TARGET_SCENE + i for i in range(TARGET_SOURCES)])
 
 
-def general_pairs(adapter) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sources ``[P, T, C]`` and instructions ``[P, L, D]`` of the general stream."""
-    seeds, rng = [FIRST_GENERAL_SCENE + i for i in range(NUM_GENERAL)], np.random.default_rng([SEED, 7])
+def general_pairs(adapter, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``count`` sources ``[P, T, C]`` and instructions ``[P, L, D]`` of the general stream."""
+    seeds, rng = [FIRST_GENERAL_SCENE + i for i in range(count)], np.random.default_rng([SEED, 7])
     instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
     return scene_latents(adapter, seeds), adapter.encode_prompts(instructions)
 
 
-def _baseline_stage(folder: Path) -> tuple[dict[str, object], list[str]]:
-    adapter = studio(folder)
+def _baseline_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+    adapter = studio(folder, device)
     every = [spec.effect for spec in teachers.SPECS]
     loras = teachers.load_teachers(adapter, folder / "teachers", every)
     rows, images = {}, {}

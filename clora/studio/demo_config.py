@@ -11,7 +11,7 @@ from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 GUIDANCE = 0.5
-NUM_GENERAL = 192
+NUM_GENERAL, FULL_GENERAL = 192, 1536  # the first are shipped
 DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "leaves", "snow", "colour_static")
 DEFAULT_MINUTES = 6.2
 FULL_UPDATES, FULL_ANCHOR_UPDATES = 2160, 2000  # one that matches distributions takes the time of nine that anchor
@@ -29,7 +29,7 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 "size": (SIZE, SIZE),
                 "max_sequence_length": MAX_SEQUENCE_LENGTH,
                 "general_instructions": ("studio",),
-                "general_targets": NUM_GENERAL,
+                "general_targets": NUM_GENERAL if minutes else FULL_GENERAL,
             },
             "student": {"rank": 64, "init": "merge"},
             "sampler": {"guidance": GUIDANCE},

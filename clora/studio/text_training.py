@@ -64,9 +64,10 @@ def train_text_encoder(
     Returns:
         The share of held-out sentences that are read wholly right at the last position.
     """
-    tokens, mask, labels = _encode(tokenizer, draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED))
+    encoded = _encode(tokenizer, draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED))
+    tokens, mask, labels = (tensor.to(encoder.device) for tensor in encoded)
     width = len(TAPS) * encoder.config.hidden_size
-    heads = nn.ModuleList(nn.Linear(width, int(column.max()) + 1) for column in labels.T)
+    heads = nn.ModuleList(nn.Linear(width, int(column.max()) + 1) for column in labels.T).to(encoder.device)
     parameters = [*encoder.train().requires_grad_(True).parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)

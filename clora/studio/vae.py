@@ -60,7 +60,7 @@ def to_images(tensor: Tensor) -> np.ndarray:
     return (tensor.float().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def train_vae(updates: int, seed: int, report: Callable[[int, dict[str, float]], None]):
+def train_vae(updates: int, seed: int, device: torch.device, report: Callable[[int, dict[str, float]], None]):
     """Trains the decoder against the linear encoder and sets the latent statistics; returns the model in eval mode.
 
     Noise on the latents (of unit variance) teaches the decoder to forgive a generator's errors. ``report(update, values)`` is called
@@ -70,11 +70,12 @@ def train_vae(updates: int, seed: int, report: Callable[[int, dict[str, float]],
     rng = np.random.default_rng([seed, 1])
     vae = make_vae().train()
     set_linear_encoder(vae, training_images(rng, 768))
+    vae.to(device)
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=updates, pct_start=0.1)
     for update in range(updates):
-        images = training_images(rng, BATCH)
+        images = training_images(rng, BATCH).to(device)
         crops = _crops(images, rng) if update < CROP_SHARE * updates else images
         loss, mse = _reconstruction_loss(vae, crops)
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +97,7 @@ def _crops(images: Tensor, rng: np.random.Generator) -> Tensor:
 def _reconstruction_loss(vae, images: Tensor) -> tuple[Tensor, float]:
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
-    amount = 0.1 * torch.rand(len(images), 1, 1, 1)
+    amount = 0.1 * torch.rand(len(images), 1, 1, 1).to(images)
     error = vae.decode(latents + amount * torch.randn_like(latents)).sample - images
     loss = error.square().mean() + 0.3 * error.abs().mean()
     return loss, float(error.detach().square().mean()) / 4
@@ -109,7 +110,9 @@ def set_latent_statistics(vae, rng: np.random.Generator, batches: int = 48) -> N
 
     packed = torch.cat(
         [
-            Flux2KleinPipeline._patchify_latents(vae.encode(training_images(rng, BATCH)).latent_dist.mode())
+            Flux2KleinPipeline._patchify_latents(
+                vae.encode(training_images(rng, BATCH).to(vae.device)).latent_dist.mode()
+            )
             for _ in range(batches)
         ]
     )
@@ -120,6 +123,6 @@ def set_latent_statistics(vae, rng: np.random.Generator, batches: int = 48) -> N
 @torch.no_grad()
 def reconstruction_psnr(vae, images: np.ndarray) -> float:
     """PSNR in dB of ``[N, 64, 64, 3]`` images in [0, 1] after encoding and decoding, averaged over images."""
-    decoded = to_images(vae.decode(vae.encode(to_tensor(images)).latent_dist.mode()).sample)
+    decoded = to_images(vae.decode(vae.encode(to_tensor(images).to(vae.device)).latent_dist.mode()).sample)
     mse = np.mean((decoded - images) ** 2, axis=(1, 2, 3))
     return float(np.mean(-10 * np.log10(np.maximum(mse, 1e-10))))

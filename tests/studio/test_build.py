@@ -22,7 +22,7 @@ def stages(monkeypatch):
     runs = []
 
     def make(name):
-        def stage(folder):
+        def stage(folder, device):
             runs.append(name)
             (folder / name).write_text(f"{name} {len(runs)}")
             return {"number": 1.5}, [name]
@@ -114,7 +114,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(teachers, "SPECS", teachers.SPECS[:4])  # one of each format
     monkeypatch.setattr(build, "DEFAULT_EFFECTS", ("negative", "thermal"))
     for module, counts in (
-        (build, {"EVALUATION_SCENES": 1, "EVALUATION_GENERAL": 2, "TARGET_SOURCES": 2, "NUM_GENERAL": 2}),
+        (build, {"EVALUATION_SCENES": 1, "EVALUATION_GENERAL": 2, "TARGET_SOURCES": 2}),
         (baselines, {"TEACHER_STEPS": 2}),
         (teachers, {"UPDATES": 2, "PAIRS": 2}),
     ):
