@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from clora.errors import CloraError
+from clora.paths import user_path
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -48,7 +49,7 @@ def check_writable(folder: str | Path) -> Path:
     Raises:
         CloraError: it is a file, cannot be created, or nothing can be written in it.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = user_path(folder).absolute()
     missing: list[Path] = []
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]

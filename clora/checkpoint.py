@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,10 +55,16 @@ def load_state(
     return {k.split("/", 1)[1]: v for k, v in flat.items() if k.startswith("tensor/")}, values
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def load_values(path: Path) -> dict[str, Any]:
+    """The JSON values of a file of ``save_state``. Raises CloraError as ``load_state``."""
+    return _read(path, tensors=False)[1]
+
+
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["values"])  # noqa: SIM118
+            keys = file.keys() if tensors else ()
+            return {key: file.get_tensor(key) for key in keys}, json.loads(file.metadata()["values"])
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise CloraError(
             f"checkpoint {path} cannot be read ({error}); remove it to start from the beginning"

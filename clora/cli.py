@@ -195,6 +195,9 @@ def _refuse_unusable(info: Mapping[str, Any]) -> None:
         "it has unknown keys": info["unknown_keys"],
         "some of its modules are damaged or do not fit": info["problems"],
         "it has modules that the pipeline lacks": info["unmatched"],
+        "none of its modules has a name of FLUX.2, the family that clora supports": info["modules"]
+        and info["matched"] is None
+        and not info["flux2_modules"],
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     if found:

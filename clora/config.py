@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from clora.config_file import parse_tree, read_tree, validate
+from clora.config_file import read_tree, validate
 from clora.errors import CloraError
+from clora.paths import user_path
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -38,7 +39,8 @@ class EffectConfig(_Model):
         lora: LoRA file or folder.
         prompt: the teacher's own training prompt.
         trigger: the student's unique word; by default made from the name (see `make_trigger`).
-        student_prompts: prompts of the student; by default the trigger followed by the teacher's prompt.
+        student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
+            by the teacher's prompt.
         sources: folder of images to edit; by default those of `DataConfig`.
         targets: folder of results, with file names equal to those in `sources`; by default the teacher renders them.
     """
@@ -66,6 +68,11 @@ class EffectConfig(_Model):
     def _check(self) -> EffectConfig:
         if self.targets is not None and self.sources is None:
             raise ValueError("targets needs sources: the folder of the images that the targets were made from")
+        without = [prompt for prompt in self.student_prompts if self.trigger not in prompt]
+        if without and self.trigger != make_trigger(self.name):
+            raise ValueError(
+                f"student_prompts: {without[0]!r} lacks the trigger {self.trigger!r}; add it or drop trigger"
+            )
         return self
 
 
@@ -287,18 +294,6 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DistillConfi
     return validate(DistillConfig, read_tree(path, overrides), str(path))
 
 
-def parse_config(text: str, where: str = "config") -> DistillConfig:
-    """The config of a YAML text, for example of a checkpoint. Raises CloraError as `load_config`."""
-    return validate(DistillConfig, parse_tree(text, where), where)
-
-
-def dump_config(config: DistillConfig) -> str:
-    """The config as YAML with every default filled in; `parse_config` reads it back equal."""
-    import yaml
-
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def general_instructions(data: DataConfig) -> tuple[str, ...]:
     """The instructions of the general stream, read from the text file where a path is given.
 
@@ -307,7 +302,7 @@ def general_instructions(data: DataConfig) -> tuple[str, ...]:
     """
     if not isinstance(data.general_instructions, str):
         return data.general_instructions
-    path = Path(data.general_instructions).expanduser()
+    path = user_path(data.general_instructions)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from clora.errors import CloraError, nearest
+from clora.paths import user_path
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
@@ -41,7 +42,7 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     Raises:
         CloraError: the file is missing, unreadable, malformed or no mapping, or an override does not fit.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from clora.atomic import check_writable
 from clora.config import DistillConfig
 from clora.data import DistillData
-from clora.distill import encode_student_prompts, find_device, load_pipeline, train_student, training_bar
+from clora.distill import find_device, load_pipeline, train_student, training_bar
+from clora.encoding import encode_student_prompts
 from clora.errors import CloraError, nearest
 from clora.export import Collection, check_output, export_collection, make_collection
 from clora.lora.state import LoRAState
@@ -36,6 +37,7 @@ class Run:
 
     folder: Path
     config: DistillConfig
+    full: bool
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -69,7 +71,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     names = check_effects(effects or DEFAULT_EFFECTS)
     folder = assets.assets_folder()
     config = demo_config(names, seed, None) if full else demo_config(names, seed)
-    run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}))
+    run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}), full)
     check_output(run.folder / "collection")
     with run.timed("load"), stage("load the studio", None):
         adapter = build.studio(folder, run.config.device)
@@ -85,7 +87,8 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     rows = measured_rows(run, adapter, loras) if shipped is None else shipped
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
-        verdicts = judge_effects(outputs)
+        with stage("judge", len(outputs)) as advance:
+            verdicts = judge_effects(outputs, advance)
         rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
     return _report(run, rows, outputs, folder, collection)
 
@@ -102,21 +105,21 @@ def check_effects(names: Sequence[str]) -> list[str]:
 def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
     """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
     names = list(loras)
-    sources = build.target_sources(adapter)
     targets = build.make_targets(adapter, loras, config) if recompute else assets.load_targets(folder)
-    general_sources, general_text = build.general_pairs(adapter, config.data.general_targets)
-    device = sources.device
-    return DistillData(
-        effects=tuple(names),
-        sources=sources.expand(len(names), *sources.shape),
-        targets=targets.of(names).to(device),
-        teacher_text=adapter.encode_prompts([effect.prompt for effect in config.effects]),
-        student_text=encode_student_prompts(adapter, config.effects),
-        general_sources=general_sources,
-        general_text=general_text,
-        empty_text=adapter.encode_prompts([""])[0],
-        general_targets=targets.general.to(device),
-    )
+    with stage("encode scenes and prompts", None):
+        sources = build.target_sources(adapter)
+        general_sources, general_text = build.general_pairs(adapter, config.data.general_targets)
+        return DistillData(
+            effects=tuple(names),
+            sources=sources.expand(len(names), *sources.shape),
+            targets=targets.of(names).to(sources.device),
+            teacher_text=adapter.encode_prompts([effect.prompt for effect in config.effects]),
+            student_text=encode_student_prompts(adapter, config.effects),
+            general_sources=general_sources,
+            general_text=general_text,
+            empty_text=adapter.encode_prompts([""])[0],
+            general_targets=targets.general.to(sources.device),
+        )
 
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
@@ -234,6 +237,7 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
     metrics = {
         "seed": run.config.seed,
         "device": device_name(run.config.device),
+        "targets_precomputed": not run.full,
         "seconds": run.seconds,
         "peak_rss_mb": _peak_megabytes(),
         "effects": names,

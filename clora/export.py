@@ -12,7 +12,7 @@ import torch
 from clora.atomic import check_writable, write_atomic
 from clora.config import DistillConfig
 from clora.errors import CloraError
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import check_storable, save_diffusers_lora
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
 
@@ -125,6 +125,7 @@ def export_collection(student: LoRAState, collection: Collection, folder: Path, 
         CloraError: the folder cannot be written, or a weight is not finite.
     """
     check_output(folder)
+    check_storable(student, folder / LORA_FILE, dtype)
     write_atomic(folder / "README.md", model_card(collection))
     try:
         student_scheduler(collection.shift).save_pretrained(folder / "scheduler")
@@ -160,6 +161,7 @@ def model_card(collection: Collection) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
+    environment.filters["cell"] = lambda text: " ".join(text.split()).replace("|", "\\|")
     return environment.get_template("model_card.md.j2").render(
         collection=collection, mark=CARD_MARK, prompt=repr(collection.effects[0].prompts[0])
     )

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from clora.errors import CloraError
+from clora.paths import user_path
 
 MAX_PIXELS = 64_000_000
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
@@ -36,7 +37,7 @@ def load_images(folder: str | Path, size: tuple[int, int]) -> tuple[list[str], T
 
 def list_images(folder: str | Path) -> list[Path]:
     """The files of an image folder in order of their names. Raises CloraError where there are none."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     try:
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing"

@@ -115,8 +115,6 @@ METHODS = {
     "merge_svd": "merged LoRA, SVD",
     "merge_ties_svd": "merged LoRA, TIES + SVD",
     "merge_dare_ties_svd": "merged LoRA, DARE + TIES + SVD",
-    "merge_dare_linear_svd": "merged LoRA, DARE + SVD",
-    "merge_magnitude_prune_svd": "merged LoRA, magnitude pruning + SVD",
     "base": "base model, no LoRA",
     "clora": "clora: one LoRA, 8 passes",
 }
@@ -127,7 +125,7 @@ def write_report(folder: str | Path, metrics: Mapping[str, Any], grid: GridData,
 
     Args:
         folder: where to; created where it is missing.
-        metrics: ``seed, device, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents them. A value that is
+        metrics: ``seed, device, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents them. A value that is
             not finite is written as null.
         grid: pictures.
         curves: name to (update, value) pairs.

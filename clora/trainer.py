@@ -6,15 +6,14 @@ Source: docs/method.md section 4.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, Slots
-from clora.checkpoint import load_state, save_state
+from clora.checkpoint import load_state, load_values, save_state
 from clora.config import DistillConfig
 from clora.data import Batch, BatchSampler, DistillData
 from clora.errors import CloraError
@@ -31,6 +30,7 @@ from clora.objective import (
 )
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
 from clora.sampling import guided, simulate_to_step
+from clora.student_rows import Part, StudentRows
 
 STUDENT, CRITIC = "student", "critic"
 Rollout = tuple[Tensor, Tensor]
@@ -74,7 +74,7 @@ class DistillTrainer:
 
         Args:
             report: called as ``report(update, values)`` after every student update.
-            checkpoint: resumed from if it exists, written every ``train.checkpoint_every`` updates.
+            checkpoint: resumed from if it exists, written every ``train.checkpoint_every`` updates and at the end.
 
         Raises:
             CloraError: a loss or gradient is not finite; names update, effect and term.
@@ -91,6 +91,8 @@ class DistillTrainer:
             report(self.update, values)
             if checkpoint is not None and self.update % train.checkpoint_every == 0:
                 self.save(checkpoint)
+        if checkpoint is not None:
+            self.save(checkpoint)  # what follows may fail, for example on a full disk
 
     def _progress(self) -> float:
         """The share of the run that is done, by updates or by time, whichever is more."""
@@ -320,62 +322,17 @@ class DistillTrainer:
         return {STUDENT: self.student, CRITIC: self.critic}
 
 
-@dataclass(frozen=True)
-class Part:
-    """One kind of student rows before they are joined: ``x [B, T, C]`` at noise ``sigma [B]``, one loss weight."""
-
-    kind: int
-    batch: Batch
-    x: Tensor
-    sigma: Tensor
-    weight: float
-
-
-@dataclass(frozen=True)
-class StudentRows:
-    """The joined rows of one student forward, distribution-matching rows first.
-
-    Attributes:
-        x, sigma, kind, weight, effect, conditioning: per student row.
-        teacher: the teachers' conditioning of the rows to be scored.
-        score_sigma: ``[D]`` noise level at which each of these is scored.
-        anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
-    """
-
-    x: Tensor
-    sigma: Tensor
-    kind: Tensor
-    weight: Tensor
-    effect: Tensor
-    conditioning: Conditioning
-    teacher: Conditioning
-    score_sigma: Tensor
-    anchor_target: Tensor | None
-
-    @staticmethod
-    def join(parts: Sequence[Part], score_sigma: Tensor, anchor_target: Tensor | None) -> StudentRows:
-        """Joins the parts; what was drawn on the CPU moves to the latents' device, but ``effect``, which routes."""
-        x = torch.cat([part.x for part in parts])
-        counts = torch.tensor([len(part.batch) for part in parts])
-        return StudentRows(
-            x=x,
-            sigma=torch.cat([part.sigma for part in parts]).to(x.device),
-            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts).to(x.device),
-            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts).to(x.device),
-            effect=torch.cat([part.batch.effect for part in parts]),
-            conditioning=Conditioning.cat([part.batch.student for part in parts]),
-            teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
-            score_sigma=score_sigma.to(x.device),
-            anchor_target=anchor_target,
-        )
-
-
 FREE_TO_CHANGE = {"train": {"updates", "minutes", "checkpoint_every", "scoring_rows"}}
 
 
 def _resumable(config: DistillConfig) -> dict[str, object]:
     """The settings that a resumed run must share with the one that it continues."""
     return config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE})
+
+
+def check_resumable(checkpoint: Path, config: DistillConfig) -> None:
+    """Reads of a checkpoint its settings alone. Raises CloraError where it is broken, or another run's."""
+    _check_same(load_values(checkpoint)["config"], _resumable(config), checkpoint)
 
 
 def _check_same(written: Mapping, current: Mapping, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from clora.config import dump_config, general_instructions, load_config, make_trigger, parse_config
+from clora.config import general_instructions, load_config, make_trigger
 from clora.errors import CloraError
 from clora.testing import tiny_config
 
@@ -63,11 +63,6 @@ def test_unset_trigger_means_default(load):
     assert load("effects.1.trigger=null", "effects.1.student_prompts=[]").effects[1].trigger == make_trigger("comic")
 
 
-def test_dump_reads_back_equal(load):
-    config = load("objective.dual_stream=false", "train.minutes=2.5", "student.targets=[to_q]")
-    assert parse_config(dump_config(config)) == config
-
-
 def test_frozen(load):
     with pytest.raises(ValidationError):
         load().seed = 1
@@ -96,7 +91,8 @@ def test_frozen(load):
         ("device=gpu", "device: expected auto, cpu"),
         ("effects=[]", r"effects: expected at least 1 item"),
         ("effects.1.name=snow fall", "two effects have the name 'snow fall'"),
-        ("effects.1.trigger=<snow_fall_Xe4025>", "two effects have the trigger '<snow_fall_Xe4025>'"),
+        ("effects.0.trigger=<c>", "two effects have the trigger '<c>'"),
+        ("effects.1.trigger=<other>", "'<c> one' lacks the trigger '<other>'"),
         ("effects.0.targets=there", r"effects\.0: targets needs sources"),
         ("data.general_instructions=[]", r"needs data\.general_instructions"),
         ("effects.2.name=x", "expected an entry from 0 to 1, found '2'"),

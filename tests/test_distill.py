@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
-from clora.config import parse_config
-from clora.distill import distill, encode_student_prompts, render_targets
+from clora import encoding
+from clora.distill import distill
+from clora.encoding import encode_student_prompts, render_targets
 from clora.errors import CloraError
 from clora.export import LORA_FILE
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
+from clora.lora.source import content_hash
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
 
 EFFECTS = ("blueprint", "snow")
@@ -57,12 +60,11 @@ def make_config(tiny_folder, loras, images, tmp_path):
     return make
 
 
-def test_two_files_become_one_collection(make_config, tiny_folder, tmp_path):
+def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_path):
     config = make_config()
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "scheduler", "clora.yaml"} == {p.name for p in folder.iterdir()}
-    assert parse_config((folder / "clora.yaml").read_text("utf-8")) == config
+    assert {"README.md", LORA_FILE, "scheduler"} == {p.name for p in folder.iterdir()}
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     state = load_lora(folder, linear_shapes(pipeline.transformer))
     assert state.max_rank == config.student.rank
@@ -70,7 +72,16 @@ def test_two_files_become_one_collection(make_config, tiny_folder, tmp_path):
     pipeline.load_lora_weights(folder)
     assert pipeline.get_active_adapters()
     assert "make it blueprint" in state.metadata["clora.effects"]
-    assert '"snow"' in state.metadata["clora.effects"]
+    stated = {effect["name"]: effect for effect in json.loads(state.metadata["clora.effects"])}
+    for name, lora in loras.items():
+        assert stated[name]["teacher"] == lora.name
+        assert stated[name]["teacher_sha256"] == content_hash(lora)
+        assert stated[name]["prompts"] == list(next(e for e in config.effects if e.name == name).student_prompts)
+    sampling = json.loads(state.metadata["clora.sampling"])
+    assert (sampling["steps"], sampling["shift"], sampling["size"]) == (config.sampler.steps, 3.0, list(SIZE))
+    assert state.metadata["clora.base_model"] == tiny_folder.name
+    assert json.loads(state.metadata["clora.provenance"])["train"]["updates"] == config.train.updates
+    assert str(tmp_path) not in json.dumps(state.metadata), "paths of the machine"
 
 
 def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
@@ -88,11 +99,14 @@ def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
     from clora.images import load_images
 
     for stacked, folder in ((data.sources, sources), (data.targets, targets)):
-        expected = seen["adapter"].encode_images(load_images(folder, SIZE)[1][:2])
+        expected = seen["adapter"].encode_images(load_images(folder, SIZE)[1])
         torch.testing.assert_close(stacked[0], expected, rtol=1e-5, atol=1e-5)
     assert data.effects == EFFECTS
     assert len(data.general_sources) == 3  # of 4 images one is held out
-    assert data.sources.shape[:2] == (2, 2)
+    assert data.sources.shape[:2] == (2, 3), "all given pairs, whatever sources_per_effect"
+    for stacked in (data.sources[1], data.targets[1]):  # two rendered samples, repeated in turn
+        assert torch.equal(stacked[2], stacked[0])
+        assert not torch.equal(stacked[1], stacked[0])
 
 
 def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
@@ -176,6 +190,29 @@ def unknown_class(tmp_path):
     return {"pipeline": str(tmp_path / "newer")}
 
 
+def damaged_tokenizer(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer" / "tokenizer.json").write_text("{}")
+    return {"pipeline": str(tmp_path / "damaged")}
+
+
+def pickled_vae(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pickled")
+    folder = tmp_path / "pickled" / "vae"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    return {"pipeline": str(tmp_path / "pickled")}
+
+
+def vae_without_some_weights(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "lacking")
+    weights = tmp_path / "lacking" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: tensors[k] for k in sorted(tensors)[:-3]}, weights, {"format": "pt"})
+    return {"pipeline": str(tmp_path / "lacking")}
+
+
 def output_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     return {"output": str(tmp_path / "file")}
@@ -188,6 +225,11 @@ BAD = {
     "no_pipeline_there": (lambda tmp: {"pipeline": str(tmp / "nothing")}, "cannot be loaded"),
     "unknown_pipeline_class": (unknown_class, "cannot be loaded"),
     "not_a_pipeline": (not_a_pipeline, "cannot be loaded"),
+    "damaged_tokenizer": (damaged_tokenizer, "cannot be loaded"),
+    "vae_without_some_weights": (vae_without_some_weights, "cannot be loaded"),
+    "pickled_vae": (pickled_vae, r"diffusion_pytorch_model\.bin is a pickle.*save_pretrained"),
+    "no_such_home": (lambda tmp: {"output": "~nobody-of-this-name/out"}, "write the path in full"),
+    "zero_byte": (lambda tmp: {"output": f"{tmp}/a\0b"}, "zero byte"),
     "size": (lambda tmp: {"data": {"size": (18, 16)}}, "multiples of 4"),
     "overlong_prompt": (lambda tmp: {"first": {"prompt": "snow " * 60}}, "at most 40 tokens"),
     "overlong_student_prompt": (lambda tmp: {"first": {"student_prompts": ("snow " * 60,)}}, "at most 40 tokens"),
@@ -203,8 +245,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, case):
+def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
     make_bad, message = BAD[case]
+    monkeypatch.setattr(encoding, "render_targets", None)  # that takes hours: mistakes are told before
     with pytest.raises(CloraError, match=message):
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"
@@ -214,7 +257,7 @@ def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, case)
 def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkeypatch, tmp_path):
     sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
     seen = {}
-    render = engine.render_targets
+    render = encoding.render_targets
 
     def rendered(adapter, teachers, *rest):
         seen["names"] = list(teachers)
@@ -224,7 +267,7 @@ def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkey
         seen.update(data=data, checkpoint=checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "render_targets", rendered)
+    monkeypatch.setattr(encoding, "render_targets", rendered)
     monkeypatch.setattr(engine, "train_student", train)
     with pytest.raises(KeyboardInterrupt):
         distill(make_config({"sources": str(sources), "targets": str(targets)}, data={"general_targets": 3}))
@@ -253,3 +296,26 @@ def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
     with pytest.raises(CloraError, match=r"another README\.md"):
         distill(make_config())
     assert (tmp_path / "out" / "README.md").read_text() == "my project"
+
+
+def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make_config, monkeypatch):
+    def no_disk(*arguments):
+        raise CloraError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clora.export.export_collection", no_disk)
+        with pytest.raises(CloraError, match="disk is full"):
+            distill(make_config())  # trained whole: the checkpoint stays
+    monkeypatch.setattr(encoding, "render_targets", None)
+    with pytest.raises(CloraError, match=r"written by another run \(seed differ"):
+        distill(make_config(seed=99))
+
+
+def test_a_pipeline_saved_in_bfloat16_runs_in_one_type(tmp_path):
+    """transformers keeps the type of a text encoder's file, diffusers makes the rest fp32."""
+    pipeline = tiny_pipeline()
+    pipeline.text_encoder.to(torch.bfloat16)
+    pipeline.save_pretrained(tmp_path)
+    loaded = engine.load_pipeline(str(tmp_path), "cpu")
+    assert loaded.text_encoder.dtype == loaded.transformer.dtype == torch.float32
+    assert loaded.encode_prompt("a red circle", max_sequence_length=40)[0].dtype == torch.float32

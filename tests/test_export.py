@@ -302,3 +302,18 @@ def test_quotes_in_a_prompt_do_not_break_the_card():
     described = Collection([CollectedEffect("a", ('say "a"',), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
     code = model_card(described).split("```")[1].removeprefix("python")
     assert compile(code, "card", "exec")
+
+
+def test_weights_that_overflow_leave_nothing(adapter, tmp_path):
+    student = random_lora(adapter.pipeline.transformer, 2, 0)
+    next(iter(student.modules.values())).lora_B[0, 0] = 1e6
+    described = Collection([CollectedEffect("a", ("p",), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
+    with pytest.raises(CloraError, match="infinite values as torch.float16"):
+        export_collection(student, described, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_with_table_marks_stays_in_its_cell():
+    effect = CollectedEffect("a|b", ("one | two\nthree",), "a.safetensors", "ab" * 32)
+    card = model_card(Collection([effect], "base", STEPS, 3.0, 40, SIZE, {}))
+    assert "| a\\|b | `one \\| two three` | a.safetensors `abababababab` | not stated in its file |" in card

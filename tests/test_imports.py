@@ -11,12 +11,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
-    {"clora.errors", "clora.ops"},
+    {"clora.errors", "clora.ops", "clora.paths"},
     {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.muon", "clora.progress"},
     {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
     {"clora.adapter_bank", "clora.generation", "clora.models", "clora.objective", "clora.sampling"},
     {"clora.studio"},
-    {"clora.data", "clora.demo", "clora.distill", "clora.export", "clora.lora_training", "clora.trainer"},
+    {
+        "clora.data",
+        "clora.demo",
+        "clora.distill",
+        "clora.encoding",
+        "clora.export",
+        "clora.lora_training",
+        "clora.student_rows",
+        "clora.trainer",
+    },
     {"clora.cli"},
 )
 APPLICATIONS = 5

@@ -17,6 +17,7 @@ def test_singular_values_are_brought_near_one(shape):
     assert (rotated - rotated.diagonal().diag()).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
 def test_steps_agree_with_torch_up_to_its_bfloat16(shape):
     generator = torch.Generator().manual_seed(1)

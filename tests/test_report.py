@@ -41,7 +41,15 @@ def metrics():
     rows = [row("teachers_80", 0.96), row("merge_svd", 0.3), row("base", 0.0, float("nan")), row("clora", 0.9, 21.0)]
     rows[-1]["precomputed"] = False
     seconds = {"distil": 3.0}
-    return {"seed": 1, "device": "cpu", "seconds": seconds, "peak_rss_mb": 9.0, "effects": EFFECTS, "rows": rows}
+    return {
+        "seed": 1,
+        "device": "cpu",
+        "targets_precomputed": True,
+        "seconds": seconds,
+        "peak_rss_mb": 9.0,
+        "effects": EFFECTS,
+        "rows": rows,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,7 @@ def test_metrics_are_valid_json(folder):
     by_method = {entry["method"]: entry for entry in found["rows"]}
     assert by_method["base"]["psnr"] is None
     assert by_method["clora"]["general_accuracy"] == 0.5
-    assert list(found) == ["seed", "device", "seconds", "peak_rss_mb", "effects", "rows"]
+    assert list(found) == ["seed", "device", "targets_precomputed", "seconds", "peak_rss_mb", "effects", "rows"]
 
 
 def test_page_is_self_contained(folder):

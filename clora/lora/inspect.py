@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from clora.errors import CloraError
 from clora.lora.files import check_fit, check_pair, find_alpha, linear_shapes, read_finite
-from clora.lora.keys import FileKeys, Route, routes, sort_keys, split_prefix
+from clora.lora.keys import FileKeys, Route, has_flux2_name, routes, sort_keys, split_prefix
 from clora.lora.source import LoRASource, content_hash, open_lora
+from clora.paths import user_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +32,8 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
         ``ranks, alphas, scales`` (count by value), ``modules`` (one entry each: ``name, targets, rank, alpha,
         alpha_from, scale``), ``matched`` (target modules that it changes; None without a target), ``unmatched``
-        (module names), ``problems`` (one message each), ``unknown_keys``, ``unsupported`` (adapter types) and
-        ``metadata``.
+        (module names), ``flux2_modules`` (how many have a name that a FLUX.2 model knows), ``problems`` (one message
+        each), ``unknown_keys``, ``unsupported`` (adapter types) and ``metadata``.
 
     Raises:
         CloraError: a missing, corrupt or pickled file, an adapter config that contradicts the tensors, or none where
@@ -58,6 +59,7 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
         "scales": _counts(modules, "scale"),
         "matched": None if table is None else sum(len(entry["targets"]) for entry in modules),
         "unmatched": [] if table is None else [entry["name"] for entry in modules if not entry["targets"]],
+        "flux2_modules": sum(has_flux2_name(stem) for stem in whole),
         "problems": problems,
     }
 
@@ -134,7 +136,8 @@ def _counts(modules: list[dict[str, Any]], name: str) -> dict[str, int]:
 
 
 def _rows(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    matched = "no model given" if info["matched"] is None else f"{info['matched']} layers of the model"
+    named = f"{info['flux2_modules']} have names of FLUX.2 (no model given: --pipeline tells which of its layers they change)"
+    matched = named if info["matched"] is None else f"{info['matched']} layers of the model"
     rows = [
         ("format", info["format"]),
         ("modules", f"{len(info['modules'])} in the file; {matched}"),
@@ -172,14 +175,14 @@ def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
     Raises:
         CloraError: no folder of a diffusers pipeline with a transformer.
     """
-    file = Path(folder).expanduser() / "transformer" / "config.json"
+    import torch
+
+    file = user_path(folder) / "transformer" / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = getattr(importlib.import_module("diffusers"), config["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with torch.device("meta"):
+            return linear_shapes(kind.from_config(config))
+    except Exception as error:  # a class made from a damaged config raises whatever it meets
         message = f"{folder} is not a diffusers pipeline with a transformer ({file}: {error})"
         raise CloraError(f"{message}; expected a folder as save_pretrained writes it") from error
-    import torch
-
-    with torch.device("meta"):
-        return linear_shapes(kind.from_config(config))

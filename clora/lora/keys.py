@@ -75,6 +75,13 @@ _ORIGINAL_FLUX2 = {
     "single_transformer_blocks.N.attn.to_out": ("single_blocks.N.linear2", 0, 1),
 }
 
+_FLUX2_NAME = re.compile(
+    "|".join(
+        re.escape(name).replace(r"\.", "[._]").replace("]N[", r"]\d+[")
+        for name in sorted(set(_ORIGINAL_FLUX2) | {original for original, _, _ in _ORIGINAL_FLUX2.values()})
+    )
+)
+
 
 @dataclass(frozen=True)
 class Route:
@@ -140,12 +147,12 @@ class AdapterConfig:
         try:
             return cls(
                 rank=None if values.get("r") is None else int(values["r"]),
-                alpha=None if values.get("lora_alpha") is None else float(values["lora_alpha"]),
+                alpha=None if values.get("lora_alpha") is None else _finite(values["lora_alpha"]),
                 rank_pattern={key: int(value) for key, value in (values.get("rank_pattern") or {}).items()},
-                alpha_pattern={key: float(value) for key, value in (values.get("alpha_pattern") or {}).items()},
+                alpha_pattern={key: _finite(value) for key, value in (values.get("alpha_pattern") or {}).items()},
                 use_rslora=bool(values.get("use_rslora")),
             )
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CloraError(f"{where}: r, lora_alpha and their patterns must be numbers ({error})") from error
 
     def module_rank(self, module: str) -> int | None:
@@ -159,6 +166,13 @@ class AdapterConfig:
     def scale(self, alpha: float, rank: int) -> float:
         """The factor on ``lora_B @ lora_A``: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"found {number}")
+    return number
 
 
 def _match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -196,6 +210,11 @@ def split_prefix(stem: str) -> tuple[str, str]:
         if stem.startswith(prefix):
             return format_name, stem.removeprefix(prefix)
     return "bare", stem
+
+
+def has_flux2_name(stem: str) -> bool:
+    """Whether a module name as in a file is one of FLUX.2's, in diffusers' or the original naming."""
+    return _FLUX2_NAME.fullmatch(split_prefix(stem)[1]) is not None
 
 
 def original_route(module: str) -> Route:

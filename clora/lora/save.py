@@ -161,6 +161,11 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
             temporary.unlink()
 
 
+def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:
+    """Raises CloraError where a value is not finite in the type it is to be stored in."""
+    _refuse_nonfinite(_named(state.modules, "transformer.", dtype), path)
+
+
 def _refuse_nonfinite(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():

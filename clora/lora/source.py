@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clora.errors import CloraError
 from clora.lora.keys import AdapterConfig
+from clora.paths import user_path
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
 METADATA_KEY = "lora_adapter_metadata"
@@ -87,7 +88,7 @@ def find_weights(path: str | Path) -> Path:
     Raises:
         CloraError: nothing there, several candidates, or a pickle.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         return _find(path)
     except OSError as error:
@@ -168,7 +169,7 @@ def _adapter_config(file: Path, keys: Iterable[str], metadata: dict[str, str]) -
 def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CloraError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CloraError(f"{where} must be a JSON object, found {type(value).__name__}")

@@ -35,9 +35,18 @@ def pipeline_folder() -> Path:
 
 
 def provenance(folder: Path) -> dict:
-    """Stage name to what its build recorded: seconds, seeds, versions, measured numbers, hashes of its files."""
+    """Stage name to what its build recorded: seconds, seeds, versions, measured numbers, hashes of its files.
+
+    Raises:
+        CloraError: it cannot be read.
+    """
     path = folder / PROVENANCE
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CloraError(
+            f"{path} cannot be read ({error}); restore it, or remove it and build the studio anew"
+        ) from error
 
 
 def student_prompts(effect: str) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from safetensors.numpy import save
 
 from clora.atomic import check_writable, write_atomic
 from clora.config import DistillConfig
-from clora.distill import find_device, load_pipeline, render_general_targets, render_targets
+from clora.distill import find_device, load_pipeline
+from clora.encoding import render_general_targets, render_targets
 from clora.errors import CloraError, nearest
 from clora.progress import stage, up_to
 from clora.studio import base, baselines, teachers, text, text_training, vae
@@ -226,7 +227,9 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def studio(folder: Path, device: str | torch.device = "auto"):
-    """The adapter of a built studio. Raises CloraError where it cannot be loaded."""
+    """The adapter of a built studio. Raises CloraError where it is missing or cannot be loaded."""
+    if not (folder / "pipeline" / "model_index.json").exists():  # else its name would be asked of the model hub
+        raise CloraError(f"expected a studio in {folder}, found no pipeline in it; `clora studio build {folder}`")
     return base.studio_adapter(load_pipeline(str(folder / "pipeline"), str(device)))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from clora.studio.effects._image import LUMA
 from clora.studio.scenes import (
     COLOURS,
     KINDS,
@@ -26,7 +27,6 @@ from clora.studio.scenes import (
 )
 
 Words = tuple[str, ...]
-LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +125,13 @@ def _light(gain: float, lift: float) -> Callable[[Scene, np.random.Generator], t
 
 
 def _grey(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-    grey = render(scene) @ LUMINANCE
+    grey = render(scene) @ LUMA
     return np.repeat(grey[..., None], 3, axis=-1), "", ""
 
 
 def _saturate(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
     image = render(scene)
-    grey = (image @ LUMINANCE)[..., None]
+    grey = (image @ LUMA)[..., None]
     return grey + 1.6 * (image - grey), "", ""
 
 

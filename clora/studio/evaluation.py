@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -79,12 +79,20 @@ def _differ(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.abs(a - b).mean() > 0.01)
 
 
-def judge_effects(outputs: Mapping[str, np.ndarray]) -> dict[str, list[Verdict]]:
-    """Verdicts of effect name to outputs ``[N, 64, 64, 3]`` on the first N held-out scenes, in order."""
-    return {
-        effect: [judge.score(image, effect) for judge, image in zip(judges(len(images)), images, strict=True)]
-        for effect, images in outputs.items()
-    }
+def judge_effects(
+    outputs: Mapping[str, np.ndarray], report: Callable[[int], None] = lambda effects: None
+) -> dict[str, list[Verdict]]:
+    """Verdicts of effect name to outputs ``[N, 64, 64, 3]`` on the first N held-out scenes, in order.
+
+    ``report(1)`` is called after each effect.
+    """
+    verdicts = {}
+    for effect, images in outputs.items():
+        verdicts[effect] = [
+            judge.score(image, effect) for judge, image in zip(judges(len(images)), images, strict=True)
+        ]
+        report(1)
+    return verdicts
 
 
 def general_accuracy(outputs: Sequence[np.ndarray]) -> float:

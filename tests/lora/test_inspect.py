@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
-from clora.lora.inspect import inspect_lora, render
+from clora.lora.inspect import inspect_lora, pipeline_shapes, render
 from clora.lora.save import save_kohya, save_peft_folder
 
 
@@ -107,3 +107,21 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
     assert len(info["modules"]) == 1
     (problem,) = info["problems"]
     assert f"{spoilt} holds NaN" in problem
+
+
+def test_a_lora_of_another_family_is_told_without_a_model(tmp_path, targets, random_state):
+    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0)
+    assert inspect_lora(tmp_path)["flux2_modules"] == len(inspect_lora(tmp_path)["modules"])
+    other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert inspect_lora(tmp_path / "b.safetensors")["flux2_modules"] == 0
+
+
+@pytest.mark.parametrize("values", [{"num_layers": "x"}, {"_class_name": "logging"}, {"_class_name": 3}])
+def test_a_damaged_config_of_the_model(tmp_path, adapter, values):
+    adapter.pipeline.transformer.save_config(tmp_path / "transformer")
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(CloraError, match="not a diffusers pipeline"):
+        pipeline_shapes(tmp_path)

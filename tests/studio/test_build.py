@@ -75,6 +75,22 @@ def test_the_shipped_stages_belong_together():
     assert assets.load_targets(folder).effects == tuple(sorted(spec.effect for spec in teachers.SPECS))
 
 
+def test_the_shipped_studio_was_measured_above_its_floors():
+    recorded = assets.provenance(assets.assets_folder())
+    measured = {name: value for entry in recorded.values() for name, value in entry["measured"].items()}
+    assert all(measured[name] >= build.FLOORS[name] for name in ("vae_psnr", "judge_accuracy", "general_accuracy"))
+    assert measured["teacher_accuracy"].keys() == {spec.effect for spec in teachers.SPECS}
+    assert min(measured["teacher_accuracy"].values()) >= build.FLOORS["teacher_accuracy"]
+
+
+def test_a_folder_without_a_studio_is_told(tmp_path):
+    with pytest.raises(CloraError, match="found no pipeline in it"):
+        build.studio(tmp_path)
+    (tmp_path / assets.PROVENANCE).write_text("{")
+    with pytest.raises(CloraError, match="cannot be read"):
+        assets.provenance(tmp_path)
+
+
 def test_an_unknown_stage_names_the_nearest(tmp_path):
     with pytest.raises(CloraError, match=r"unknown stage 'bases'.*'base'"):
         build.build(tmp_path, ["bases"])
@@ -88,7 +104,7 @@ def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
     monkeypatch.setattr(baselines, "TEACHER_STEPS", 2)
     adapter = build.studio(assets.assets_folder())
     loras = teachers.load_teachers(adapter, assets.assets_folder() / "teachers", NAMES)
-    run = demo.Run(tmp_path, demo_config(NAMES, 0))
+    run = demo.Run(tmp_path, demo_config(NAMES, 0), full=True)
     rows = demo.measured_rows(run, adapter, loras)
     assert list(rows) == ["teachers_80", "teachers_8", *baselines.MERGES, "base"]
     for row in rows.values():

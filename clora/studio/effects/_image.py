@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-SIZE = 64
+from clora.studio.scenes import SIZE
+
 ROWS, COLS = (grid.astype(np.float32) for grid in np.mgrid[0:SIZE, 0:SIZE])
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
