@@ -190,8 +190,8 @@ def load_pipeline(path: str, device: str):
         pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
-                component.eval().requires_grad_(False)
-        return pipeline.to(target, torch.float32)  # a text encoder saved in bf16 would stay so beside an fp32 rest
+                component.eval().requires_grad_(False).float()  # all of one type, whatever each was saved in
+        return pipeline.to(target)
     except Exception as error:  # readers of damaged configs, tokenizers and weights raise whatever they meet
         raise CloraError(f"pipeline {path!r} cannot be loaded: {error}") from error
 
