@@ -81,7 +81,10 @@ def demo(
         ),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Train longer; render the targets and measure every row again.")
+        bool,
+        typer.Option(
+            "--full", help="Train longer, render the targets and measure every row again: most of an hour on two cores."
+        ),
     ] = False,
     device: Device = "auto",
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from clora.adapter_bank import AdapterBank, fresh_lora
+from clora.checkpoint import load_values
 from clora.config import DEVICE_NAMES, DEVICES, DistillConfig, TrainConfig
 from clora.data import DistillData
 from clora.encoding import encode_data
@@ -22,7 +23,7 @@ from clora.lora.state import LoRAModule, LoRAState
 from clora.models import Flux2KleinAdapter, adapter_for, linear_names
 from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
-from clora.progress import stage, up_to
+from clora.progress import say, stage, up_to
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumable
 
 
@@ -118,14 +119,36 @@ def distill(config: DistillConfig) -> Path:
         collection = _collection(config, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
-    if checkpoint.exists():
-        check_resumable(checkpoint, config)
+    _say_what_is_there(output, checkpoint, config)
     data = encode_data(config, adapter, teachers)
-    with training_bar(f"distil {len(teachers)} effects", config.train) as report:
+    with _told_when_stopped(checkpoint), training_bar(f"distil into {output.name}", config.train) as report:
         student = train_student(config, adapter, teachers, data, report, checkpoint)
     export_collection(student, collection, output, pipeline.transformer.dtype)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
     return output
+
+
+def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig) -> None:
+    """Tells of a run that goes on and of a collection that is replaced. Raises CloraError for another run's checkpoint."""
+    from clora.export import LORA_FILE
+
+    if checkpoint.exists():
+        say(f"going on from update {check_resumable(checkpoint, config)} of the run in {output}")
+    elif (output / LORA_FILE).exists():
+        say(f"{output} holds a finished collection, which this run replaces at its end")
+
+
+@contextmanager
+def _told_when_stopped(checkpoint: Path) -> Iterator[None]:
+    """Says after Ctrl-C what was kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            say(f"stopped; the same command goes on from update {load_values(checkpoint)['update']}")
+        else:
+            say("stopped; nothing is kept before the first checkpoint (train.checkpoint_every)")
+        raise
 
 
 def _check_exportable(config: DistillConfig) -> None:
@@ -186,6 +209,8 @@ def load_pipeline(path: str, device: str):
     target = find_device(device)
     folder = user_path(path)
     _refuse_pickles(folder)
+    if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
+        raise CloraError(f"pipeline {path!r}: no such folder; expected a pipeline's folder or a hub id")
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path)
         for component in pipeline.components.values():
@@ -193,7 +218,8 @@ def load_pipeline(path: str, device: str):
                 component.eval().requires_grad_(False).float()  # all of one type, whatever each was saved in
         return pipeline.to(target)
     except Exception as error:  # readers of damaged configs, tokenizers and weights raise whatever they meet
-        raise CloraError(f"pipeline {path!r} cannot be loaded: {error}") from error
+        what = "" if folder.exists() else "; there is no such folder, so it was taken for a hub id"
+        raise CloraError(f"pipeline {path!r} cannot be loaded{what}: {error}") from error
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -50,6 +50,11 @@ def stage(title: str, total: int | None, console: Console | None = None) -> Iter
         yield advance
 
 
+def say(text: str) -> None:
+    """Shows a line on standard error, between stages."""
+    Console(stderr=True).print(Text(text), soft_wrap=True)
+
+
 def up_to(advance: Advance) -> Callable[[int, Mapping[str, Any]], None]:
     """For work that may be resumed: ``report(done, values)`` advances to ``done``, jumping over what was done before."""
     shown = 0
@@ -94,7 +99,7 @@ def _plain(title: str, total: int | None, console: Console) -> Iterator[Advance]
 
     start = shown = time.monotonic()
     done = 0
-    line(f"{title} ..." if total is None else f"{title}: {total} steps")
+    line(f"{title} ...")
 
     def advance(n: int = 1, **values: Any) -> None:
         nonlocal done, shown

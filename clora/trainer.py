@@ -330,9 +330,11 @@ def _resumable(config: DistillConfig) -> dict[str, object]:
     return config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE})
 
 
-def check_resumable(checkpoint: Path, config: DistillConfig) -> None:
-    """Reads of a checkpoint its settings alone. Raises CloraError where it is broken, or another run's."""
-    _check_same(load_values(checkpoint)["config"], _resumable(config), checkpoint)
+def check_resumable(checkpoint: Path, config: DistillConfig) -> int:
+    """The updates that a checkpoint holds, its settings alone read. Raises CloraError if it is broken or another run's."""
+    values = load_values(checkpoint)
+    _check_same(values["config"], _resumable(config), checkpoint)
+    return values["update"]
 
 
 def _check_same(written: Mapping, current: Mapping, path: Path) -> None:

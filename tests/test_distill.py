@@ -22,6 +22,7 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
+from clora.trainer import DistillTrainer
 
 EFFECTS = ("blueprint", "snow")
 
@@ -222,7 +223,10 @@ BAD = {
     "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
     "wrong_architecture": (wrong_architecture, "other.safetensors"),
     "distilled_klein": (distilled_klein, "is_distilled"),
-    "no_pipeline_there": (lambda tmp: {"pipeline": str(tmp / "nothing")}, "cannot be loaded"),
+    "no_pipeline_there": (
+        lambda tmp: {"pipeline": str(tmp / "nothing")},
+        "no such folder; expected a pipeline.s folder",
+    ),
     "unknown_pipeline_class": (unknown_class, "cannot be loaded"),
     "not_a_pipeline": (not_a_pipeline, "cannot be loaded"),
     "damaged_tokenizer": (damaged_tokenizer, "cannot be loaded"),
@@ -275,6 +279,30 @@ def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkey
     assert len(seen["data"].general_targets) == 3
     assert seen["data"].general_targets.std(0).any(), "each pair has its own render"
     assert seen["checkpoint"].parent == tmp_path / "out"
+
+
+def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, monkeypatch, capsys):
+    config, stop_after = make_config(train={"updates": 3, "checkpoint_every": 2}), 1
+    iterate = DistillTrainer._iterate
+
+    def stopping(trainer, progress):
+        if trainer.update == stop_after:
+            raise KeyboardInterrupt
+        return iterate(trainer, progress)
+
+    monkeypatch.setattr(DistillTrainer, "_iterate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    assert "nothing is kept before the first checkpoint" in capsys.readouterr().err
+    stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    assert "the same command goes on from update 2" in capsys.readouterr().err
+    stop_after = None
+    distill(config)
+    assert "going on from update 2 of" in capsys.readouterr().err
+    distill(config)
+    assert "holds a finished collection, which this run replaces" in capsys.readouterr().err
 
 
 def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path):
