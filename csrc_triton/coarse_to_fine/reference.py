@@ -77,11 +77,7 @@ def coarse_to_fine_loss(
     Raises:
         ValueError: a shape is not as above.
     """
-    if scores is None:
-        scores = Scores(x[:0], sigma[:0], x[:0], x[:0], x[:0])
-    if anchor_target is None:
-        anchor_target = x[:0]
-    _check_shapes(velocity, x, sigma, kind, weight, scores, anchor_target)
+    scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
     dtype = torch.promote_types(torch.promote_types(velocity.dtype, x.dtype), torch.float32)
     scores = Scores(*(t.detach().to(dtype) for t in scores))
     x, sigma, weight, anchor_target = (t.detach().to(dtype) for t in (x, sigma, weight, anchor_target))
@@ -125,6 +121,28 @@ def _anchor_rows(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _per_row(values: Tensor, like: Tensor) -> Tensor:
     """`[R]` reshaped to broadcast over the latent dimensions of `like` `[R, ...]`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def complete(
+    velocity: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    kind: Tensor,
+    weight: Tensor,
+    scores: Scores | None,
+    anchor_target: Tensor | None,
+) -> tuple[Scores, Tensor]:
+    """Scores and anchor target, of no rows where they are None, after a check of all shapes.
+
+    Raises:
+        ValueError: a shape is not as `coarse_to_fine_loss` says.
+    """
+    if scores is None:
+        scores = Scores(x[:0], sigma[:0], x[:0], x[:0], x[:0])
+    if anchor_target is None:
+        anchor_target = x[:0]
+    _check_shapes(velocity, x, sigma, kind, weight, scores, anchor_target)
+    return scores, anchor_target
 
 
 def _check_shapes(velocity, x, sigma, kind, weight, scores: Scores, anchor_target) -> None:

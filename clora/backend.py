@@ -1,0 +1,113 @@
+"""Which implementation the ops of `clora.ops` run on: the Triton kernels or eager PyTorch.
+
+`auto` (the default) takes Triton for tensors on an NVIDIA or AMD GPU and eager PyTorch elsewhere, and says once in the
+log why it fell back. `triton` and `eager` insist. Chosen by the environment variable `CLORA_BACKEND`, or for one call
+by the op's argument `backend`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+
+from clora.errors import CloraError, nearest
+
+VARIABLE = "CLORA_BACKEND"
+BACKENDS = ("auto", "triton", "eager")
+MIN_CAPABILITY = (8, 0)
+"""Oldest NVIDIA GPU that Triton supports (Ampere)."""
+
+logger = logging.getLogger(__name__)
+
+
+class Obstacle(NamedTuple):
+    """Why the kernels cannot run, and what would let them; each the end of a sentence."""
+
+    reason: str
+    remedy: str
+
+
+def use_triton(op: str, device: torch.device, gap: Obstacle | None = None, backend: str | None = None) -> bool:
+    """Whether a call runs on the Triton kernels.
+
+    Args:
+        op: name of the op, for messages.
+        device: where its tensors are.
+        gap: what in this call the op's kernels do not cover.
+        backend: `auto`, `triton` or `eager`; None takes `CLORA_BACKEND`, and `auto` where that is unset or empty.
+
+    Raises:
+        CloraError: the backend's name is unknown, or it is `triton` and the kernels cannot run.
+    """
+    asked = f"backend={backend!r}" if backend is not None else f"{VARIABLE}={os.environ.get(VARIABLE)}"
+    choice = backend if backend is not None else os.environ.get(VARIABLE) or "auto"
+    if choice not in BACKENDS:
+        raise CloraError(f"{asked}: expected one of {', '.join(BACKENDS)}{nearest(choice, BACKENDS)}")
+    if choice == "eager":
+        return False
+    obstacle = _obstacle(device, explicit=choice == "triton") or gap
+    if obstacle is None:
+        return True
+    if choice == "triton":
+        raise CloraError(f"{asked}, but {op} cannot run on it: {obstacle.reason}; {obstacle.remedy}, or use backend auto")
+    _report(f"{op}: {obstacle.reason}" if obstacle is gap else obstacle.reason, device.type)
+    return False
+
+
+# So that torch.compile evaluates the choice while it traces and keeps the answer. This is all that
+# torch.compiler.assume_constant_result does, but calling it here would import torch._dynamo, which takes seconds.
+use_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
+    """What keeps every kernel from running on this device. `auto` off a GPU never imports Triton to find out."""
+    off_gpu = device.type != "cuda"  # AMD GPUs are "cuda" too
+    no_gpu = Obstacle(
+        f"the tensors are on {device.type}, and the kernels need an NVIDIA or AMD GPU",
+        "move them to one, or for tests start Python with TRITON_INTERPRET=1 to interpret the kernels, slowly",
+    )
+    if off_gpu and not explicit:
+        return no_gpu
+    if error := _import_error():
+        return Obstacle(f"Triton cannot be imported ({error})", "install it with `pip install triton` (Linux)")
+    if interpreting():
+        return None if explicit else Obstacle("TRITON_INTERPRET is set, a mode for tests", "unset it")
+    return no_gpu if off_gpu else _too_old(device)
+
+
+def _too_old(device: torch.device) -> Obstacle | None:
+    if torch.version.hip or (found := torch.cuda.get_device_capability(device)) >= MIN_CAPABILITY:
+        return None
+    name, *versions = torch.cuda.get_device_name(device), found, MIN_CAPABILITY
+    found_version, needed = (".".join(map(str, version)) for version in versions)
+    return Obstacle(
+        f"the {name} has compute capability {found_version}, and Triton needs {needed}", "use a newer GPU"
+    )
+
+
+@functools.cache
+def _import_error() -> str:
+    """Why Triton cannot be imported; empty if it can."""
+    try:
+        import triton.language  # noqa: F401
+    except Exception as error:  # a broken installation raises more than ImportError
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1; what the variable says later has no effect."""
+    import triton
+
+    return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+@functools.cache
+def _report(reason: str, device_type: str) -> None:
+    """Logs a fallback, once per reason: expected on a CPU, worth a warning on a GPU."""
+    level = logging.WARNING if device_type == "cuda" else logging.INFO
+    logger.log(level, "running on eager PyTorch instead of the Triton kernels: %s", reason)

@@ -1,0 +1,140 @@
+"""Tile sizes, workspaces and launches of the coarse-to-fine kernels: two launches forward, one backward."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from csrc_triton.coarse_to_fine.kernels import finish_kernel, gradient_kernel, partials_kernel
+
+TILE = 1024
+"""Elements per loop iteration of the 128 threads of a program: 8 each, one 16-byte load of bf16 or two of fp32."""
+MAX_CHUNKS = 256
+"""Partial sums per row at most: `finish_kernel` holds a block of them at once."""
+ROWS = 16
+"""Rows that `finish_kernel` takes at a time: with 256 partials each, 32 values a thread."""
+
+
+class Chunks(NamedTuple):
+    """How a row is divided: a function of its size alone, so that a row's result does not depend on its batch.
+
+    Attributes:
+        count: chunks per row.
+        tiles: tiles per chunk, a power of two, so that few kernel variants are compiled.
+    """
+
+    count: int
+    tiles: int
+
+
+def chunks_of(numel: int) -> Chunks:
+    tiles = triton.cdiv(numel, TILE)
+    per_chunk = _power_of_two(triton.cdiv(tiles, MAX_CHUNKS))
+    return Chunks(triton.cdiv(tiles, per_chunk), per_chunk)
+
+
+def loss_kernels(
+    velocity: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    kind: Tensor,
+    weight: Tensor,
+    renoised: Tensor,
+    score_sigma: Tensor,
+    critic: Tensor,
+    teacher: Tensor,
+    teacher_uncond: Tensor,
+    anchor_target: Tensor,
+    guidance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches both forward kernels.
+
+    Args:
+        velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target: `[rows, ...]`, any float dtype.
+        sigma, kind, weight, score_sigma: `[rows]`.
+        guidance: w of the teacher.
+
+    Returns:
+        loss `[]`, terms `[3]`, gradient_norm `[R]`, nonfinite `[R]` (bool), direction `[R, ...]`, coefficient `[R]`;
+        fp32 but for nonfinite. The gradient with respect to velocity is `coefficient * direction`.
+    """
+    latents = [_dense_rows(t) for t in (velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target)]
+    sigma, kind, weight, score_sigma = (t.contiguous() for t in (sigma, kind, weight, score_sigma))
+    velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target = latents
+    rows, scored, numel = velocity.shape[0], score_sigma.shape[0], velocity.shape[1:].numel()
+    chunks = chunks_of(numel)
+    outputs = loss_outputs(velocity)
+    loss, terms, gradient_norm, nonfinite, direction, coefficient = outputs
+    distance, square = (_empty(velocity, (rows, chunks.count)) for _ in range(2))
+    with torch.cuda.device_of(velocity):
+        if rows * chunks.count > 0:
+            wrap_triton(partials_kernel)[(rows * chunks.count,)](
+                velocity, x, sigma, renoised, score_sigma, critic, teacher, teacher_uncond, anchor_target,
+                direction, distance, square, *(t.stride(0) for t in latents),
+                scored, numel, chunks.count, guidance, TILE=TILE, TILES=chunks.tiles,
+            )  # fmt: skip
+        wrap_triton(finish_kernel)[(1,)](
+            distance, square, sigma, kind, weight, loss, terms, gradient_norm, nonfinite, coefficient,
+            rows, scored, numel, chunks.count,
+            ROWS=ROWS, BLOCKS=_power_of_two(triton.cdiv(rows, ROWS)), CHUNKS=_power_of_two(chunks.count),
+        )  # fmt: skip
+    return outputs
+
+
+def loss_outputs(velocity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of `loss_kernels`."""
+    rows = velocity.shape[0]
+    return (
+        _empty(velocity, ()),
+        _empty(velocity, (3,)),
+        _empty(velocity, (rows,)),
+        _empty(velocity, (rows,), torch.bool),
+        _empty(velocity, tuple(velocity.shape)),
+        _empty(velocity, (rows,)),
+    )
+
+
+def gradient_kernels(direction: Tensor, coefficient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Launches the backward kernel.
+
+    Args:
+        direction, coefficient: from `loss_kernels`.
+        upstream: `[]` gradient of the loss.
+        dtype: velocity's.
+
+    Returns:
+        `upstream * coefficient * direction` in `dtype`, of direction's shape.
+    """
+    rows, numel = direction.shape[0], direction.shape[1:].numel()
+    chunks = chunks_of(numel)
+    gradient = gradient_output(direction, dtype)
+    with torch.cuda.device_of(direction):
+        if rows * chunks.count > 0:
+            wrap_triton(gradient_kernel)[(rows * chunks.count,)](
+                direction, coefficient, upstream, gradient, numel, chunks.count, TILE=TILE, TILES=chunks.tiles
+            )
+    return gradient
+
+
+def gradient_output(direction: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised output of `gradient_kernels`."""
+    return _empty(direction, tuple(direction.shape), dtype)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    """The tensor itself if each of its rows is contiguous, whatever lies between them; else a contiguous copy."""
+    return t if t.shape[0] == 0 or t[0].is_contiguous() else t.contiguous()
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two not below n, at least 1; by comparisons alone, so that a traced n is not fixed."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power

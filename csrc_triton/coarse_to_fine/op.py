@@ -1,0 +1,76 @@
+"""The coarse-to-fine loss on Triton, as a PyTorch operator with a gradient; `reference.py` defines its meaning."""
+
+import torch
+from torch import Tensor
+
+from csrc_triton.coarse_to_fine.launch import gradient_kernels, gradient_output, loss_kernels, loss_outputs
+from csrc_triton.coarse_to_fine.reference import Scores, complete
+from csrc_triton.registration import kernel_op
+
+
+def coarse_to_fine_loss_triton(
+    velocity: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    kind: Tensor,
+    weight: Tensor,
+    scores: Scores | None,
+    anchor_target: Tensor | None,
+    guidance: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`reference.coarse_to_fine_loss` in two kernels; arguments, results and errors are the same, except:
+
+    It computes in fp32 only, a second derivative is an error, and a row whose mean|x_g - x0_real| overflows is
+    reported as non-finite. A row's gradient does not depend on the other rows, to the bit, but through the number of
+    rows of its kind.
+
+    Raises:
+        ValueError: a shape is wrong, velocity or x is fp64, or the tensors are on different devices.
+    """
+    scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
+    _check_covered(velocity, x, sigma, kind, weight, scores, anchor_target)
+    loss, terms, gradient_norm, nonfinite, _, _ = loss_op(
+        velocity, x, sigma, kind, weight, *scores, anchor_target, guidance
+    )
+    dmd_bs, dmd_ts, anchor = terms.detach().unbind()
+    rows = {"gradient_norm": gradient_norm.detach(), "nonfinite": nonfinite}
+    return loss, {"dmd_bs": dmd_bs, "dmd_ts": dmd_ts, "anchor": anchor} | rows
+
+
+def _check_covered(velocity, x, sigma, kind, weight, scores: Scores, anchor_target) -> None:
+    if torch.float64 in (velocity.dtype, x.dtype):
+        raise ValueError("velocity and x: expected fp32, bf16 or fp16, found fp64; the eager reference computes in it")
+    tensors = {"x": x, "sigma": sigma, "kind": kind, "weight": weight, "anchor_target": anchor_target}
+    tensors |= {f"scores.{name}": tensor for name, tensor in scores._asdict().items()}
+    for name, tensor in tensors.items():
+        if tensor.device != velocity.device:
+            raise ValueError(f"{name}: expected on {velocity.device} like velocity, found on {tensor.device}")
+
+
+def _loss_fake(velocity: Tensor, *others) -> tuple[Tensor, ...]:
+    return loss_outputs(velocity)
+
+
+def _gradient_fake(direction: Tensor, coefficient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient_output(direction, dtype)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, terms, gradient_norm, nonfinite, direction, coefficient = output
+    ctx.mark_non_differentiable(terms, gradient_norm, nonfinite, direction, coefficient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(direction, coefficient)
+    ctx.velocity_dtype = inputs[0].dtype
+
+
+def _backward(ctx, upstream: Tensor | None, *others) -> tuple[Tensor | None, ...]:
+    """Gradient of velocity; the other eleven inputs have none."""
+    if upstream is None:
+        return (None,) * 12
+    gradient = gradient_op(*ctx.saved_tensors, upstream, ctx.velocity_dtype)
+    return (gradient, *(None,) * 11)
+
+
+loss_op = kernel_op("clora::coarse_to_fine_loss", loss_kernels, _loss_fake)
+gradient_op = kernel_op("clora::coarse_to_fine_gradient", gradient_kernels, _gradient_fake)
+loss_op.register_autograd(_backward, setup_context=_setup)

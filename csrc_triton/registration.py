@@ -1,0 +1,28 @@
+"""Makes PyTorch operators of functions that launch Triton kernels, compiled or in Triton's interpreter."""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
+"""Whether Triton was imported with TRITON_INTERPRET=1: then its kernels run in NumPy, on CPU tensors too."""
+
+
+def kernel_op(name: str, launch: Callable, fake: Callable) -> torch.library.CustomOpDef:
+    """Registers `launch` as the operator `name`.
+
+    Compiled kernels are visible to `torch.compile` (`triton_op`). The interpreter takes only real tensors, so that
+    there the operator is opaque to tracing (`custom_op`); everything else about it is the same.
+
+    Args:
+        name: `"clora::<op>"`.
+        launch: allocates its outputs, mutates no input and launches through `torch.library.wrap_triton`; fully
+            annotated, since the operator's schema is read from it.
+        fake: `launch` for tensors without data: outputs of the right shape and dtype.
+    """
+    make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    op = make(name, launch, mutates_args=())
+    op.register_fake(fake)
+    return op
