@@ -25,42 +25,70 @@ logger = logging.getLogger(__name__)
 
 
 class Obstacle(NamedTuple):
-    """Why the kernels cannot run, and what would let them; each the end of a sentence."""
+    """Why the kernels cannot run, and what would let them, if anything short of eager PyTorch."""
 
     reason: str
-    remedy: str
+    remedy: str = ""
 
 
-def use_triton(op: str, device: torch.device, gap: Obstacle | None = None, backend: str | None = None) -> bool:
-    """Whether a call runs on the Triton kernels.
+def use_triton(op: str, device: torch.device, backend: str | None = None) -> bool:
+    """Whether a call may run on the Triton kernels, as far as the machine goes; `covered` says the rest.
 
     Args:
         op: name of the op, for messages.
         device: where its tensors are.
-        gap: what in this call the op's kernels do not cover.
         backend: `auto`, `triton` or `eager`; None takes `CLORA_BACKEND`, and `auto` where that is unset or empty.
 
     Raises:
-        CloraError: the backend's name is unknown, or it is `triton` and the kernels cannot run.
+        CloraError: the backend's name is unknown, or it is `triton` and the kernels cannot run there.
     """
-    asked = f"backend={backend!r}" if backend is not None else f"{VARIABLE}={os.environ.get(VARIABLE)}"
-    choice = backend if backend is not None else os.environ.get(VARIABLE) or "auto"
-    if choice not in BACKENDS:
-        raise CloraError(f"{asked}: expected one of {', '.join(BACKENDS)}{nearest(choice, BACKENDS)}")
+    choice = _choice(backend)
     if choice == "eager":
         return False
-    obstacle = _obstacle(device, explicit=choice == "triton") or gap
-    if obstacle is None:
-        return True
-    if choice == "triton":
-        raise CloraError(f"{asked}, but {op} cannot run on it: {obstacle.reason}; {obstacle.remedy}, or use backend auto")
-    _report(f"{op}: {obstacle.reason}" if obstacle is gap else obstacle.reason, device.type)
-    return False
+    obstacle = _obstacle(device, explicit=choice == "triton")
+    if obstacle is not None:
+        _fall_back(op, obstacle, device.type, backend)
+    return obstacle is None
+
+
+def covered(op: str, gap: str | None, device: torch.device, backend: str | None = None) -> bool:
+    """Whether the kernels compute this call of an op, after `use_triton`.
+
+    Args:
+        gap: what they do not compute in it, or None.
+
+    Raises:
+        CloraError: there is a gap and the backend is `triton`.
+    """
+    if gap is not None:
+        _fall_back(op, Obstacle(f"the kernels of {op} do not cover this call ({gap})"), device.type, backend)
+    return gap is None
 
 
 # So that torch.compile evaluates the choice while it traces and keeps the answer. This is all that
 # torch.compiler.assume_constant_result does, but calling it here would import torch._dynamo, which takes seconds.
-use_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+use_triton._dynamo_marked_constant = covered._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _choice(backend: str | None) -> str:
+    choice = os.environ.get(VARIABLE) or "auto" if backend is None else backend
+    if choice not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise CloraError(f"{_source(backend)}: expected one of {known}{nearest(str(choice).lower(), BACKENDS)}")
+    return choice
+
+
+def _source(backend: str | None) -> str:
+    """How the backend was chosen, for messages."""
+    return f"{VARIABLE}={os.environ.get(VARIABLE, '')}" if backend is None else f"backend={backend!r}"
+
+
+def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | None) -> None:
+    """Raises if Triton was asked for; otherwise logs why eager PyTorch runs."""
+    if _choice(backend) == "triton":
+        remedy = f"{obstacle.remedy}, or use" if obstacle.remedy else "use"
+        raise CloraError(f"{_source(backend)}, but {op} cannot run on Triton: {obstacle.reason}; {remedy} backend 'auto'")
+    _report(obstacle.reason, device_type)
 
 
 def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
@@ -82,11 +110,8 @@ def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
 def _too_old(device: torch.device) -> Obstacle | None:
     if torch.version.hip or (found := torch.cuda.get_device_capability(device)) >= MIN_CAPABILITY:
         return None
-    name, *versions = torch.cuda.get_device_name(device), found, MIN_CAPABILITY
-    found_version, needed = (".".join(map(str, version)) for version in versions)
-    return Obstacle(
-        f"the {name} has compute capability {found_version}, and Triton needs {needed}", "use a newer GPU"
-    )
+    versions = (".".join(map(str, version)) for version in (found, MIN_CAPABILITY))
+    return Obstacle("{} has compute capability {}, and Triton needs {}".format(device, *versions))
 
 
 @functools.cache

@@ -31,11 +31,11 @@ def _load(p_row, o_tile, m_tile):
 def partials_kernel(
     p_velocity, p_x, p_sigma, p_renoised, p_score_sigma, p_critic, p_teacher, p_uncond, p_target,
     p_direction,  # [R, numel] fp32: d (below), of which the gradient is a multiple per row
-    p_distance,  # [R, chunks] fp32: sum |x_g - x0_real|; 0 for anchor rows
-    p_square,  # [R, chunks] fp32: sum d^2
+    p_distance,  # [R, CHUNKS] fp32: sum |x_g - x0_real|, 0 for anchor rows; the first `chunks` columns are written
+    p_square,  # [R, CHUNKS] fp32: sum d^2, likewise
     s_velocity, s_x, s_renoised, s_critic, s_teacher, s_uncond, s_target,
     scored, numel, chunks, guidance,
-    TILE: tl.constexpr, TILES: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Direction and partial sums of one chunk.
 
@@ -78,17 +78,18 @@ def partials_kernel(
             b_direction = _load(p_velocity, o_tile, m_tile) - _load(p_target, o_tile, m_tile)
             b_square += b_direction * b_direction
             tl.store(p_direction + o_tile, b_direction, mask=m_tile)
-    i_partial = tl.program_id(0)
+    i_partial = row * CHUNKS + tl.program_id(0) % chunks
     tl.store(p_distance + i_partial, tl.sum(b_distance))
     tl.store(p_square + i_partial, tl.sum(b_square))
 
 
 @triton.jit
 def _row_sums(p_partials, o_row, m_row, chunks, CHUNKS: tl.constexpr):
-    """Sums `[ROWS]` of `[ROWS, chunks]` partials; the same order whatever the number of rows."""
+    """Sums `[ROWS]` of the first `chunks` columns; their order depends on the size of a row alone."""
     o_chunk = tl.arange(0, CHUNKS)
-    mask = m_row[:, None] & (o_chunk < chunks)[None, :]
-    return tl.sum(tl.load(p_partials + o_row[:, None] * chunks + o_chunk[None, :], mask=mask, other=0.0), axis=1)
+    # The pitch is a constant and only rows are masked, so that the loads are wide whatever the number of chunks.
+    b_partial = tl.load(p_partials + o_row[:, None] * CHUNKS + o_chunk[None, :], mask=m_row[:, None], other=0.0)
+    return tl.sum(tl.where((o_chunk < chunks)[None, :], b_partial, 0.0), axis=1)
 
 
 @triton.jit(do_not_specialize=["rows", "scored"])
@@ -112,10 +113,10 @@ def finish_kernel(
         coefficient = weight / count[kind] * (d row / d v) / d
     """
     o_all = tl.arange(0, ROWS * BLOCKS)
-    b_kind = tl.load(p_kind + o_all, mask=o_all < rows, other=-1)
-    num_bs = tl.sum((b_kind == 0).to(tl.float32))
-    num_ts = tl.sum((b_kind == 1).to(tl.float32))
-    num_anchor = tl.sum((b_kind == 2).to(tl.float32))
+    b_kinds = tl.load(p_kind + o_all, mask=o_all < rows, other=-1)
+    num_bs = tl.sum((b_kinds == 0).to(tl.float32))
+    num_ts = tl.sum((b_kinds == 1).to(tl.float32))
+    num_anchor = tl.sum((b_kinds == 2).to(tl.float32))
     size = tl.cast(numel, tl.float32)  # not numel.to: Triton passes a plain 1 where numel is 1
     b_bs = tl.zeros([ROWS], tl.float32)
     b_ts = tl.zeros([ROWS], tl.float32)

@@ -14,7 +14,8 @@ TILE = 1024
 MAX_CHUNKS = 256
 """Partial sums per row at most: `finish_kernel` holds a block of them at once."""
 ROWS = 16
-"""Rows that `finish_kernel` takes at a time: with 256 partials each, 32 values a thread."""
+FINISH_WARPS = 8
+"""Rows that `finish_kernel` takes at a time, and its warps: 16 of 256 partials are 16 values a thread."""
 
 
 class Chunks(NamedTuple):
@@ -67,18 +68,19 @@ def loss_kernels(
     chunks = chunks_of(numel)
     outputs = loss_outputs(velocity)
     loss, terms, gradient_norm, nonfinite, direction, coefficient = outputs
-    distance, square = (_empty(velocity, (rows, chunks.count)) for _ in range(2))
+    pitch = _power_of_two(chunks.count)
+    distance, square = (_empty(velocity, (rows, pitch)) for _ in range(2))
     with torch.cuda.device_of(velocity):
         if rows * chunks.count > 0:
             wrap_triton(partials_kernel)[(rows * chunks.count,)](
                 velocity, x, sigma, renoised, score_sigma, critic, teacher, teacher_uncond, anchor_target,
                 direction, distance, square, *(t.stride(0) for t in latents),
-                scored, numel, chunks.count, guidance, TILE=TILE, TILES=chunks.tiles,
+                scored, numel, chunks.count, guidance, TILE=TILE, TILES=chunks.tiles, CHUNKS=pitch,
             )  # fmt: skip
         wrap_triton(finish_kernel)[(1,)](
             distance, square, sigma, kind, weight, loss, terms, gradient_norm, nonfinite, coefficient,
             rows, scored, numel, chunks.count,
-            ROWS=ROWS, BLOCKS=_power_of_two(triton.cdiv(rows, ROWS)), CHUNKS=_power_of_two(chunks.count),
+            ROWS=ROWS, BLOCKS=_power_of_two(triton.cdiv(rows, ROWS)), CHUNKS=pitch, num_warps=FINISH_WARPS,
         )  # fmt: skip
     return outputs
 

@@ -20,15 +20,16 @@ def coarse_to_fine_loss_triton(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`reference.coarse_to_fine_loss` in two kernels; arguments, results and errors are the same, except:
 
-    It computes in fp32 only, a second derivative is an error, and a row whose mean|x_g - x0_real| overflows is
-    reported as non-finite. A row's gradient does not depend on the other rows, to the bit, but through the number of
-    rows of its kind.
+    It computes in fp32 only, its gradient has no gradient itself, and a row whose mean|x_g - x0_real| overflows is
+    reported as non-finite. A row's results are the same to the bit in any batch, but that its gradient is divided by the
+    number of rows of its kind.
 
     Raises:
-        ValueError: a shape is wrong, velocity or x is fp64, or the tensors are on different devices.
+        ValueError: a shape is wrong, or `unsupported` gives a reason; then the reference computes it.
     """
     scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
-    _check_covered(velocity, x, sigma, kind, weight, scores, anchor_target)
+    if reason := unsupported(velocity, x, sigma, kind, weight, scores, anchor_target, guidance):
+        raise ValueError(f"the Triton kernels do not cover this call: {reason}")
     loss, terms, gradient_norm, nonfinite, _, _ = loss_op(
         velocity, x, sigma, kind, weight, *scores, anchor_target, guidance
     )
@@ -37,14 +38,25 @@ def coarse_to_fine_loss_triton(
     return loss, {"dmd_bs": dmd_bs, "dmd_ts": dmd_ts, "anchor": anchor} | rows
 
 
-def _check_covered(velocity, x, sigma, kind, weight, scores: Scores, anchor_target) -> None:
+def unsupported(
+    velocity: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    kind: Tensor,
+    weight: Tensor,
+    scores: Scores | None,
+    anchor_target: Tensor | None,
+    guidance: float,
+) -> str | None:
+    """Why the kernels cannot compute a call whose shapes are right, or None."""
     if torch.float64 in (velocity.dtype, x.dtype):
-        raise ValueError("velocity and x: expected fp32, bf16 or fp16, found fp64; the eager reference computes in it")
+        return "velocity or x is fp64, which the eager reference computes in"
     tensors = {"x": x, "sigma": sigma, "kind": kind, "weight": weight, "anchor_target": anchor_target}
-    tensors |= {f"scores.{name}": tensor for name, tensor in scores._asdict().items()}
+    tensors |= {f"scores.{name}": tensor for name, tensor in (scores._asdict() if scores else {}).items()}
     for name, tensor in tensors.items():
-        if tensor.device != velocity.device:
-            raise ValueError(f"{name}: expected on {velocity.device} like velocity, found on {tensor.device}")
+        if tensor is not None and tensor.device != velocity.device:
+            return f"{name} is on {tensor.device}, velocity on {velocity.device}"
+    return None
 
 
 def _loss_fake(velocity: Tensor, *others) -> tuple[Tensor, ...]:
