@@ -9,6 +9,9 @@ import triton.language as tl
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: then its kernels run in NumPy, on CPU tensors too."""
 
+# Before 2.13 PyTorch's own refuses interpreted kernels, which need no wrapping: they are never traced.
+wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
+
 
 def kernel_op(name: str, launch: Callable, fake: Callable) -> torch.library.CustomOpDef:
     """Registers `launch` as the operator `name`.
@@ -18,7 +21,7 @@ def kernel_op(name: str, launch: Callable, fake: Callable) -> torch.library.Cust
 
     Args:
         name: `"clora::<op>"`.
-        launch: allocates its outputs, mutates no input and launches through `torch.library.wrap_triton`; fully
+        launch: allocates its outputs, mutates no input and launches through `wrap_triton` of this module; fully
             annotated, since the operator's schema is read from it.
         fake: `launch` for tensors without data: outputs of the right shape and dtype.
     """

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from csrc_triton.coarse_to_fine.kernels import finish_kernel, gradient_kernel, partials_kernel
+from csrc_triton.registration import wrap_triton
 
 TILE = 1024
 """Elements per loop iteration of the 128 threads of a program: 8 each, one 16-byte load of bf16 or two of fp32."""
