@@ -1,0 +1,88 @@
+"""The entry points of `clora.ops` on the real kernels: the path that CLORA_BACKEND=triton takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import CASES, make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clora.errors import CloraError
+from clora.ops import coarse_to_fine_loss, multi_lora_linear
+
+pytest.importorskip("triton")
+
+from csrc_triton.registration import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def linear_inputs(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE, dtype)  # noqa: E731
+    x, weight, bias, lora_A, lora_B = rand(3, 4, 6), rand(5, 6), rand(5), rand(2, 2, 6), rand(2, 5, 2)
+    return [x, weight, bias, lora_A, lora_B, rand(2), torch.tensor([0, -1, 1], device=DEVICE)]
+
+
+def loss_inputs(dtype=torch.float32):
+    c = make(CASES["all_kinds"], dtype=dtype)
+    scores = type(c["scores"])(*(t.to(DEVICE) for t in c["scores"]))
+    moved = {name: t.detach().to(DEVICE) for name, t in c.items() if isinstance(t, torch.Tensor)}
+    return list((c | moved | {"scores": scores}).values())
+
+
+def flat(out):
+    return [out] if isinstance(out, torch.Tensor) else [out[0], *out[1].values()]
+
+
+OPS = pytest.mark.parametrize(
+    ("op", "inputs"), [(multi_lora_linear, linear_inputs), (coarse_to_fine_loss, loss_inputs)], ids=["linear", "loss"]
+)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the name of every operator that runs."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@OPS
+@pytest.mark.parametrize("by", ["variable", "argument"])
+def test_triton_runs_the_kernels(monkeypatch, op, inputs, by):
+    given, calls = inputs(), []
+    expected = op(*given, backend="eager")
+    monkeypatch.setenv("CLORA_BACKEND", "triton" if by == "variable" else "eager")
+    argument = {} if by == "variable" else {"backend": "triton"}
+    with Operators(calls):
+        out = op(*given, **argument)
+    assert any(name.startswith("clora::") for name in calls)
+    for ours, eager in zip(flat(out), flat(expected), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", [1, 2], ids=["weight", "bias"])
+def test_a_trained_base_is_not_covered(position):
+    given = linear_inputs()
+    given[position].requires_grad_()
+    with pytest.raises(
+        CloraError, match="multi_lora_linear do not cover this call .*(weight|bias).*use backend 'auto'"
+    ):
+        multi_lora_linear(*given, backend="triton")
+    multi_lora_linear(*given, backend="auto").sum().backward()
+    assert given[position].grad is not None
+    with torch.no_grad():
+        multi_lora_linear(*given, backend="triton")
+
+
+@OPS
+def test_fp64_is_not_covered(op, inputs):
+    given = inputs(torch.float64)
+    with pytest.raises(CloraError, match=f"the kernels of {op.__name__} do not cover this call .*(fp|float)64"):
+        op(*given, backend="triton")
+    assert flat(op(*given, backend="auto"))[0].dtype == torch.float64
