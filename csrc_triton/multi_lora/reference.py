@@ -47,7 +47,7 @@ def multi_lora_linear(
     Raises:
         ValueError: a shape is not as above, or adapter_ids are not integers.
     """
-    _check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
+    check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
     if lora_A.shape[0] == 0:
         return F.linear(x, weight, bias)
     if lora_A.shape[0] == 1:
@@ -82,7 +82,8 @@ def _one_adapter(x, weight, bias, lora_A, lora_B, scale, adapter_ids) -> Tensor:
     return y.view(num_samples, tokens, n)
 
 
-def _check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids) -> None:
+def check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids) -> None:
+    """Raises ValueError naming the argument whose shape or dtype is not as `multi_lora_linear` takes it."""
     if x.ndim != 3 or weight.ndim != 2 or lora_A.ndim != 3:
         found = f"x {list(x.shape)}, weight {list(weight.shape)}, lora_A {list(lora_A.shape)}"
         raise ValueError(f"expected x [B, T, K], weight [N, K] and lora_A [E, R, K], found {found}")

@@ -1,0 +1,39 @@
+"""Every provider under pytest-benchmark: small cases on the CPU, the telling ones on a GPU.
+
+For a look at one provider; the figures of record, for which providers take turns, are those of `python -m bench.run`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cases import cpu_cases, gpu_cases
+from bench.families import family_of
+from bench.timing import gpu_timer
+
+NUM_TELLING = 15
+"""The cases of the goals: nine linear ones, five losses, one stack."""
+
+
+def with_providers(cases):
+    """One parameter set per case and provider."""
+    return [
+        pytest.param(case, provider, id=f"{case.name}-{provider}")
+        for case in cases
+        for provider in family_of(case).providers(case)
+    ]
+
+
+@pytest.mark.parametrize(("case", "provider"), with_providers(cpu_cases()))
+def test_cpu(case, provider, time_provider):
+    if "compiled" in provider:
+        pytest.skip("compiled providers are timed on GPUs only")
+    time_provider(case, provider, torch.device("cpu"), rounds=10)
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(timer=gpu_timer)
+@pytest.mark.parametrize(("case", "provider"), with_providers(gpu_cases()[:NUM_TELLING]))
+def test_gpu(case, provider, gpu, time_provider):
+    time_provider(case, provider, gpu, rounds=20)

@@ -1,0 +1,103 @@
+"""What a figure was measured on: GPU, versions, revision of the sources, and the roof of the GPU in the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench.timing import Stopwatch, interleave
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("bench", "csrc_triton", "clora/adapter_bank.py", "clora/backend.py", "clora/ops.py")
+NOT_SOURCES = ("bench/results", "bench/design_table.py", "bench/goals.py", "bench/report.py", "bench/run.py")
+"""In those folders, but without influence on a measurement: results may be committed and judged between two runs."""
+SUFFIXES = (".py", ".json")
+ROOF_SIZE = 8192
+"""Rows and columns of the product: 1.1 TFLOP, operands of 128 MiB."""
+COPY_BYTES = 2 << 30
+"""Far above any L2 cache."""
+
+
+def slug(gpu: str) -> str:
+    """The folder of a GPU's results: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def describe(device: torch.device, stopwatch: Stopwatch) -> dict:
+    """Everything about this machine that a record of a GPU keeps."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "driver": _driver(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+        "roof": measure_roof(device, stopwatch),
+    }
+
+
+def measure_roof(device: torch.device, stopwatch: Stopwatch) -> dict[str, float]:
+    """Rates of a large bf16 matrix product of random numbers and of a large copy, reads and writes counted."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(ROOF_SIZE, ROOF_SIZE, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    source = torch.randint(-128, 128, (COPY_BYTES,), generator=generator, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    calls = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    times = interleave(calls, stopwatch, rounds=15, warmup=5)
+    return {
+        "tflop_per_s": 2 * ROOF_SIZE**3 / times["product"]["median_ms"] / 1e9,
+        "gb_per_s": 2 * COPY_BYTES / times["copy"]["median_ms"] / 1e6,
+    }
+
+
+def revision(root: Path = ROOT) -> str:
+    """The last git commit of the sources; with their hash where they differ from it, or there is no git."""
+    paths = ["--", *SOURCES, *(f":!{path}" for path in (*NOT_SOURCES, "*.md"))]
+    commit = _output(["git", "log", "-1", "--format=%h", "--abbrev=12", *paths], root)
+    changed = _output(["git", "status", "--porcelain", *paths], root)
+    return commit if commit and changed == "" else f"{commit or 'unknown'}+{sources_hash(root)}"
+
+
+def sources_hash(root: Path = ROOT) -> str:
+    """Hash of the Python and JSON files that a measurement depends on, whatever their dates."""
+    digest = hashlib.sha256()
+    for file in sorted(file for path in SOURCES for file in _files(root / path)):
+        relative = file.relative_to(root)
+        if not any(relative.is_relative_to(path) for path in NOT_SOURCES):
+            digest.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or the sources anywhere in a folder."""
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in SUFFIXES]
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_output(command, ROOT) or "unknown").splitlines()[0]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _output(command: list[str], folder: Path) -> str | None:
+    """What a command prints; None where it fails or does not exist."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,150 @@
+"""Measures one case: gate, memory, then the times of all providers that passed, in turns."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench import gate
+from bench.cases import Case
+from bench.families import family_of
+from bench.providers import BASE, Builder, Call, Unavailable
+from bench.timing import Stopwatch, interleave
+from bench.work import floor_ms, work_of
+
+MIB = 1 << 20
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers every call with an error since a provider ran; only a new process can use it again."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how cases are timed.
+
+    Attributes:
+        roof: as `machine.measure_roof` returns it.
+        rounds: timed calls per provider, after `warmup` untimed ones.
+    """
+
+    device: torch.device
+    stopwatch: Stopwatch
+    roof: dict[str, float]
+    rounds: int = 30
+    warmup: int = 3
+
+
+@dataclass
+class Progress:
+    """What was found so far, in the form of a record; `entering` tells an observer what comes next.
+
+    Attributes:
+        providers: name to entry; the providers in it at the start are not tried.
+        allowed: the gate's bound per output, as soon as it is known.
+    """
+
+    providers: dict[str, dict] = field(default_factory=dict)
+    entering: Callable[[str | None], None] = lambda place: None
+    allowed: dict[str, float] = field(default_factory=dict)
+
+
+def measure(case: Case, bench: Bench, progress: Progress) -> None:
+    """Fills `progress.providers` with the entry of every provider of the case.
+
+    Raises:
+        DeviceLost: a provider broke the GPU; its entry says so.
+        Exception: whatever keeps the case itself from being measured, such as too little memory for its inputs.
+    """
+    progress.entering("inputs")
+    calls = _admitted(case, bench, progress)
+    progress.entering("timing")
+    times = interleave(calls, bench.stopwatch, bench.rounds, bench.warmup)
+    for name, figures in times.items():
+        floor = floor_ms(work_of(case, adapted=name != BASE), bench.roof)
+        progress.providers[name] |= {**figures, "roof_percent": 100 * floor / figures["median_ms"]}
+
+
+def prepare(case: Case, device: torch.device) -> tuple[Any, gate.Outputs, dict[str, float]]:
+    """Inputs of a case, its outputs in fp64 and the error that the gate allows each."""
+    family = family_of(case)
+    inputs = family.make_inputs(case, device)
+    expected = family.expected(inputs)
+    return inputs, expected, gate.bounds(gate.errors(family.eager(inputs), expected), expected)
+
+
+def release() -> None:
+    """Forgets what compilers and allocators keep of the last case."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _admitted(case: Case, bench: Bench, progress: Progress) -> dict[str, Call]:
+    """The calls of the providers that run and pass the gate."""
+    inputs, expected, allowed = prepare(case, bench.device)
+    progress.allowed |= allowed
+    calls = {}
+    for name, build in family_of(case).providers(case).items():
+        if name in progress.providers:
+            continue
+        progress.entering(name)
+        entry, call = _admit(name, build, inputs, expected, allowed)
+        progress.providers[name] = entry
+        if call is not None:
+            calls[name] = call
+        elif "failed" in entry:
+            check_alive(bench.device, name)
+    return calls
+
+
+def _admit(
+    name: str, build: Builder, inputs: Any, expected: gate.Outputs, allowed: dict[str, float]
+) -> tuple[dict, Call | None]:
+    """The provider's entry before it is timed, and its call where it may be."""
+    try:
+        call = build(inputs)
+        found = gate.errors(call(), {} if name == BASE else expected)
+        if wrong := gate.violation(found, {} if name == BASE else allowed):
+            return {"wrong": wrong, "errors": found}, None
+        return {"errors": found, "peak_mib": _peak_mib(call)}, call
+    except Unavailable as reason:
+        return {"unavailable": str(reason)}, None
+    except Exception as error:  # a provider's failure is a result, whatever it is
+        return {"failed": describe_error(error)}, None
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and first lines of an error, short enough for a table."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _peak_mib(call: Call) -> float | None:
+    """Memory that one call takes at most, its results included, on top of what was held before; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def check_alive(device: torch.device, after: str) -> None:
+    """Raises DeviceLost where the GPU no longer works after something failed."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        raise DeviceLost(f"after {after}: {describe_error(error)}") from error

@@ -1,0 +1,82 @@
+"""The JSON of a case: written before, during and after its measurement, so that a run can stop at any moment.
+
+A record's status is "running" (being measured, or the run was stopped), "done" or "failed" (nothing of the case could be
+timed); "current" is the provider or step that a running one is at. A provider's entry holds its times, or one of "wrong" (the gate), "failed" and "unavailable" with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.cases import Case
+
+STEPS = ("inputs", "timing")
+"""Where a measurement can be beside at a provider: making inputs and truth, and timing all that passed."""
+MAX_STOPS = 2
+"""Stopped this often at the same provider, a case is measured without it: it may be what hangs."""
+
+
+def path_of(folder: Path, case: Case) -> Path:
+    return folder / f"{case.name}.json"
+
+
+def write(path: Path, record: dict) -> None:
+    """Writes a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> dict | None:
+    """A record; None where there is none or it is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_all(folder: Path) -> list[dict]:
+    """The records of cases in a folder, by name."""
+    records = [read(path) for path in sorted(folder.glob("*.json"))]
+    return [record for record in records if record is not None and "case" in record]
+
+
+def is_finished(record: dict | None, revision: str) -> bool:
+    """Whether a case need not be measured again at this revision."""
+    return record is not None and record["revision"] == revision and record["status"] != "running"
+
+
+def begin(case: Case, revision: str, earlier: dict | None) -> dict:
+    """The record of a measurement that starts now.
+
+    Args:
+        earlier: what an earlier run left of the case. Where that was stopped at the same revision, its faulty providers
+            are kept, so that they are not tried again, and so is the count of where it was stopped.
+    """
+    record = {"name": case.name, "family": type(case).__name__, "case": asdict(case), "revision": revision}
+    record |= {"status": "running", "current": None, "stopped": {}, "providers": {}}
+    if earlier is None or earlier["revision"] != revision or earlier["status"] != "running":
+        return record
+    record |= {"stopped": dict(earlier["stopped"]), "providers": _faults(earlier)}
+    if place := earlier["current"]:
+        record["stopped"][place] = times = record["stopped"].get(place, 0) + 1
+        if times >= MAX_STOPS:
+            blame(record, place, f"the run was stopped here {times} times")
+    return record
+
+
+def blame(record: dict, place: str, error: str) -> None:
+    """Marks the provider at which a measurement ended, or the whole case where that was not a provider."""
+    if place in STEPS:
+        record |= {"status": "failed", "error": f"{place}: {error}"}
+    else:
+        record["providers"][place] = {"failed": error}
+    record["current"] = None
+
+
+def _faults(record: dict) -> dict:
+    return {name: entry for name, entry in record["providers"].items() if "failed" in entry}

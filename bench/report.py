@@ -1,0 +1,160 @@
+"""RESULTS.md from the records of a GPU: goals, cases that others win, every figure, what failed.
+
+`python -m bench.report FOLDER` makes it anew, on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench import records
+from bench.goals import Record, Verdict, fastest_other, median, over_fastest_other, verdicts
+from bench.providers import BASE, OURS
+
+NAME = "RESULTS.md"
+TESTS = "gpu-tests.json"
+FAMILIES = {"LinearCase": "Linear layers", "LossCase": "Loss", "StackCase": "Transformer stack"}
+FAULTS = ("wrong", "failed", "unavailable")
+
+
+def write_report(folder: Path) -> Path:
+    """Writes RESULTS.md beside the records of `folder`."""
+    path = folder / NAME
+    path.write_text(report(records.read_all(folder), records.read(folder / TESTS)), "utf-8")
+    return path
+
+
+def report(found: Sequence[Record], tests: dict | None = None) -> str:
+    """The report as Markdown.
+
+    Args:
+        found: records of one GPU, of any state.
+        tests: what `bench.run` noted of the tests.
+    """
+    finished = [record for record in found if record["status"] != "running"]
+    done = [record for record in finished if record["status"] == "done"]
+    sections = [
+        ["# Results", "", "Made by `python -m bench.report` from the JSON files beside it; do not edit."],
+        _machines(finished),
+        _tests(tests),
+        ["## Goals", "", *_goals(verdicts(done))],
+        ["## Slower than another provider", "", *_losses(done)],
+        *(_family(family, title, done) for family, title in FAMILIES.items()),
+        ["## Not timed", "", *_faults(finished)],
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _machines(finished: Sequence[Record]) -> list[str]:
+    """One line per machine, software and revision that the records are of."""
+    seen: dict[str, list[Record]] = {}
+    for record in finished:
+        machine = {key: value for key, value in record["machine"].items() if key != "roof"}
+        seen.setdefault(json.dumps([machine, record["revision"]], sort_keys=True), []).append(record)
+    return [line for group in seen.values() for line in _machine(group)] or ["Nothing was measured yet."]
+
+
+def _machine(group: Sequence[Record]) -> list[str]:
+    machine = group[0]["machine"]
+    versions = ", ".join(f"{key} {machine[key]}" for key in ("driver", "python", "torch", "cuda", "triton", "peft"))
+    roofs = [record["machine"]["roof"] for record in group]
+    return [
+        f"- {machine['gpu']}, {versions}; revision {group[0]['revision']}; {len(group)} cases; roof as measured: "
+        f"{_range(roof['tflop_per_s'] for roof in roofs)} TFLOP/s (bf16 product of 8192), "
+        f"{_range(roof['gb_per_s'] for roof in roofs)} GB/s (copy)."
+    ]
+
+
+def _tests(tests: dict | None) -> list[str]:
+    if tests is None:
+        return ["GPU tests: not run."]
+    return [
+        f"GPU tests (`{tests['command']}`, revision {tests['revision']}): {tests['outcome']}; {tests['summary']}"
+    ] + [f"- `{failure}`" for failure in tests["failures"]]
+
+
+def _goals(found: Iterable[Verdict]) -> list[str]:
+    """Worst of the measured cases beside the bound."""
+    rows = []
+    for verdict in found:
+        goal = verdict.goal
+        shape = f"{goal.shape[0]} -> {goal.shape[1]}" if goal.shape else "all"
+        bound = f"{'at most' if goal.at_most else 'at least'} {_number(goal.limit)}"
+        outcome = {None: "not measured", True: "met", False: "**not met**"}[verdict.met]
+        worst = "" if verdict.worst is None else _number(verdict.worst)
+        rows.append([goal.title, shape, bound, worst, verdict.cases, outcome, verdict.worst_case])
+    return _table(["goal", "shape", "bound", "worst", "cases", "outcome", "worst case"], rows)
+
+
+def _losses(done: Sequence[Record]) -> list[str]:
+    """Cases in which another provider is faster, the largest gap first."""
+    gaps = [(gap, record) for record in done if (gap := over_fastest_other(record)) is not None and gap > 1]
+    rows = []
+    for gap, record in sorted(gaps, key=lambda pair: -pair[0]):
+        name, other = fastest_other(record)
+        rows.append([record["name"], f"{name} {other:.4f}", f"{median(record, OURS):.4f}", f"{gap:.3f}"])
+    if not rows:
+        return ["None of the measured cases."]
+    return _table(["case", "fastest other, ms", "ours, ms", "ours over it"], rows)
+
+
+def _family(family: str, title: str, done: Sequence[Record]) -> list[str]:
+    """All providers of all cases of a family, one row each."""
+    rows = [row for record in done if record["family"] == family for row in _rows(record)]
+    if not rows:
+        return []
+    header = ["case", "provider", "median, ms", "10 to 90 %", "host, ms", "of the roof", "peak, MiB", "over base"]
+    return [f"## {title}", "", *_table(header, rows)]
+
+
+def _rows(record: Record) -> list[list]:
+    """The fastest first; the case is named in its first row."""
+    timed = [(name, entry) for name, entry in record["providers"].items() if "median_ms" in entry]
+    timed.sort(key=lambda pair: pair[1]["median_ms"])
+    base = median(record, BASE)
+    rows = []
+    for name, entry in timed:
+        peak = "" if entry.get("peak_mib") is None else f"{entry['peak_mib']:.0f}"
+        over = "" if base is None else f"{entry['median_ms'] / base:.3f}"
+        interval = f"{entry['p10_ms']:.4f} to {entry['p90_ms']:.4f}"
+        figures = [f"{entry['median_ms']:.4f}", interval, f"{entry['host_ms']:.3f}", f"{entry['roof_percent']:.0f} %"]
+        rows.append(["" if rows else record["name"], name, *figures, peak, over])
+    return rows
+
+
+def _faults(finished: Sequence[Record]) -> list[str]:
+    """What was not timed and why, once per reason and provider."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for record in finished:
+        if record["status"] == "failed":
+            reasons.setdefault(("the whole case", record["error"]), []).append(record["name"])
+        for name, entry in record["providers"].items():
+            for fault in FAULTS:
+                if fault in entry:
+                    reasons.setdefault((name, f"{fault}: {entry[fault]}"), []).append(record["name"])
+    if not reasons:
+        return ["Everything was timed."]
+    rows = [[name, reason, len(cases), cases[0]] for (name, reason), cases in reasons.items()]
+    return _table(["provider", "reason", "cases", "first case"], rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 0.01 else f"{value:.3f}"
+
+
+def _range(values: Iterable[float]) -> str:
+    found = list(values)
+    low, high = f"{min(found):.0f}", f"{max(found):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+if __name__ == "__main__":
+    print(write_report(Path(sys.argv[1])))

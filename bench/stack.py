@@ -1,0 +1,231 @@
+"""A stack of transformer blocks with random weights, its result in fp64, and ways to run it with adapters.
+
+Legend: B samples, T tokens, H hidden size, E adapters, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import StackCase, adapter_of
+from bench.providers import BASE, Builder, Call, need, need_gpu
+
+LAYERS = ("q", "k", "v", "out", "up", "down")
+Outputs = dict[str, Tensor]
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Per linear layer `lora_A [E, R, K]` and `lora_B [E, N, R]`."""
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a GELU MLP of four times the width; no parameters but the six linear layers'."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        for name in ("q", "k", "v", "out"):
+            self.add_module(name, nn.Linear(hidden, hidden))
+        self.up = nn.Linear(hidden, 4 * hidden)
+        self.down = nn.Linear(4 * hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:])
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(normed))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:])), approximate="tanh"))
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+class Stack(nn.Module):
+    """`blocks` blocks in a row: `[B, T, H]` to `[B, T, H]`."""
+
+    def __init__(self, case: StackCase):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(case.hidden, case.heads) for _ in range(case.blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@dataclass(frozen=True)
+class StackInputs:
+    """Hidden states `[B, T, H]`, the stack's parameters by name, the factors by layer, and the samples' adapters."""
+
+    case: StackCase
+    x: Tensor
+    weights: dict[str, Tensor]
+    factors: Factors
+    ids: tuple[int, ...]
+
+    def model(self) -> Stack:
+        """A stack on these weights, frozen, nothing copied."""
+        with torch.device("meta"):
+            stack = Stack(self.case)
+        stack.load_state_dict(self.weights, assign=True)
+        return stack.eval().requires_grad_(False)
+
+    def adapter_ids(self) -> Tensor:
+        """`[B]` int32 on x's device."""
+        return torch.tensor(self.ids, dtype=torch.int32, device=self.x.device)
+
+
+def make_inputs(case: StackCase, device: torch.device, seed: int = 0) -> StackInputs:
+    """Random weights and adapters; an adapter's delta is of half the size of its layer's output."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(std)
+
+    with torch.device("meta"):
+        layers = {name: layer for name, layer in Stack(case).named_modules() if isinstance(layer, nn.Linear)}
+    weights, factors = {}, {}
+    for name, layer in layers.items():
+        n, k = layer.weight.shape
+        weights |= {f"{name}.weight": draw(n, k, std=k**-0.5), f"{name}.bias": draw(n, std=0.1)}
+        a, b = (
+            draw(case.adapters, case.rank, k, std=k**-0.5),
+            draw(case.adapters, n, case.rank, std=0.5 * case.rank**-0.5),
+        )
+        factors[name] = (a, b)
+    return StackInputs(case, draw(case.samples, case.tokens, case.hidden), weights, factors, tuple(adapter_of(case)))
+
+
+@torch.no_grad()
+def expected(inputs: StackInputs) -> Outputs:
+    """The result in fp64, sample by sample on merged weights."""
+    rows = []
+    for sample, e in enumerate(inputs.ids):
+        stack = inputs.model().double()
+        for name, (a, b) in inputs.factors.items():
+            layer = stack.get_submodule(name)
+            layer.weight = nn.Parameter(layer.weight + b[e].double() @ a[e].double(), requires_grad=False)
+        rows.append(stack(inputs.x[sample : sample + 1].double()))
+    return {"y": torch.cat(rows)}
+
+
+def eager(inputs: StackInputs) -> Outputs:
+    """The result with clora's eager definition in every layer, in the dtype of the case."""
+    from clora.ops import multi_lora_linear
+
+    return _routed(inputs, partial(multi_lora_linear, backend="eager"))()
+
+
+def providers(case: StackCase) -> dict[str, Builder]:
+    """Name to builder of every way to run the pass."""
+    return {
+        BASE: lambda inputs: partial(_run, inputs.model(), inputs.x),
+        "peft_mixed": peft_mixed,
+        "peft_switch": peft_switch,
+        "ours": ours,
+        "ours_shared": ours_shared,
+    }
+
+
+def peft_mixed(inputs: StackInputs) -> Call:
+    """One pass of PEFT's model with an adapter name per sample."""
+    model = _peft_model(inputs)
+    return partial(_run, model, inputs.x, adapter_names=[f"a{e}" for e in inputs.ids])
+
+
+def peft_switch(inputs: StackInputs) -> Call:
+    """PEFT's model sample by sample, its adapter set before each."""
+    model = _peft_model(inputs)
+
+    @torch.no_grad()
+    def call() -> Outputs:
+        rows = []
+        for sample, e in enumerate(inputs.ids):
+            model.set_adapter(f"a{e}")
+            rows.append(model(inputs.x[sample : sample + 1]))
+        return {"y": torch.cat(rows)}
+
+    return call
+
+
+def ours(inputs: StackInputs) -> Call:
+    """The trainer's own `AdapterBank`, whose factors are fp32, around the stack."""
+    from clora.adapter_bank import AdapterBank
+    from clora.lora.state import LoRAModule, LoRAState
+
+    def state(e: int) -> LoRAState:
+        return LoRAState({name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()})
+
+    model = inputs.model()
+    bank = AdapterBank(model, {f"a{e}": state(e) for e in range(inputs.case.adapters)})
+    slots, ids = bank.slots(), inputs.adapter_ids()
+
+    def call() -> Outputs:
+        with bank.route(slots, ids):
+            return _run(model, inputs.x)
+
+    return call
+
+
+def ours_shared(inputs: StackInputs) -> Call:
+    """The Triton op in every layer on factors of the case's dtype; q, k and v are one call."""
+    need_gpu(inputs.x)
+    op = need("csrc_triton.multi_lora.op")
+    return _routed(inputs, op.multi_lora_linear_triton, op.multi_lora_linears)
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer with the factors of the case, computed by `op` (signature of `clora.ops.multi_lora_linear`)."""
+
+    def __init__(self, base: nn.Linear, factors: tuple[Tensor, Tensor], scale: Tensor, ids: Tensor, op: Callable):
+        super().__init__()
+        self.base, self.factors, self.scale, self.ids, self.op = base, factors, scale, ids, op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.base.weight, self.base.bias, *self.factors, self.scale, self.ids)
+
+
+def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None) -> Call:
+    """The stack with `op` in every layer; `shared_op(x, projections, scale, ids)` computes q, k and v where given."""
+    model, ids = inputs.model(), inputs.adapter_ids()
+    scale = torch.ones(inputs.case.adapters, device=inputs.x.device)
+    for name, factors in inputs.factors.items():
+        parent, _, child = name.rpartition(".")
+        block = model.get_submodule(parent)
+        setattr(block, child, RoutedLinear(getattr(block, child), factors, scale, ids, op))
+    if shared_op is not None:
+        for block in model.blocks:
+            block.qkv = partial(_shared_qkv, block, shared_op)
+    return partial(_run, model, inputs.x)
+
+
+def _shared_qkv(block: Block, shared_op: Callable, x: Tensor) -> list[Tensor]:
+    layers = (block.q, block.k, block.v)
+    projections = [(layer.base.weight, layer.base.bias, *layer.factors) for layer in layers]
+    return shared_op(x, projections, block.q.scale, block.q.ids)
+
+
+def _peft_model(inputs: StackInputs) -> nn.Module:
+    """PEFT around the stack on the case's own tensors, adapters "a0", "a1", ..."""
+    peft = need("peft")
+    rank = inputs.case.rank
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS))
+    stack = inputs.model()
+    model = peft.get_peft_model(stack, config, adapter_name="a0", autocast_adapter_dtype=False)
+    for e in range(1, inputs.case.adapters):
+        model.add_adapter(f"a{e}", config)
+    for name, (a, b) in inputs.factors.items():
+        layer = stack.get_submodule(name)
+        for e in range(inputs.case.adapters):
+            layer.lora_A[f"a{e}"].weight = nn.Parameter(a[e], requires_grad=False)
+            layer.lora_B[f"a{e}"].weight = nn.Parameter(b[e], requires_grad=False)
+    return model.eval()
+
+
+@torch.no_grad()
+def _run(model: nn.Module, x: Tensor, **options) -> Outputs:
+    return {"y": model(x, **options)}

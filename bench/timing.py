@@ -1,0 +1,104 @@
+"""Timing of calls: events on a GPU, the clock on a CPU; caches flushed, providers taking turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+MIN_FLUSH_BYTES = 256 << 20
+"""At least this much is written before each call: about 0.1 ms, in which the host enqueues the call's first launches."""
+
+
+class Stopwatch(Protocol):
+    """Times one call: milliseconds on the device, and those for which the host was busy with it."""
+
+    def __call__(self, call: Call) -> tuple[float, float]: ...
+
+
+class HostStopwatch:
+    """Wall-clock time of calls on the CPU."""
+
+    def __call__(self, call: Call) -> tuple[float, float]:
+        start = time.perf_counter()
+        call()
+        taken = (time.perf_counter() - start) * 1e3
+        return taken, taken
+
+
+class CudaStopwatch:
+    """Time between two events around a call on an idle GPU whose L2 cache was overwritten.
+
+    Launch gaps count where the host is slower than the GPU: they are what a caller waits for.
+    """
+
+    def __init__(self, device: torch.device):
+        size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, MIN_FLUSH_BYTES)
+        self._buffer = torch.empty(size, dtype=torch.int8, device=device)
+
+    def flush(self) -> None:
+        """Waits for the GPU, then overwrites its L2 cache."""
+        torch.cuda.synchronize()
+        self._buffer.zero_()
+
+    def __call__(self, call: Call) -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush()
+        start.record()
+        begun = time.perf_counter()
+        call()
+        busy = (time.perf_counter() - begun) * 1e3
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), busy
+
+
+def interleave(calls: Mapping[str, Call], stopwatch: Stopwatch, rounds: int, warmup: int) -> dict[str, dict]:
+    """Times every call once per round, each round beginning with another one, after `warmup` untimed rounds.
+
+    Returns:
+        per call `spread` of its device times, with ``host_ms``, the median time for which the host was busy.
+    """
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(warmup + rounds):
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            sample = stopwatch(calls[name])
+            if turn >= warmup:
+                samples[name].append(sample)
+    return {name: _summary(pairs) for name, pairs in samples.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and the 10th and 90th percentile, interpolated."""
+    if len(values) == 1:
+        return {"median_ms": values[0], "p10_ms": values[0], "p90_ms": values[0]}
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median_ms": statistics.median(values), "p10_ms": tenths[0], "p90_ms": tenths[-1]}
+
+
+def _summary(pairs: Sequence[tuple[float, float]]) -> dict:
+    device, host = zip(*pairs, strict=True)
+    return {**spread(device), "host_ms": statistics.median(host), "rounds": len(pairs)}
+
+
+class GpuStamp:
+    """A moment on the GPU; the difference of two is in seconds and waits for the later one."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: GpuStamp) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def gpu_timer() -> GpuStamp:
+    """A timer for pytest-benchmark whose differences are times on the GPU."""
+    return GpuStamp()

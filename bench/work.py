@@ -1,0 +1,78 @@
+"""Bytes and floating-point operations that a case needs at least, and the time that a machine needs for them.
+
+Each input is read once and each output written once per pass (forward, backward); tensors of rank size and what a
+cache might keep between passes are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from bench.cases import Case, LinearCase, LossCase, StackCase
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+SCORED_ROW = (7, 20)
+"""Latents moved and operations per element of a distribution-matching row: reads velocity, x, renoised, critic,
+teacher and teacher_uncond, writes the gradient."""
+ANCHOR_ROW = (3, 4)
+"""The same of an anchor row: reads velocity and target, writes the gradient."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and bytes of one call."""
+
+    flops: int
+    bytes: int
+
+
+def work_of(case: Case, adapted: bool = True) -> Work:
+    """The work of a case; without its adapters where not `adapted` (the loss has none)."""
+    if isinstance(case, LinearCase):
+        return _linear(case, adapted)
+    if isinstance(case, StackCase):
+        return _stack(case, adapted)
+    return _loss(case)
+
+
+def floor_ms(work: Work, roof: dict) -> float:
+    """The larger of the times that the arithmetic and the traffic take at the measured roof.
+
+    Args:
+        roof: ``{"tflop_per_s": ..., "gb_per_s": ...}``.
+    """
+    return max(work.flops / (roof["tflop_per_s"] * 1e9), work.bytes / (roof["gb_per_s"] * 1e6))
+
+
+def _linear(case: LinearCase, adapted: bool) -> Work:
+    m, k, n, r = case.rows, case.in_features, case.out_features, case.rank
+    base, low_rank = 2 * m * k * n, 2 * m * r * (k + n) * adapted
+    factors = case.adapters * r * (k + n) * adapted
+    forward = m * (k + n) + n * k + n * case.bias + factors
+    if case.mode == "forward":
+        return Work(base + low_rank, forward * ITEM_BYTES[case.dtype])
+    # Reads dy, the weight and the factors, and x for the gradient of lora_A; writes the gradients of x and the factors.
+    backward = m * (n + k) + n * k + m * k * adapted + 2 * factors
+    return Work(2 * base + 3 * low_rank, (forward + backward) * ITEM_BYTES[case.dtype])
+
+
+def _loss(case: LossCase) -> Work:
+    elements, scored = prod(case.latent), sum(kind < 2 for kind in case.kinds)
+    anchors = case.samples - scored
+    moved, flops = (
+        elements * (scored * per_scored + anchors * per_anchor)
+        for per_scored, per_anchor in zip(SCORED_ROW, ANCHOR_ROW, strict=True)
+    )
+    return Work(flops, moved * ITEM_BYTES[case.dtype])
+
+
+def _stack(case: StackCase, adapted: bool) -> Work:
+    """Bytes: weights and adapters read once, the hidden states read and written once in all."""
+    rows, h = case.samples * case.tokens, case.hidden
+    weights = 12 * h * h  # q, k, v and out: 4 h^2; up and down: 8 h^2
+    ends = 4 * 2 * h + 2 * 5 * h  # sum of K + N over the six layers
+    attention = 4 * case.tokens * h  # scores and values, per row
+    flops = rows * case.blocks * (2 * weights + attention + 2 * case.rank * ends * adapted)
+    elements = case.blocks * (weights + ends * case.rank * case.adapters * adapted) + 2 * rows * h
+    return Work(flops, elements * ITEM_BYTES[case.dtype])

@@ -1,0 +1,150 @@
+"""Tile sizes of the multi-adapter linear layer, per shape and machine; never by the number of samples in a batch.
+
+A sample's result is then the same to the bit alone and in any batch. The sizes follow from arithmetic on shared memory
+and registers and from what the compiler emits (`csrc_triton/README.md`).
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+MAX_BLOCK_R = 256
+"""Ranks per program at most: 64 rows of fp32 sums, 128 registers of each thread of four warps."""
+LINEAR_BLOCK_R = 64
+"""Ranks per step behind the base product: their operands reuse the shared memory of its channel loop."""
+
+RESERVED = 16384
+"""Bytes of shared memory left to the compiler, for values that change their layout."""
+
+
+class Machine(NamedTuple):
+    """What the tile sizes depend on.
+
+    Attributes:
+        shared_memory: bytes that one program may use.
+        descriptors: whether tensor descriptors become hardware copies (TMA: sm_90 and later).
+    """
+
+    shared_memory: int
+    descriptors: bool
+
+
+INTERPRETER = Machine(shared_memory=232448, descriptors=False)
+Tiles = dict[str, int | bool]
+
+
+@lru_cache
+def machine_of(device: torch.device) -> Machine:
+    """The machine of a tensor's device; the interpreter's for the CPU."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Machine(properties.shared_memory_per_block, descriptors=False)
+    return Machine(properties.shared_memory_per_block_optin, descriptors=properties.major >= 9)
+
+
+def power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def up_to(limit: int, size: int) -> int:
+    """The smallest power of two from 16 to `limit` that holds `size`; compares only, so that a size may be symbolic."""
+    block = 16
+    while block < limit and block < size:
+        block *= 2
+    return block
+
+
+def rank_block(rank: int) -> int:
+    """Equal blocks, as few as possible: each block reads the rows again."""
+    blocks = -(-rank // MAX_BLOCK_R)
+    return up_to(MAX_BLOCK_R, -(-rank // blocks))
+
+
+def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int, factor_bytes: int) -> Tiles:
+    """Tiles of `shrink_kernel`: 64 rows, the least that wgmma takes, and as many channels in flight as fit."""
+    block_r = rank_block(rank)
+    block_m = up_to(32 if x_bytes == 4 and block_r > 128 else 64, tokens)
+    per_channel = block_m * x_bytes + block_r * factor_bytes
+    stages, block_c = _stages(machine, per_channel, block_r * x_bytes, up_to(_channel_limit(channels, x_bytes), channels))
+    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
+
+
+def expand_tiles(machine: Machine, tokens: int, outputs: int, rank: int, x_bytes: int) -> Tiles:
+    """Tiles of `expand_add_kernel`, which is bound by reading and writing y."""
+    block_r = up_to(64 if x_bytes == 2 else 16, rank)
+    block_m, block_n = up_to(64, tokens), up_to(128 if x_bytes == 2 else 64, outputs)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
+
+
+def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, rank: int, x_bytes: int) -> Tiles:
+    """Tiles of `linear_kernel`."""
+    limits = _linear_limits(machine, x_bytes, channels % 16 == 0 and outputs % 16 == 0)
+    block_m, block_n, block_c = (
+        up_to(limit, size) for limit, size in zip(limits, (tokens, outputs, channels), strict=True)
+    )
+    stages = 3 if (block_m + block_n) * block_c * x_bytes * 3 <= machine.shared_memory - RESERVED else 2
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+        "BLOCK_R": up_to(LINEAR_BLOCK_R if x_bytes == 2 else 16, rank),
+        "GROUP": 8,
+        "DESCRIPTORS": machine.descriptors,
+        "num_warps": 8 if block_m * block_n > 128 * 64 else 4,
+        "num_stages": stages,
+    }
+
+
+def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int, factor_bytes: int) -> Tiles:
+    """Tiles of `gradients_kernel`; a chunk's partials are 4 rank / CHUNK of the bytes of its 16-bit rows."""
+    shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes, factor_bytes)
+    block_r = shrink["BLOCK_R"]
+    block_c = up_to(64 if block_r == MAX_BLOCK_R or x_bytes == 4 else 128, channels)
+    per_row = (block_c + block_r) * x_bytes
+    stages, block_t = _stages(machine, per_row, 0, up_to(64 if x_bytes == 2 else 32, tokens))
+    return {
+        "CHUNK": up_to(1024, tokens),
+        "BLOCK_M": shrink["BLOCK_M"],
+        "BLOCK_K": shrink["BLOCK_C"],
+        "BLOCK_T": block_t,
+        "BLOCK_C": block_c,
+        "BLOCK_R": block_r,
+        "num_warps": 4,
+        "num_stages": min(stages, shrink["num_stages"]),
+    }
+
+
+def reduce_tiles(rank: int) -> Tiles:
+    """Tiles of `reduce_kernel`: about 1,024 sums per program, 8 a thread."""
+    block_r = up_to(1024, rank)
+    return {"BLOCK_C": max(1024 // block_r, 1), "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
+
+
+def _channel_limit(channels: int, x_bytes: int) -> int:
+    """Channels per step at most; rows that do not begin at 16 bytes are loaded element by element, through registers."""
+    if x_bytes == 4:
+        return 32
+    return 128 if channels % 16 == 0 else 32
+
+
+def _linear_limits(machine: Machine, x_bytes: int, aligned: bool) -> tuple[int, int, int]:
+    """Rows, outputs and channels of a tile of the base product, where the layer is large."""
+    if x_bytes == 4:  # no tensor cores: the sums and both operands stand in registers
+        return 64, 64, 16
+    if not aligned:
+        return 64, 128, 32
+    if machine.shared_memory > 200_000:
+        return 128, 256, 64
+    return 128, 128, 64 if machine.shared_memory > 100_000 else 32
+
+
+def _stages(machine: Machine, per_channel: int, extra_per_channel: int, largest: int) -> tuple[int, int]:
+    """Pipeline stages and the largest block of channels that fit: at least three stages where any block allows it."""
+    blocks = [block for block in (128, 64, 32, 16) if block <= largest]
+    for block, stages in [(b, s) for b in blocks for s in (4, 3)] + [(b, 2) for b in blocks]:
+        if (stages * per_channel + extra_per_channel) * block <= machine.shared_memory - RESERVED:
+            return stages, block
+    return 1, 16
