@@ -8,12 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import cpu_cases, gpu_cases
-from bench.families import family_of
+from bench.cases import cpu_cases, telling_cases
+from bench.measure import family_of
 from bench.timing import gpu_timer
-
-NUM_TELLING = 15
-"""The cases of the goals: nine linear ones, five losses, one stack."""
 
 
 def with_providers(cases):
@@ -34,6 +31,6 @@ def test_cpu(case, provider, time_provider):
 
 @pytest.mark.gpu
 @pytest.mark.benchmark(timer=gpu_timer)
-@pytest.mark.parametrize(("case", "provider"), with_providers(gpu_cases()[:NUM_TELLING]))
+@pytest.mark.parametrize(("case", "provider"), with_providers(telling_cases()))
 def test_gpu(case, provider, gpu, time_provider):
     time_provider(case, provider, gpu, rounds=20)

@@ -97,20 +97,15 @@ def adapter_of(case: LinearCase | StackCase) -> list[int]:
     return [sample % case.adapters for sample in range(case.samples)]
 
 
+def telling_cases() -> list[Case]:
+    """Those that the goals are about."""
+    return [*(case for case in _linear_cases() if _distance(case) == 0), *_losses("float32"), StackCase()]
+
+
 def gpu_cases() -> list[Case]:
     """Every case of a full run in the order in which they are measured."""
-    linear = sorted(_linear_cases(), key=_distance)
-    telling = [case for case in linear if _distance(case) == 0]
-    losses = [LossCase(samples=b) for b in (1, 4, 16, 2, 8)]
-    stack = StackCase()
-    return [
-        *telling,
-        *losses,
-        stack,
-        *linear[len(telling) :],
-        *(replace(loss, dtype="bfloat16") for loss in losses),
-        *(replace(stack, rank=rank) for rank in RANKS if rank != stack.rank),
-    ]
+    others = [case for case in _linear_cases() if _distance(case) > 0]
+    return [*telling_cases(), *_losses("bfloat16"), *sorted(others, key=_distance)]
 
 
 def cpu_cases() -> list[Case]:
@@ -125,6 +120,10 @@ def cpu_cases() -> list[Case]:
         LossCase(samples=4, latent=(16, 16, 16)),
         StackCase(blocks=2, heads=4, head_size=16, samples=4, tokens=16, adapters=3, rank=4, dtype="float32"),
     ]
+
+
+def _losses(dtype: str) -> list[LossCase]:
+    return [LossCase(samples=samples, dtype=dtype) for samples in (1, 4, 16)]
 
 
 def _linear_cases() -> list[LinearCase]:

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from bench import gate
-from bench.families import family_of
-from bench.measure import prepare
+from bench.measure import family_of, prepare
 from bench.providers import BASE, Unavailable
 from bench.timing import CudaStopwatch
-
 
 prepare_once = lru_cache(maxsize=1)(prepare)  # kept while the providers of a case take their turns
 

@@ -1,20 +1,23 @@
-"""Inputs of a linear case, its result in fp64 and in eager PyTorch.
+"""A linear layer with adapters: inputs, the result in fp64 and in eager PyTorch, and ways to compute it.
 
+Each provider gets the stacked adapters and their ids, as a batch of the trainer has them.
 Legend: B samples, T tokens, K inputs, N outputs, E adapters, R rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import LinearCase, adapter_of
+from bench.providers import BASE, OURS, Builder, Call, Outputs, Unavailable, compiled, need, need_gpu
+from clora.ops import multi_lora_linear
 
-Outputs = dict[str, Tensor]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """y from (x, lora_A, lora_B)."""
 
@@ -109,10 +112,202 @@ def expected(inputs: LinearInputs) -> Outputs:
 
 def eager(inputs: LinearInputs) -> Outputs:
     """The result of clora's eager definition in the dtype of the case."""
-    from clora.ops import multi_lora_linear
-
     scale, ids = inputs.scale, inputs.adapter_ids
     return run(
         inputs,
         lambda x, a, b: multi_lora_linear(x, inputs.weight, inputs.bias, a, b, scale, ids, backend="eager"),
     )
+
+
+def providers(case: LinearCase) -> dict[str, Builder]:
+    """Name to builder of every provider that can compute the case's mode and number of adapters."""
+    ours = {
+        OURS: ours_dispatched,
+        "ours_fused": partial(ours_design, design="fused"),
+        "ours_split": partial(ours_design, design="split"),
+    }
+    shared = {BASE: base, "baddbmm": baddbmm}
+    if case.mode == "student":
+        single = {"peft": peft_student, "peft_compiled": partial(peft_student, compile=True)}
+        return {**shared, **single, "unsloth_style": unsloth_style, **ours, "ours_fp32_factors": ours_fp32_factors}
+    routed = {"grouped_mm": grouped_mm, "merged": merged_per_sample}
+    if case.adapters == 1:
+        single = {"peft": peft, "peft_compiled": partial(peft, compile=True), "unsloth_style": unsloth_style}
+        return {**shared, **single, **routed, **ours}
+    mixed = {"peft_mixed": peft_mixed, "peft_mixed_compiled": partial(peft_mixed, compile=True)}
+    return {**shared, **mixed, **routed, **ours}
+
+
+def base(inputs: LinearInputs) -> Call:
+    """The linear layer alone; in mode "student" with the gradient of x."""
+
+    def call() -> Outputs:
+        if inputs.upstream is None:
+            with torch.no_grad():
+                return {"y": F.linear(inputs.x, inputs.weight, inputs.bias)}
+        y = F.linear(inputs.x, inputs.weight, inputs.bias)
+        return {"y": y.detach(), "dx": torch.autograd.grad(y, inputs.x, inputs.upstream)[0]}
+
+    return call
+
+
+def ours_dispatched(inputs: LinearInputs) -> Call:
+    """`clora.ops.multi_lora_linear`, which chooses backend and design itself."""
+    scale, ids = inputs.scale, inputs.adapter_ids
+    forward = lambda x, a, b: multi_lora_linear(x, inputs.weight, inputs.bias, a, b, scale, ids)  # noqa: E731
+    return partial(run, inputs, forward)
+
+
+def ours_design(inputs: LinearInputs, design: str) -> Call:
+    """The Triton op, forced to one of its two designs."""
+    need_gpu(inputs.x)
+    op = need("csrc_triton.multi_lora.op").multi_lora_linear_triton
+    scale, ids = inputs.scale, inputs.adapter_ids
+    return partial(run, inputs, lambda x, a, b: op(x, inputs.weight, inputs.bias, a, b, scale, ids, design=design))
+
+
+def ours_fp32_factors(inputs: LinearInputs) -> Call:
+    """As dispatched, with fp32 factors and gradients over the 16-bit base: what the trainer has."""
+    a, b = (factor.detach().float().requires_grad_() for factor in (inputs.lora_A, inputs.lora_B))
+    return ours_dispatched(replace(inputs, lora_A=a, lora_B=b))
+
+
+def peft(inputs: LinearInputs, compile: bool = False) -> Call:
+    """PEFT's layer with its one active adapter."""
+    layer = _peft_layer(inputs).eval()
+    forward = compiled(layer) if compile else layer
+    return partial(run, inputs, lambda x, a, b: forward(x))
+
+
+def peft_student(inputs: LinearInputs, compile: bool = False) -> Call:
+    """PEFT's layer in training: its parameters are the case's factors, so that their gradients are the case's."""
+    layer = _peft_layer(inputs).train()
+    forward = compiled(layer) if compile else layer
+    leaves = (inputs.x, layer.lora_A["a0"].weight, layer.lora_B["a0"].weight)
+
+    def call() -> Outputs:
+        y = forward(inputs.x)
+        dx, da, db = torch.autograd.grad(y, leaves, inputs.upstream)
+        return {"y": y.detach(), "dx": dx, "dA": da[None], "dB": db[None]}
+
+    return call
+
+
+def peft_mixed(inputs: LinearInputs, compile: bool = False) -> Call:
+    """PEFT's layer with an adapter name per sample."""
+    layer = _peft_layer(inputs).eval()
+    names = [f"a{e}" for e in inputs.ids]
+    mixed = lambda x: layer(x, adapter_names=names)  # noqa: E731
+    forward = compiled(mixed) if compile else mixed
+    return partial(run, inputs, lambda x, a, b: forward(x))
+
+
+def baddbmm(inputs: LinearInputs) -> Call:
+    """cuBLAS alone: the base layer, then a batched product per factor, the second added in place."""
+    scale, ids = inputs.scale.to(inputs.x.dtype), inputs.adapter_ids
+
+    def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        a, b = (factor.index_select(0, ids) for factor in (lora_A, lora_B))
+        low = torch.bmm(x, a.mT) * scale.index_select(0, ids)[:, None, None]
+        return F.linear(x, inputs.weight, inputs.bias).baddbmm_(low, b.mT)
+
+    return partial(run, inputs, forward)
+
+
+def grouped_mm(inputs: LinearInputs) -> Call:
+    """`grouped_mm` over the rows sorted by adapter, added to the base layer; the routing is made once per batch."""
+    need_gpu(inputs.x)
+    product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if product is None:
+        raise Unavailable(f"torch {torch.__version__} has no grouped_mm")
+    order = sorted(range(len(inputs.ids)), key=lambda sample: inputs.ids[sample])
+    index = torch.tensor(order, device=inputs.x.device)
+    counts = torch.tensor([inputs.ids.count(e) for e in range(len(inputs.scales))], device=inputs.x.device)
+    ends = (counts * inputs.case.tokens).cumsum(0).to(torch.int32)
+    scale = inputs.scale[inputs.adapter_ids.long()[index]].to(inputs.x.dtype)[:, None, None]
+    in_order = order == sorted(order)
+
+    def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        y = F.linear(x, inputs.weight, inputs.bias)
+        rows = x if in_order else x.index_select(0, index)
+        low = product(rows.flatten(0, 1), lora_A.mT, offs=ends).view(*x.shape[:2], -1) * scale
+        delta = product(low.flatten(0, 1), lora_B.mT, offs=ends).view_as(y)
+        return y.add_(delta) if in_order else y.index_add_(0, index, delta)
+
+    return partial(run, inputs, forward)
+
+
+def merged_per_sample(inputs: LinearInputs) -> Call:
+    """The weight of each adapter merged in the call, in the case's dtype, then one product per sample."""
+
+    def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        weights = [
+            torch.addmm(inputs.weight, lora_B[e], lora_A[e], alpha=scale) for e, scale in enumerate(inputs.scales)
+        ]
+        y = x.new_empty(*x.shape[:2], inputs.weight.shape[0])
+        for sample, e in enumerate(inputs.ids):
+            _linear_into(y[sample], x[sample], weights[e], inputs.bias)
+        return y
+
+    return partial(run, inputs, forward)
+
+
+def unsloth_style(inputs: LinearInputs) -> Call:
+    """One adapter with a hand-written gradient, every low-rank product added in place."""
+    forward = lambda x, a, b: InPlaceLoRA.apply(x, inputs.weight, inputs.bias, a, b, inputs.scales[0])  # noqa: E731
+    return partial(run, inputs, forward)
+
+
+class InPlaceLoRA(torch.autograd.Function):
+    """``x W^T + bias + s (x A^T) B^T`` of one adapter, x `[B, T, K]`, A `[1, R, K]`, B `[1, N, R]`; saves x, A and B."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scale):
+        a, b = lora_A[0], lora_B[0]
+        rows = x.flatten(0, 1)
+        y = F.linear(rows, weight, bias).addmm_(rows @ a.mT, b.mT, alpha=scale)
+        ctx.save_for_backward(rows, a, b)
+        ctx.weight, ctx.scale = weight, scale
+        return y.view(*x.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        rows, a, b = ctx.saved_tensors
+        dy = upstream.flatten(0, 1)
+        back = dy @ b
+        dx = (dy @ ctx.weight).addmm_(back, a, alpha=ctx.scale)
+        da = (back.mT @ rows).mul_(ctx.scale)
+        db = (dy.mT @ (rows @ a.mT)).mul_(ctx.scale)
+        return dx.view(*upstream.shape[:2], -1), None, None, da[None], db[None], None
+
+
+def _peft_layer(inputs: LinearInputs) -> nn.Module:
+    """PEFT's layer on the case's own tensors, nothing copied; its adapters are "a0", "a1", ..., the first active."""
+    peft_module = need("peft")
+    n, k = inputs.weight.shape
+    holder = nn.Module()
+    holder.linear = nn.Linear(k, n, bias=inputs.bias is not None, device="meta")
+    holder.linear.weight = _frozen(inputs.weight)
+    if inputs.bias is not None:
+        holder.linear.bias = _frozen(inputs.bias)
+    config = peft_module.LoraConfig(r=inputs.case.rank, lora_alpha=inputs.case.rank, target_modules=["linear"])
+    model = peft_module.get_peft_model(holder, config, adapter_name="a0", autocast_adapter_dtype=False)
+    for e in range(1, len(inputs.scales)):
+        model.add_adapter(f"a{e}", config)
+    for e, scale in enumerate(inputs.scales):
+        trains = inputs.lora_A.requires_grad
+        holder.linear.lora_A[f"a{e}"].weight = nn.Parameter(inputs.lora_A[e].detach(), requires_grad=trains)
+        holder.linear.lora_B[f"a{e}"].weight = nn.Parameter(inputs.lora_B[e].detach(), requires_grad=trains)
+        holder.linear.scaling[f"a{e}"] = scale
+    return holder.linear
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.mT, out=out)
+    else:
+        torch.addmm(bias, x, weight.mT, out=out)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from bench.cases import LossCase
-from bench.providers import Builder, Call, compiled
+from bench.providers import OURS, Builder, Call, Outputs, compiled
 from clora.ops import Scores, coarse_to_fine_loss
 
 GUIDANCE = 4.0
-Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def providers(case: LossCase) -> dict[str, Builder]:
         "paper_fp64": lambda inputs: partial(_with_gradient, inputs, partial(paper_loss, case=case)),
         "eager": lambda inputs: partial(eager, inputs),
         "compiled": compiled_loss,
-        "ours": lambda inputs: partial(_with_gradient, inputs, _of_ops),
+        OURS: lambda inputs: partial(_with_gradient, inputs, _of_ops),
     }
 
 

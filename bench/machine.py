@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import subprocess
@@ -35,6 +36,7 @@ def describe(device: torch.device, stopwatch: Stopwatch) -> dict:
         "gpu": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
         "driver": _driver(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
@@ -61,21 +63,21 @@ def measure_roof(device: torch.device, stopwatch: Stopwatch) -> dict[str, float]
 
 
 def revision(root: Path = ROOT) -> str:
-    """The last git commit of the sources; with their hash where they differ from it, or there is no git."""
-    paths = ["--", *SOURCES, *(f":!{path}" for path in (*NOT_SOURCES, "*.md"))]
-    commit = _output(["git", "log", "-1", "--format=%h", "--abbrev=12", *paths], root)
-    changed = _output(["git", "status", "--porcelain", *paths], root)
-    return commit if commit and changed == "" else f"{commit or 'unknown'}+{sources_hash(root)}"
-
-
-def sources_hash(root: Path = ROOT) -> str:
-    """Hash of the Python and JSON files that a measurement depends on, whatever their dates."""
+    """Hash of the Python and JSON files that a measurement depends on: with the same one it need not be repeated."""
     digest = hashlib.sha256()
     for file in sorted(file for path in SOURCES for file in _files(root / path)):
         relative = file.relative_to(root)
         if not any(relative.is_relative_to(path) for path in NOT_SOURCES):
             digest.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:12]
+
+
+def commit(root: Path = ROOT) -> str:
+    """The checkout's commit, "+" where it was changed; in a copy without git, what the variable GIT_COMMIT says."""
+    head = _output(["git", "rev-parse", "--short=12", "HEAD"], root)
+    if head is None:
+        return os.environ.get("GIT_COMMIT", "unknown")
+    return head + "+" * (_output(["git", "status", "--porcelain", "-uno"], root) != "")
 
 
 def _files(path: Path) -> list[Path]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from bench import gate
-from bench.cases import Case
-from bench.families import family_of
-from bench.providers import BASE, Builder, Call, Unavailable
+from bench import gate, linear, loss, stack
+from bench.cases import Case, LinearCase, LossCase, StackCase
+from bench.providers import BASE, Builder, Call, Outputs, Unavailable
 from bench.timing import Stopwatch, interleave
 from bench.work import floor_ms, work_of
 
+FAMILIES = {LinearCase: linear, LossCase: loss, StackCase: stack}
 MIB = 1 << 20
 
 
@@ -40,37 +41,44 @@ class Bench:
     warmup: int = 3
 
 
-@dataclass
-class Progress:
-    """What was found so far, in the form of a record; `entering` tells an observer what comes next.
+def family_of(case: Case) -> ModuleType:
+    """The module that computes a case.
 
-    Attributes:
-        providers: name to entry; the providers in it at the start are not tried.
-        allowed: the gate's bound per output, as soon as it is known.
+    Its ``make_inputs(case, device)`` makes what the others take: ``expected(inputs)``, the outputs in fp64,
+    ``eager(inputs)``, those of eager PyTorch in the case's dtype, and each builder of ``providers(case)``.
     """
-
-    providers: dict[str, dict] = field(default_factory=dict)
-    entering: Callable[[str | None], None] = lambda place: None
-    allowed: dict[str, float] = field(default_factory=dict)
+    return FAMILIES[type(case)]
 
 
-def measure(case: Case, bench: Bench, progress: Progress) -> None:
-    """Fills `progress.providers` with the entry of every provider of the case.
+def measure(case: Case, bench: Bench, record: dict, save: Callable[[], None]) -> None:
+    """Fills a record that has begun: an entry for each provider that is not in it, then its status.
+
+    Args:
+        save: writes the record; called whenever "current" has changed.
 
     Raises:
-        DeviceLost: a provider broke the GPU; its entry says so.
-        Exception: whatever keeps the case itself from being measured, such as too little memory for its inputs.
+        DeviceLost: a provider broke the GPU; the record stays "running", and the provider's entry says so.
     """
-    progress.entering("inputs")
-    calls = _admitted(case, bench, progress)
-    progress.entering("timing")
-    times = interleave(calls, bench.stopwatch, bench.rounds, bench.warmup)
+    record["work"] = asdict(work_of(case))
+    try:
+        calls = _admitted(case, bench, record, save)
+        record["current"] = "timing"
+        save()
+        times = interleave(calls, bench.stopwatch, bench.rounds, bench.warmup)
+    except DeviceLost:
+        raise
+    except Exception as error:  # such as too little memory for the inputs
+        record |= {"status": "failed", "error": describe_error(error)}
+        save()
+        check_alive(bench.device, case.name)
+        return
     for name, figures in times.items():
         floor = floor_ms(work_of(case, adapted=name != BASE), bench.roof)
-        progress.providers[name] |= {**figures, "roof_percent": 100 * floor / figures["median_ms"]}
+        record["providers"][name] |= {**figures, "roof_percent": 100 * floor / figures["median_ms"]}
+    record["status"] = "done"
 
 
-def prepare(case: Case, device: torch.device) -> tuple[Any, gate.Outputs, dict[str, float]]:
+def prepare(case: Case, device: torch.device) -> tuple[Any, Outputs, dict[str, float]]:
     """Inputs of a case, its outputs in fp64 and the error that the gate allows each."""
     family = family_of(case)
     inputs = family.make_inputs(case, device)
@@ -87,26 +95,46 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _admitted(case: Case, bench: Bench, progress: Progress) -> dict[str, Call]:
+def describe_error(error: BaseException) -> str:
+    """Kind and first lines of an error, short enough for a table."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def check_alive(device: torch.device, after: str) -> None:
+    """Raises DeviceLost where the GPU no longer works after something failed."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        raise DeviceLost(f"after {after}: {describe_error(error)}") from error
+
+
+def _admitted(case: Case, bench: Bench, record: dict, save: Callable[[], None]) -> dict[str, Call]:
     """The calls of the providers that run and pass the gate."""
-    inputs, expected, allowed = prepare(case, bench.device)
-    progress.allowed |= allowed
+    record["current"] = "inputs"
+    save()
+    inputs, expected, record["allowed_errors"] = prepare(case, bench.device)
     calls = {}
     for name, build in family_of(case).providers(case).items():
-        if name in progress.providers:
+        if name in record["providers"]:
             continue
-        progress.entering(name)
-        entry, call = _admit(name, build, inputs, expected, allowed)
-        progress.providers[name] = entry
+        record["current"] = name
+        save()
+        entry, call = _admit(name, build, inputs, expected, record["allowed_errors"])
+        record["providers"][name] = entry
         if call is not None:
             calls[name] = call
         elif "failed" in entry:
+            save()
             check_alive(bench.device, name)
     return calls
 
 
 def _admit(
-    name: str, build: Builder, inputs: Any, expected: gate.Outputs, allowed: dict[str, float]
+    name: str, build: Builder, inputs: Any, expected: Outputs, allowed: dict[str, float]
 ) -> tuple[dict, Call | None]:
     """The provider's entry before it is timed, and its call where it may be."""
     try:
@@ -121,12 +149,6 @@ def _admit(
         return {"failed": describe_error(error)}, None
 
 
-def describe_error(error: BaseException) -> str:
-    """Kind and first lines of an error, short enough for a table."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
 def _peak_mib(call: Call) -> float | None:
     """Memory that one call takes at most, its results included, on top of what was held before; None on a CPU."""
     if not torch.cuda.is_available():
@@ -137,14 +159,3 @@ def _peak_mib(call: Call) -> float | None:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def check_alive(device: torch.device, after: str) -> None:
-    """Raises DeviceLost where the GPU no longer works after something failed."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-        torch.ones(1, device=device).item()
-    except RuntimeError as error:
-        raise DeviceLost(f"after {after}: {describe_error(error)}") from error

@@ -9,8 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-Call = Callable[[], dict[str, Tensor]]
-"""Computes the case once; its outputs are named as those of the family's `expected`."""
+Outputs = dict[str, Tensor]
+Call = Callable[[], Outputs]
+"""Computes the case once; its outputs are named as those of the truth in fp64."""
 Builder = Callable[..., Call]
 """From the inputs of a case; what can be prepared before the weights meet the samples is prepared here."""
 BASE = "base"

@@ -1,7 +1,8 @@
 """The JSON of a case: written before, during and after its measurement, so that a run can stop at any moment.
 
 A record's status is "running" (being measured, or the run was stopped), "done" or "failed" (nothing of the case could be
-timed); "current" is the provider or step that a running one is at. A provider's entry holds its times, or one of "wrong" (the gate), "failed" and "unavailable" with the reason.
+timed); "current" is the provider or step that a running one is at. A provider's entry holds its times, or one of "wrong"
+(the gate), "failed" and "unavailable" with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bench.cases import Case
 STEPS = ("inputs", "timing")
 """Where a measurement can be beside at a provider: making inputs and truth, and timing all that passed."""
 MAX_STOPS = 2
-"""Stopped this often at the same provider, a case is measured without it: it may be what hangs."""
+"""Ended this often at the same provider, a case is measured without it: it may be what hangs or crashes."""
 
 
 def path_of(folder: Path, case: Case) -> Path:
@@ -54,29 +55,23 @@ def begin(case: Case, revision: str, earlier: dict | None) -> dict:
     """The record of a measurement that starts now.
 
     Args:
-        earlier: what an earlier run left of the case. Where that was stopped at the same revision, its faulty providers
-            are kept, so that they are not tried again, and so is the count of where it was stopped.
+        earlier: what an earlier process left of the case. Where that ended within it at the same revision, its faulty
+            providers are kept, so that they are not tried again, and so is the count of where it ended.
     """
     record = {"name": case.name, "family": type(case).__name__, "case": asdict(case), "revision": revision}
     record |= {"status": "running", "current": None, "stopped": {}, "providers": {}}
     if earlier is None or earlier["revision"] != revision or earlier["status"] != "running":
         return record
-    record |= {"stopped": dict(earlier["stopped"]), "providers": _faults(earlier)}
-    if place := earlier["current"]:
-        record["stopped"][place] = times = record["stopped"].get(place, 0) + 1
-        if times >= MAX_STOPS:
-            blame(record, place, f"the run was stopped here {times} times")
+    record["providers"] = {name: entry for name, entry in earlier["providers"].items() if "failed" in entry}
+    record["stopped"] = stopped = dict(earlier["stopped"])
+    place = earlier["current"]
+    if place is None or place in record["providers"]:
+        return record
+    stopped[place] = stopped.get(place, 0) + 1
+    if stopped[place] >= MAX_STOPS:
+        error = f"the process ended here {stopped[place]} times"
+        if place in STEPS:
+            record |= {"status": "failed", "error": f"{place}: {error}"}
+        else:
+            record["providers"][place] = {"failed": error}
     return record
-
-
-def blame(record: dict, place: str, error: str) -> None:
-    """Marks the provider at which a measurement ended, or the whole case where that was not a provider."""
-    if place in STEPS:
-        record |= {"status": "failed", "error": f"{place}: {error}"}
-    else:
-        record["providers"][place] = {"failed": error}
-    record["current"] = None
-
-
-def _faults(record: dict) -> dict:
-    return {name: entry for name, entry in record["providers"].items() if "failed" in entry}

@@ -59,7 +59,9 @@ def _machines(finished: Sequence[Record]) -> list[str]:
 
 def _machine(group: Sequence[Record]) -> list[str]:
     machine = group[0]["machine"]
-    versions = ", ".join(f"{key} {machine[key]}" for key in ("driver", "python", "torch", "cuda", "triton", "peft"))
+    versions = ", ".join(
+        f"{key} {machine[key]}" for key in ("commit", "driver", "python", "torch", "cuda", "triton", "peft")
+    )
     roofs = [record["machine"]["roof"] for record in group]
     return [
         f"- {machine['gpu']}, {versions}; revision {group[0]['revision']}; {len(group)} cases; roof as measured: "
@@ -71,9 +73,11 @@ def _machine(group: Sequence[Record]) -> list[str]:
 def _tests(tests: dict | None) -> list[str]:
     if tests is None:
         return ["GPU tests: not run."]
-    return [
-        f"GPU tests (`{tests['command']}`, revision {tests['revision']}): {tests['outcome']}; {tests['summary']}"
-    ] + [f"- `{failure}`" for failure in tests["failures"]]
+    lines = [f"GPU tests, revision {tests['revision']}:", ""]
+    for file, entry in tests["files"].items():
+        lines.append(f"- {file}: {entry['outcome']}; {entry['summary']}")
+        lines += [f"  - `{failure}`" for failure in entry["failures"]]
+    return lines
 
 
 def _goals(found: Iterable[Verdict]) -> list[str]:

@@ -6,26 +6,28 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from bench import records
-from bench.cases import gpu_cases
 from bench.machine import ROOT, revision, slug
 from bench.report import TESTS, write_report
-from bench.worker import DEVICE_LOST, Budget
+from bench.timing import countdown
 
 NO_GPU = 2
-TEST_COMMAND = ("-m", "pytest", "tests/csrc_triton", "-q")
 TEST_SHARE = 0.5
-"""Of the time left, at most; the rest is for the cases."""
+"""Of the time, at most; the rest is for the cases."""
+MORE_TIME = 1.5
+"""A test file that the budget stopped is run again with this much more time than it had, and not before."""
+MAX_PROCESSES = 30
+"""So many are broken only where no other will do better."""
+A_DAY = 86400.0
 Run = Callable[..., subprocess.CompletedProcess]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the GPU tests, then measures every case that is not yet measured at this revision, the most telling first.
+    """Runs the kernels' tests, then measures every case that is not yet measured at this revision, most telling first.
 
     Returns:
         0; 1 where tests failed or the cases could not be measured; 2 without a GPU.
@@ -34,89 +36,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.run: no CUDA device found, nothing was run; `pytest bench` runs what a CPU can")
         return NO_GPU
-    budget = Budget(arguments.budget_s)
+    left = countdown(arguments.budget_s)
     folder = arguments.out / slug(torch.cuda.get_device_name(0))
     folder.mkdir(parents=True, exist_ok=True)
-    current = revision()
     try:
-        tested = arguments.skip_tests or run_tests(folder, current, budget)
-        measured = run_cases(folder, current, budget, arguments.only)
+        tested = arguments.skip_tests or run_tests(folder, revision(), left)
+        measured = run_cases(folder, left, arguments.only)
     finally:
         print(write_report(folder))
     return 0 if tested and measured else 1
 
 
-def run_tests(folder: Path, current: str, budget: Budget, run: Run = subprocess.run) -> bool:
-    """Runs the kernels' tests unless they passed at this revision, and notes the outcome in the folder.
+def run_tests(folder: Path, current: str, left: Callable[[], float], run: Run = subprocess.run) -> bool:
+    """Runs the kernels' test files that did not pass at this revision, and notes each outcome in the folder.
 
     Returns:
-        Whether they passed, or there was no time to tell.
+        Whether none failed.
     """
-    earlier = records.read(folder / TESTS)
-    if earlier is not None and (earlier["revision"], earlier["outcome"]) == (current, "passed"):
-        print("GPU tests: passed at this revision already")
-        return True
-    limit = None if budget.seconds is None else budget.left() * TEST_SHARE
-    try:
-        done = run([sys.executable, *TEST_COMMAND], cwd=ROOT, capture_output=True, text=True, timeout=limit)
-        outcome, output = "passed" if done.returncode == 0 else "failed", done.stdout + done.stderr
-    except subprocess.TimeoutExpired as stopped:
-        outcome, output = "stopped by the budget", _text(stopped.stdout)
-    lines = [line for line in output.splitlines() if line.strip()]
-    summary, failures = lines[-1] if lines else "", [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    note = {"command": "pytest " + " ".join(TEST_COMMAND[2:]), "revision": current, "outcome": outcome}
-    records.write(folder / TESTS, {**note, "summary": summary, "failures": failures})
-    print("\n".join(["GPU tests: " + outcome, *failures, summary]), flush=True)
-    return outcome != "failed"
-
-
-def run_cases(folder: Path, current: str, budget: Budget, only: str = "*", run: Run = subprocess.run) -> bool:
-    """Measures the cases in a process of their own; where that ends abnormally, the next one goes on without the culprit.
-
-    Returns:
-        False where it ended abnormally and no case tells why.
-    """
-    while budget.left() > 0:
-        limit = None if budget.seconds is None else budget.left()
-        command = [sys.executable, "-m", "bench.worker", str(folder), "--only", only]
-        try:
-            code = run(
-                command if limit is None else [*command, "--budget-s", str(limit)], cwd=ROOT, timeout=limit
-            ).returncode
-        except subprocess.TimeoutExpired:
-            print("the budget ended within a case; the next run tries it again")
-            return True
-        if code == 0:
-            return True
-        if code != DEVICE_LOST and not settle(folder, current, only, f"the process ended with code {code}"):
-            print(f"bench.worker ended with code {code} outside any case")
-            return False
-    return True
-
-
-def settle(folder: Path, current: str, only: str, error: str) -> bool:
-    """Blames what was running when a process ended; returns whether a case of this revision was."""
-    for case in gpu_cases():
-        path = records.path_of(folder, case)
-        record = records.read(path) if fnmatch(case.name, only) else None
-        if record is None or record["revision"] != current or record["status"] != "running" or not record["current"]:
+    note = records.read(folder / TESTS)
+    if note is None or note["revision"] != current:
+        note = {"revision": current, "files": {}}
+    for_cases = left() * (1 - TEST_SHARE)
+    for file in _test_files():
+        limit = left() - for_cases
+        earlier = note["files"].get(file, {"outcome": "not run", "limit_s": 0})
+        if earlier["outcome"] == "passed" or limit < MORE_TIME * earlier["limit_s"]:
             continue
-        records.blame(record, record["current"], error)
-        records.write(path, record)
-        return True
+        note["files"][file] = entry = _run_test_file(file, limit, run)
+        records.write(folder / TESTS, note)
+        print("\n".join([f"{file}: {entry['outcome']}; {entry['summary']}", *entry["failures"]]), flush=True)
+    return not any(entry["outcome"] == "failed" for entry in note["files"].values())
+
+
+def _test_files() -> list[str]:
+    """Relative to the repository; first those that run kernels on the GPU."""
+    files = sorted((ROOT / "tests" / "csrc_triton").glob("test_*.py"), key=lambda file: "_triton" not in file.stem)
+    return [file.relative_to(ROOT).as_posix() for file in files]
+
+
+def _run_test_file(file: str, limit: float, run: Run) -> dict:
+    """A file's outcome: "passed", "failed" or "stopped"; with limit_s the time that stopped it, else 0."""
+    command = [sys.executable, "-m", "pytest", "-q", file]
+    try:
+        done = run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        outcome, output, limit = "passed" if done.returncode == 0 else "failed", done.stdout + done.stderr, 0
+    except subprocess.TimeoutExpired as stopped:
+        printed = stopped.stdout or b""
+        outcome, output = "stopped", printed.decode("utf-8", "replace") if isinstance(printed, bytes) else printed
+    lines = [line for line in output.splitlines() if line.strip()]
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"outcome": outcome, "summary": lines[-1] if lines else "", "failures": failures, "limit_s": limit}
+
+
+def run_cases(folder: Path, left: Callable[[], float], only: str = "*", run: Run = subprocess.run) -> bool:
+    """Measures the cases in a process of their own; where that breaks, the next one goes on without the culprit.
+
+    Returns:
+        Whether a process came to its end, or to that of the time.
+    """
+    for _ in range(MAX_PROCESSES):
+        limit = left()
+        if limit <= 0:
+            return True
+        command = [sys.executable, "-m", "bench.worker", str(folder), "--only", only, "--budget-s", str(limit)]
+        try:
+            code = run(command, cwd=ROOT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            print("the time ended within a case; the next run tries it again", flush=True)
+            return True
+        if code in (0, 1):  # 1 is an error of Python outside any provider: the next process would meet it too
+            return code == 0
+        print(f"bench.worker ended with code {code}; the next process goes on", flush=True)
     return False
-
-
-def _text(output: bytes | str | None) -> str:
-    """What a stopped process had printed; subprocess hands it over as bytes."""
-    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.run", description="GPU tests, then benchmarks; see bench/README.md"
     )
-    parser.add_argument("--budget-s", type=float, help="stop after this many seconds; the next run goes on from there")
+    parser.add_argument(
+        "--budget-s", type=float, default=A_DAY, help="stop after this many seconds; a later run goes on"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     parser.add_argument("--only", default="*", help="cases whose name matches this pattern, such as 'loss-*'")
     parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import StackCase, adapter_of
-from bench.providers import BASE, Builder, Call, need, need_gpu
+from bench.providers import BASE, OURS, Builder, Call, Outputs, need, need_gpu
+from clora.adapter_bank import AdapterBank
+from clora.lora.state import LoRAModule, LoRAState
+from clora.ops import multi_lora_linear
 
 LAYERS = ("q", "k", "v", "out", "up", "down")
-Outputs = dict[str, Tensor]
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Per linear layer `lora_A [E, R, K]` and `lora_B [E, N, R]`."""
 
@@ -115,8 +117,6 @@ def expected(inputs: StackInputs) -> Outputs:
 
 def eager(inputs: StackInputs) -> Outputs:
     """The result with clora's eager definition in every layer, in the dtype of the case."""
-    from clora.ops import multi_lora_linear
-
     return _routed(inputs, partial(multi_lora_linear, backend="eager"))()
 
 
@@ -126,7 +126,7 @@ def providers(case: StackCase) -> dict[str, Builder]:
         BASE: lambda inputs: partial(_run, inputs.model(), inputs.x),
         "peft_mixed": peft_mixed,
         "peft_switch": peft_switch,
-        "ours": ours,
+        OURS: ours,
         "ours_shared": ours_shared,
     }
 
@@ -154,8 +154,6 @@ def peft_switch(inputs: StackInputs) -> Call:
 
 def ours(inputs: StackInputs) -> Call:
     """The trainer's own `AdapterBank`, whose factors are fp32, around the stack."""
-    from clora.adapter_bank import AdapterBank
-    from clora.lora.state import LoRAModule, LoRAState
 
     def state(e: int) -> LoRAState:
         return LoRAState({name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()})

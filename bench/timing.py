@@ -10,8 +10,15 @@ from typing import Protocol
 import torch
 
 Call = Callable[[], object]
-MIN_FLUSH_BYTES = 256 << 20
-"""At least this much is written before each call: about 0.1 ms, in which the host enqueues the call's first launches."""
+MIN_FLUSH_BYTES = 1 << 30
+"""At least this much is written before each call: 0.25 ms on an H200, in which the host enqueues the call's first
+launches, so that it is ahead of the GPU as it is within a training step."""
+
+
+def countdown(seconds: float, clock: Callable[[], float] = time.monotonic) -> Callable[[], float]:
+    """A function that returns how many of the seconds are left."""
+    end = clock() + seconds
+    return lambda: end - clock()
 
 
 class Stopwatch(Protocol):
@@ -33,7 +40,7 @@ class HostStopwatch:
 class CudaStopwatch:
     """Time between two events around a call on an idle GPU whose L2 cache was overwritten.
 
-    Launch gaps count where the host is slower than the GPU: they are what a caller waits for.
+    Where the host needs longer for a call's launches than the GPU for them and the flush, the GPU's waiting counts.
     """
 
     def __init__(self, device: torch.device):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from clora.models import Conditioning
-from clora.testing import tiny_adapter, tiny_pipeline
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A saved tiny pipeline, loadable by ``from_pretrained``."""
+    from clora.testing import tiny_pipeline  # not at the top: the kernels' tests run without its dependencies too
+
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     tiny_pipeline().save_pretrained(folder)
     return folder
@@ -20,6 +21,8 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def adapter():
     """The adapter of one shared tiny pipeline; a test that attaches a bank detaches it again."""
+    from clora.testing import tiny_adapter
+
     return tiny_adapter()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bench import gate, linear, loss, stack
 from bench.cases import LinearCase, LossCase, StackCase
-from bench.families import family_of
+from bench.measure import family_of
 from bench.providers import BASE, Unavailable
 
 CPU = torch.device("cpu")
@@ -84,10 +84,8 @@ def test_what_needs_a_gpu_says_so(case, provider):
 
 
 def test_peft_copies_no_weight():
-    from bench.linear_providers import _peft_layer
-
     inputs = linear.make_inputs(MIXED, CPU)
-    layer = _peft_layer(inputs)
+    layer = linear._peft_layer(inputs)
     assert layer.base_layer.weight.data_ptr() == inputs.weight.data_ptr()
     assert layer.lora_A["a2"].weight.data_ptr() == inputs.lora_A[2].data_ptr()
     assert [layer.scaling[f"a{e}"] for e in range(3)] == [1.0, 1.25, 1.5]

@@ -16,6 +16,7 @@ from csrc_triton.multi_lora.designs import design_for
 MACHINE = {
     "gpu": "Some GPU",
     "capability": [9, 0],
+    "commit": "abc",
     "driver": "1.2",
     "python": "3.12",
     "torch": "2.11",
@@ -118,20 +119,13 @@ def test_report_tells_goals_losses_figures_and_faults(tmp_path):
     ]
     for each in found:
         records.write(tmp_path / f"{each['name']}.json", each)
-    tests = {
-        "command": "pytest x",
-        "revision": "r1",
-        "outcome": "failed",
-        "summary": "1 failed",
-        "failures": ["FAILED a"],
-    }
-    records.write(tmp_path / "gpu-tests.json", tests)
+    entry = {"outcome": "failed", "summary": "1 failed", "failures": ["FAILED a"]}
+    records.write(tmp_path / "gpu-tests.json", {"revision": "r1", "files": {"tests/x.py": entry}})
     text = write_report(tmp_path).read_text()
-    assert "Some GPU, driver 1.2, python 3.12, torch 2.11" in text
+    assert "Some GPU, commit abc, driver 1.2, python 3.12, torch 2.11" in text
     assert "revision r1; 4 cases" in text
     assert "780 TFLOP/s" in text
-    assert "1 failed" in text
-    assert "FAILED a" in text
+    assert "- tests/x.py: failed; 1 failed\n  - `FAILED a`" in text
     (goal,) = row(text, "over the base layer alone", "3072 -> 3072")
     assert "| at most 1.120 | 1.110 | 1 | met |" in goal
     assert row(text, "compiled PEFT", "not measured")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ import bench.measure
 import bench.worker
 from bench import records
 from bench.cases import LinearCase, cpu_cases
-from bench.families import Family
-from bench.measure import Bench, DeviceLost, Progress, measure
+from bench.measure import Bench, DeviceLost
 from bench.providers import Unavailable
-from bench.timing import HostStopwatch
-from bench.worker import FIRST_ESTIMATE_S, Budget, measure_all, measure_one
+from bench.timing import HostStopwatch, countdown
+from bench.worker import FIRST_ESTIMATE_S, measure_all, measure_one
 
 BENCH = Bench(torch.device("cpu"), HostStopwatch(), {"tflop_per_s": 1.0, "gb_per_s": 10.0}, rounds=2, warmup=1)
 MACHINE = {"gpu": "none"}
+A_DAY = countdown(86400)
 
 
 def case(rank=2):
@@ -27,10 +28,12 @@ def case(rank=2):
     )
 
 
-def providing(monkeypatch, **builders):
+def providing(monkeypatch, make_inputs=lambda case, device: None, **builders):
     """Replaces what a case computes: the truth is one, and the providers are these."""
     truth = {"y": torch.ones(2, dtype=torch.float64)}
-    family = Family(lambda case, device: None, lambda i: truth, lambda i: {"y": torch.ones(2)}, lambda case: builders)
+    family = SimpleNamespace(
+        make_inputs=make_inputs, expected=lambda i: truth, eager=lambda i: truth, providers=lambda case: builders
+    )
     monkeypatch.setattr(bench.measure, "family_of", lambda case: family)
 
 
@@ -49,23 +52,31 @@ def raising(error):
     return build
 
 
-@pytest.fixture
+def read(folder, rank=2):
+    return records.read(records.path_of(folder, case(rank)))
+
+
+@pytest.fixture(autouse=True)
 def no_release(monkeypatch):
     """Spares the garbage collection between cases, which takes longer than they do."""
     monkeypatch.setattr(bench.worker, "release", lambda: None)
 
 
-def stop(folder, current, at):
-    """What a run leaves that was stopped while `at` was running."""
-    record = records.begin(case(), current, records.read(records.path_of(folder, case())))
-    if record["status"] == "running":
-        record["current"] = at
-    records.write(records.path_of(folder, case()), record)
+@pytest.fixture
+def no_compilers(monkeypatch):
+    """Leaves out the providers that take seconds to compile."""
+    family_of = bench.measure.family_of
+
+    def family(case):
+        kept = {name: build for name, build in family_of(case).providers(case).items() if "compiled" not in name}
+        return SimpleNamespace(**{**vars(family_of(case)), "providers": lambda case: kept})
+
+    monkeypatch.setattr(bench.measure, "family_of", family)
 
 
+@pytest.mark.usefixtures("no_compilers")
 @pytest.mark.parametrize("case", cpu_cases(), ids=lambda case: case.name.partition("-b")[0])
-def test_a_case_measured_to_its_end(case, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.measure, "family_of", without_compilers(bench.measure.family_of))
+def test_a_case_measured_to_its_end(case, tmp_path, capsys):
     record = measure_one(case, tmp_path, BENCH, MACHINE, "r1")
     assert json.loads(records.path_of(tmp_path, case).read_text()) == json.loads(json.dumps(record))
     assert (record["status"], record["revision"], record["machine"], record["current"]) == ("done", "r1", MACHINE, None)
@@ -79,18 +90,7 @@ def test_a_case_measured_to_its_end(case, tmp_path, monkeypatch, capsys):
     assert case.name in capsys.readouterr().out
 
 
-def without_compilers(family_of):
-    """The families without the providers that take seconds to compile."""
-
-    def family(case):
-        of = family_of(case)
-        kept = lambda case: {k: v for k, v in of.providers(case).items() if "compiled" not in k}  # noqa: E731
-        return Family(of.make_inputs, of.expected, of.eager, kept)
-
-    return family
-
-
-def test_faults_are_recorded_and_never_timed(monkeypatch):
+def test_faults_are_recorded_and_never_timed(tmp_path, monkeypatch):
     builders = {
         "wrong": wrong,
         "broken": raising(ValueError("no such\nshape")),
@@ -99,9 +99,7 @@ def test_faults_are_recorded_and_never_timed(monkeypatch):
         "right": right,
     }
     providing(monkeypatch, **builders)
-    progress = Progress()
-    measure(case(), BENCH, progress)
-    found = progress.providers
+    found = measure_one(case(), tmp_path, BENCH, MACHINE, "r1")["providers"]
     assert found["wrong"]["wrong"].startswith("y: error 7.07e-03")
     assert found["broken"] == {"failed": "ValueError: no such shape"}
     assert found["absent"] == {"unavailable": "no such op"}
@@ -113,97 +111,88 @@ def test_a_case_that_cannot_be_set_up_is_recorded_and_the_run_goes_on(tmp_path, 
         if case.rank == 2:
             raise torch.OutOfMemoryError("tried to allocate")
 
-    truth = {"y": torch.ones(2, dtype=torch.float64)}
-    family = Family(make_inputs, lambda i: truth, lambda i: truth, lambda case: {"ours": right})
-    monkeypatch.setattr(bench.measure, "family_of", lambda case: family)
-    assert measure_all([case(2), case(3)], tmp_path, BENCH, MACHINE, "r1", Budget(None)) == 0
-    first, second = (records.read(records.path_of(tmp_path, case(rank))) for rank in (2, 3))
-    assert (first["status"], first["error"]) == ("failed", "OutOfMemoryError: tried to allocate")
-    assert second["status"] == "done"
+    providing(monkeypatch, make_inputs, ours=right)
+    assert measure_all([case(2), case(3)], tmp_path, BENCH, MACHINE, "r1", A_DAY) == 0
+    assert (read(tmp_path, 2)["status"], read(tmp_path, 2)["error"]) == (
+        "failed",
+        "OutOfMemoryError: tried to allocate",
+    )
+    assert read(tmp_path, 3)["status"] == "done"
 
 
-@pytest.mark.usefixtures("no_release")
 def test_finished_cases_are_passed_over_at_the_same_revision_alone(tmp_path, monkeypatch):
     built = []
     providing(monkeypatch, ours=lambda inputs: built.append(1) or right(inputs))
     for current, expected in (("r1", 2), ("r1", 2), ("r2", 4)):
-        assert measure_all([case(2), case(3)], tmp_path, BENCH, MACHINE, current, Budget(None)) == 0
+        assert measure_all([case(2), case(3)], tmp_path, BENCH, MACHINE, current, A_DAY) == 0
         assert len(built) == expected
     records.path_of(tmp_path, case(2)).write_text("{ torn")
-    assert measure_all([case(2), case(3)], tmp_path, BENCH, MACHINE, "r2", Budget(None)) == 0
+    assert measure_all([case(2), case(3)], tmp_path, BENCH, MACHINE, "r2", A_DAY) == 0
     assert len(built) == 5
 
 
-@pytest.mark.usefixtures("no_release")
 def test_no_case_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
     now = [0.0]
-    durations = iter([20.0, 40.0] + [5.0] * 8)
-    budget = Budget(130.0, clock=lambda: now[0])
+    durations = iter([40.0, 5.0, 5.0, 5.0, 5.0, 20.0])
 
     def ours(inputs):
         now[0] += next(durations)
         return right(inputs)
 
     providing(monkeypatch, ours=ours)
-    cases = [case(rank) for rank in range(2, 12)]
-    # 110, 70, 65, ... 40 s are left: enough for another 40; of the 35 after that they are not.
-    assert measure_all(cases, tmp_path, BENCH, MACHINE, "r1", budget) == 1
-    assert budget.left() == pytest.approx(35.0)
-    assert measure_all(cases, tmp_path, BENCH, MACHINE, "r1", Budget(FIRST_ESTIMATE_S - 1)) == 1
-    assert measure_all(cases, tmp_path, BENCH, MACHINE, "r1", Budget(None)) == 0
+    left = countdown(95.0, lambda: now[0])
+    # 55, 50, 45, 40, 35 s are left, then 15: not enough for another 20.
+    assert measure_all([case(rank) for rank in range(2, 10)], tmp_path, BENCH, MACHINE, "r1", left) == 2
+    assert left() == pytest.approx(15.0)
+    assert measure_all([case(9)], tmp_path, BENCH, MACHINE, "r1", countdown(FIRST_ESTIMATE_S)) == 1
 
 
 def test_after_a_lost_device_the_case_goes_on_without_the_culprit(tmp_path, monkeypatch):
     providing(monkeypatch, culprit=raising(RuntimeError("illegal address")), ours=right)
-    lost = lambda device, after: (_ for _ in ()).throw(DeviceLost(after))  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(bench.measure, "check_alive", lost)
+        patch.setattr(bench.measure, "check_alive", raising(DeviceLost("after culprit")))
         with pytest.raises(DeviceLost):
             measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
-    left = records.read(records.path_of(tmp_path, case()))
-    assert (left["status"], left["current"]) == ("running", None)
     record = measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
     assert record["status"] == "done"
     assert record["providers"]["culprit"] == {"failed": "RuntimeError: illegal address"}
     assert "median_ms" in record["providers"]["ours"]
 
 
-def test_a_provider_at_which_runs_were_stopped_twice_is_left_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("times", "left_out"), [(1, False), (2, True)])
+def test_a_provider_at_which_processes_ended_twice_is_left_out(times, left_out, tmp_path, monkeypatch):
     providing(monkeypatch, slow=right, ours=right)
-    stop(tmp_path, "r1", at="slow")
-    stop(tmp_path, "r1", at="slow")
-    record = measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
-    assert record["providers"]["slow"] == {"failed": "the run was stopped here 2 times"}
-    assert "median_ms" in record["providers"]["ours"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.measure, "_admit", raising(KeyboardInterrupt()))
+        for _ in range(times):
+            with pytest.raises(KeyboardInterrupt):
+                measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
+    providers = measure_one(case(), tmp_path, BENCH, MACHINE, "r1")["providers"]
+    assert ("median_ms" in providers["slow"]) != left_out
+    assert (providers["slow"] == {"failed": "the process ended here 2 times"}) == left_out
+    assert "median_ms" in providers["ours"]
 
 
-def test_one_stop_blames_nothing(tmp_path, monkeypatch):
-    providing(monkeypatch, slow=right, ours=right)
-    stop(tmp_path, "r1", at="slow")
-    record = measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
-    assert "median_ms" in record["providers"]["slow"]
+def test_where_processes_ended_twice_outside_any_provider_the_case_has_failed(tmp_path, monkeypatch):
+    providing(monkeypatch, raising(KeyboardInterrupt()), ours=right)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
+    assert measure_one(case(), tmp_path, BENCH, MACHINE, "r1")["error"] == "inputs: the process ended here 2 times"
+    assert records.is_finished(read(tmp_path), "r1")
 
 
-def test_stopped_twice_outside_any_provider_the_case_has_failed(tmp_path, monkeypatch):
-    providing(monkeypatch, ours=right)
-    stop(tmp_path, "r1", at="inputs")
-    stop(tmp_path, "r1", at="inputs")
-    assert measure_one(case(), tmp_path, BENCH, MACHINE, "r1")["error"] == "inputs: the run was stopped here 2 times"
-    assert measure_all([case()], tmp_path, BENCH, MACHINE, "r1", Budget(None)) == 0
-
-
+@pytest.mark.usefixtures("no_compilers")
 def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatch, capsys):
     """On a CPU in place of the GPU: there ours must say why it cannot run instead of being eager PyTorch."""
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
     monkeypatch.setattr(bench.worker, "CudaStopwatch", lambda device: HostStopwatch())
     monkeypatch.setattr(bench.worker, "describe", lambda device, stopwatch: {"gpu": "CPU", "roof": BENCH.roof})
-    monkeypatch.setattr(bench.worker, "revision", lambda: "r1")
     monkeypatch.setattr(bench.worker, "gpu_cases", lambda: [case(2), case(3)])
-    monkeypatch.setattr(bench.measure, "family_of", without_compilers(bench.measure.family_of))
-    assert bench.worker.main([str(tmp_path), "--only", "*-r3-*"]) == 0
-    assert not records.path_of(tmp_path, case(2)).exists()
-    providers = records.read(records.path_of(tmp_path, case(3)))["providers"]
+    assert bench.worker.main([str(tmp_path), "--budget-s", "100", "--only", "*-r3-*"]) == 0
+    assert read(tmp_path, 2) is None
+    providers = read(tmp_path, 3)["providers"]
     assert "median_ms" in providers["baddbmm"]
     assert providers["ours"]["failed"].startswith("CloraError: CLORA_BACKEND=triton, but multi_lora_linear cannot run")
     assert "1 of 1 cases finished" in capsys.readouterr().out
@@ -217,4 +206,4 @@ def test_main_tells_its_supervisor_of_a_lost_device(tmp_path, monkeypatch):
         "measure_all": raising(DeviceLost("after ours")),
     }.items():
         monkeypatch.setattr(bench.worker, name, value)
-    assert bench.worker.main([str(tmp_path)]) == bench.worker.DEVICE_LOST
+    assert bench.worker.main([str(tmp_path), "--budget-s", "1"]) == bench.worker.DEVICE_LOST
