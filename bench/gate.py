@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bench.providers import Outputs
+
 FACTOR = 2.0
 ROUNDING = torch.finfo(torch.float32).eps
 SCALAR_ROUNDINGS = 8
 """Of fp32, allowed for a scalar on top: eager's error of a single number may be zero by luck, a tensor's may not."""
-
-Outputs = Mapping[str, Tensor]
 
 
 def errors(outputs: Outputs, expected: Outputs) -> dict[str, float]:

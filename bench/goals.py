@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.cases import QWEN_IMAGE
 from bench.providers import BASE, OURS, is_ours
 
 Record = dict
-SHAPES = ((3072, 3072), (3072, 12288), (12288, 3072))
 MAX_SLOWER = 1.02
 """Ours over the fastest other provider, at most, in every linear case."""
 GRADIENT_ERROR = 1e-5
@@ -126,7 +126,7 @@ def _linear_goals() -> Iterator[Goal]:
     )
     for title, mode, applies, other, limits in rows:
         figure = ratio(OURS, BASE) if other == BASE else ratio(other, OURS)
-        for shape, limit in zip(SHAPES, limits, strict=True):
+        for shape, limit in zip(QWEN_IMAGE, limits, strict=True):
             yield Goal(title, shape, _linear(mode, shape, applies), figure, limit, at_most=other == BASE)
     linear = lambda record: record["family"] == "LinearCase"  # noqa: E731
     yield Goal("ours over the fastest other provider", None, linear, over_fastest_other, MAX_SLOWER, at_most=True)

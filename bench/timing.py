@@ -1,15 +1,16 @@
-"""Timing of calls: events on a GPU, the clock on a CPU; caches flushed, providers taking turns."""
+"""Timing of calls by the events of a GPU: caches flushed, providers taking turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 
 Call = Callable[[], object]
+Stopwatch = Callable[[Call], tuple[float, float]]
+"""Times one call: milliseconds on the device, and those for which the host was busy with it."""
 MIN_FLUSH_BYTES = 1 << 30
 """At least this much is written before each call: 0.25 ms on an H200, in which the host enqueues the call's first
 launches, so that it is ahead of the GPU as it is within a training step."""
@@ -19,22 +20,6 @@ def countdown(seconds: float, clock: Callable[[], float] = time.monotonic) -> Ca
     """A function that returns how many of the seconds are left."""
     end = clock() + seconds
     return lambda: end - clock()
-
-
-class Stopwatch(Protocol):
-    """Times one call: milliseconds on the device, and those for which the host was busy with it."""
-
-    def __call__(self, call: Call) -> tuple[float, float]: ...
-
-
-class HostStopwatch:
-    """Wall-clock time of calls on the CPU."""
-
-    def __call__(self, call: Call) -> tuple[float, float]:
-        start = time.perf_counter()
-        call()
-        taken = (time.perf_counter() - start) * 1e3
-        return taken, taken
 
 
 class CudaStopwatch:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from bench.cases import Case, LinearCase, LossCase, StackCase
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 SCORED_ROW = (7, 20)
 """Latents moved and operations per element of a distribution-matching row: reads velocity, x, renoised, critic,
 teacher and teacher_uncond, writes the gradient."""
@@ -45,16 +46,20 @@ def floor_ms(work: Work, roof: dict) -> float:
     return max(work.flops / (roof["tflop_per_s"] * 1e9), work.bytes / (roof["gb_per_s"] * 1e6))
 
 
+def _item_bytes(case: Case) -> int:
+    return getattr(torch, case.dtype).itemsize
+
+
 def _linear(case: LinearCase, adapted: bool) -> Work:
     m, k, n, r = case.rows, case.in_features, case.out_features, case.rank
     base, low_rank = 2 * m * k * n, 2 * m * r * (k + n) * adapted
     factors = case.adapters * r * (k + n) * adapted
     forward = m * (k + n) + n * k + n * case.bias + factors
     if case.mode == "forward":
-        return Work(base + low_rank, forward * ITEM_BYTES[case.dtype])
+        return Work(base + low_rank, forward * _item_bytes(case))
     # Reads dy, the weight and the factors, and x for the gradient of lora_A; writes the gradients of x and the factors.
     backward = m * (n + k) + n * k + m * k * adapted + 2 * factors
-    return Work(2 * base + 3 * low_rank, (forward + backward) * ITEM_BYTES[case.dtype])
+    return Work(2 * base + 3 * low_rank, (forward + backward) * _item_bytes(case))
 
 
 def _loss(case: LossCase) -> Work:
@@ -64,7 +69,7 @@ def _loss(case: LossCase) -> Work:
         elements * (scored * per_scored + anchors * per_anchor)
         for per_scored, per_anchor in zip(SCORED_ROW, ANCHOR_ROW, strict=True)
     )
-    return Work(flops, moved * ITEM_BYTES[case.dtype])
+    return Work(flops, moved * _item_bytes(case))
 
 
 def _stack(case: StackCase, adapted: bool) -> Work:
@@ -75,4 +80,4 @@ def _stack(case: StackCase, adapted: bool) -> Work:
     attention = 4 * case.tokens * h  # scores and values, per row
     flops = rows * case.blocks * (2 * weights + attention + 2 * case.rank * ends * adapted)
     elements = case.blocks * (weights + ends * case.rank * case.adapters * adapted) + 2 * rows * h
-    return Work(flops, elements * ITEM_BYTES[case.dtype])
+    return Work(flops, elements * _item_bytes(case))

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.timing import CudaStopwatch, HostStopwatch, gpu_timer, interleave, spread
+from bench.timing import CudaStopwatch, countdown, gpu_timer, interleave, spread
 
 
 def test_providers_take_turns_and_each_begins_a_round():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    figures = interleave(calls, HostStopwatch(), rounds=3, warmup=1)
+    figures = interleave(calls, lambda call: (call() or 1.0, 0.5), rounds=3, warmup=1)
     assert "".join(order) == "abcbcacababc"
     assert {name: entry["rounds"] for name, entry in figures.items()} == {"a": 3, "b": 3, "c": 3}
-    assert interleave({}, HostStopwatch(), rounds=3, warmup=1) == {}
+    assert interleave({}, None, rounds=3, warmup=1) == {}
 
 
 def test_warmup_is_not_counted():
@@ -29,6 +29,13 @@ def test_warmup_is_not_counted():
 def test_spread():
     assert spread(range(11)) == {"median_ms": 5, "p10_ms": 1.0, "p90_ms": 9.0}
     assert spread([4.0]) == {"median_ms": 4.0, "p10_ms": 4.0, "p90_ms": 4.0}
+
+
+def test_countdown():
+    now = [5.0]
+    left = countdown(10.0, lambda: now[0])
+    now[0] = 12.0
+    assert left() == 3.0
 
 
 @pytest.fixture
