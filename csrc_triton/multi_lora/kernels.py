@@ -265,11 +265,12 @@ def gradients_kernel(
     m_r = o_r < R
     if i_role < shrink_programs:
         i_t = first + i_role // rank_blocks * BLOCK_M
-        _shrink_rows(
-            p_x + i_t * s_xt, s_xt, p_factor + i_e * s_fe + o_r * s_fr, s_fc, tl.load(p_scale + i_e),
-            p_low + (i_b * T + i_t) * LOW_R + LOW_OFFSET, (T - i_t).to(tl.int32), o_r, m_r,
-            C, LOW_R, BLOCK_M, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+        if i_t < T:  # the sample's last chunk may have fewer tiles
+            _shrink_rows(
+                p_x + i_t * s_xt, s_xt, p_factor + i_e * s_fe + o_r * s_fr, s_fc, tl.load(p_scale + i_e),
+                p_low + (i_b * T + i_t) * LOW_R + LOW_OFFSET, (T - i_t).to(tl.int32), o_r, m_r,
+                C, LOW_R, BLOCK_M, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
     else:
         i_c = (i_role - shrink_programs) // rank_blocks * BLOCK_C
         o_c = tl.arange(0, BLOCK_C)

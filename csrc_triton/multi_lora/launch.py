@@ -115,11 +115,12 @@ def gradients(
     """
     x = _unit_stride(x)
     num_samples, tokens, channels = x.shape
-    factor, scale, low = (low_in, ids, low_in) if shrunk is None else shrunk
-    machine = machine_of(x.device)
-    tiles = gradient_tiles(machine, tokens, int(channels), rank, x.element_size(), factor.element_size())
+    factor_bytes = (low_in if shrunk is None else shrunk[0]).element_size()
+    tiles = gradient_tiles(machine_of(x.device), tokens, int(channels), rank, x.element_size(), factor_bytes)
     chunks = triton.cdiv(tokens, tiles["CHUNK"])
     partial = x.new_empty((num_samples, chunks, channels, rank), dtype=torch.float32)
+    # In place of low, which is not written, a tensor that is: torch.compile copies what a kernel seems to write.
+    factor, scale, low = (low_in, ids, partial) if shrunk is None else shrunk
     programs = num_samples * chunks * _programs_per_chunk(tiles, int(channels), rank, shrunk is not None)
     if programs:
         wrap_triton(gradients_kernel)[(programs,)](

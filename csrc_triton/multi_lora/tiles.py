@@ -14,6 +14,8 @@ MAX_BLOCK_R = 256
 LINEAR_BLOCK_R = 64
 """Ranks per step behind the base product: their operands reuse the shared memory of its channel loop."""
 
+HOPPER = 200_000
+"""Bytes of shared memory of which every GPU since Hopper has more."""
 RESERVED = 16384
 """Bytes of shared memory left to the compiler, for values that change their layout."""
 
@@ -68,13 +70,16 @@ def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_byte
     block_r = rank_block(rank)
     block_m = up_to(32 if x_bytes == 4 and block_r > 128 else 64, tokens)
     per_channel = block_m * x_bytes + block_r * factor_bytes
-    stages, block_c = _stages(machine, per_channel, block_r * x_bytes, up_to(_channel_limit(channels, x_bytes), channels))
+    largest = up_to(_channel_limit(channels, x_bytes), channels)
+    stages, block_c = _stages(machine, per_channel, block_r * x_bytes, largest)
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
 
 
 def expand_tiles(machine: Machine, tokens: int, outputs: int, rank: int, x_bytes: int) -> Tiles:
     """Tiles of `expand_add_kernel`, which is bound by reading and writing y."""
-    block_r = up_to(64 if x_bytes == 2 else 16, rank)
+    # 64 ranks a step spilled on sm_80 at rank 256: before Hopper the operands of a product stand in registers too.
+    largest = 64 if machine.shared_memory > HOPPER else 32
+    block_r = up_to(largest if x_bytes == 2 else 16, rank)
     block_m, block_n = up_to(64, tokens), up_to(128 if x_bytes == 2 else 64, outputs)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
 
@@ -102,9 +107,11 @@ def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_by
     """Tiles of `gradients_kernel`; a chunk's partials are 4 rank / CHUNK of the bytes of its 16-bit rows."""
     shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes, factor_bytes)
     block_r = shrink["BLOCK_R"]
-    block_c = up_to(64 if block_r == MAX_BLOCK_R or x_bytes == 4 else 128, channels)
+    # Likewise: sums of 128 x 128 (rank 128) spilled on sm_80, and 64 rows a step at rank 64.
+    large = x_bytes == 2 and machine.shared_memory > HOPPER
+    block_c = up_to(128 if large and block_r < MAX_BLOCK_R else 64, channels)
     per_row = (block_c + block_r) * x_bytes
-    stages, block_t = _stages(machine, per_row, 0, up_to(64 if x_bytes == 2 else 32, tokens))
+    stages, block_t = _stages(machine, per_row, 0, up_to(64 if large else 32, tokens))
     return {
         "CHUNK": up_to(1024, tokens),
         "BLOCK_M": shrink["BLOCK_M"],
@@ -136,7 +143,7 @@ def _linear_limits(machine: Machine, x_bytes: int, aligned: bool) -> tuple[int, 
         return 64, 64, 16
     if not aligned:
         return 64, 128, 32
-    if machine.shared_memory > 200_000:
+    if machine.shared_memory > HOPPER:
         return 128, 256, 64
     return 128, 128, 64 if machine.shared_memory > 100_000 else 32
 

@@ -1,0 +1,255 @@
+"""What the multi-adapter layer's kernels become for GPUs that are not there, and what torch.compile sees of them.
+
+Both need kernels that are not interpreted, in a process of their own: this file run as a script. It prints every fact as
+JSON; its argument "table" prints the resources that `csrc_triton/README.md` lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+ALL = (*NVIDIA, "gfx942")
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SAMPLES, TOKENS, ADAPTERS = 16, 8192, 8
+
+
+class Shape(NamedTuple):
+    """A layer; its factors are fp32, as the bank keeps them."""
+
+    inputs: int
+    outputs: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+SHAPES = {
+    "square": Shape(3072, 3072, 128),
+    "up": Shape(3072, 12288, 16),
+    "down": Shape(12288, 3072, 64),
+    "large": Shape(18432, 18432, 256),  # x and y are of more than 2^31 elements
+    "fp32": Shape(3072, 3072, 64, torch.float32),
+    "odd": Shape(3075, 3071, 20),
+}
+EVERY_KERNEL = ("shrink", "shrink_qkv", "expand_add", "linear", "grad_x", "grad_B", "grad_A_qkv", "reduce")
+COMPILED = [  # (shape, launches, targets)
+    ("square", EVERY_KERNEL, ("sm_90",)),
+    ("square", ("shrink", "expand_add", "linear", "grad_x", "grad_B", "reduce"), ("sm_80", "sm_100", "gfx942")),
+    ("up", ("shrink", "linear", "grad_B"), ("sm_90",)),
+    ("down", ("shrink", "linear", "grad_B"), ("sm_80", "sm_90")),
+    ("large", ("shrink", "expand_add", "linear", "grad_B"), ("sm_80", "sm_90")),
+    ("fp32", ("shrink", "expand_add", "linear", "grad_B"), ("sm_90", "gfx942")),
+    ("odd", ("shrink", "linear", "grad_B"), ("sm_80",)),
+]
+COMBINATIONS = [
+    (shape, name, target) for shape, launches, targets in COMPILED for name in launches for target in targets
+]
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The printed result of this file run as a script."""
+    pytest.importorskip("triton")
+    cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, __file__], env=inherited | cache, capture_output=True, text=True, timeout=900)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def code_of(found):
+    return lambda *combination: found["code"]["/".join(combination)]
+
+
+def those(**wanted):
+    """Parametrises over the combinations of the wanted shapes, launches and targets."""
+    position = {"shape": 0, "name": 1, "target": 2}
+    chosen = [c for c in COMBINATIONS if all(c[position[key]] in values for key, values in wanted.items())]
+    assert chosen
+    return pytest.mark.parametrize("combination", chosen, ids="/".join)
+
+
+@those()
+def test_nothing_spills_and_it_fits(code_of, combination):
+    code = code_of(*combination)
+    assert code["spilled"] == 0, code
+    assert code["shared"] <= SHARED_MEMORY[combination[2]], code
+    assert not code["atomics"], "the order of atomic additions is not fixed"
+    assert not code["fp64"]
+
+
+@those(shape=("square", "up", "down", "large"))
+def test_bf16_products_run_on_tensor_cores(code_of, combination):
+    """On Hopper every product is wgmma: each tile has the 64 rows per four warps that it needs."""
+    code, target = code_of(*combination), combination[2]
+    if combination[1] != "reduce":
+        others = {name: count for name, count in code["products"].items() if name != TENSOR_CORES[target]}
+        assert code["products"][TENSOR_CORES[target]] > 0
+        assert not any(others.values()), others
+
+
+@those(shape=("fp32",), target=("sm_90",))
+def test_fp32_is_not_rounded_to_tf32(code_of, combination):
+    assert not any(code_of(*combination)["products"].values())
+
+
+@those(shape=("square", "up", "down", "large"), name=("linear", "grad_x"))
+def test_the_base_product_reads_by_tma_on_hopper_and_later(code_of, combination):
+    code = code_of(*combination)
+    assert (code["tma_loads"] > 0) == (combination[2] in ("sm_90", "sm_100"))
+
+
+@those(name=("linear", "grad_x"), target=("sm_90",), shape=("square", "large"))
+def test_the_rank_takes_no_shared_memory_of_the_base_product(code_of, combination):
+    """Three stages of 128 x 64 and 256 x 64 bf16, and barriers: at every rank the same."""
+    assert code_of(*combination)["shared"] <= 3 * (128 + 256) * 64 * 2 + 64
+
+
+@those(name=("shrink", "grad_B"), target=("sm_90",), shape=("up",))
+def test_four_programs_of_a_small_rank_share_the_registers(code_of, combination):
+    """Kernels bound by bandwidth: what one program waits for, another hides."""
+    assert 4 * 128 * code_of(*combination)["registers"] <= 65_536
+
+
+@those(target=("sm_90",), shape=("square", "large"))
+def test_first_elements_are_addressed_in_64_bits(code_of, combination):
+    """The first move of every pointer is an i64, but of two that stay within one bias or one list of ids."""
+    moves = code_of(*combination)["first_moves"]
+    assert moves
+    for pointer, offset in moves.items():
+        assert offset == "i64" or (combination[1], pointer) in {("linear", "p_bias"), ("reduce", "p_ids")}, moves
+
+
+def test_torch_compile_sees_the_kernels_and_what_they_write(found):
+    forward, backward = found["graphs"]
+    assert forward["kernels"] == [["p_low"], ["p_y"]]
+    assert backward["kernels"] == [["p_low", "p_partial"], ["p_out"], ["p_y"], ["p_low", "p_partial"], ["p_out"]]
+    for graph in (forward, backward):
+        assert not graph["copies"], "an input or a weight that seems to be written would be copied"
+
+
+def compiled_kernels():
+    """{"shape/launch/target": facts} of `COMPILED`."""
+    import triton_compiler
+
+    from csrc_triton.multi_lora import kernels, launch
+    from csrc_triton.multi_lora.tiles import Machine
+
+    found = {}
+    for shape, name, target in COMBINATIONS:
+        machine = Machine(SHARED_MEMORY[target], descriptors=target in ("sm_90", "sm_100"))
+        launch.machine_of = lambda device, machine=machine: machine
+        launch.wrap_triton = recorder = triton_compiler.Recorder()
+        launches_of(launch, SHAPES[shape])[name]()
+        (recorded,) = recorder.launches
+        compiled = triton_compiler.compile_launch(kernels, recorded, target)
+        found[f"{shape}/{name}/{target}"] = facts(triton_compiler, compiled)
+    return found
+
+
+def launches_of(launch, shape: Shape):
+    """What the op launches for a layer, on meta tensors."""
+    k, n, r, dtype = shape
+    empty = lambda *sizes, dtype=dtype: torch.empty(sizes, dtype=dtype, device="meta")  # noqa: E731
+    rows = lambda width: empty(SAMPLES, TOKENS, width)  # noqa: E731
+    x, dy, low, low_qkv, weight, bias = rows(k), rows(n), rows(r), rows(3 * r), empty(n, k), empty(n)
+    a, b = empty(ADAPTERS, r, k, dtype=torch.float32), empty(ADAPTERS, n, r, dtype=torch.float32)
+    scale, ids = empty(ADAPTERS, dtype=torch.float32), empty(SAMPLES, dtype=torch.int64)
+    partial = empty(SAMPLES, 8, k, 3 * r, dtype=torch.float32)
+    return {
+        "shrink": lambda: launch.shrink(x, [a], scale, ids, low),
+        "shrink_qkv": lambda: launch.shrink(x, [a, a, a], scale, ids, low_qkv),
+        "expand_add": lambda: launch.expand_add(dy, low, 0, b, ids),
+        "linear": lambda: launch.linear(x, weight, bias, low, 0, b, ids),
+        "grad_x": lambda: launch.linear(dy, weight.mT, None, low_qkv, r, a.mT, ids, y=rows(k)),
+        "grad_B": lambda: launch.gradients(dy, low, r, ids, 0, (b.mT, scale, low)),
+        "grad_A_qkv": lambda: launch.gradients(x, low_qkv, 3 * r, ids),
+        "reduce": lambda: launch.reduce(partial, r, a, ids, transposed=True),
+    }
+
+
+def facts(triton_compiler, compiled):
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        read = lambda field: int(re.search(rf"\.{field}: *(\d+)", code)[1])  # noqa: E731
+        spilled = sum(map(read, ("private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count")))
+        registers, shared = read("vgpr_count"), compiled.metadata.shared
+    else:
+        code = compiled.asm["ptx"]
+        with tempfile.TemporaryDirectory() as folder:
+            registers, spilled, shared = vars(triton_compiler.resources(compiled, Path(folder))).values()
+    return {
+        "spilled": spilled,
+        "shared": shared,
+        "registers": registers,
+        "atomics": re.findall(r"\b(?:atom|red)\.|global_atomic", code),
+        "fp64": re.findall(r"\w+\.f64|v_\w+_f64", code),
+        "products": {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in (*TENSOR_CORES.values(),)},
+        "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.\w+\.shared", code)),
+        "first_moves": dict(re.findall(r"tt\.addptr %(p_[a-z]+\d?), .*: !tt\.ptr<\w+>, (\w+)", compiled.asm["ttir"])),
+    }
+
+
+def traced_graphs():
+    """What AOTAutograd makes of the op with a trained adapter: the kernels' mutated arguments, copies of tensors."""
+    import triton
+    from torch._dynamo.backends.common import aot_autograd
+    from triton_compiler import TARGETS
+
+    from csrc_triton.multi_lora import launch, op
+    from csrc_triton.multi_lora.tiles import Machine
+
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"]))
+    launch.machine_of = lambda device: Machine(SHARED_MEMORY["sm_90"], descriptors=True)
+    op.unsupported = lambda *arguments: None  # the tensors are on the CPU
+    graphs = []
+
+    def keep(module, inputs):
+        calls = [node for node in module.graph.nodes if node.op == "call_function"]
+        graphs.append(
+            {
+                "kernels": [sorted(set(n.kwargs["tensors_to_clone"])) for n in calls if "tensors_to_clone" in n.kwargs],
+                "copies": [str(n.target) for n in calls if "copy" in str(n.target) or "clone" in str(n.target)],
+            }
+        )
+        return stop
+
+    def stop(*args):
+        raise InterruptedError("traced; there is no GPU to run on")
+
+    x, a, b = (torch.ones(*sizes, requires_grad=True) for sizes in ((2, 5, 16), (1, 4, 16), (1, 32, 4)))
+    rest = (torch.ones(1), torch.tensor([0, -1]), "fused")
+    layer = lambda *t: op.multi_lora_linear_triton(t[0], t[1], None, *t[2:], *rest).square().sum()  # noqa: E731
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    try:
+        torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)(x, torch.ones(32, 16), a, b)
+    except InterruptedError:
+        return graphs
+
+
+def print_table(code):
+    for combination, facts in code.items():
+        print(f"{combination:32} {facts['registers']:4} registers {facts['shared'] / 1024:6.1f} KiB", facts["products"])
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    if sys.argv[1:] == ["table"]:
+        print_table(compiled_kernels())
+    else:
+        graphs = traced_graphs()
+        print(json.dumps({"graphs": graphs, "code": compiled_kernels()}))
