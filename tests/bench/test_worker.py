@@ -159,6 +159,7 @@ def test_after_a_lost_device_the_case_goes_on_without_the_culprit(tmp_path, monk
         patch.setattr(bench.measure, "check_alive", raising(DeviceLost("after culprit")))
         with pytest.raises(DeviceLost):
             measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
+    assert "culprit" in read(tmp_path)["providers"]
     record = measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
     assert record["status"] == "done"
     assert record["providers"]["culprit"] == {"failed": "RuntimeError: illegal address"}
