@@ -218,9 +218,7 @@ def test_permuted_batch_permutes_the_output(design):
     upstream = upstream_of(arguments)
     expected = results(ours(design), arguments, upstream, "x")
     permuted = [arguments[0][order], *arguments[1:6], arguments[6][order]]
-    assert_same(
-        results(ours(design), permuted, upstream[order], "x"), {name: t[order] for name, t in expected.items()}
-    )
+    assert_same(results(ours(design), permuted, upstream[order], "x"), {name: t[order] for name, t in expected.items()})
 
 
 @each_design
@@ -427,7 +425,13 @@ def of_projections(function, x, projections, used):
 @each_design
 @pytest.mark.parametrize(
     ("ranks", "used"),
-    [((4, 4, 4), (0, 1, 2)), ((16, 3), (0, 1)), ((5, 2, 8, 3), (0, 1, 2, 3)), ((4, 0, 6), (0, 1, 2)), ((4, 2, 6), (2,))],
+    [
+        ((4, 4, 4), (0, 1, 2)),
+        ((16, 3), (0, 1)),
+        ((5, 2, 8, 3), (0, 1, 2, 3)),
+        ((4, 0, 6), (0, 1, 2)),
+        ((4, 2, 6), (2,)),
+    ],
     ids=["qkv", "two", "four", "one_without_ranks", "one_output_used"],
 )
 def test_projections_equal_one_by_one(ranks, used, design):
