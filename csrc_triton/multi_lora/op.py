@@ -1,6 +1,6 @@
 """The multi-adapter linear layer on Triton, as PyTorch operators with a gradient; `reference.py` defines its meaning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -268,7 +268,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradient(ctx, upstream: list[Tensor | None]) -> tuple:
     count = len(upstream) - 1  # the last belongs to the ranks' rows, which no caller sees
-    dx, dA, dB = _gradients(ctx, upstream[:count], backward_op)
+    dx, dA, dB = _gradients(ctx, upstream[:count])
     return dx, [None] * count, [None] * ctx.num_biases, None, dA, dB, None, None, None
 
 
@@ -289,7 +289,7 @@ class _Untraced(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        dx, dA, dB = _gradients(ctx, upstream, backward_op if _is_traced(ctx.saved_tensors[2]) else _backward_untraced)
+        dx, dA, dB = _gradients(ctx, upstream)
         biases = len(ctx.needs_input_grad) - 5 - 3 * len(upstream)
         return dx, None, None, None, None, *[None] * len(upstream), *dA, *dB, *[None] * biases
 
@@ -303,9 +303,10 @@ def _save(ctx, x, low, scale, ids, weights, lora_A, lora_B, design) -> None:
     )
 
 
-def _gradients(ctx, upstream: Sequence[Tensor | None], backward: Callable) -> tuple[Tensor | None, list, list]:
+def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, list, list]:
     """Gradients of x, the lora_A and the lora_B; an output that was not used gives its factors none."""
-    x, low, scale, ids, *tensors = ctx.saved_tensors
+    x, low, scale, ids, *tensors = ctx.saved_tensors  # once: under checkpointing a second reading raises
+    backward = backward_op if _is_traced(scale) else _backward_untraced
     count = len(upstream)
     used = [i for i in range(count) if upstream[i] is not None]
     dx, dA, dB = None, [None] * count, [None] * count
