@@ -87,7 +87,8 @@ def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | Non
     """Raises if Triton was asked for; otherwise logs why eager PyTorch runs."""
     if _choice(backend) == "triton":
         remedy = f"{obstacle.remedy}, or use" if obstacle.remedy else "use"
-        raise CloraError(f"{_source(backend)}, but {op} cannot run on Triton: {obstacle.reason}; {remedy} backend 'auto'")
+        found = f"{_source(backend)}, but {op} cannot run on Triton: {obstacle.reason}"
+        raise CloraError(f"{found}; {remedy} backend 'auto'")
     _report(obstacle.reason, device_type)
 
 

@@ -163,7 +163,7 @@ def test_inputs_are_not_modified(name):
 def test_never_reads_a_value_on_the_host(name):
     num_samples, t, k, n, e, r, _ = CASES[name]
     shapes = (num_samples, t, k), (n, k), (n,), (e, r, k), (e, n, r), (e,)
-    ids = torch.empty(num_samples, dtype=torch.int64, device="meta")  # a meta tensor has no values: any host read raises
+    ids = torch.empty(num_samples, dtype=torch.int64, device="meta")  # has no values: any host read raises
     out = multi_lora_linear(*(torch.empty(shape, device="meta") for shape in shapes), ids)
     assert out.shape == (num_samples, t, n)
 
