@@ -29,7 +29,7 @@ REQUIRES = [
     "typer>=0.15",
 ]
 BENCH = ["pytest>=8.0", "pytest-benchmark>=5.0"]
-TEST = [*BENCH, "packaging>=23.0", "ruff>=0.9"]
+TEST = [*BENCH, "hypothesis>=6.100", "packaging>=23.0", "ruff>=0.9"]
 
 setup(
     name="clora",
@@ -42,7 +42,7 @@ setup(
     python_requires=">=3.10",
     # Two packages on purpose: the kernels live beside clora, and only clora/ops.py imports them.
     packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
-    package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"]},
+    package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"], "csrc_triton": ["multi_lora/designs.json"]},
     install_requires=REQUIRES,
     extras_require={"test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["clora = clora.cli:main"]},

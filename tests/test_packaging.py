@@ -81,10 +81,11 @@ def test_version_and_entry_point(metadata):
 
 
 def test_data_files_are_packaged(metadata):
-    patterns = metadata["package_data"]["clora"]
-    kept = {file for pattern in patterns for file in (ROOT / "clora").glob(pattern)}
-    for name in ("py.typed", "templates/report.html.j2"):
-        assert ROOT / "clora" / name in kept
+    names = {"clora": ("py.typed", "templates/report.html.j2"), "csrc_triton": ("multi_lora/designs.json",)}
+    for package, files in names.items():
+        patterns = metadata["package_data"][package]
+        kept = {file for pattern in patterns for file in (ROOT / package).glob(pattern)}
+        assert {ROOT / package / name for name in files} <= kept
 
 
 def test_import_is_lazy_and_quick():
