@@ -50,7 +50,7 @@ COMPILED = [  # (shape, launches, targets)
     ("up", ("shrink", "linear", "grad_B"), ("sm_90",)),
     ("down", ("shrink", "linear", "grad_B"), ("sm_80", "sm_90")),
     ("large", ("shrink", "expand_add", "linear", "grad_B"), ("sm_80", "sm_90")),
-    ("fp32", ("shrink", "expand_add", "linear", "grad_B"), ("sm_90", "gfx942")),
+    ("fp32", ("shrink", "expand_add", "linear", "grad_B", "grad_A_qkv"), ("sm_90", "gfx942")),
     ("odd", ("shrink", "linear", "grad_B"), ("sm_80",)),
 ]
 COMBINATIONS = [
