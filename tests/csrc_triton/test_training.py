@@ -7,12 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("pydantic")
+pytest.importorskip("diffusers")
+
 from trainers import make_trainer, slots
 
 from clora.testing import random_data, tiny_adapter, tiny_pipeline
-
-pytest.importorskip("triton")
-
 from csrc_triton.coarse_to_fine import launch as loss_launch
 from csrc_triton.multi_lora import launch as linear_launch
 from csrc_triton.registration import INTERPRETED
