@@ -25,6 +25,7 @@ from csrc_triton.registration import INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+FEW = 16
 each_design = pytest.mark.parametrize("design", ["fused", "split"])
 
 
@@ -112,7 +113,10 @@ def upstream_of(arguments, seed=1):
 
 
 def assert_as_accurate_as_eager(function, arguments, reference=multi_lora_linear):
-    """Output and gradients: the error against fp64 is at most twice eager's in the same dtype, or half a rounding."""
+    """Output and gradients: the error against fp64 is at most twice eager's in the same dtype.
+
+    Half a rounding more is allowed for fewer than `FEW` numbers, of which eager's error may be zero by luck.
+    """
     exact = [a.double() if a is not None and a.is_floating_point() else a for a in arguments]
     upstream = upstream_of(arguments)
     found, eager, truth = (
@@ -120,9 +124,10 @@ def assert_as_accurate_as_eager(function, arguments, reference=multi_lora_linear
     )
     rounding = torch.finfo(arguments[0].dtype).eps
     for name in found:
+        slack = 0.5 * rounding * truth[name].norm() if truth[name].numel() < FEW else 0
         assert found[name].dtype == eager[name].dtype
         error, allowed = ((result[name].double() - truth[name]).norm() for result in (found, eager))
-        assert error <= 2 * allowed + 0.5 * rounding * truth[name].norm(), (name, error, allowed)
+        assert error <= 2 * allowed + slack, (name, error, allowed)
 
 
 def assert_same(found, expected):
