@@ -1,8 +1,8 @@
 """Which implementation the ops of `clora.ops` run on: the Triton kernels or eager PyTorch.
 
-`auto` (the default) takes Triton for tensors on an NVIDIA or AMD GPU and eager PyTorch elsewhere, and says once in the
-log why it fell back. `triton` and `eager` insist. Chosen by the environment variable `CLORA_BACKEND`, or for one call
-by the op's argument `backend`.
+`auto` (the default) takes Triton for tensors on an NVIDIA GPU and eager PyTorch elsewhere, on AMD GPUs too, and says once
+in the log why it fell back. `triton` and `eager` insist; `triton` runs on AMD GPUs. Chosen by the environment variable
+`CLORA_BACKEND`, or for one call by the op's argument `backend`.
 """
 
 from __future__ import annotations
@@ -93,14 +93,16 @@ def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | Non
 
 
 def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
-    """What keeps every kernel from running on this device. `auto` off a GPU never imports Triton to find out."""
+    """What keeps every kernel from running on this device. `auto` imports Triton on NVIDIA GPUs alone."""
     off_gpu = device.type != "cuda"  # AMD GPUs are "cuda" too
     no_gpu = Obstacle(
-        f"the tensors are on {device.type}, and the kernels need an NVIDIA or AMD GPU",
+        f"the tensors are on {device.type}, and the kernels need a GPU",
         "move them to one, or for tests start Python with TRITON_INTERPRET=1 to interpret the kernels, slowly",
     )
     if off_gpu and not explicit:
         return no_gpu
+    if torch.version.hip and not explicit:
+        return Obstacle(f"{device} is an AMD GPU, on which they have never run ({VARIABLE}=triton runs them there)")
     if error := _import_error():
         return Obstacle(f"Triton cannot be imported ({error})", "install it with `pip install triton` (Linux)")
     if interpreting():
