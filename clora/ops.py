@@ -50,7 +50,7 @@ def multi_lora_linear(
         from csrc_triton.multi_lora.op import multi_lora_linear_triton, unsupported
 
         if covered("multi_lora_linear", unsupported(*arguments), x.device, backend):
-            return multi_lora_linear_triton(*arguments)
+            return multi_lora_linear_triton(*arguments, checked=True)
     return multi_lora.multi_lora_linear(*arguments)
 
 

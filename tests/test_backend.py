@@ -170,7 +170,7 @@ def test_an_unknown_backend_is_named_with_a_suggestion(monkeypatch, backend_argu
 def test_each_op_goes_to_its_kernels_or_to_its_reference(monkeypatch, folder, op, inputs, gap):
     given, module = inputs(), ModuleType("op")
     module.unsupported = lambda *args: gap
-    setattr(module, f"{op}_triton", lambda *args: args)
+    setattr(module, f"{op}_triton", lambda *args, checked=True: args)
     monkeypatch.setitem(sys.modules, f"csrc_triton.{folder}.op", module)
     monkeypatch.setattr(ops, "use_triton", lambda name, device, backend: name == op)
     out = getattr(ops, op)(*given)

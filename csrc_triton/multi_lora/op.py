@@ -39,6 +39,8 @@ def multi_lora_linear_triton(
     scale: Tensor,
     adapter_ids: Tensor,
     design: str | None = None,
+    *,
+    checked: bool = False,
 ) -> Tensor:
     """`reference.multi_lora_linear` on Triton kernels; arguments and results are the same, except:
 
@@ -49,11 +51,12 @@ def multi_lora_linear_triton(
     Args:
         design: "fused" (base and low-rank part in one kernel), "split" (base by `F.linear`) or None: as measured for the
             shape (`designs.design_for`), "split" where it was not.
+        checked: `unsupported` was asked about this call and returned None.
 
     Raises:
         ValueError: as the reference does, or `unsupported` gives a reason; then the reference computes it.
     """
-    return multi_lora_linears(x, [(weight, bias, lora_A, lora_B)], scale, adapter_ids, design)[0]
+    return multi_lora_linears(x, [(weight, bias, lora_A, lora_B)], scale, adapter_ids, design, checked=checked)[0]
 
 
 def multi_lora_linears(
@@ -62,6 +65,8 @@ def multi_lora_linears(
     scale: Tensor,
     adapter_ids: Tensor,
     design: str | None = None,
+    *,
+    checked: bool = False,
 ) -> list[Tensor]:
     """Several layers of one input (q, k and v; gate and up), whose ranks up to three layers compute in one pass over x.
 
@@ -72,6 +77,7 @@ def multi_lora_linears(
 
     Args:
         projections: ``(weight, bias, lora_A, lora_B)`` of each layer; the same number of adapters, ranks may differ.
+        checked: as in `multi_lora_linear_triton`, of every layer.
 
     Returns:
         `[B, T, N]` per layer.
@@ -80,8 +86,7 @@ def multi_lora_linears(
         ValueError: as `multi_lora_linear_triton`.
     """
     layers = [Projection(*projection) for projection in projections]
-    for layer in layers:
-        check_shapes(x, *layer, scale, adapter_ids)
+    for layer in layers if not checked else ():
         if reason := unsupported(x, *layer, scale, adapter_ids):
             raise ValueError(f"the Triton kernels do not cover this call: {reason}")
     if design not in (None, *DESIGNS):
@@ -94,7 +99,12 @@ def multi_lora_linears(
 def unsupported(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter_ids: Tensor
 ) -> str | None:
-    """Why the kernels cannot compute a call whose shapes are right, or None."""
+    """Why the kernels cannot compute a call, or None.
+
+    Raises:
+        ValueError: a shape or the dtype of the ids is wrong, as the reference says it.
+    """
+    check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
     tensors = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scale": scale, "ids": adapter_ids}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():

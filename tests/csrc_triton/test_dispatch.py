@@ -12,6 +12,7 @@ from clora.ops import coarse_to_fine_loss, multi_lora_linear
 
 pytest.importorskip("triton")
 
+from csrc_triton.multi_lora import op as linear_op
 from csrc_triton.registration import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -78,6 +79,21 @@ def test_a_trained_base_is_not_covered(position):
     assert given[position].grad is not None
     with torch.no_grad():
         multi_lora_linear(*given, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_wrong_shapes_are_named_before_anything_reads_them(backend):
+    given = linear_inputs()
+    given[3] = given[3][0, 0]
+    with pytest.raises(ValueError, match=r"expected x \[B, T, K\], .*lora_A \[E, R, K\], found .*lora_A \[6\]"):
+        multi_lora_linear(*given, backend=backend)
+
+
+def test_a_call_is_checked_once(monkeypatch):
+    checks = []
+    monkeypatch.setattr(linear_op, "check_shapes", lambda *args: checks.append(args))
+    multi_lora_linear(*linear_inputs(), backend="triton")
+    assert len(checks) == 1
 
 
 @OPS
