@@ -92,7 +92,7 @@ def compile_launch(kernels, launch: Launch, target: str):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = launch.args[parameter.name]
-        signature[parameter.name], constant, divisible = _specialise(value, parameter.is_constexpr)
+        signature[parameter.name], constant, divisible = _specialise(value, parameter)
         if constant:
             constants[(i,)] = value
         if divisible:
@@ -101,13 +101,14 @@ def compile_launch(kernels, launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=launch.options)
 
 
-def _specialise(value, is_constexpr: bool) -> tuple[str, bool, bool]:
+def _specialise(value, parameter) -> tuple[str, bool, bool]:
     """(type, whether the value is compiled in, whether it is known to be a multiple of 16), as Triton's JIT does."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype], False, value.storage_offset() * value.element_size() % 16 == 0
-    if is_constexpr or value == 1:
+    if parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
         return "constexpr", True, False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", False, value % 16 == 0
+    integer = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return integer, False, value % 16 == 0 and not parameter.do_not_specialize
 
 
 def resources(compiled, folder: Path) -> Resources:

@@ -4,6 +4,7 @@ Legend: B samples, T tokens, C channels summed over, N output channels, R rank, 
 with adapter id -1. No tile crosses two samples, so that a sample's result does not depend on its batch.
 Prefixes: p_ pointer, s_ stride, b_ block of values, o_ offsets, m_ mask, i_ index. Sums are fp32. A tile's first element
 is addressed in int64, once per program; offsets within the tile are int32, which saves registers.
+What follows from the batch is not specialised (do_not_specialize): another batch size compiles nothing.
 Only builtins of `tl` are called: tests compile this file for GPUs in a process where Triton's own library is interpreted.
 """
 
@@ -84,7 +85,7 @@ def _add_low_rank(
     return b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def shrink_kernel(
     p_x,  # [B, T, C], unit stride of C
     p_low,  # [B, T, LOW_R]
@@ -122,7 +123,7 @@ def shrink_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def expand_add_kernel(
     p_y,  # [B, T, N] contiguous, read and written
     p_low,  # [B, T, LOW_R]
@@ -151,7 +152,7 @@ def expand_add_kernel(
     tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles", "all_row_tiles"])
 def linear_kernel(
     p_x,  # [B, T, C], unit stride of C
     p_weight,  # [N, C], or [C, N] where WEIGHT_CN; contiguous
@@ -228,7 +229,7 @@ def linear_kernel(
     tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def gradients_kernel(
     p_x,  # [B, T, C], unit stride of C: the layer's input, or the gradient of its output
     p_in,  # [B, T, LOW_R] low-rank rows that belong to x
@@ -264,13 +265,14 @@ def gradients_kernel(
     o_r = i_role % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     if i_role < shrink_programs:
-        i_t = first + i_role // rank_blocks * BLOCK_M
-        if i_t < T:  # the sample's last chunk may have fewer tiles
-            _shrink_rows(
-                p_x + i_t * s_xt, s_xt, p_factor + i_e * s_fe + o_r * s_fr, s_fc, tl.load(p_scale + i_e),
-                p_low + (i_b * T + i_t) * LOW_R + LOW_OFFSET, (T - i_t).to(tl.int32), o_r, m_r,
-                C, LOW_R, BLOCK_M, BLOCK_K, BLOCK_R,
-            )  # fmt: skip
+        if SHRINK:  # else this role is not compiled
+            i_t = first + i_role // rank_blocks * BLOCK_M
+            if i_t < T:  # the sample's last chunk may have fewer tiles
+                _shrink_rows(
+                    p_x + i_t * s_xt, s_xt, p_factor + i_e * s_fe + o_r * s_fr, s_fc, tl.load(p_scale + i_e),
+                    p_low + (i_b * T + i_t) * LOW_R + LOW_OFFSET, (T - i_t).to(tl.int32), o_r, m_r,
+                    C, LOW_R, BLOCK_M, BLOCK_K, BLOCK_R,
+                )  # fmt: skip
     else:
         i_c = (i_role - shrink_programs) // rank_blocks * BLOCK_C
         o_c = tl.arange(0, BLOCK_C)
@@ -283,7 +285,7 @@ def gradients_kernel(
         tl.store(p_sum, b_sum, mask=m_c[:, None] & m_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "chunks"])
 def reduce_kernel(
     p_partial,  # [B, chunks, C, PARTIAL_R] fp32
     p_out,  # [E, C, R]

@@ -119,7 +119,7 @@ def gradients(
     tiles = gradient_tiles(machine_of(x.device), tokens, int(channels), rank, x.element_size(), factor_bytes)
     chunks = triton.cdiv(tokens, tiles["CHUNK"])
     partial = x.new_empty((num_samples, chunks, channels, rank), dtype=torch.float32)
-    # In place of low, which is not written, a tensor that is: torch.compile copies what a kernel seems to write.
+    # Without shrunk these three are neither read nor written.
     factor, scale, low = (low_in, ids, partial) if shrunk is None else shrunk
     programs = num_samples * chunks * _programs_per_chunk(tiles, int(channels), rank, shrunk is not None)
     if programs:
