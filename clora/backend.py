@@ -128,10 +128,10 @@ def _import_error() -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton was imported with TRITON_INTERPRET=1; what the variable says later has no effect."""
-    import triton
+    """Whether Triton was imported to interpret kernels; only where it can be imported."""
+    from csrc_triton.registration import INTERPRETED
 
-    return not isinstance(triton.language.sum, triton.JITFunction)
+    return INTERPRETED
 
 
 @functools.cache

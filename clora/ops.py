@@ -1,6 +1,6 @@
 """The numerical operations of clora, on Triton or eager PyTorch (`clora.backend`).
 
-The only module that imports `csrc_triton`, whose kernels it loads when they are first used.
+The only module that imports the ops of `csrc_triton`, whose kernels it loads when they are first used.
 """
 
 from __future__ import annotations
