@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # Two packages on purpose: the kernels live beside clora, and only clora/ops.py imports them.
+    # Two packages on purpose: the kernels live beside clora, and only clora/ops.py imports their ops.
     packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
     package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"], "csrc_triton": ["multi_lora/designs.json"]},
     install_requires=REQUIRES,
