@@ -23,9 +23,9 @@ REQUIRES = [
     "rich>=13.8",
     "safetensors>=0.4.5",
     "tokenizers>=0.22",
-    "torch>=2.6",
+    "torch>=2.8",  # the first release for triton 3.4
     "transformers>=5.0",  # the studio's text encoder and tokenizer were saved by 5
-    'triton>=3.2; platform_system == "Linux"',  # elsewhere everything runs eager
+    'triton>=3.4; platform_system == "Linux"',  # tensor descriptors; elsewhere everything runs eager
     "typer>=0.15",
 ]
 BENCH = ["pytest>=8.0", "pytest-benchmark>=5.0"]
