@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.lora.keys import AdapterConfig
+from clora.lora.adapter_config import AdapterConfig
 from clora.paths import user_path
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
@@ -78,7 +78,7 @@ def open_lora(path: str | Path) -> LoRASource:
         message = f"{file} is not a readable safetensors file, it is corrupt or truncated ({error})"
         raise CloraError(f"{message}. Download or export it again") from error
     if not shapes:
-        raise CloraError(f"{file} holds no tensors; expected the lora_A and lora_B matrices of a LoRA")
+        raise CloraError(f"{file} holds no tensors; expected the matrices of a LoRA")
     return LoRASource(file, shapes, dtypes, metadata, _adapter_config(file, shapes, metadata))
 
 

@@ -60,7 +60,10 @@ def test_lists_what_does_not_fit(tmp_path, targets, random_state):
         "lora_unet_elsewhere.lora_down.weight": torch.ones(2, 3),
         "lora_unet_elsewhere.lora_up.weight": torch.ones(3, 2),
         "lora_unet_proj_out.lora_down.weight": torch.ones(2, 3),
-        "lora_unet_img_in.dora_scale": torch.ones(3),
+        "lora_te_layer.lora_down.weight": torch.ones(3, 3),
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 16),
+        "transformer.x_embedder.lora_B.weight": torch.ones(16, 2),
+        "transformer.x_embedder.lora_up.weight": torch.ones(16, 2),
         "lora_unet_single_stream_modulation_lin.lora_down.weight": torch.ones(2, 3),
         "lora_unet_single_stream_modulation_lin.lora_up.weight": torch.ones(48, 2),
     }
@@ -68,11 +71,16 @@ def test_lists_what_does_not_fit(tmp_path, targets, random_state):
     info = inspect_lora(path, targets)
     assert info["unknown_keys"] == ["surprise[bold]"]
     assert info["unmatched"] == ["lora_unet_elsewhere"]
-    assert set(info["unsupported"]) == {"DoRA"}
-    assert len(info["problems"]) == 2
-    assert "lora_unet_proj_out has no lora_B" in info["problems"][0]
-    assert "wrong shape" in info["problems"][1]
-    for word in ("surprise[bold]", "lora_unet_elsewhere", "DoRA", "kohya"):
+    ((reason, keys),) = info["unsupported"].items()
+    assert "text encoder" in reason
+    assert keys == ["lora_te_layer.lora_down.weight"]
+    for problem, words in zip(
+        info["problems"],
+        ("lora_unet_proj_out has no lora_B", "wrong shape", "by two names", "x_embedder is given 2 times"),
+        strict=True,
+    ):
+        assert words in problem
+    for word in ("surprise[bold]", "lora_unet_elsewhere", "text encoder", "mixed"):
         assert word in text(info)
 
 
@@ -109,13 +117,17 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
     assert f"{spoilt} holds NaN" in problem
 
 
-def test_a_lora_of_another_family_is_told_without_a_model(tmp_path, targets, random_state):
-    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0)
-    assert inspect_lora(tmp_path)["flux2_modules"] == len(inspect_lora(tmp_path)["modules"])
+def test_the_family_is_told_without_a_model(tmp_path, targets, random_state):
+    path = tmp_path / "a.safetensors"
+    save_kohya(random_state(), path, alpha=2.0)
+    assert inspect_lora(path)["families"] == ["FLUX.2"]
+    assert inspect_lora(path, targets)["families"] == ["FLUX.2"]
+    save_kohya(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, alpha=2.0)
+    assert inspect_lora(path)["families"] == ["FLUX.1", "FLUX.2"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}
-    save_file(tensors, tmp_path / "b.safetensors")
-    assert inspect_lora(tmp_path / "b.safetensors")["flux2_modules"] == 0
+    save_file({f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}, path)
+    assert inspect_lora(path)["families"] == []
+    assert "unknown" in text(inspect_lora(path))
 
 
 @pytest.mark.parametrize("values", [{"num_layers": "x"}, {"_class_name": "logging"}, {"_class_name": 3}])
