@@ -158,7 +158,8 @@ QWEN_IMAGE = Family(
     ),
 )
 
-_Z_BLOCKS = ("layers.N", "noise_refiner.N", "context_refiner.N", "siglip_refiner.N")
+_Z_MODULATED = ("layers.N", "noise_refiner.N")
+_Z_BLOCKS = (*_Z_MODULATED, "context_refiner.N", "siglip_refiner.N")
 
 Z_IMAGE = Family(
     "Z-Image",
@@ -168,18 +169,15 @@ Z_IMAGE = Family(
         "final_layer.linear": ("all_final_layer.2-1.linear",),
         "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
     }
-    | {f"{b}.attention.qkv": tuple(f"{b}.attention.to_{name}" for name in "qkv") for b in _Z_BLOCKS}
-    | {f"{b}.attention.out": (f"{b}.attention.to_out.0",) for b in _Z_BLOCKS},
+    | {f"{block}.attention.qkv": tuple(f"{block}.attention.to_{name}" for name in "qkv") for block in _Z_BLOCKS}
+    | {f"{block}.attention.out": (f"{block}.attention.to_out.0",) for block in _Z_BLOCKS},
     (
         "t_embedder.mlp.0",
         "t_embedder.mlp.2",
         "cap_embedder.1",
         "siglip_embedder.1",
-        *(
-            f"{b}.{name}"
-            for b in _Z_BLOCKS
-            for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")
-        ),
+        *(f"{block}.adaLN_modulation.0" for block in _Z_MODULATED),
+        *(f"{block}.feed_forward.{name}" for block in _Z_BLOCKS for name in ("w1", "w2", "w3")),
     ),
 )
 
