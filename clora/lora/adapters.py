@@ -77,6 +77,8 @@ def read_adapter(source: LoRASource, stem: str, parts: Mapping[str, str]) -> Ada
         _exact_rank(source, parts, matrices),
     )
     _check_vectors(source, adapter)
+    if source.config.use_dora and not adapter.is_dora:
+        raise CloraError(f"{source.file}: the config says DoRA but {stem} has no magnitude; export it again")
     return adapter
 
 

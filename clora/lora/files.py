@@ -193,8 +193,6 @@ def updates(
     """
     tensors = read_finite(source, {part: key for part, key in adapter.parts.items() if part != "alpha"})
     delta = change(adapter, tensors, find_strength(source, adapter).scale, max_rank)
-    if source.config.use_dora and not adapter.is_dora:
-        raise CloraError(f"{source.file}: the config says DoRA but {adapter.stem} has no magnitude; export it again")
     if adapter.is_dora:
         dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta
         delta = decompose_weight(_stacked_base(source, adapter, targets, base_weights), dense, tensors["magnitude"])

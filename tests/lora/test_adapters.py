@@ -13,6 +13,7 @@ from lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
 from clora.errors import CloraError
 from clora.lora.files import linear_shapes, linear_weights, load_lora
+from clora.lora.inspect import inspect_lora
 
 SPELLINGS = ["lycoris_{}", "lora_unet_{}", "diffusion_model.{}", "transformer.{}", "{}"]
 EXACT = {"max_rank": 10_000}
@@ -113,6 +114,16 @@ def test_odd_shapes(tmp_path_factory, shape, seed, kind, alpha):
     assert_changes(load_lora(path, {"x": shape}, **EXACT), {"x": delta})
 
 
+def test_alpha_of_a_lokr_of_two_products(tmp_path):
+    """Divided by the second product's rank, as LyCORIS and ComfyUI do."""
+    random = Random(12)
+    first, second = (random.matrix(4, 3), random.matrix(3, 5)), (random.matrix(6, 2), random.matrix(2, 7))
+    tensors = {f"x.lokr_w{i + 1}_{x}": (first, second)[i][k] for i in range(2) for k, x in enumerate("ab")}
+    path = write(tmp_path / "a.safetensors", tensors | {"x.alpha": torch.tensor(5.0)})
+    delta = torch.einsum("ac,bd->abcd", *(up.double() @ down.double() for up, down in (first, second)))
+    assert_changes(load_lora(path, {"x": (24, 35)}), {"x": 5 / 2 * delta.reshape(24, 35)})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_alpha_of_whole_lokr_factors_is_not_read(tmp_path, dtype):
     """ai-toolkit writes 1e10 there, which is infinite in 16 bits."""
@@ -174,16 +185,21 @@ def test_dense_changes_become_factors_within_the_error(tmp_path):
 
 
 def test_too_large_an_error_is_refused(tmp_path):
-    delta = Random(5).matrix(40, 50)
+    """A random matrix is the hardest case: the error is that of the best 20 ranks to within 1 %."""
+    delta = Random(5).matrix(90, 120)
     path = write(tmp_path / "a.safetensors", {"x.diff": delta})
-    best = torch.linalg.svdvals(delta.double())
-    left = (best[20:].square().sum() / best.square().sum()).sqrt().item()
-    with pytest.raises(CloraError, match=rf"x is a diff .* at rank 20 an error of {left:.2%} is left, 1\.00% is"):
-        load_lora(path, {"x": (40, 50)}, max_rank=20)
-    state = load_lora(path, {"x": (40, 50)}, max_rank=20, max_error=left * 1.001)
-    assert state.modules["x"].rank == 20
-    again = load_lora(path, {"x": (40, 50)}, max_rank=20, max_error=left * 1.001)
+    values = torch.linalg.svdvals(delta.double()).square()
+    best = (values[20:].sum() / values.sum()).sqrt().item()
+    with pytest.raises(CloraError, match=r"x is a diff .* at rank 20 an error of \d\d\.\d\d% is left, 1\.00% is"):
+        load_lora(path, {"x": (90, 120)}, max_rank=20)
+    state = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
+    again = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
     assert torch.equal(state.modules["x"].lora_A, again.modules["x"].lora_A)
+    module = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99).modules["x"]
+    assert module.rank < 20
+    highest = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=1.01 * best)
+    assert highest.modules["x"].rank == 20
+    assert best <= highest.errors["x"] <= 1.01 * best
 
 
 def test_a_change_of_nothing(tmp_path):
@@ -233,7 +249,7 @@ def test_dora(tmp_path, models, family, dim, kind):
         tensors |= made | {f"{stem}.dora_scale": magnitude}
         expected[module] = dora(base, delta, magnitude, dim)
     path = write(tmp_path / "a.safetensors", tensors)
-    assert_changes(load_lora(path, shapes, linear_weights(model), **EXACT, max_error=1e-7), expected)
+    assert_changes(load_lora(path, shapes, linear_weights(model), **EXACT, max_error=1e-5), expected, 1.1e-5)
     with pytest.raises(CloraError, match="DoRA, whose update depends on the weights of the base"):
         load_lora(path, shapes)
 
@@ -260,8 +276,9 @@ def test_dora_of_original_modules(tmp_path, models, family, stem, modules, swap)
     delta = dora(base, product(lora_A, lora_B), magnitude, 0)
     delta = torch.cat(delta.chunk(2)[::-1]) if swap else delta
     path = write(tmp_path / "a.safetensors", tensors | {f"diffusion_model.{stem}.dora_scale": magnitude})
-    state = load_lora(path, linear_shapes(model), linear_weights(model), **EXACT, max_error=1e-7)
-    assert_changes(state, dict(zip(names, delta.split([len(weight) for weight in weights]), strict=True)))
+    state = load_lora(path, linear_shapes(model), linear_weights(model), **EXACT, max_error=1e-5)
+    expected = dict(zip(names, delta.split([len(weight) for weight in weights]), strict=True))
+    assert_changes(state, expected, tolerance=1.1e-5)
 
 
 def test_dora_refuses_a_base_that_it_cannot_read(tmp_path):
@@ -306,9 +323,9 @@ def test_peft_folder(tmp_path, models, family, kind):
         module: merged.get_submodule(module).weight.detach() - model.get_submodule(module).weight.detach().double()
         for module in modules
     }
-    state = load_lora(tmp_path, shapes, linear_weights(model), **EXACT, max_error=1e-6)
+    state = load_lora(tmp_path, shapes, linear_weights(model), **EXACT, max_error=1e-5)
     assert state.format == "peft"
-    assert_changes(state, expected, tolerance=2e-6)
+    assert_changes(state, expected, tolerance=1.1e-5)
 
 
 def test_peft_dora_without_magnitudes_is_refused(tmp_path):
@@ -320,6 +337,7 @@ def test_peft_dora_without_magnitudes_is_refused(tmp_path):
     write(tmp_path / "adapter_model.safetensors", tensors)
     with pytest.raises(CloraError, match="says DoRA but .* has no magnitude"):
         load_lora(tmp_path, {"x": (4, 6)})
+    assert "has no magnitude" in inspect_lora(tmp_path)["problems"][0]
 
 
 def test_diffusers_agrees_on_lokr(tmp_path, models):

@@ -193,6 +193,30 @@ def test_diffusers_agrees(tmp_path, families, family, pipeline, form):
     assert_changes(load_lora(path, shapes), expected, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_adapters_saved_by_a_transformer(tmp_path, families, family):
+    """`save_lora_adapter` of the model itself, the only way of those whose pipeline loads no LoRA."""
+    from peft import LoraConfig
+
+    model, shapes = families[family]
+    modules = some_modules(shapes, 6)
+    random, adapted = Random(6), copy.deepcopy(model)
+    adapted.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=modules))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = random.matrix(*parameter.shape)
+    adapted.save_lora_adapter(tmp_path)
+    adapted.double().fuse_lora()
+    adapted.unload_lora()
+    expected = {
+        name: adapted.get_submodule(name).weight.detach() - model.get_submodule(name).weight.detach().double()
+        for name in modules
+    }
+    state = load_lora(tmp_path, shapes)
+    assert_changes(state, expected)
+    assert "lora_adapter_metadata" in state.metadata
+
+
 def test_metadata_of_diffusers(tmp_path, families):
     shapes = families["Qwen-Image"][1]
     modules = some_modules(shapes, 4)
