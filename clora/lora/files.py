@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,23 +15,9 @@ from clora.lora.families import Route, routes
 from clora.lora.keys import FileKeys, sort_keys, split_prefix
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
+from clora.lora.strength import find_strength
 
 _LISTED_KEYS = 8
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How strongly a module of a file is applied.
-
-    Attributes:
-        alpha: the stated or implied alpha; None where the adapter type has none.
-        origin: where alpha is from: ``tensor``, ``config``, ``rank`` (alpha = rank) or ``none``.
-        scale: the factor on the product of its matrices.
-    """
-
-    alpha: float | None
-    origin: str
-    scale: float
 
 
 def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -66,8 +51,8 @@ def load_lora(
 ) -> LoRAState:
     """Loads a LoRA so that ``lora_B @ lora_A`` is exactly the update that the file means.
 
-    LoRA, LoHa and LoKr are exact at any rank and up to `max_rank`; a change that is not of low rank (a full-matrix
-    LoKr, ``.diff``, DoRA) is replaced by factors within `max_error`, and each module's error is in the result.
+    A LoRA is exact at any rank, LoHa and LoKr where exact factors have at most `max_rank`. Any other change (of whole
+    matrices, ``.diff``, DoRA) is replaced by factors within `max_error`, and the result states each module's error.
 
     Args:
         path: a ``.safetensors`` file or a folder with one (see `clora.lora.source.open_lora`).
@@ -102,47 +87,6 @@ def load_lora(
             if error:
                 errors[name] = error
     return LoRAState(modules, source.metadata, keys.format, errors)
-
-
-def find_strength(source: LoRASource, adapter: Adapter) -> Strength:
-    """Reads the alpha of one module of a file.
-
-    Raises:
-        CloraError: the config states another rank than the tensors have, PEFT weights come without a config, or alpha
-            is not finite.
-    """
-    module = split_prefix(adapter.stem)[1]
-    rank, alpha = source.config.module_rank(module), source.config.module_alpha(module)
-    if adapter.kind == "diff":
-        return Strength(None, "none", 1.0)
-    if adapter.rank is None:
-        # LyCORIS does not scale whole matrices, whatever alpha says; PEFT does, by the rank of its config.
-        stated = rank is not None and alpha is not None
-        return Strength(alpha, "config", alpha / rank) if stated else _unscaled(source, adapter)  # type: ignore[operator]
-    if rank not in (None, adapter.rank):
-        message = f"{source.file}: {adapter.stem} has rank {adapter.rank} but its config says {rank}"
-        raise CloraError(f"{message}, so its strength is not known; export it again")
-    if "alpha" in adapter.parts:
-        alpha, origin = read_finite(source, {"alpha": adapter.parts["alpha"]})["alpha"].item(), "tensor"
-    elif alpha is not None:
-        origin = "config"
-    else:
-        _refuse_unknown_alpha(source, adapter)
-        alpha, origin = float(adapter.rank), "rank"
-    return Strength(alpha, origin, source.config.scale(alpha, adapter.rank))
-
-
-def _unscaled(source: LoRASource, adapter: Adapter) -> Strength:
-    _refuse_unknown_alpha(source, adapter)
-    return Strength(None, "none", 1.0)
-
-
-def _refuse_unknown_alpha(source: LoRASource, adapter: Adapter) -> None:
-    if adapter.stem.startswith("base_model.model."):
-        raise CloraError(
-            f"{source.file}: PEFT keeps alpha in an adapter_config.json beside the weights, none is stated there, so "
-            "their strength is not known; put that file there"
-        )
 
 
 def check_fit(source: LoRASource, adapter: Adapter, targets: Sequence[tuple[int, int]]) -> None:
@@ -191,7 +135,7 @@ def updates(
     Raises:
         CloraError: a value is not finite, alpha is not known, or DoRA comes without its base.
     """
-    tensors = read_finite(source, {part: key for part, key in adapter.parts.items() if part != "alpha"})
+    tensors = source.read_finite({part: key for part, key in adapter.parts.items() if part != "alpha"})
     delta = change(adapter, tensors, find_strength(source, adapter).scale, max_rank)
     if adapter.is_dora:
         dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta
@@ -212,15 +156,6 @@ def check_error(
             f"{module.rank} an error of {error:.2%} is left, {max_error:.2%} is allowed. Allow a higher max_rank or "
             "max_error"
         )
-
-
-def read_finite(source: LoRASource, parts: Mapping[str, str]) -> dict[str, Tensor]:
-    """Reads one module's tensors by part. Raises CloraError where one holds NaN or infinite values."""
-    tensors = dict(zip(parts, source.read(parts.values()).values(), strict=True))
-    for part, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CloraError(f"{source.file}: {parts[part]} holds NaN or infinite values; export the LoRA again")
-    return tensors
 
 
 def _refuse_unsupported(file: Path, keys: FileKeys) -> None:

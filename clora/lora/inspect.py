@@ -13,9 +13,10 @@ from clora.errors import CloraError
 from clora.lora.adapters import Adapter, read_adapter
 from clora.lora.factorise import MAX_ERROR, MAX_RANK
 from clora.lora.families import Route, families_with, family_of, routes
-from clora.lora.files import Strength, check_error, check_fit, find_strength, linear_shapes, read_finite, updates
+from clora.lora.files import check_error, check_fit, linear_shapes, updates
 from clora.lora.keys import FileKeys, sort_keys, split_prefix
 from clora.lora.source import LoRASource, content_hash, open_lora
+from clora.lora.strength import Strength, find_strength
 from clora.paths import user_path
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _whole_modules(source: LoRASource, keys: FileKeys) -> tuple[list[tuple[Adapt
     for stem, parts in keys.modules.items():
         try:
             adapter = read_adapter(source, stem, parts)
-            read_finite(source, {part: key for part, key in parts.items() if part != "alpha"})
+            source.read_finite({part: key for part, key in parts.items() if part != "alpha"})
             whole.append((adapter, find_strength(source, adapter)))
         except CloraError as error:
             problems.append(str(error))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -53,6 +54,21 @@ class LoRASource:
                 return {key: opened.get_tensor(key).float() for key in keys}
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CloraError(f"{self.file}: cannot read its tensors: {error}") from error
+
+    def read_finite(self, parts: Mapping[str, str]) -> dict[str, Tensor]:
+        """Reads tensors by another name than their key's, as `read` does.
+
+        Args:
+            parts: name to key.
+
+        Raises:
+            CloraError: one holds NaN or infinite values, or the file became unreadable.
+        """
+        tensors = self.read(parts.values())
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CloraError(f"{self.file}: {key} holds NaN or infinite values; export the LoRA again")
+        return {part: tensors[key] for part, key in parts.items()}
 
 
 def open_lora(path: str | Path) -> LoRASource:
