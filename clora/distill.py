@@ -17,7 +17,7 @@ from clora.data import DistillData
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.flow_matching import student_schedule
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, adapter_for, linear_names
@@ -114,8 +114,8 @@ def distill(config: DistillConfig) -> Path:
     with stage("load pipeline and LoRAs", None):
         pipeline = load_pipeline(config.pipeline, config.device)
         adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
-        shapes = linear_shapes(pipeline.transformer)
-        teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
+        shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
+        teachers = {effect.name: load_lora(effect.lora, shapes, weights) for effect in config.effects}
         collection = _collection(config, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
