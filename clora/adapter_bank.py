@@ -131,8 +131,14 @@ class RoutedLinear(nn.Module):
         a, b = routing.slots.factors[self.module]
         rows = x if x.ndim == 3 else x.unsqueeze(1)
         scale = torch.ones(len(a), device=x.device)
-        y = multi_lora_linear(rows, self.base.weight, self.base.bias, a, b, scale, routing.adapter_ids)
+        ids = _ids_of_rows(routing.adapter_ids, len(rows))
+        y = multi_lora_linear(rows, self.base.weight, self.base.bias, a, b, scale, ids)
         return y if x.ndim == 3 else y.squeeze(1)
+
+
+def _ids_of_rows(adapter_ids: Tensor, count: int) -> Tensor:
+    """Ids of a layer's rows. A layer may see the batch twice over, as a modulation that also gives that of timestep 0."""
+    return adapter_ids if len(adapter_ids) == count else adapter_ids.repeat(count // len(adapter_ids))
 
 
 def _index(name: str, names: tuple[str, ...]) -> int:
