@@ -32,6 +32,10 @@ SYSTEM = (
     "requirements while maintaining consistency with the original input where appropriate."
 )
 """The pipelines' system prompt, of which they drop the first 64 tokens."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
 SCHEDULER = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
@@ -71,7 +75,36 @@ def tiny_qwen_pipeline(name: str = "QwenImageEditPlusPipeline", zero_cond_t: boo
         processor=_processor(tokenizer),
         transformer=transformer,
     )
-    for model in (transformer, pipeline.vae, pipeline.text_encoder):
+    return _ready(pipeline)
+
+
+def tiny_qwen21_pipeline(seed: int = 0):
+    """A stock ``QwenImage21Pipeline``; 16x16 pixels are a token of 8 channels."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer()
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=TEXT_CHANNELS,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipeline = diffusers.QwenImage21Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=_vae21(),
+        text_encoder=_text_encoder21(tokenizer),
+        processor=_processor(tokenizer, "Qwen3VLProcessor", patch_size=16),
+        transformer=transformer,
+    )
+    return _ready(pipeline)
+
+
+def _ready(pipeline):
+    for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         model.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -173,7 +206,7 @@ def stock_call(adapter: ModelAdapter, loras, sample: Sample, folder, scheduler=N
     size = {"height": adapter.size[0], "width": adapter.size[1]}
     return pipeline(
         image=images, prompt=sample.prompt, num_inference_steps=steps, output_type="pt", **size, **arguments
-    ).images
+    ).images[:, :3]
 
 
 @contextmanager
@@ -213,6 +246,25 @@ def _vae():
         latents_mean=[-0.3, 0.1, 0.2, -0.1],
         latents_std=[0.8, 1.1, 0.6, 1.4],
     )
+    return _contrasting(vae)
+
+
+def _vae21():
+    from diffusers import AutoencoderKLQwenImage21
+
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[-0.3, 0.1, 0.2, -0.1, 0.0, 0.2, 0.3, -0.2],
+        latents_std=[0.8, 1.1, 0.6, 1.4, 0.7, 0.9, 1.0, 1.2],
+    )
+    return _contrasting(vae)
+
+
+def _contrasting(vae):
     vae.decoder.conv_out.weight.data *= 10  # else all images are nearly grey
     return vae
 
@@ -220,6 +272,19 @@ def _vae():
 def _text_encoder(tokenizer):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+    vision = {"hidden_size": 16, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_sizes(tokenizer, vision)))
+
+
+def _text_encoder21(tokenizer):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {"hidden_size": 16, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**_sizes(tokenizer, vision)))
+
+
+def _sizes(tokenizer, vision: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a vision-language model tiny, and the tokens of its images."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_CHANNELS,
@@ -227,35 +292,27 @@ def _text_encoder(tokenizer):
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
+        "head_dim": TEXT_CHANNELS // 2,
         "max_position_embeddings": 1024,
         "initializer_range": 0.2,
         "bos_token_id": None,
         "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": TEXT_CHANNELS,
-        "patch_size": 14,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-        "initializer_range": 0.2,
-    }
+    blocks = {"depth": 2, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": TEXT_CHANNELS}
     tokens = {key: tokenizer.convert_tokens_to_ids(token) for key, token in VISION.items()}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
+    return {"text_config": text, "vision_config": {**blocks, "initializer_range": 0.2, **vision}, **tokens}
 
 
-def _processor(tokenizer):
-    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
+def _processor(tokenizer, name: str = "Qwen2VLProcessor", patch_size: int = 14):
+    import transformers
 
-    class WithoutVideos(Qwen2VLProcessor):
+    class WithoutVideos(getattr(transformers, name)):
         """The stock processor without its part for videos, which needs torchvision."""
 
         def check_argument_for_proper_class(self, name, argument):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
 
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=128 * 128)
-    return WithoutVideos(images, tokenizer, video_processor=None)
+    limits = {"min_pixels": 28 * 28, "max_pixels": 128 * 128}
+    images = transformers.Qwen2VLImageProcessor(patch_size=patch_size, **limits)
+    return WithoutVideos(images, tokenizer, video_processor=None, chat_template=CHAT_TEMPLATE)

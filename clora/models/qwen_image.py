@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
 from clora.errors import CloraError
-from clora.models.common import check_length, check_size, in_chunks, stock_schedule, timestep, to_pil
+from clora.models.common import check_length, check_size, in_chunks, linear_mu, stock_schedule, timestep, to_pil
 
 
 class QwenImageEditPlusAdapter:
@@ -36,26 +36,23 @@ class QwenImageEditPlusAdapter:
     """
 
     text_sees_image = True
+    _patch = 2  # latent pixels that a token has on each side
     default_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0; the paper has w = 4
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
-        self._multiple = pipeline.vae_scale_factor * 2
-        check_size(size, self._multiple)
-        if max_sequence_length > pipeline.tokenizer_max_length:
-            raise CloraError(
-                f"expected max_sequence_length of at most {pipeline.tokenizer_max_length}, which is what the pipeline "
-                f"takes, found {max_sequence_length}"
-            )
+        check_size(size, pipeline.vae_scale_factor * 2)
+        _check_limit(max_sequence_length, getattr(pipeline, "tokenizer_max_length", None))
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
         self._module = sys.modules[type(pipeline).__module__]  # has the pipeline's functions and constants
+        self._token = pipeline.vae_scale_factor * self._patch  # its pixels
         self._grid = self._grid_of(*size)
         self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
         self.source_shapes: Shapes = (self._grid_of(*self._source_size(*size)),)
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
-        return height // self._multiple, width // self._multiple
+        return height // self._token, width // self._token
 
     def _source_size(self, height: int, width: int) -> tuple[int, int]:
         """Size in pixels in which the VAE sees an image of this size."""
@@ -74,14 +71,18 @@ class QwenImageEditPlusAdapter:
         """See `ModelAdapter.encode_prompts`. Raises ValueError without references."""
         if not references:
             raise ValueError("expected the images that the prompts are about, which are encoded with them; found none")
+        tokenizer = self.pipeline.processor.tokenizer
         for prompt in prompts:
-            check_length(len(self.pipeline.tokenizer(prompt)["input_ids"]), self.max_sequence_length, prompt)
+            check_length(len(tokenizer(prompt)["input_ids"]), self.max_sequence_length, prompt)
         samples = zip(prompts, zip(*references, strict=True), strict=True)
         return Text.cat([self._encode_prompt(prompt, [self._seen(i) for i in images]) for prompt, images in samples])
 
     def _seen(self, image: Tensor) -> Image.Image:
         """An image as the text encoder sees it."""
-        return self.pipeline.image_processor.resize(to_pil(image), *self._seen_size(*image.shape[-2:]))
+        return self.pipeline.image_processor.resize(self._to_pil(image), *self._seen_size(*image.shape[-2:]))
+
+    def _to_pil(self, image: Tensor) -> Image.Image:
+        return to_pil(image)
 
     def _encode_prompt(self, prompt: str, images: list[Image.Image]) -> Text:
         """One prompt: the pipeline takes one set of images for all the prompts of a call."""
@@ -99,7 +100,7 @@ class QwenImageEditPlusAdapter:
         return torch.cat([self.encode_images(images) for images in fitted], dim=1), shapes
 
     def _fit(self, image: Tensor) -> Tensor:
-        return self.pipeline.image_processor.preprocess(to_pil(image), *self._source_size(*image.shape[-2:]))
+        return self.pipeline.image_processor.preprocess(self._to_pil(image), *self._source_size(*image.shape[-2:]))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch_size: int = 4) -> Tensor:
@@ -128,15 +129,7 @@ class QwenImageEditPlusAdapter:
 
     def teacher_schedule(self, steps: int) -> Tensor:
         """See `ModelAdapter.teacher_schedule`."""
-        scheduler = self.pipeline.scheduler
-        mu = self._module.calculate_shift(
-            self.latent_shape[0],
-            scheduler.config.get("base_image_seq_len", 256),
-            scheduler.config.get("max_image_seq_len", 4096),
-            scheduler.config.get("base_shift", 0.5),
-            scheduler.config.get("max_shift", 1.15),
-        )
-        return stock_schedule(scheduler, steps, mu)
+        return stock_schedule(self.pipeline.scheduler, steps, linear_mu(self.pipeline, self.latent_shape[0]))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
@@ -167,6 +160,14 @@ class QwenImageEditAdapter(QwenImageEditPlusAdapter):
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`. Raises CloraError for several images per sample."""
         return super().encode_sources([_only(references)])
+
+
+def _check_limit(max_sequence_length: int, limit: int | None) -> None:
+    if limit is not None and max_sequence_length > limit:
+        raise CloraError(
+            f"expected max_sequence_length of at most {limit}, which is what the pipeline takes, "
+            f"found {max_sequence_length}"
+        )
 
 
 def _only(images: Sequence):
