@@ -157,7 +157,8 @@ class AdapterBank:
             (layer.weight, layer.bias, *slots.factors[module]) for module, layer in zip(modules, layers, strict=True)
         ]
         rows = x if x.ndim == 3 else x.unsqueeze(1)
-        outputs = multi_lora_linears(rows, projections, slots.scale, self.routing.adapter_ids)
+        ids = _ids_of_rows(self.routing.adapter_ids, len(rows))
+        outputs = multi_lora_linears(rows, projections, slots.scale, ids)
         return {module: y if x.ndim == 3 else y.squeeze(1) for module, y in zip(modules, outputs, strict=True)}
 
 
@@ -183,6 +184,11 @@ def _groups(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
         family, i = place.get(name, (name, 0))
         groups[parent, family, size].append((i, module))
     return {module: tuple(m for _, m in sorted(group)) for group in groups.values() for _, module in group}
+
+
+def _ids_of_rows(adapter_ids: Tensor, count: int) -> Tensor:
+    """Ids of a layer's rows. A layer may see the batch twice over, as a modulation that also gives that of timestep 0."""
+    return adapter_ids if len(adapter_ids) == count else adapter_ids.repeat(count // len(adapter_ids))
 
 
 def _index(name: str, names: tuple[str, ...]) -> int:

@@ -9,7 +9,12 @@ from clora.errors import CloraError
 from clora.models.protocol import ModelAdapter
 
 # Adapters by pipeline class, named, not imported: a family's module may need classes that an older diffusers lacks.
-_ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {"Flux2KleinPipeline": "clora.models.flux2:Flux2KleinAdapter"}
+_ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {
+    "Flux2KleinPipeline": "clora.models.flux2:Flux2KleinAdapter",
+    "QwenImage21Pipeline": "clora.models.qwen_image21:QwenImage21Adapter",
+    "QwenImageEditPipeline": "clora.models.qwen_image:QwenImageEditAdapter",
+    "QwenImageEditPlusPipeline": "clora.models.qwen_image:QwenImageEditPlusAdapter",
+}
 
 
 def register(pipeline_class: str, adapter: Callable[..., ModelAdapter]) -> None:
