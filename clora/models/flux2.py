@@ -188,12 +188,5 @@ class Flux2Adapter(_Flux2):
         module = sys.modules[type(self.pipeline).__module__]
         messages = module.format_input(prompts=[prompt], system_message=self.pipeline.system_message)
         template = self.pipeline.tokenizer.apply_chat_template
-        tokens = template(
-            messages,
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            truncation=False,
-        )
+        tokens = template(messages, add_generation_prompt=False, tokenize=True, return_dict=True, return_tensors="pt")
         return tokens["input_ids"].shape[1]

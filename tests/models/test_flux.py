@@ -20,12 +20,13 @@ from tiny_flux import (
     to_pixels,
 )
 
+from clora.distill import with_guidance
 from clora.errors import CloraError
 from clora.export import student_scheduler
 from clora.flow_matching import student_schedule, teacher_schedule
 from clora.generation import Generator
 from clora.models import adapter_for, linear_names
-from clora.testing import SENTENCES, random_lora
+from clora.testing import SENTENCES, random_lora, tiny_config
 
 SIZE = (64, 96)  # not square, so that height and width cannot be swapped; the pipelines take no side below 64
 PREFERRED = [(48, 96), (72, 64), (64, 64), (80, 64), (96, 64), (64, 80)]  # width and height, one no multiple of 16
@@ -264,6 +265,18 @@ def test_a_prompt_of_too_many_tokens_is_an_error(family, pipelines):
     assert fits.encode_prompts([SENTENCES[0]]).embeds.shape[1] == length
     with pytest.raises(CloraError, match=f"at most {length - 1} tokens, found {length}"):
         short.encode_prompts([SENTENCES[0]])
+
+
+@pytest.mark.parametrize(("name", "w", "embedded"), [("klein", 4.0, None), ("flux2", 0.0, 4.0), ("kontext", 0.0, 3.5)])
+def test_guidance_that_the_config_does_not_state(name, w, embedded, pipelines):
+    """What is recorded; what is stated stays."""
+    family = FAMILIES[name]
+    adapter = adapter_for(pipelines[id(family)], SIZE, family.length)
+    silent = with_guidance(tiny_config(["a"], sampler={"guidance": None}), adapter)
+    assert (silent.sampler.guidance, silent.sampler.guidance_embedding) == (w, embedded)
+    stated = with_guidance(tiny_config(["a"], sampler={"guidance": 0.0}), adapter)
+    assert stated.sampler.guidance == 0.0
+    assert silent.model_dump(exclude={"sampler"}) == stated.model_dump(exclude={"sampler"})
 
 
 def test_what_the_pipelines_do_not_have(pipelines):
