@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -113,10 +114,13 @@ def distill(config: DistillConfig) -> Path:
     output = check_output(config.output)
     with stage("load pipeline and LoRAs", None):
         pipeline = load_pipeline(config.pipeline, config.device)
-        adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
+        adapter = adapter_for(
+            pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
+        )
+        config = with_guidance(config, adapter)
         shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
         teachers = {effect.name: load_lora(effect.lora, shapes, weights) for effect in config.effects}
-        collection = _collection(config, teachers)  # before training: the files are hashed as they were read
+        collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
     _say_what_is_there(output, checkpoint, config)
@@ -126,6 +130,16 @@ def distill(config: DistillConfig) -> Path:
     export_collection(student, collection, output, pipeline.transformer.dtype)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
     return output
+
+
+def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig:
+    """The config with the guidance that its family has by default, where it says nothing."""
+    w = config.sampler.guidance
+    guidance = {
+        "guidance": adapter.default_guidance if w is None else w,
+        "guidance_embedding": adapter.guidance_embedding,
+    }
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update=guidance)})
 
 
 def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig) -> None:
@@ -233,12 +247,13 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
-def _collection(config: DistillConfig, teachers: Mapping[str, LoRAState]):
+def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
     from clora.export import make_collection
 
     base = Path(config.pipeline).name if user_path(config.pipeline).exists() else config.pipeline
     loras = {effect.name: Path(effect.lora) for effect in config.effects}
-    return make_collection(config, base, loras, {name: _license(lora.metadata) for name, lora in teachers.items()})
+    licenses = {name: _license(lora.metadata) for name, lora in teachers.items()}
+    return replace(make_collection(config, base, loras, licenses), call=adapter.student_call)
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:
