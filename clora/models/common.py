@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,18 @@ def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
     else:
         copy.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return copy.sigmas
+
+
+def linear_mu(pipeline, num_tokens: int) -> float:
+    """The time shift of pipelines that take it from a line through two image sizes (``calculate_shift``)."""
+    config = pipeline.scheduler.config
+    return sys.modules[type(pipeline).__module__].calculate_shift(
+        num_tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
 
 
 def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:

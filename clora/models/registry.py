@@ -9,7 +9,10 @@ from clora.errors import CloraError
 from clora.models.protocol import ModelAdapter
 
 # Adapters by pipeline class, named, not imported: a family's module may need classes that an older diffusers lacks.
-_ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {"Flux2KleinPipeline": "clora.models.flux2:Flux2KleinAdapter"}
+_ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {
+    "Flux2KleinPipeline": "clora.models.flux2:Flux2KleinAdapter",
+    "ZImageOmniPipeline": "clora.models.z_image:ZImageOmniAdapter",
+}
 
 
 def register(pipeline_class: str, adapter: Callable[..., ModelAdapter]) -> None:
