@@ -11,6 +11,7 @@ from clora.models.protocol import ModelAdapter
 # Adapters by pipeline class, named, not imported: a family's module may need classes that an older diffusers lacks.
 _ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {
     "Flux2KleinPipeline": "clora.models.flux2:Flux2KleinAdapter",
+    "LongCatImageEditPipeline": "clora.models.longcat_image:LongCatImageEditAdapter",
     "ZImageOmniPipeline": "clora.models.z_image:ZImageOmniAdapter",
 }
 
