@@ -103,14 +103,15 @@ class Flux2KleinAdapter:
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
-        encode, images = self.pipeline._encode_vae_image, images.to(self.pipeline.vae.device)
-        pack = self.pipeline._pack_latents
-        return in_chunks(lambda part: pack(encode(part, generator=None)), images, batch_size).cpu()
+        encode, pack, vae = self.pipeline._encode_vae_image, self.pipeline._pack_latents, self.pipeline.vae
+        images = images.to(vae.device, vae.dtype)
+        return in_chunks(lambda part: pack(encode(part, generator=None)), images, batch_size).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
         """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), batch_size).cpu()
+        vae = self.pipeline.vae
+        return in_chunks(self._decode, latents.to(vae.device, vae.dtype), batch_size).float().cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
