@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
-from PIL import Image
+from pictures import write_images
 from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
@@ -41,14 +40,6 @@ def loras(adapter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), 4)
-
-
-def write_images(folder, count, seed=0):
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
 
 
 @pytest.fixture
