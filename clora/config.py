@@ -88,6 +88,8 @@ class DataConfig(_Model):
         sources_per_effect: images that each teacher renders a target for.
         general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
             0, as in the paper, for none.
+        cache: folder where encoded prompts, images and rendered targets are kept for other runs; None for one in the
+            output folder, which is removed when the collection is written.
     """
 
     sources: Text
@@ -97,6 +99,7 @@ class DataConfig(_Model):
     held_out: Count = 0
     sources_per_effect: Positive = 20
     general_targets: Count = 0
+    cache: Text | None = None
 
 
 class StudentConfig(_Model):
@@ -199,6 +202,8 @@ class TrainConfig(_Model):
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
         scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
+        gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
+            gradient: much less memory, about a third more time in the passes that learn.
         checkpoint_every: updates between two checkpoints.
         minutes: stop after this time; None for no limit.
     """
@@ -213,6 +218,7 @@ class TrainConfig(_Model):
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
     scoring_rows: Positive | None = None
+    gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
     minutes: PositiveFloat | None = None
 
@@ -231,6 +237,8 @@ class DistillConfig(_Model):
         train: training.
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
+        dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32. The
+            LoRAs, their optimizer and the losses are float32 in any case.
     """
 
     pipeline: Text
@@ -243,6 +251,7 @@ class DistillConfig(_Model):
     train: TrainConfig
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def anchor_share(self) -> float:
