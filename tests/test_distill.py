@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
-from PIL import Image
+from pictures import write_images
 from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
-from clora import encoding
+from clora import targets as targets_module
 from clora.distill import distill
-from clora.encoding import encode_student_prompts, render_targets
+from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import LORA_FILE
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
+from clora.prompt_table import Pictures, PromptTable
+from clora.rendering import Samples, render_targets
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
 from clora.trainer import DistillTrainer
 
@@ -39,14 +40,6 @@ def loras(adapter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), 4)
-
-
-def write_images(folder, count, seed=0):
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
 
 
 @pytest.fixture
@@ -117,7 +110,8 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     data = random_data(adapter, list(teachers), sources=2)
     config = tiny_config(list(teachers), sampler={"teacher_steps": 3, "guidance": 2.0})
     passes = []
-    out = render_targets(adapter, teachers, data.sources, data.teacher_text, data.empty_text, config, passes.append, 3)
+    samples = Samples(data.sources, data.teacher_text, data.empty_text)
+    out = render_targets(adapter, teachers, samples, data.text, config, passes.append, 3)
     assert out.shape == data.sources.shape
     assert sum(passes) == 2 * 3 * 4
     merged = merge_lora(base, list(teachers.values())[1])
@@ -128,28 +122,63 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
         cond, uncond = (
             merged(
                 hidden_states=torch.cat([x, data.sources[1, 1:]], 1),
-                encoder_hidden_states=text[None],
+                encoder_hidden_states=data.text.embeds[row],
                 timestep=torch.tensor([sigma]),
-                img_ids=adapter._image_ids,
+                img_ids=adapter._own_image_ids,
                 txt_ids=adapter._text_ids,
                 return_dict=False,
             )[0][:, : x.shape[1]]
-            for text in (data.teacher_text[1], data.empty_text)
+            for row in (data.teacher_text[1, 1:2], data.empty_text[1, 1:2])
         )
         x = x + (following - sigma) * (cond + 2 * (cond - uncond))
     torch.testing.assert_close(out[1, 1], x[0], rtol=1e-4, atol=1e-4)
 
 
-def test_student_prompts_are_repeated_up_to_the_longest_list(adapter):
+def test_prompts_are_rows_of_one_table(adapter, tmp_path):
+    """Student prompts are repeated in turn up to the longest list; a prompt has one row, whatever it is about."""
+    before, after = write_images(tmp_path / "before", 2, 1), write_images(tmp_path / "after", 2, 2)
+    pairs = {"prompt": "make it", "sources": str(before), "targets": str(after)}
     config = tiny_config(
         [
-            {"name": "a", "lora": "a", "prompt": "p", "student_prompts": ("make it a", "turn it", "add")},
-            {"name": "b", "lora": "b", "prompt": "p", "student_prompts": ("brighten", "keep")},
-        ]
+            {"name": "a", "lora": "a", "student_prompts": ("make it a", "turn it", "add"), **pairs},
+            {"name": "b", "lora": "b", "student_prompts": ("brighten", "keep"), **pairs},
+        ],
+        data={"sources": str(before), "general_instructions": ("turn it", "a picture")},
     )
-    text = encode_student_prompts(adapter, config.effects)
-    expected = adapter.encode_prompts(["make it a", "turn it", "add", "brighten", "keep", "brighten"])
-    torch.testing.assert_close(text.flatten(0, 1), expected)
+    data = encode_data(config, adapter, {"a": None, "b": None})
+
+    def embedded(*prompts):
+        return torch.cat([adapter.encode_prompts([prompt]).embeds for prompt in prompts])
+
+    students = embedded("make it a", "turn it", "add", "brighten", "keep", "brighten")
+    for m in range(2):
+        torch.testing.assert_close(data.text.embeds[data.student_text[..., m].flatten()], students)
+        torch.testing.assert_close(data.text.embeds[data.teacher_text[:, m]], embedded("make it", "make it"))
+        torch.testing.assert_close(data.text.embeds[data.empty_text[:, m]], embedded("", ""))
+    source, instruction, empty = data.general_pairs.unbind(1)
+    assert sorted(zip(source.tolist(), instruction.tolist(), strict=True)) == sorted(
+        (s, row) for s in range(2) for row in set(instruction.tolist())
+    )
+    assert len(data.text) == len({"make it", "make it a", "turn it", "add", "brighten", "keep", "a picture", ""})
+    torch.testing.assert_close(data.text.embeds[instruction[:1]], embedded("turn it"))
+    assert (empty == data.empty_text[0, 0]).all()
+
+
+def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
+    class Encoding:
+        def prompts(self, prompts, pixels):
+            self.asked = (prompts, pixels)
+
+    encoders, pixels = Encoding(), torch.randn(3, 3, 4, 4)
+    table, pictures = PromptTable(text_sees_image=True), Pictures("some", pixels)
+    first = table.rows("p", pictures, torch.tensor([2, 0, 2]))
+    assert first.tolist() == [0, 1, 0]
+    assert table.rows("q", pictures, torch.tensor([0])).tolist() == [2]
+    assert table.rows("p", pictures._replace(name="others"), torch.tensor([2])).tolist() == [3]
+    table.encode(encoders)
+    assert encoders.asked[0] == ["p", "p", "q", "p"]
+    assert torch.equal(encoders.asked[1], pixels[[2, 0, 0, 2]])
+    assert [table.prompt(row) for row in (1, 2)] == ["p", "q"]
 
 
 def wrong_architecture(tmp_path):
@@ -251,7 +280,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
     make_bad, message = BAD[case]
-    monkeypatch.setattr(encoding, "render_targets", None)  # that takes hours: mistakes are told before
+    monkeypatch.setattr(targets_module, "render_some_targets", None)  # that takes hours: mistakes are told before
     with pytest.raises(CloraError, match=message):
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"
@@ -261,17 +290,17 @@ def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monke
 def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkeypatch, tmp_path):
     sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
     seen = {}
-    render = encoding.render_targets
+    render = targets_module.render_some_targets
 
-    def rendered(adapter, teachers, *rest):
+    def rendered(wanted, adapter, teachers, *rest):
         seen["names"] = list(teachers)
-        return render(adapter, teachers, *rest)
+        return render(wanted, adapter, teachers, *rest)
 
     def train(config, used, teachers, data, report, checkpoint):
         seen.update(data=data, checkpoint=checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoding, "render_targets", rendered)
+    monkeypatch.setattr(targets_module, "render_some_targets", rendered)
     monkeypatch.setattr(engine, "train_student", train)
     with pytest.raises(KeyboardInterrupt):
         distill(make_config({"sources": str(sources), "targets": str(targets)}, data={"general_targets": 3}))
@@ -293,7 +322,7 @@ def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, 
     monkeypatch.setattr(DistillTrainer, "_iterate", stopping)
     with pytest.raises(KeyboardInterrupt):
         distill(config)
-    assert "nothing is kept before the first checkpoint" in capsys.readouterr().err
+    assert "of the training nothing is kept before the first checkpoint" in capsys.readouterr().err
     stop_after = 2
     with pytest.raises(KeyboardInterrupt):
         distill(config)
@@ -334,7 +363,7 @@ def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make
         patch.setattr("clora.export.export_collection", no_disk)
         with pytest.raises(CloraError, match="disk is full"):
             distill(make_config())  # trained whole: the checkpoint stays
-    monkeypatch.setattr(encoding, "render_targets", None)
+    monkeypatch.setattr(targets_module, "render_some_targets", None)
     with pytest.raises(CloraError, match=r"written by another run \(seed differ"):
         distill(make_config(seed=99))
 

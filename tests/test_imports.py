@@ -12,9 +12,29 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
     {"clora.backend", "clora.errors", "clora.ops", "clora.paths"},
-    {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.muon", "clora.progress"},
+    {
+        "clora.atomic",
+        "clora.cache",
+        "clora.checkpoint",
+        "clora.fingerprint",
+        "clora.flow_matching",
+        "clora.lora",
+        "clora.muon",
+        "clora.progress",
+    },
     {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
-    {"clora.adapter_bank", "clora.generation", "clora.models", "clora.objective", "clora.sampling"},
+    {"clora.conditioning"},
+    {"clora.models", "clora.sampling"},
+    {
+        "clora.adapter_bank",
+        "clora.encoders",
+        "clora.generation",
+        "clora.objective",
+        "clora.prompt_table",
+        "clora.recomputation",
+        "clora.rendering",
+        "clora.targets",
+    },
     {"clora.studio"},
     {
         "clora.data",
@@ -28,7 +48,7 @@ LAYERS = (
     },
     {"clora.cli"},
 )
-APPLICATIONS = 5
+APPLICATIONS = 7
 # Modules of a lower package that are themselves applications.
 BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.baselines")
 UNORDERED = {"clora", "clora.testing"}  # the lazy names, and what only tests use
