@@ -194,6 +194,7 @@ def test_too_large_an_error_is_refused(tmp_path):
     with pytest.raises(CloraError, match=r"x is a diff .* at rank 20 an error of \d\d\.\d\d% is left, 1\.00% is"):
         load_lora(path, {"x": (90, 120)}, max_rank=20)
     state = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
+    torch.manual_seed(7)  # another state of the global generator
     again = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
     assert torch.equal(state.modules["x"].lora_A, again.modules["x"].lora_A)
     module = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99).modules["x"]
