@@ -15,12 +15,13 @@ import torch
 from safetensors.numpy import load_file
 
 from clora.atomic import check_writable
+from clora.collection import Collection
 from clora.config import DistillConfig
 from clora.data import DistillData
 from clora.distill import find_device, load_pipeline, train_student, training_bar
 from clora.encoding import encode_student_prompts
 from clora.errors import CloraError, nearest
-from clora.export import Collection, check_output, export_collection, make_collection
+from clora.export import check_output, export_collection, make_collection
 from clora.lora.state import LoRAState
 from clora.progress import stage
 from clora.report import GridData, write_report
@@ -219,7 +220,7 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
 
 def _collection(config: DistillConfig, folder: Path) -> Collection:
     loras = {effect.name: teachers.teacher_path(folder / "teachers", effect.name) for effect in config.effects}
-    return make_collection(config, "clora-studio", loras, dict.fromkeys(loras, "Apache-2.0"))
+    return make_collection(config, "Flux2KleinPipeline", "clora-studio", loras, dict.fromkeys(loras, "Apache-2.0"))
 
 
 def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:

@@ -101,30 +101,40 @@ def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if name.endswith(tuple(suffixes))]
 
 
-def distill(config: DistillConfig) -> Path:
+def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     """The whole job on the user's own pipeline, LoRA files and images; returns the collection's folder.
+
+    Args:
+        config: the settings.
+        push_to_hub: repository on the Hub that the collection is uploaded to; it is created before training.
 
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
-    from clora.export import check_output, export_collection
+    from clora.export import COLLECTION_FILES, check_output, export_collection
+    from clora.hub import check_repo, create_repo, upload
 
     _check_exportable(config)
     output = check_output(config.output)
+    if push_to_hub is not None:
+        check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
         pipeline = load_pipeline(config.pipeline, config.device)
         adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
         shapes = linear_shapes(pipeline.transformer)
         teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
-        collection = _collection(config, teachers)  # before training: the files are hashed as they were read
+        collection = _collection(config, pipeline, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
     _say_what_is_there(output, checkpoint, config)
+    repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     data = encode_data(config, adapter, teachers)
     with _told_when_stopped(checkpoint), training_bar(f"distil into {output.name}", config.train) as report:
         student = train_student(config, adapter, teachers, data, report, checkpoint)
-    export_collection(student, collection, output, pipeline.transformer.dtype)
+    export_collection(student, collection, output, pipeline.transformer.dtype, repo_id)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
+    if repo_id is not None:
+        say(f"uploaded to {upload(output, repo_id, COLLECTION_FILES)}")
     return output
 
 
@@ -233,12 +243,19 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
-def _collection(config: DistillConfig, teachers: Mapping[str, LoRAState]):
+def _collection(config: DistillConfig, pipeline, teachers: Mapping[str, LoRAState]):
     from clora.export import make_collection
+    from clora.hub import cached_revision
 
-    base = Path(config.pipeline).name if user_path(config.pipeline).exists() else config.pipeline
-    loras = {effect.name: Path(effect.lora) for effect in config.effects}
-    return make_collection(config, base, loras, {name: _license(lora.metadata) for name, lora in teachers.items()})
+    is_folder = user_path(config.pipeline).exists()
+    return make_collection(
+        config,
+        pipeline=type(pipeline).__name__,
+        base_model=Path(config.pipeline).name if is_folder else config.pipeline,
+        loras={effect.name: Path(effect.lora) for effect in config.effects},
+        licenses={name: _license(lora.metadata) for name, lora in teachers.items()},
+        base_revision=None if is_folder else cached_revision(config.pipeline),
+    )
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:

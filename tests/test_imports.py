@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
-    {"clora.backend", "clora.errors", "clora.ops", "clora.paths"},
+    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths"},
     {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.muon", "clora.progress"},
-    {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
+    {"clora.collection", "clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
     {"clora.adapter_bank", "clora.generation", "clora.models", "clora.objective", "clora.sampling"},
     {"clora.studio"},
     {
         "clora.data",
         "clora.demo",
         "clora.distill",
+        "clora.effects",
         "clora.encoding",
         "clora.export",
         "clora.lora_training",
