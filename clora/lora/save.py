@@ -54,7 +54,11 @@ def save_diffusers_lora(
 
 
 def save_peft_folder(
-    state: LoRAState, folder: str | Path, alpha: float | None = None, dtype: torch.dtype = torch.float32
+    state: LoRAState,
+    folder: str | Path,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -63,6 +67,7 @@ def save_peft_folder(
         folder: created where missing.
         alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
+        metadata: entries for the header of the weights.
 
     Raises:
         CloraError: the folder cannot be written or a value is not finite.
@@ -84,7 +89,7 @@ def save_peft_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
-            write_safetensors(tensors, Path(temporary, _PEFT_FILES[1]), {})
+            write_safetensors(tensors, Path(temporary, _PEFT_FILES[1]), metadata or {})
             config.save_pretrained(temporary)
             for name in _PEFT_FILES:
                 os.replace(Path(temporary, name), folder / name)
@@ -92,39 +97,60 @@ def save_peft_folder(
         raise CloraError(f"{folder} cannot be written: {error}") from error
 
 
-def save_kohya(state: LoRAState, path: str | Path, alpha: float, dtype: torch.dtype = torch.float32) -> None:
-    """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``, FLUX.2 modules fused.
+def save_kohya(
+    state: LoRAState,
+    path: str | Path,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    fused: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``.
 
     Args:
-        state: what to write.
+        state: what to write; ranks may differ.
         path: the ``.safetensors`` file.
-        alpha: stated for every module; ``lora_B`` is rescaled so that the applied update stays the same.
+        alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
+        fused: FLUX modules under their original names, where q, k and v are one module; off for other models, which
+            share some of FLUX's names.
+        metadata: entries for the file's header.
 
     Raises:
         CloraError: the file cannot be written or a value is not finite.
     """
     tensors = {}
-    for name, module in _fused(state).items():
+    for name, module in (_fused(state) if fused else state.modules).items():
         stem, module = "lora_unet_" + name.replace(".", "_"), _with_alpha(module, alpha)
         tensors[f"{stem}.lora_down.weight"] = module.lora_A.to(dtype)
         tensors[f"{stem}.lora_up.weight"] = module.lora_B.to(dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    write_safetensors(tensors, path, {})
+        tensors[f"{stem}.alpha"] = torch.tensor(float(module.rank if alpha is None else alpha))
+    write_safetensors(tensors, path, metadata or {})
 
 
-def save_comfyui(state: LoRAState, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, FLUX.2 modules fused, alpha = rank.
+def save_comfyui(
+    state: LoRAState,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    fused: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, alpha = rank.
 
     Args:
-        state: what to write.
+        state: what to write; ranks may differ.
         path: the ``.safetensors`` file.
         dtype: stored type.
+        fused: as in `save_kohya`.
+        metadata: entries for the file's header.
 
     Raises:
         CloraError: the file cannot be written or a value is not finite.
     """
-    write_safetensors(_named(_fused(state), "diffusion_model.", dtype), path, {})
+    modules = _fused(state) if fused else state.modules
+    write_safetensors(_named(modules, "diffusion_model.", dtype), path, metadata or {})
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
