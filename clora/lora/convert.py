@@ -16,7 +16,7 @@ from clora.lora.inspect import pipeline_shapes
 from clora.lora.keys import sort_keys, split_prefix
 from clora.lora.reduce import (
     balanced,
-    module_svd,
+    energy_share,
     reduce_to_energy,
     reduce_to_rank,
     relative_error,
@@ -200,13 +200,11 @@ def _write(state: LoRAState, output: Path, format: str, dtype: torch.dtype, mode
 
 
 def _describe(name: str, before: LoRAModule, after: LoRAModule, dtype: torch.dtype) -> dict[str, Any]:
-    squares = module_svd(before.lora_A, before.lora_B).values.square()
-    total = squares.sum().item()
     return {
         "name": name,
         "rank_before": before.rank,
         "rank": after.rank,
-        "energy": squares[: after.rank].sum().item() / total if total else 1.0,
+        "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
         "error": relative_error(before, stored_as(after, dtype)),
     }
 

@@ -93,6 +93,12 @@ def _energy_rank(module: LoRAModule, energy: float) -> int:
     return int((kept < energy * kept[-1]).sum()) + 1
 
 
+def energy_share(module: LoRAModule, rank: int) -> float:
+    """The share of a module's energy that its best approximation of that rank keeps."""
+    kept = module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
+    return (kept[rank - 1] / kept[-1]).item() if kept[-1] > 0 else 1.0
+
+
 def stored_as(module: LoRAModule, dtype: torch.dtype) -> LoRAModule:
     """What a reader finds of a module that was written in that type, in fp32."""
     return LoRAModule(module.lora_A.to(dtype).float(), module.lora_B.to(dtype).float())

@@ -30,7 +30,7 @@ def save_diffusers_lora(
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the file that diffusers (any version), ComfyUI and sglang read alike.
+    """Writes the file that diffusers (any version), ComfyUI and, for FLUX, sglang read alike.
 
     Its keys are ``transformer.X.lora_A.weight`` and ``lora_B``, every module has the same rank, and alpha = rank
     without being written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.

@@ -127,6 +127,8 @@ def test_types_and_their_errors(models, tmp_path, dtype, stored, error):
     assert again["max_error"] < 1e-12
     read = load_lora(tmp_path / "out.safetensors", linear_shapes(model))
     assert set(read.modules) == set(random_lora(model, 3, 0).modules)
+    lower = convert_lora(tmp_path / "in.safetensors", tmp_path / "lower.safetensors", rank=2, dtype=dtype)
+    assert lower["rank"] == load_lora(tmp_path / "lower.safetensors", linear_shapes(model)).max_rank == 2
 
 
 def test_diffusers_reads_fp8(models, tmp_path):
