@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 
 from clora.atomic import check_writable
 from clora.collection import Collection
+from clora.conditioning import Text
 from clora.config import DistillConfig
 from clora.data import DistillData
 from clora.distill import find_device, load_pipeline, train_student, training_bar
-from clora.encoding import encode_student_prompts
 from clora.errors import CloraError, nearest
 from clora.export import check_output, export_collection, make_collection
 from clora.lora.state import LoRAState
@@ -110,17 +110,26 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     with stage("encode scenes and prompts", None):
         sources = build.target_sources(adapter)
         general_sources, general_text = build.general_pairs(adapter, config.data.general_targets)
-        return DistillData(
-            effects=tuple(names),
-            sources=sources.expand(len(names), *sources.shape),
-            targets=targets.of(names).to(sources.device),
-            teacher_text=adapter.encode_prompts([effect.prompt for effect in config.effects]),
-            student_text=encode_student_prompts(adapter, config.effects),
-            general_sources=general_sources,
-            general_text=general_text,
-            empty_text=adapter.encode_prompts([""])[0],
-            general_targets=targets.general.to(sources.device),
-        )
+        phrasings = max(len(effect.student_prompts) for effect in config.effects)
+        asked = [e.student_prompts[i % len(e.student_prompts)] for e in config.effects for i in range(phrasings)]
+        teacher, student = (adapter.encode_prompts(p) for p in ([effect.prompt for effect in config.effects], asked))
+    parts = [teacher, student, general_text, adapter.encode_prompts([""])]
+    teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
+    num_effects, num_sources = len(names), len(sources)
+    return DistillData(
+        effects=tuple(names),
+        text=Text.cat(parts),
+        sources=sources.expand(num_effects, *sources.shape),
+        targets=targets.of(names),
+        teacher_text=teacher_rows[:, None].expand(-1, num_sources),
+        student_text=student_rows.view(num_effects, phrasings, 1).expand(-1, -1, num_sources),
+        empty_text=empty_row.expand(num_effects, num_sources),
+        general_sources=general_sources,
+        general_pairs=torch.stack(
+            [torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1
+        ),
+        general_targets=targets.general,
+    )
 
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:

@@ -20,7 +20,7 @@ from clora.flow_matching import student_schedule
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
-from clora.models import Flux2KleinAdapter, adapter_for, linear_names
+from clora.models import ModelAdapter, adapter_for, linear_names
 from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
 from clora.progress import say, stage, up_to
@@ -29,7 +29,7 @@ from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumab
 
 def train_student(
     config: DistillConfig,
-    adapter: Flux2KleinAdapter,
+    adapter: ModelAdapter,
     teachers: Mapping[str, LoRAState],
     data: DistillData,
     report: Report,

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clora.adapter_bank import AdapterBank
+from clora.conditioning import Text
 from clora.config import DistillConfig, EffectConfig, general_instructions
 from clora.data import DistillData, general_pair
 from clora.errors import CloraError
-from clora.generation import Generator
 from clora.images import list_images, load_images
 from clora.lora.state import LoRAState
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.models import ModelAdapter
 from clora.progress import stage
+from clora.prompt_table import Pictures, PromptTable
+from clora.rendering import Samples, num_passes, render_general_targets, render_targets
 
-FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
+MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets say how many
 
 
-def encode_data(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState]) -> DistillData:
+@dataclass(frozen=True)
+class EffectRows:
+    """The samples of one effect: rows of its pictures and of the prompt table.
+
+    Attributes:
+        sources: ``[M, S, C]``.
+        teacher, empty: ``[M]``.
+        student: ``[P, M]``.
+        targets: ``[M, T, C]``, or None where the teacher is to render them.
+    """
+
+    sources: Tensor
+    teacher: Tensor
+    student: Tensor
+    empty: Tensor
+    targets: Tensor | None
+
+
+def encode_data(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]) -> DistillData:
     """Reads and encodes the images and prompts of a config, and renders the targets that were not given.
 
     Every image given with its result is used; of the others each teacher renders ``data.sources_per_effect``. Effects
@@ -31,25 +51,25 @@ def encode_data(config: DistillConfig, adapter: Flux2KleinAdapter, teachers: Map
         CloraError: images, pairs or prompts that cannot be used.
     """
     with stage("encode images and prompts", None):
-        shared = adapter.encode_images(_shared_images(config))
         _check_pairs(config)
-        sources = _sources(config, adapter, shared)
-        teacher_text = adapter.encode_prompts([effect.prompt for effect in config.effects])
-        student_text = encode_student_prompts(adapter, config.effects)
-        empty_text = adapter.encode_prompts([""])[0]
-        general_text = adapter.encode_prompts(general_instructions(config.data) or ("",))
-    targets = _targets(config, adapter, teachers, sources, teacher_text, empty_text)
-    count = max(len(images) for images in sources)
+        shared = _pictures("shared", _shared_images(config), adapter)
+        table = PromptTable(adapter)
+        effects = _effect_rows(config, adapter, shared, table)
+        pairs = _general_pairs(config, adapter, shared, table)
+        text = table.encode()
+    targets = _targets(config, adapter, teachers, effects, text)
+    count = max(len(images) for images in targets)
     return DistillData(
         effects=tuple(teachers),
-        sources=torch.stack([_in_turn(images, count) for images in sources]),
+        text=text,
+        sources=torch.stack([_in_turn(effect.sources, count) for effect in effects]),
         targets=torch.stack([_in_turn(images, count) for images in targets]),
-        teacher_text=teacher_text,
-        student_text=student_text,
-        general_sources=shared,
-        general_text=general_text,
-        empty_text=empty_text,
-        general_targets=_general_targets(config, adapter, shared, general_text, empty_text),
+        teacher_text=torch.stack([_in_turn(effect.teacher, count) for effect in effects]),
+        student_text=torch.stack([_in_turn(effect.student.T, count).T for effect in effects]),
+        empty_text=torch.stack([_in_turn(effect.empty, count) for effect in effects]),
+        general_sources=shared.latents,
+        general_pairs=pairs,
+        general_targets=_general_targets(config, adapter, shared, pairs, text),
     )
 
 
@@ -64,49 +84,88 @@ def _shared_images(config: DistillConfig) -> Tensor:
     return images[: len(images) - config.data.held_out]
 
 
-def _sources(config: DistillConfig, adapter: Flux2KleinAdapter, shared: Tensor) -> list[Tensor]:
-    """Each effect's sources ``[M, T, C]``; those of effects to be rendered have one M."""
-    limit = config.data.sources_per_effect
-    found = [
-        shared if effect.sources is None else _encoded(effect.sources, config, adapter) for effect in config.effects
+def _pictures(name: str, pixels: Tensor, adapter: ModelAdapter) -> Pictures:
+    return Pictures(name, pixels, adapter.encode_sources([pixels])[0])
+
+
+def _effect_rows(
+    config: DistillConfig, adapter: ModelAdapter, shared: Pictures, table: PromptTable
+) -> list[EffectRows]:
+    """Reads every effect's own images and asks the table for its prompts."""
+    effects, limit = config.effects, config.data.sources_per_effect
+    pictures = [_own_pictures(effect, config, adapter) or shared for effect in effects]
+    counts = [
+        len(p.pixels) if effect.targets is not None else min(len(p.pixels), limit)
+        for p, effect in zip(pictures, effects, strict=True)
     ]
-    rendered = [min(len(images), limit) for images, e in zip(found, config.effects, strict=True) if e.targets is None]
-    return [
-        images if effect.targets is not None else _in_turn(images[:limit], max(rendered))
-        for images, effect in zip(found, config.effects, strict=True)
-    ]
+    rendered = max((n for n, effect in zip(counts, effects, strict=True) if effect.targets is None), default=0)
+    phrasings = max(len(effect.student_prompts) for effect in effects)
+
+    def rows(effect: EffectConfig, own: Pictures, count: int) -> EffectRows:
+        given = (
+            None if effect.targets is None else adapter.encode_images(load_images(effect.targets, config.data.size)[1])
+        )
+        used = _in_turn(torch.arange(count), count if given is not None else rendered)
+        prompts = [effect.student_prompts[i % len(effect.student_prompts)] for i in range(phrasings)]
+        return EffectRows(
+            sources=own.latents[used],
+            teacher=table.rows(effect.prompt, own, used),
+            student=torch.stack([table.rows(prompt, own, used) for prompt in prompts]),
+            empty=table.rows("", own, used),
+            targets=given,
+        )
+
+    return [rows(*parts) for parts in zip(effects, pictures, counts, strict=True)]
+
+
+def _own_pictures(effect: EffectConfig, config: DistillConfig, adapter: ModelAdapter) -> Pictures | None:
+    if effect.sources is None:
+        return None
+    return _pictures(effect.name, load_images(effect.sources, config.data.size)[1], adapter)
+
+
+def _general_pairs(config: DistillConfig, adapter: ModelAdapter, shared: Pictures, table: PromptTable) -> Tensor:
+    """`DistillData.general_pairs`: as many as are to be rendered, else every picture with every instruction."""
+    if not config.objective.dual_stream:
+        return torch.empty(0, 3, dtype=torch.int64)
+    instructions, num_sources = general_instructions(config.data), len(shared.pixels)
+    every = num_sources * len(instructions)
+    count = config.data.general_targets or (min(every, MAX_PAIRS) if adapter.text_sees_image else every)
+    source, instruction = general_pair(torch.arange(count), num_sources, len(instructions))
+    prompt = [table.rows(instructions[i], shared, s[None]) for i, s in zip(instruction.tolist(), source, strict=True)]
+    return torch.stack([source, torch.cat(prompt), table.rows("", shared, source)], dim=1)
 
 
 def _targets(
     config: DistillConfig,
-    adapter: Flux2KleinAdapter,
+    adapter: ModelAdapter,
     teachers: Mapping[str, LoRAState],
-    sources: Sequence[Tensor],
-    teacher_text: Tensor,
-    empty_text: Tensor,
+    effects: Sequence[EffectRows],
+    text: Text,
 ) -> list[Tensor]:
     """Each effect's targets ``[M, T, C]``: the images given with it, else its teacher's renders."""
-    missing = [i for i, effect in enumerate(config.effects) if effect.targets is None]
+    missing = [i for i, effect in enumerate(effects) if effect.targets is None]
     renders = iter(())
     if missing:
         chosen = {config.effects[i].name: teachers[config.effects[i].name] for i in missing}
-        stacked = torch.stack([sources[i] for i in missing])
-        with stage("render targets", 2 * config.sampler.teacher_steps * stacked[:, :, 0, 0].numel()) as advance:
-            renders = iter(render_targets(adapter, chosen, stacked, teacher_text[missing], empty_text, config, advance))
-    return [
-        next(renders) if effect.targets is None else _encoded(effect.targets, config, adapter)
-        for effect in config.effects
-    ]
+        samples = Samples(
+            torch.stack([effects[i].sources for i in missing]),
+            torch.stack([effects[i].teacher for i in missing]),
+            torch.stack([effects[i].empty for i in missing]),
+        )
+        with stage("render targets", num_passes(config, samples.prompt.numel())) as advance:
+            renders = iter(render_targets(adapter, chosen, samples, text, config, advance))
+    return [next(renders) if effect.targets is None else effect.targets for effect in effects]
 
 
 def _general_targets(
-    config: DistillConfig, adapter, sources: Tensor, text: Tensor, empty_text: Tensor
+    config: DistillConfig, adapter: ModelAdapter, shared: Pictures, pairs: Tensor, text: Text
 ) -> Tensor | None:
-    count = config.data.general_targets
-    if not count or not (config.objective.dual_stream and config.objective.trajectory_anchoring):
+    if not (config.data.general_targets and len(pairs) and config.objective.trajectory_anchoring):
         return None
-    with stage("render general targets", 2 * config.sampler.teacher_steps * count) as advance:
-        return render_general_targets(adapter, sources, text, empty_text, config, advance)
+    source, prompt, empty = pairs.unbind(1)
+    with stage("render general targets", num_passes(config, len(pairs))) as advance:
+        return render_general_targets(adapter, Samples(shared.latents[source], prompt, empty), text, config, advance)
 
 
 def _check_pairs(config: DistillConfig) -> None:
@@ -125,85 +184,6 @@ def _check_pairs(config: DistillConfig) -> None:
             )
 
 
-def _encoded(folder: str, config: DistillConfig, adapter: Flux2KleinAdapter) -> Tensor:
-    return adapter.encode_images(load_images(folder, config.data.size)[1])
-
-
-def _in_turn(images: Tensor, count: int) -> Tensor:
-    """The first ``count`` images; fewer are repeated in turn."""
-    return images[torch.arange(count) % len(images)]
-
-
-def encode_student_prompts(adapter: Flux2KleinAdapter, effects: tuple[EffectConfig, ...]) -> Tensor:
-    """Embeddings ``[E, P, L, D]`` of each effect's student prompts, repeated in turn up to the longest list."""
-    most = max(len(effect.student_prompts) for effect in effects)
-    prompts = [effect.student_prompts[i % len(effect.student_prompts)] for effect in effects for i in range(most)]
-    return adapter.encode_prompts(prompts).unflatten(0, (len(effects), most))
-
-
-def render_targets(
-    adapter: Flux2KleinAdapter,
-    teachers: Mapping[str, LoRAState],
-    sources: Tensor,
-    teacher_text: Tensor,
-    empty_text: Tensor,
-    config: DistillConfig,
-    report,
-    batch_size: int = 16,
-) -> Tensor:
-    """What every teacher makes of its own sources (the paper's y): guided Euler sampling with its own prompt.
-
-    Args:
-        adapter: the model family.
-        teachers: effect name to LoRA, E of them.
-        sources: ``[E, M, T, C]``.
-        teacher_text: ``[E, L, D]``.
-        empty_text: ``[L, D]``.
-        config: sampler settings and seed.
-        report: called as ``report(passes)``.
-        batch_size: samples per batch (two rows each).
-
-    Returns:
-        ``[E, M, T, C]``.
-    """
-    num_effects, num_sources = sources.shape[:2]
-    bank = AdapterBank(adapter.pipeline.transformer, teachers)
-    try:
-        generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, batch_size, report)
-        effect = torch.arange(num_effects).repeat_interleave(num_sources)
-        seeds = [config.seed + i for i in range(len(effect))]
-        conditioning = Conditioning(teacher_text[effect], sources.flatten(0, 1))
-        latents = generator.guided_euler(
-            effect,
-            conditioning,
-            empty_text,
-            seeds,
-            config.sampler.teacher_steps,
-            config.sampler.guidance,
-            config.objective.norm_rescale,
-        )
-    finally:
-        bank.detach()
-    return latents.unflatten(0, (num_effects, num_sources))
-
-
-def render_general_targets(
-    adapter: Flux2KleinAdapter, sources: Tensor, text: Tensor, empty_text: Tensor, config: DistillConfig, report
-) -> Tensor:
-    """What the base makes of ``data.general_targets`` general pairs (`DistillData.general_targets`), as teachers do.
-
-    Returns:
-        ``[P, T, C]``.
-    """
-    pairs = torch.arange(config.data.general_targets)
-    source, instruction = general_pair(pairs, len(sources), len(text))
-    conditioning = Conditioning(text[instruction], sources[source])
-    return Generator(adapter, None, None, config.sampler.shift, report=report).guided_euler(
-        pairs,
-        conditioning,
-        empty_text,
-        [config.seed + FIRST_GENERAL_SEED + p for p in pairs.tolist()],
-        config.sampler.teacher_steps,
-        config.sampler.guidance,
-        config.objective.norm_rescale,
-    )
+def _in_turn(rows: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows; fewer are repeated in turn."""
+    return rows[torch.arange(count) % len(rows)]

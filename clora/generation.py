@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, Slots
-from clora.flow_matching import student_schedule, teacher_schedule
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.conditioning import Conditioning, Text
+from clora.flow_matching import student_schedule
+from clora.models import ModelAdapter
 from clora.sampling import euler_sample, few_step_sample, guided
 
 
 class Generator:
     """Samples from slots of a bank (``slots`` None: a plain transformer without a bank).
 
-    Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in.
+    Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in. What
+    goes in and what comes out is on the CPU; one batch at a time is on the transformer's device.
     """
 
     def __init__(
         self,
-        adapter: Flux2KleinAdapter,
+        adapter: ModelAdapter,
         bank: AdapterBank | None,
         slots: Slots | None,
         shift: float,
@@ -34,23 +36,31 @@ class Generator:
         self.shift = shift
         self.batch_size = batch_size
         self.report = report
+        self.device = adapter.pipeline.transformer.device
 
     def guided_euler(
         self,
         ids: Tensor,
         conditioning: Conditioning,
-        empty_text: Tensor,
+        empty_text: Text,
         seeds: list[int],
         steps: int,
         guidance: float,
         norm_rescale: bool = False,
     ) -> Tensor:
-        """The teachers' sampler: ``steps`` Euler steps with guidance w, two passes each; latents ``[N, T, C]``."""
-        sigmas = teacher_schedule(steps, self.shift)
+        """The teachers' sampler: ``steps`` Euler steps with guidance w, two passes each; latents ``[N, T, C]``.
+
+        The noise levels are those of a stock call. ``empty_text`` has one row, or one for each sample; with w = 0 it is
+        not read and a step is one pass.
+        """
+        if guidance == 0:
+            return self.euler(ids, conditioning, seeds, steps)
+        sigmas = self.adapter.teacher_schedule(steps)
+        empty_text = empty_text[torch.zeros(len(ids), dtype=torch.int64)] if len(empty_text) == 1 else empty_text
 
         def sample(rows: slice) -> Tensor:
             cond = conditioning[rows]
-            both = Conditioning.cat([cond, cond.with_text(empty_text.expand_as(cond.text))])
+            both = Conditioning.cat([cond, cond.with_text(empty_text[rows])]).to(self.device)
 
             def velocity(x: Tensor, sigma: Tensor) -> Tensor:
                 v = self._velocity(ids[rows].repeat(2), x.repeat(2, 1, 1), sigma.repeat(2), both)
@@ -62,10 +72,10 @@ class Generator:
 
     def euler(self, ids: Tensor, conditioning: Conditioning, seeds: list[int], steps: int) -> Tensor:
         """Plain Euler steps without guidance; latents ``[N, T, C]``."""
-        sigmas = teacher_schedule(steps, self.shift)
+        sigmas = self.adapter.teacher_schedule(steps)
         return self._batched(
             lambda rows: euler_sample(
-                self._conditioned(ids[rows], conditioning[rows]), self._noise(seeds[rows]), sigmas
+                self._conditioned(ids[rows], conditioning[rows].to(self.device)), self._noise(seeds[rows]), sigmas
             ),
             len(ids),
         )
@@ -76,7 +86,7 @@ class Generator:
 
         def sample(rows: slice) -> Tensor:
             noises = [self._noise(seeds[rows], k + 1) for k in range(steps - 1)]
-            velocity = self._conditioned(ids[rows], conditioning[rows])
+            velocity = self._conditioned(ids[rows], conditioning[rows].to(self.device))
             return few_step_sample(velocity, self._noise(seeds[rows]), sigmas, noises=noises)
 
         return self._batched(sample, len(ids))
@@ -95,8 +105,8 @@ class Generator:
         def one(seed: int) -> Tensor:
             return torch.randn(self.adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * seed + draw))
 
-        return torch.stack([one(seed) for seed in seeds]).to(self.adapter.pipeline.transformer.device)
+        return torch.stack([one(seed) for seed in seeds]).to(self.device)
 
     @torch.no_grad()
     def _batched(self, sample: Callable[[slice], Tensor], count: int) -> Tensor:
-        return torch.cat([sample(slice(i, i + self.batch_size)) for i in range(0, count, self.batch_size)])
+        return torch.cat([sample(slice(i, i + self.batch_size)).cpu() for i in range(0, count, self.batch_size)])

@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, Slots
+from clora.conditioning import Conditioning, Text
 from clora.errors import CloraError
 from clora.flow_matching import flow_matching_losses
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.models import ModelAdapter
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Encoded before/after pairs of E LoRAs: sources and targets ``[E, M, T, C]``, prompt embeddings ``[E, L, D]``."""
+    """Encoded before/after pairs, on the CPU of E LoRAs: sources and targets ``[E, M, T, C]``, encoded prompts, E rows."""
 
     sources: Tensor
     targets: Tensor
-    text: Tensor
+    text: Text
 
 
 def train_loras(
-    adapter: Flux2KleinAdapter,
+    adapter: ModelAdapter,
     bank: AdapterBank,
     slots: Slots,
     pairs: Pairs,
@@ -69,10 +70,11 @@ def train_loras(
 
 def _losses(adapter, bank, slots: Slots, pairs: Pairs, ids: Tensor, shift: float, generator) -> Tensor:
     """Flow-matching loss of each row, ``[B]``."""
+    device = adapter.pipeline.transformer.device
     sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
-    x0 = pairs.targets[ids, sample].float()
-    conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float())
-    with bank.route(slots, ids.to(x0.device)):
+    x0 = pairs.targets[ids, sample].float().to(device)
+    conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float()).to(device)
+    with bank.route(slots, ids.to(device)):
         return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, shift, generator)
 
 

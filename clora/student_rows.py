@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clora.conditioning import Conditioning
 from clora.data import Batch
-from clora.models import Conditioning
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StudentRows:
 
     Attributes:
         x, sigma, kind, weight, effect, conditioning: per student row.
-        teacher: the teachers' conditioning of the rows to be scored.
+        teacher, uncond: the teachers' conditioning of the rows to be scored, with and without their prompts.
         score_sigma: ``[D]`` noise level at which each of these is scored.
         anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
     """
@@ -44,6 +44,7 @@ class StudentRows:
     effect: Tensor
     conditioning: Conditioning
     teacher: Conditioning
+    uncond: Conditioning
     score_sigma: Tensor
     anchor_target: Tensor | None
 
@@ -60,6 +61,7 @@ class StudentRows:
             effect=torch.cat([part.batch.effect for part in parts]),
             conditioning=Conditioning.cat([part.batch.student for part in parts]),
             teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
+            uncond=Conditioning.cat([part.batch.uncond for part in parts])[slice(len(score_sigma))],
             score_sigma=score_sigma.to(x.device),
             anchor_target=anchor_target,
         )

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clora.conditioning import Text
 from clora.config import DistillConfig
-from clora.data import DistillData
+from clora.data import DistillData, general_pair
 from clora.lora.files import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState
-from clora.models import Flux2KleinAdapter, linear_names
+from clora.models import ModelAdapter, linear_names
+from clora.models.flux2 import Flux2KleinAdapter
 
 SIZE = (16, 16)
 MAX_SEQUENCE_LENGTH = 40
@@ -128,7 +130,7 @@ def merge_lora(transformer: nn.Module, state: LoRAState | None) -> nn.Module:
 
 
 def random_data(
-    adapter: Flux2KleinAdapter, effects: Sequence[str], sources: int = 3, phrasings: int = 2, seed: int = 0
+    adapter: ModelAdapter, effects: Sequence[str], sources: int = 3, phrasings: int = 2, seed: int = 0
 ) -> DistillData:
     """Encoded data of the adapter's shapes, all of it random and different from row to row."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,15 +140,20 @@ def random_data(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    count = len(effects)
+    starts = [0, count, count * (1 + phrasings), count * (1 + phrasings) + 3]  # teachers, students, general, empty
+    pair = torch.arange(12)
+    source, instruction = general_pair(pair, 4, 3)
     return DistillData(
         effects=tuple(effects),
-        sources=draw(len(effects), sources, *latent),
-        targets=draw(len(effects), sources, *latent),
-        teacher_text=draw(len(effects), *text),
-        student_text=draw(len(effects), phrasings, *text),
+        text=Text(draw(starts[-1] + 1, *text)),
+        sources=draw(count, sources, *latent),
+        targets=draw(count, sources, *latent),
+        teacher_text=torch.arange(count)[:, None].expand(-1, sources),
+        student_text=(starts[1] + torch.arange(count * phrasings)).view(count, phrasings, 1).expand(-1, -1, sources),
+        empty_text=torch.full((count, sources), starts[-1]),
         general_sources=draw(4, *latent),
-        general_text=draw(3, *text),
-        empty_text=draw(*text),
+        general_pairs=torch.stack([source, starts[2] + instruction, torch.full_like(pair, starts[-1])], dim=1),
     )
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, Slots
 from clora.checkpoint import load_state, load_values, save_state
+from clora.conditioning import Conditioning
 from clora.config import DistillConfig
 from clora.data import Batch, BatchSampler, DistillData
 from clora.errors import CloraError
 from clora.flow_matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.models import ModelAdapter
 from clora.muon import Muon
 from clora.objective import (
     TAU_BOUNDS,
@@ -45,10 +46,10 @@ class DistillTrainer:
         config: objective, sampler and training settings.
         adapter: the model family, around the pipeline whose transformer carries the bank.
         bank: slots ``student``, ``critic`` and one per effect, in this order.
-        data: encoded training data on the transformer's device.
+        data: encoded training data.
     """
 
-    def __init__(self, config: DistillConfig, adapter: Flux2KleinAdapter, bank: AdapterBank, data: DistillData):
+    def __init__(self, config: DistillConfig, adapter: ModelAdapter, bank: AdapterBank, data: DistillData):
         self.config = config
         self.adapter = adapter
         self.bank = bank
@@ -61,7 +62,8 @@ class DistillTrainer:
         self.student_optimizer = _optimizer(train.optimizer, self.student, train.learning_rate)
         self.critic_optimizer = _optimizer("adamw", self.critic, train.critic_learning_rate)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator)
+        device = adapter.pipeline.transformer.device
+        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.anchor_share = config.anchor_share
@@ -211,16 +213,23 @@ class DistillTrainer:
 
     @torch.no_grad()
     def _score(self, rows: StudentRows, velocity: Tensor) -> Scores:
-        """Critic and teacher velocities of the re-noised predictions, in one routed pass of three rows per sample."""
+        """Critic and teacher velocities of the re-noised predictions, in one routed pass.
+
+        Three rows per sample: critic, teacher with its prompt and with the empty one; the last is left out where there
+        is no guidance.
+        """
         n = len(rows.teacher)
         x0 = velocity_to_x0(rows.x[:n], velocity[:n], rows.sigma[:n])
         renoised = add_noise(x0, self._noise(x0), rows.score_sigma)
         teacher_ids = torch.where(rows.effect[:n] >= 0, rows.effect[:n] + 2, -1)  # slots 0 and 1: student, critic
-        ids = torch.cat([torch.full((n,), 1), teacher_ids, teacher_ids])
-        empty = rows.teacher.with_text(self.data.empty_text.expand_as(rows.teacher.text))
-        conditioning = Conditioning.cat([rows.conditioning[slice(n)], rows.teacher, empty])
-        scores = self._routed(ids, renoised.repeat(3, 1, 1), rows.score_sigma.repeat(3), conditioning)
-        critic, teacher, uncond = scores.chunk(3)
+        parts = [rows.conditioning[slice(n)], rows.teacher, rows.uncond][
+            : 2 if self.config.sampler.guidance == 0 else 3
+        ]
+        ids = torch.cat([torch.full((n,), 1), *[teacher_ids] * (len(parts) - 1)])
+        sigma = rows.score_sigma.repeat(len(parts))
+        scores = self._routed(ids, renoised.repeat(len(parts), 1, 1), sigma, Conditioning.cat(parts))
+        critic, teacher, *rest = scores.chunk(len(parts))
+        uncond = rest[0] if rest else teacher
         if self.config.objective.norm_rescale:
             teacher = uncond = guided(teacher, uncond, self.config.sampler.guidance, norm_rescale=True)
         return Scores(renoised, rows.score_sigma, critic, teacher, uncond)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clora.models import Conditioning
+from clora.conditioning import Conditioning, Text
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def inputs(adapter):
     def make(n=5, seed=0):
         generator = torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-        conditioning = Conditioning(draw(n, adapter.max_sequence_length, 24), draw(n, *adapter.latent_shape))
+        conditioning = Conditioning(Text(draw(n, adapter.max_sequence_length, 24)), draw(n, *adapter.latent_shape))
         return draw(n, *adapter.latent_shape), torch.rand(n, generator=generator) * 0.8 + 0.1, conditioning
 
     return make

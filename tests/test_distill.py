@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from clora import distill as engine
 from clora import encoding
 from clora.distill import distill
-from clora.encoding import encode_student_prompts, render_targets
+from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import LORA_FILE
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
+from clora.prompt_table import Pictures, PromptTable
+from clora.rendering import Samples, render_targets
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
 from clora.trainer import DistillTrainer
 
@@ -117,7 +119,8 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     data = random_data(adapter, list(teachers), sources=2)
     config = tiny_config(list(teachers), sampler={"teacher_steps": 3, "guidance": 2.0})
     passes = []
-    out = render_targets(adapter, teachers, data.sources, data.teacher_text, data.empty_text, config, passes.append, 3)
+    samples = Samples(data.sources, data.teacher_text, data.empty_text)
+    out = render_targets(adapter, teachers, samples, data.text, config, passes.append, 3)
     assert out.shape == data.sources.shape
     assert sum(passes) == 2 * 3 * 4
     merged = merge_lora(base, list(teachers.values())[1])
@@ -128,28 +131,64 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
         cond, uncond = (
             merged(
                 hidden_states=torch.cat([x, data.sources[1, 1:]], 1),
-                encoder_hidden_states=text[None],
+                encoder_hidden_states=data.text.embeds[row],
                 timestep=torch.tensor([sigma]),
-                img_ids=adapter._image_ids,
+                img_ids=adapter._own_image_ids,
                 txt_ids=adapter._text_ids,
                 return_dict=False,
             )[0][:, : x.shape[1]]
-            for text in (data.teacher_text[1], data.empty_text)
+            for row in (data.teacher_text[1, 1:2], data.empty_text[1, 1:2])
         )
         x = x + (following - sigma) * (cond + 2 * (cond - uncond))
     torch.testing.assert_close(out[1, 1], x[0], rtol=1e-4, atol=1e-4)
 
 
-def test_student_prompts_are_repeated_up_to_the_longest_list(adapter):
+def test_prompts_are_rows_of_one_table(adapter, tmp_path):
+    """Student prompts are repeated in turn up to the longest list; a prompt has one row, whatever it is about."""
+    before, after = write_images(tmp_path / "before", 2, 1), write_images(tmp_path / "after", 2, 2)
+    pairs = {"prompt": "make it", "sources": str(before), "targets": str(after)}
     config = tiny_config(
         [
-            {"name": "a", "lora": "a", "prompt": "p", "student_prompts": ("make it a", "turn it", "add")},
-            {"name": "b", "lora": "b", "prompt": "p", "student_prompts": ("brighten", "keep")},
-        ]
+            {"name": "a", "lora": "a", "student_prompts": ("make it a", "turn it", "add"), **pairs},
+            {"name": "b", "lora": "b", "student_prompts": ("brighten", "keep"), **pairs},
+        ],
+        data={"sources": str(before), "general_instructions": ("turn it", "a picture")},
     )
-    text = encode_student_prompts(adapter, config.effects)
-    expected = adapter.encode_prompts(["make it a", "turn it", "add", "brighten", "keep", "brighten"])
-    torch.testing.assert_close(text.flatten(0, 1), expected)
+    data = encode_data(config, adapter, {"a": None, "b": None})
+
+    def embedded(*prompts):
+        return torch.cat([adapter.encode_prompts([prompt]).embeds for prompt in prompts])
+
+    students = embedded("make it a", "turn it", "add", "brighten", "keep", "brighten")
+    for m in range(2):
+        torch.testing.assert_close(data.text.embeds[data.student_text[..., m].flatten()], students)
+        torch.testing.assert_close(data.text.embeds[data.teacher_text[:, m]], embedded("make it", "make it"))
+        torch.testing.assert_close(data.text.embeds[data.empty_text[:, m]], embedded("", ""))
+    source, instruction, empty = data.general_pairs.unbind(1)
+    assert sorted(zip(source.tolist(), instruction.tolist(), strict=True)) == sorted(
+        (s, row) for s in range(2) for row in set(instruction.tolist())
+    )
+    assert len(data.text) == len({"make it", "make it a", "turn it", "add", "brighten", "keep", "a picture", ""})
+    torch.testing.assert_close(data.text.embeds[instruction[:1]], embedded("turn it"))
+    assert (empty == data.empty_text[0, 0]).all()
+
+
+def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
+    class Seeing:
+        text_sees_image = True
+
+        def encode_prompts(self, prompts, references):
+            self.asked = (prompts, references)
+
+    adapter, pixels = Seeing(), torch.randn(3, 3, 4, 4)
+    table, pictures = PromptTable(adapter), Pictures("some", pixels, pixels)
+    first = table.rows("p", pictures, torch.tensor([2, 0, 2]))
+    assert first.tolist() == [0, 1, 0]
+    assert table.rows("q", pictures, torch.tensor([0])).tolist() == [2]
+    assert table.rows("p", pictures._replace(name="others"), torch.tensor([2])).tolist() == [3]
+    table.encode()
+    assert adapter.asked[0] == ["p", "p", "q", "p"]
+    assert torch.equal(adapter.asked[1][0], pixels[[2, 0, 0, 2]])
 
 
 def wrong_architecture(tmp_path):

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from clora.adapter_bank import AdapterBank
 from clora.collection import read_collection
+from clora.conditioning import Conditioning
 from clora.errors import CloraError
 from clora.export import LORA_FILE, export_collection, model_card
 from clora.flow_matching import student_schedule, teacher_schedule
@@ -26,7 +27,6 @@ from clora.images import load_image
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.lora.state import LoRAModule, LoRAState
-from clora.models import Conditioning
 from clora.sampling import few_step_sample
 from clora.testing import MAX_SEQUENCE_LENGTH, random_lora, tiny_adapter
 
@@ -184,7 +184,7 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
         generator = Generator(adapter, bank, bank.slots(), 3.0)
         noise = generator._noise([4])
         latents = generator.guided_euler(
-            torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""])[0], [4], steps, w
+            torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""]), [4], steps, w
         )
     finally:
         bank.detach()
@@ -292,7 +292,7 @@ def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
         loaded.pipeline.transformer.named_parameters(), fresh.pipeline.transformer.parameters(), strict=True
     ):
         assert torch.equal(a, b), name
-    torch.testing.assert_close(loaded.encode_prompts([PROMPT]), fresh.encode_prompts([PROMPT]))
+    torch.testing.assert_close(loaded.encode_prompts([PROMPT]).embeds, fresh.encode_prompts([PROMPT]).embeds)
 
 
 def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monkeypatch):

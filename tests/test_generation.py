@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clora.adapter_bank import AdapterBank
+from clora.conditioning import Text
 from clora.generation import Generator
 from clora.testing import merge_lora, random_teachers, tiny_adapter, tiny_pipeline
 
@@ -21,7 +22,7 @@ def bank(adapter):
 
 
 def run(sampler, generator, conditioning, ids, seeds):
-    empty = torch.randn(conditioning.text.shape[1:], generator=torch.Generator().manual_seed(0))
+    empty = Text(torch.randn(1, *conditioning.text.embeds.shape[1:], generator=torch.Generator().manual_seed(0)))
     if sampler == "guided_euler":
         return generator.guided_euler(torch.tensor(ids), conditioning, empty, seeds, 3, 1.5)
     return getattr(generator, sampler)(torch.tensor(ids), conditioning, seeds, 3)

@@ -11,10 +11,11 @@ import torch
 
 from clora import distill, lora_training
 from clora.adapter_bank import AdapterBank, fresh_lora
+from clora.conditioning import Conditioning, Text
 from clora.errors import CloraError
 from clora.flow_matching import flow_matching_losses
 from clora.lora.files import linear_shapes
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.models.flux2 import Flux2KleinAdapter
 from clora.studio import base, text, text_training, vae
 
 DEVICE = torch.device("meta")
@@ -53,7 +54,7 @@ def test_mixing_devices_is_an_error_here_too():
 
 
 def test_flow_matching(adapter):
-    conditioning = Conditioning(prompts(4), latents(4))
+    conditioning = Conditioning(Text(prompts(4)), latents(4))
     losses = flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), latents(4), 3.0, None)
     losses.sum().backward()
     assert (losses.device, losses.shape) == (DEVICE, (4,))
@@ -70,7 +71,7 @@ def test_the_teachers(adapter):
     generator = torch.Generator().manual_seed(0)
     loras = {name: fresh_lora(shapes, rank, generator) for name, rank in (("a", 4), ("b", 8))}
     bank = AdapterBank(adapter.pipeline.transformer, loras)
-    pairs = lora_training.Pairs(latents(2, 3), latents(2, 3), prompts(2))
+    pairs = lora_training.Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
     ids = torch.tensor([0, 0, 1, 1])
     losses = lora_training._losses(adapter, bank, bank.slots(trainable=True), pairs, ids, 2.0, None)
     losses.sum().backward()

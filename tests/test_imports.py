@@ -14,7 +14,9 @@ LAYERS = (
     {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths"},
     {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.muon", "clora.progress"},
     {"clora.collection", "clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
-    {"clora.adapter_bank", "clora.generation", "clora.models", "clora.objective", "clora.sampling"},
+    {"clora.conditioning"},
+    {"clora.models", "clora.sampling"},
+    {"clora.adapter_bank", "clora.generation", "clora.objective", "clora.prompt_table", "clora.rendering"},
     {"clora.studio"},
     {
         "clora.data",
@@ -29,7 +31,7 @@ LAYERS = (
     },
     {"clora.cli"},
 )
-APPLICATIONS = 5
+APPLICATIONS = 7
 # Modules of a lower package that are themselves applications.
 BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.baselines")
 UNORDERED = {"clora", "clora.testing"}  # the lazy names, and what only tests use

@@ -9,6 +9,7 @@ import torch
 
 from clora import flow_matching, lora_training
 from clora.adapter_bank import AdapterBank, fresh_lora
+from clora.conditioning import Text
 from clora.errors import CloraError
 from clora.lora.files import linear_shapes
 from clora.lora_training import Pairs, train_loras
@@ -21,7 +22,9 @@ def pairs(adapter):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     return Pairs(
-        draw(2, 3, *adapter.latent_shape), draw(2, 3, *adapter.latent_shape), draw(2, adapter.max_sequence_length, 24)
+        draw(2, 3, *adapter.latent_shape),
+        draw(2, 3, *adapter.latent_shape),
+        Text(draw(2, adapter.max_sequence_length, 24)),
     )
 
 
@@ -64,7 +67,9 @@ def test_the_loss_decreases(adapter, pairs):
 
 def test_a_slot_does_not_feel_anothers_data(adapter, pairs):
     """AdamW would carry any leaked gradient, however small, into the weights: equal bit for bit means none."""
-    other = Pairs(*(torch.stack([t[0], 3 * t[1].flip(0)]) for t in (pairs.sources, pairs.targets, pairs.text)))
+    tensors = (pairs.sources, pairs.targets, pairs.text.embeds)
+    sources, targets, embeds = (torch.stack([t[0], 3 * t[1].flip(0)]) for t in tensors)
+    other = Pairs(sources, targets, Text(embeds))
     _, states = train(adapter, pairs, 3)
     _, changed = train(adapter, other, 3)
     assert same(states["first"], changed["first"])

@@ -85,11 +85,11 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
     sigma = scores.sigma.view(-1, 1, 1)
     x_g = rows.x[:n] - rows.sigma[:n].view(-1, 1, 1) * velocity[:n]
     torch.testing.assert_close(scores.renoised, (1 - sigma) * x_g + sigma * noise)
-    empty = trainer.data.empty_text[None]
     for i, effect in enumerate(rows.effect[:n].tolist()):
         x, s = scores.renoised[[i]], scores.sigma[[i]]
         teacher = base if effect == GENERAL else models[trainer.data.effects[effect]]
         cond, student = rows.teacher[[i]], rows.conditioning[[i]]
+        empty = trainer.data.text[trainer.data.empty_text[:1, 0]]
         expected = {
             "critic": plain_velocity(adapter, models[CRITIC], x, s, student),
             "teacher": plain_velocity(adapter, teacher, x, s, cond),
@@ -97,6 +97,19 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
         }
         for name, value in expected.items():
             torch.testing.assert_close(getattr(scores, name)[[i]], value, rtol=1e-4, atol=1e-5, msg=f"{name}, row {i}")
+
+
+def test_without_guidance_no_empty_prompt_is_scored(adapter):
+    with make_trainer(adapter, sampler={"guidance": 0.0}) as trainer:
+        rows, sizes = trainer._student_rows(*rolled(trainer)), []
+        hook = adapter.pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        scores = trainer._score(rows, torch.zeros_like(rows.x))
+        hook.remove()
+    assert sizes == [2 * len(rows.teacher)]
+    assert torch.equal(scores.teacher, scores.teacher_uncond)
+    assert not torch.equal(scores.teacher, scores.critic)
 
 
 def test_rows_of_backward_simulation_lie_on_the_students_trajectory(adapter):
@@ -133,7 +146,7 @@ def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, m
     _, x_student, sigma_student, _, v_student = calls[-2]
     names, x, sigma, text, v = calls[-1]
     assert names == (CRITIC,)
-    assert torch.equal(text, batch.student.text)
+    assert torch.equal(text.embeds, batch.student.text.embeds)
     x0 = x_student - sigma_student.view(-1, 1, 1) * v_student
     s = sigma.view(-1, 1, 1)
     noise = (x - (1 - s) * x0) / s
@@ -203,7 +216,8 @@ def test_norm_rescale_keeps_the_norm_of_the_conditional_velocity(adapter):
 
 def test_general_rows_with_targets_are_anchored(adapter):
     data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
-    data = dataclasses.replace(data, general_targets=torch.randn(5, *adapter.latent_shape))
+    targets = torch.randn(5, *adapter.latent_shape)
+    data = dataclasses.replace(data, general_pairs=data.general_pairs[:5], general_targets=targets)
     with make_trainer(adapter, data) as trainer:
         batch = mixed_batch(trainer)
         rows = trainer._student_rows(batch, trainer.simulate(batch))

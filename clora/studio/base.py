@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from clora.checkpoint import load_state, save_state
+from clora.conditioning import Conditioning, Text
 from clora.errors import CloraError
 from clora.flow_matching import flow_matching_losses
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.models.flux2 import Flux2KleinAdapter
 from clora.muon import Muon
 from clora.studio.edits import FAMILIES, sample_edit
 from clora.studio.scenes import SIZE, make_scene, render
@@ -198,9 +199,10 @@ def _loss(adapter: Flux2KleinAdapter, pool: Pool, entries: Tensor, embeddings: d
     rows, edits = entries[torch.randint(len(entries), (BATCH,), generator=generator)].unbind(1)
     dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
     prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
-    text = torch.stack([embeddings[p] for p in prompts])
-    x0 = pool.targets[rows, edits].float()
-    conditioning = Conditioning(text, pool.sources[rows].float())
+    device = adapter.pipeline.transformer.device
+    text = Text(torch.stack([embeddings[p] for p in prompts]))
+    x0 = pool.targets[rows, edits].float().to(device)
+    conditioning = Conditioning(text, pool.sources[rows].float()).to(device)
     return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, 3.0, generator).mean()
 
 
@@ -208,4 +210,4 @@ def _loss(adapter: Flux2KleinAdapter, pool: Pool, entries: Tensor, embeddings: d
 def embed_all(adapter: Flux2KleinAdapter, pool: Pool) -> dict[str, Tensor]:
     """The embedding ``[L, D]`` of every instruction of the pool and of the empty prompt."""
     prompts = sorted({p for row in pool.instructions for p in row} | {""})
-    return dict(zip(prompts, adapter.encode_prompts(prompts), strict=True))
+    return dict(zip(prompts, adapter.encode_prompts(prompts).embeds, strict=True))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from clora.adapter_bank import AdapterBank
+from clora.conditioning import Conditioning, Text
 from clora.generation import Generator
 from clora.lora.files import linear_shapes
 from clora.lora.merge import merge_states
 from clora.lora.state import LoRAState
-from clora.models import Conditioning, Flux2KleinAdapter
+from clora.models.flux2 import Flux2KleinAdapter
 from clora.studio.assets import student_prompts
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
@@ -51,17 +52,17 @@ class EvaluationSet:
         effects: the effects.
         count: N.
         sources: ``[N, T, C]``.
-        teacher_text, student_text: ``[E, L, D]``.
-        empty_text: ``[L, D]``.
+        teacher_text, student_text: E prompts.
+        empty_text: the empty prompt.
         general: conditioning of the general cases.
     """
 
     effects: tuple[str, ...]
     count: int
     sources: Tensor
-    teacher_text: Tensor
-    student_text: Tensor
-    empty_text: Tensor
+    teacher_text: Text
+    student_text: Text
+    empty_text: Text
     general: Conditioning
 
     @staticmethod
@@ -73,17 +74,17 @@ class EvaluationSet:
             sources=adapter.encode_images(to_tensor(held_out_sources(count))),
             teacher_text=adapter.encode_prompts([EFFECTS[e].prompt for e in effects]),
             student_text=adapter.encode_prompts([student_prompts(e)[0] for e in effects]),
-            empty_text=adapter.encode_prompts([""])[0],
+            empty_text=adapter.encode_prompts([""]),
             general=Conditioning(
                 adapter.encode_prompts([case.edit.instruction for case in cases]),
                 adapter.encode_images(to_tensor(np.stack([case.source for case in cases]))),
             ),
         )
 
-    def conditioning(self, text: Tensor) -> Conditioning:
+    def conditioning(self, text: Text) -> Conditioning:
         """Every effect on every scene: ``E x N`` rows."""
         e = len(self.effects)
-        return Conditioning(text.repeat_interleave(self.count, 0), self.sources.repeat(e, 1, 1))
+        return Conditioning(text[self.ids], self.sources.repeat(e, 1, 1))
 
     @property
     def ids(self) -> Tensor:
@@ -120,7 +121,7 @@ def measure_teachers(
 
 
 def measure_one_lora(
-    adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluation: EvaluationSet, text: Tensor, report: Report
+    adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluation: EvaluationSet, text: Text, report: Report
 ) -> Measured:
     """One LoRA (None: the base) for every effect and for general edits, with the few-step sampler."""
     transformer = adapter.pipeline.transformer

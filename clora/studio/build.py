@@ -13,11 +13,12 @@ import torch
 from safetensors.numpy import save
 
 from clora.atomic import check_writable, write_atomic
+from clora.conditioning import Text
 from clora.config import DistillConfig
 from clora.distill import find_device, load_pipeline
-from clora.encoding import render_general_targets, render_targets
 from clora.errors import CloraError, nearest
 from clora.progress import stage, up_to
+from clora.rendering import Samples, num_passes, render_general_targets, render_targets
 from clora.studio import base, baselines, teachers, text, text_training, vae
 from clora.studio.assets import (
     ASSETS,
@@ -282,14 +283,17 @@ def make_targets(adapter, loras, config: DistillConfig) -> Targets:
     They are the same for every seed of a training.
     """
     names, config = list(loras), config.model_copy(update={"seed": SEED})
-    sources = target_sources(adapter).expand(len(names), -1, -1, -1)
+    num_effects, num_general = len(names), config.data.general_targets
     prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in names])
-    empty, num_general = adapter.encode_prompts([""])[0], config.data.general_targets
-    passes = 2 * baselines.TEACHER_STEPS * (len(names) * TARGET_SOURCES + num_general)
-    with stage("render targets", passes) as advance:
-        latents = render_targets(adapter, loras, sources, prompts, empty, config, advance)
-        general = render_general_targets(adapter, *general_pairs(adapter, num_general), empty, config, advance)
-    return Targets(tuple(names), latents, general)
+    general_sources, instructions = general_pairs(adapter, num_general)
+    text = Text.cat([prompts, instructions, adapter.encode_prompts([""])])
+    sources = target_sources(adapter).expand(num_effects, -1, -1, -1)
+    rows, empty = torch.arange(num_effects + num_general), torch.tensor(num_effects + num_general)
+    effects = Samples(sources, *torch.broadcast_tensors(rows[:num_effects, None], empty.expand(TARGET_SOURCES)))
+    general = Samples(general_sources, rows[num_effects:], empty.expand(num_general))
+    with stage("render targets", num_passes(config, effects.prompt.numel() + num_general)) as advance:
+        latents = render_targets(adapter, loras, effects, text, config, advance)
+        return Targets(tuple(names), latents, render_general_targets(adapter, general, text, config, advance))
 
 
 def target_sources(adapter) -> torch.Tensor:
@@ -297,8 +301,8 @@ def target_sources(adapter) -> torch.Tensor:
     return scene_latents(adapter, [FIRST_TARGET_SCENE + i for i in range(TARGET_SOURCES)])
 
 
-def general_pairs(adapter, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ``count`` sources ``[P, T, C]`` and instructions ``[P, L, D]`` of the general stream."""
+def general_pairs(adapter, count: int) -> tuple[torch.Tensor, Text]:
+    """The first ``count`` sources ``[P, T, C]`` and their instructions of the general stream."""
     seeds, rng = [FIRST_GENERAL_SCENE + i for i in range(count)], np.random.default_rng([SEED, 7])
     instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
     return scene_latents(adapter, seeds), adapter.encode_prompts(instructions)

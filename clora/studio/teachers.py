@@ -14,7 +14,8 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState
 from clora.lora_training import Pairs, train_loras
-from clora.models import Flux2KleinAdapter, linear_names
+from clora.models import linear_names
+from clora.models.flux2 import Flux2KleinAdapter
 from clora.studio.effects import EFFECTS
 from clora.studio.scenes import make_scene, render
 from clora.studio.vae import to_tensor

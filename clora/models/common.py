@@ -1,0 +1,62 @@
+"""What the adapters share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clora.errors import CloraError
+
+
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """Raises CloraError for an image size that is no multiple of the pipeline's patches."""
+    if size[0] % multiple or size[1] % multiple:
+        raise CloraError(f"expected an image size in multiples of {multiple} pixels, found {size[0]}x{size[1]}")
+
+
+def check_length(count: int, limit: int, prompt: str) -> None:
+    """Raises CloraError for a prompt of more tokens than fit."""
+    if count > limit:
+        raise CloraError(
+            f"expected a prompt of at most {limit} tokens, found {count} in {prompt!r}; "
+            "shorten it or raise max_sequence_length"
+        )
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A picture of ``[3, H, W]`` in [-1, 1], as a pipeline's image processor takes it."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, chunk: int) -> Tensor:
+    """``function`` over ``chunk`` rows at a time."""
+    return torch.cat([function(part) for part in rows.split(chunk)])
+
+
+def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
+    """Noise levels ``[steps + 1]``, the last 0, of a pipeline's call with ``steps`` steps.
+
+    Args:
+        scheduler: the pipeline's; it is left as it is.
+        steps: number of steps.
+        mu: the time shift that the pipeline passes for its image size, used where the scheduler shifts dynamically.
+    """
+    import numpy as np
+
+    copy = type(scheduler).from_config(scheduler.config)
+    if copy.config.get("use_flow_sigmas"):
+        copy.set_timesteps(steps, mu=mu)
+    else:
+        copy.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return copy.sigmas
+
+
+def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """Noise levels as a pipeline hands them to its transformer: 1000 sigma rounded to the latents' dtype, over 1000."""
+    if dtype == torch.float32:
+        return sigma.to(dtype)  # the last bit of the round trip is not worth it
+    return (1000 * sigma).to(dtype) / 1000

@@ -1,0 +1,141 @@
+"""FLUX.2: text and reference tokens join the latent tokens, told apart by 4-D position ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clora.conditioning import Conditioning, Shapes, Text
+from clora.errors import CloraError
+from clora.models.common import check_length, check_size, in_chunks, stock_schedule, timestep, to_pil
+
+MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline makes larger ones smaller
+
+
+class Flux2KleinAdapter:
+    """FLUX.2 [klein]: guidance by a second pass with the empty prompt, no guidance embedding (see `ModelAdapter`).
+
+    Args:
+        pipeline: a ``Flux2KleinPipeline`` that is not distilled.
+        size: ``(height, width)`` of the images in pixels, multiples of the pipeline's patch size.
+        max_sequence_length: text tokens per prompt; a longer prompt is an error, never a silent cut.
+
+    Raises:
+        CloraError: the pipeline is distilled (it has no guidance, so it cannot be a teacher's base), or the size
+            does not fit the patch size.
+    """
+
+    text_sees_image = False
+    default_guidance = 4.0
+
+    def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
+        if pipeline.config.is_distilled:
+            raise CloraError(
+                "expected a base FLUX.2 [klein] pipeline, found a distilled one (is_distilled = true), which has no "
+                "guidance and cannot be the teachers' base; use the undistilled (base) model"
+            )
+        self._multiple = pipeline.vae_scale_factor * 2
+        check_size(size, self._multiple)
+        self.pipeline = pipeline
+        self.size = size
+        self.max_sequence_length = max_sequence_length
+        self._grid = (size[0] // self._multiple, size[1] // self._multiple)
+        self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
+        self.source_shapes = self._shapes_of([size])
+        self._text_ids = pipeline._prepare_text_ids(torch.zeros(1, max_sequence_length, 1))[0]
+        self._own_image_ids = self._image_ids(self.source_shapes)
+
+    def _shapes_of(self, sizes: Sequence[tuple[int, int]]) -> Shapes:
+        return tuple((height // self._multiple, width // self._multiple) for height, width in sizes)
+
+    def _image_ids(self, shapes: Shapes) -> Tensor:
+        """Position ids of the latents and of the references after them, ``[T + S, 4]``."""
+        latents = self.pipeline._prepare_latent_ids(torch.zeros(1, 1, *self._grid))[0]
+        references = self.pipeline._prepare_image_ids([torch.zeros(1, 1, *shape) for shape in shapes])[0]
+        return torch.cat([latents, references])
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Tensor] | None = None, batch_size: int = 64
+    ) -> Text:
+        """See `ModelAdapter.encode_prompts`."""
+        for prompt in prompts:
+            check_length(self._num_tokens(prompt), self.max_sequence_length, prompt)
+        chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+        length = self.max_sequence_length
+        return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
+
+    def _num_tokens(self, prompt: str) -> int:
+        messages = [{"role": "user", "content": prompt}]
+        tokenizer = self.pipeline.tokenizer
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(tokenizer(text)["input_ids"])
+
+    @torch.no_grad()
+    def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
+        """See `ModelAdapter.encode_sources`. Images of more than 1024 x 1024 pixels are made smaller, as the pipeline does."""
+        fitted = [self._fit(images) for images in references]
+        shapes = self._shapes_of([tuple(images.shape[-2:]) for images in fitted])
+        return torch.cat([self.encode_images(images) for images in fitted], dim=1), shapes
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """Images in the size that the pipeline takes references in."""
+        if images.shape[-2] * images.shape[-1] <= MAX_AREA and self._is_whole(images):
+            return images
+        return torch.cat([self._fit_one(to_pil(image)) for image in images])
+
+    def _is_whole(self, images: Tensor) -> bool:
+        return all(side % self._multiple == 0 for side in images.shape[-2:])
+
+    def _fit_one(self, image: Image.Image) -> Tensor:
+        processor = self.pipeline.image_processor
+        if image.width * image.height > MAX_AREA:
+            image = processor._resize_to_target_area(image, MAX_AREA)
+        width, height = (side // self._multiple * self._multiple for side in image.size)
+        return processor.preprocess(image, height=height, width=width, resize_mode="crop")
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
+        """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
+        encode, images = self.pipeline._encode_vae_image, images.to(self.pipeline.vae.device)
+        pack = self.pipeline._pack_latents
+        return in_chunks(lambda part: pack(encode(part, generator=None)), images, batch_size).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
+        """See `ModelAdapter.decode`."""
+        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), batch_size).cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        grid = latents.transpose(1, 2).reshape(len(latents), -1, *self._grid)
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1).to(grid)
+        grid = grid * std + vae.bn.running_mean.view(1, -1, 1, 1).to(grid)
+        return vae.decode(self.pipeline._unpatchify_latents(grid), return_dict=False)[0]
+
+    def teacher_schedule(self, steps: int) -> Tensor:
+        """See `ModelAdapter.teacher_schedule`."""
+        mu = sys.modules[type(self.pipeline).__module__].compute_empirical_mu(self.latent_shape[0], steps)
+        return stock_schedule(self.pipeline.scheduler, steps, mu)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelAdapter.velocity`."""
+        transformer = self.pipeline.transformer
+        shapes = conditioning.shapes
+        image_ids = self._own_image_ids if shapes in (None, self.source_shapes) else self._image_ids(shapes)
+        output = transformer(
+            hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
+            encoder_hidden_states=conditioning.text.embeds.to(transformer.dtype),
+            timestep=timestep(sigma, transformer.dtype),
+            img_ids=image_ids.to(x.device),
+            txt_ids=self._text_ids.to(x.device),
+            guidance=None,
+            return_dict=False,
+        )[0]
+        return output[:, : x.shape[1]]

@@ -1,0 +1,84 @@
+"""What every model adapter does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from clora.conditioning import Conditioning, Shapes, Text
+
+
+class ModelAdapter(Protocol):
+    """A pipeline family as the engine sees it.
+
+    Latents are packed and normalised, ``[B, T, C]``; images are float32 ``[B, 3, H, W]`` in [-1, 1]. What is encoded or
+    decoded is returned on the CPU, whatever device the encoders are on.
+
+    Attributes:
+        pipeline: the diffusers pipeline, whose ``transformer`` carries the bank.
+        size: height and width in pixels of the images it makes.
+        max_sequence_length: most text tokens of a prompt.
+        latent_shape: ``(T, C)`` of an image of that size.
+        source_shapes: size in tokens of the source, where it is one image of `size`.
+        text_sees_image: whether a prompt is encoded together with the images to edit.
+        default_guidance: guidance w of the family's LoRAs by custom; 0 where the family has no second, empty-prompt pass.
+    """
+
+    pipeline: Any
+    size: tuple[int, int]
+    max_sequence_length: int
+    latent_shape: tuple[int, int]
+    source_shapes: Shapes
+    text_sees_image: bool
+    default_guidance: float
+
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
+        """Encodes N prompts.
+
+        Args:
+            prompts: N of them.
+            references: the images that each prompt is about, K tensors ``[N, 3, H, W]``; read only where
+                ``text_sees_image``.
+
+        Raises:
+            CloraError: a prompt is longer than ``max_sequence_length``; it is never cut silently.
+        """
+        ...
+
+    def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
+        """Encodes images to edit, resized as the pipeline resizes them.
+
+        Args:
+            references: K tensors ``[N, 3, H, W]``, the images of N samples; K = 1 for a single image each.
+
+        Returns:
+            Packed latents ``[N, S, C]`` and the images' sizes in tokens.
+        """
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Packed latents ``[N, T, C]`` of images ``[N, 3, H, W]`` of the adapter's size: results to learn."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]`` in [-1, 1] (not clipped) of packed latents ``[N, T, C]``."""
+        ...
+
+    def teacher_schedule(self, steps: int) -> Tensor:
+        """Noise levels ``[steps + 1]``, the last 0, that a stock call of the pipeline runs through."""
+        ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The transformer's velocity ``eps - x0``.
+
+        Args:
+            x: noisy packed latents ``[B, T, C]``.
+            sigma: noise levels ``[B]``.
+            conditioning: ``B`` rows.
+
+        Returns:
+            ``[B, T, C]`` in the transformer's dtype.
+        """
+        ...
