@@ -17,6 +17,7 @@ from clora.distill import distill
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import LORA_FILE
+from clora.lora.families import FLUX2
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
@@ -32,7 +33,7 @@ EFFECTS = ("blueprint", "snow")
 def loras(adapter, tmp_path_factory):
     """Two teachers in different formats and of different ranks."""
     folder, transformer = tmp_path_factory.mktemp("loras"), adapter.pipeline.transformer
-    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0)
+    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0, family=FLUX2)
     save_peft_folder(random_lora(transformer, 2, 2, ["transformer_blocks.0.attn.to_q"]), folder / "snow", alpha=1.0)
     return {"blueprint": folder / "blueprint.safetensors", "snow": folder / "snow"}
 

@@ -37,6 +37,8 @@ class QwenImageEditPlusAdapter:
 
     text_sees_image = True
     _patch = 2  # latent pixels that a token has on each side
+    guidance_embedding = None
+    student_call = {"true_cfg_scale": 1.0}
     default_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0; the paper has w = 4
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
