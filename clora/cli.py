@@ -244,7 +244,7 @@ def _refuse_unusable(info: Mapping[str, Any]) -> None:
         "it holds no LoRA module": not info["modules"],
         "it holds what is not supported": info["unsupported"],
         "it has unknown keys": info["unknown_keys"],
-        "some of its modules are damaged or do not fit": info["problems"],
+        "some of its modules are damaged or do not fit, or are not of low rank": info["problems"],
         "it has modules that the pipeline lacks": info["unmatched"],
         "its modules are named like those of no model family that clora knows": info["modules"]
         and info["matched"] is None
