@@ -130,7 +130,7 @@ def inspect(
         Path | None, typer.Option(help="Pipeline folder: tell which of its layers the LoRA changes.")
     ] = None,
 ) -> None:
-    """Show a LoRA's format, modules, ranks, alphas and effective scales.
+    """Show a LoRA's format, model family, adapter types, ranks, alphas and effective scales, and all its problems.
 
     Example: [bold]clora inspect my_lora.safetensors[/bold]
     """
@@ -194,13 +194,13 @@ def _refuse_unusable(info: Mapping[str, Any]) -> None:
     """An inspected file that `clora distill` would refuse is shown all the same, but the exit code tells."""
     reasons = {
         "it holds no LoRA module": not info["modules"],
-        "its adapter type is not supported": info["unsupported"],
+        "it holds what is not supported": info["unsupported"],
         "it has unknown keys": info["unknown_keys"],
         "some of its modules are damaged or do not fit": info["problems"],
         "it has modules that the pipeline lacks": info["unmatched"],
-        "none of its modules has a name of FLUX.2, the family that clora supports": info["modules"]
+        "its modules are named like those of no model family that clora knows": info["modules"]
         and info["matched"] is None
-        and not info["flux2_modules"],
+        and not info["families"],
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     if found:

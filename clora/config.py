@@ -125,14 +125,19 @@ class SamplerConfig(_Model):
         integer_timesteps: truncate the student's timesteps to integers, as the released code does. No
             stock scheduler yields them, so they are for comparison and cannot be exported.
         teacher_steps: steps of a teacher that renders targets, two passes each.
-        guidance: the teachers' guidance w, 0 for none (pipelines call w + 1 the guidance scale).
+        guidance: the teachers' guidance w, by a second pass with the empty prompt; 0 for none (pipelines call w + 1 the
+            guidance scale, or the true CFG scale). None for the family's custom: 4 for FLUX.2 [klein], 0 for families
+            with a guidance embedding.
+        guidance_embedding: guidance scale that student, critic and teachers all receive in every pass, where the
+            family has a guidance embedding; None for that of a stock call.
     """
 
     steps: Positive = 8
     shift: PositiveFloat = 3.0
     integer_timesteps: bool = False
     teacher_steps: Positive = 40
-    guidance: Annotated[float, Field(ge=0)] = 4.0
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    guidance_embedding: Annotated[float, Field(ge=0)] | None = None
 
 
 class ObjectiveWeights(_Model):

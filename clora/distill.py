@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from clora.encoders import move
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.flow_matching import student_schedule
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, adapter_for, linear_names
@@ -121,10 +122,13 @@ def distill(config: DistillConfig) -> Path:
     with stage("load pipeline and LoRAs", None):
         device = find_device(config.device)
         pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
-        adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
-        shapes = linear_shapes(pipeline.transformer)
-        teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
-        collection = _collection(config, teachers)  # before training: the files are hashed as they were read
+        adapter = adapter_for(
+            pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
+        )
+        config = with_guidance(config, adapter)
+        shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
+        teachers = {effect.name: load_lora(effect.lora, shapes, weights) for effect in config.effects}
+        collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
     _say_what_is_there(output, checkpoint, config)
@@ -137,6 +141,16 @@ def distill(config: DistillConfig) -> Path:
     if config.data.cache is None:
         shutil.rmtree(cache.folder, ignore_errors=True)
     return output
+
+
+def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig:
+    """The config with the guidance that its family has by default, where it says nothing."""
+    w = config.sampler.guidance
+    guidance = {
+        "guidance": adapter.default_guidance if w is None else w,
+        "guidance_embedding": adapter.guidance_embedding,
+    }
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update=guidance)})
 
 
 def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig) -> None:
@@ -267,12 +281,13 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
-def _collection(config: DistillConfig, teachers: Mapping[str, LoRAState]):
+def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
     from clora.export import make_collection
 
     base = Path(config.pipeline).name if user_path(config.pipeline).exists() else config.pipeline
     loras = {effect.name: Path(effect.lora) for effect in config.effects}
-    return make_collection(config, base, loras, {name: _license(lora.metadata) for name, lora in teachers.items()})
+    licenses = {name: _license(lora.metadata) for name, lora in teachers.items()}
+    return replace(make_collection(config, base, loras, licenses), call=adapter.student_call)
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:

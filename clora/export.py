@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ class Collection:
         max_sequence_length: text tokens that the pipeline must be called with.
         size: height and width it was trained at.
         provenance: anything else worth keeping (versions, seed, config), JSON values.
+        call: other keyword arguments that the pipeline must be called with (`ModelAdapter.student_call`).
     """
 
     effects: Sequence[CollectedEffect]
@@ -61,6 +62,7 @@ class Collection:
     max_sequence_length: int
     size: tuple[int, int]
     provenance: Mapping[str, object]
+    call: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
 
 def make_collection(
@@ -137,7 +139,7 @@ def export_collection(student: LoRAState, collection: Collection, folder: Path, 
             {
                 "steps": collection.steps,
                 "shift": collection.shift,
-                "guidance_scale": 1.0,
+                **collection.call,
                 "max_sequence_length": collection.max_sequence_length,
                 "size": list(collection.size),
             }

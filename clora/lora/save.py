@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.lora.keys import Route, original_route
+from clora.lora.families import FLUX2, Part, original_part
 from clora.lora.source import METADATA_KEY
 from clora.lora.state import LoRAModule, LoRAState
 
@@ -204,14 +204,14 @@ def _fused(state: LoRAState) -> dict[str, LoRAModule]:
     groups: dict[str, dict[int, LoRAModule]] = {}
     parts: dict[str, int] = {}
     for name, module in state.modules.items():
-        route = original_route(name)
-        groups.setdefault(route.module, {})[route.part] = _to_original(module, route)
-        parts[route.module] = route.parts
+        part = original_part(name, FLUX2)
+        groups.setdefault(part.name, {})[part.index] = _to_original(module, part)
+        parts[part.name] = part.count
     return {name: _fuse(group, parts[name]) for name, group in groups.items()}
 
 
-def _to_original(module: LoRAModule, route: Route) -> LoRAModule:
-    if not route.swap_halves:
+def _to_original(module: LoRAModule, part: Part) -> LoRAModule:
+    if not part.swap_halves:
         return module
     return LoRAModule(module.lora_A, torch.cat(module.lora_B.chunk(2)[::-1]))
 

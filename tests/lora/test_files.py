@@ -152,11 +152,56 @@ BAD_TENSORS = {
     "inf": ({A: torch.ones(4, 16), B: torch.full((16, 4), float("inf"))}, [B, "infinite"]),
     "nan_alpha": (good() | {f"{STEM}.alpha": torch.tensor(float("nan"))}, [f"{STEM}.alpha", "NaN"]),
     "alpha_vector": (good() | {f"{STEM}.alpha": torch.ones(3)}, [f"{STEM}.alpha", "single number"]),
-    "dora_kohya": (good() | {f"{STEM}.dora_scale": torch.ones(16, 1)}, ["DoRA", "not supported yet"]),
-    "dora_peft": (good() | {f"{STEM}.lora_magnitude_vector": torch.ones(16)}, ["DoRA", "not supported yet"]),
-    "lokr": ({f"{STEM}.lokr_w1": torch.ones(4, 4)}, ["LoKr", "not supported yet"]),
-    "loha": ({f"{STEM}.hada_w1_a": torch.ones(4, 4)}, ["LoHa", "not supported yet"]),
-    "diff": ({f"{STEM}.diff": torch.ones(16, 16)}, [".diff", "not supported yet"]),
+    "dora_without_base": (good() | {f"{STEM}.dora_scale": torch.ones(16, 1)}, ["DoRA", "weights of the base"]),
+    "dora_peft_without_base": (good() | {f"{STEM}.lora_magnitude_vector": torch.ones(16)}, ["DoRA", "of the base"]),
+    "dora_shape": (good() | {f"{STEM}.dora_scale": torch.ones(15, 1)}, ["dora_scale", "[15, 1]", "[16, 1]"]),
+    "dora_alone": ({f"{STEM}.dora_scale": torch.ones(16, 1)}, [STEM, "has no lora_A and no lora_B"]),
+    "lokr_half": ({f"{STEM}.lokr_w1": torch.ones(4, 4)}, [STEM, "has no lokr_w2"]),
+    "lokr_half_product": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2_a": torch.ones(4, 2)},
+        [STEM, "has no lokr_w2_b"],
+    ),
+    "lokr_whole_and_product": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.ones(4, 4)}
+        | {f"{STEM}.lokr_w2_a": torch.ones(4, 2), f"{STEM}.lokr_w2_b": torch.ones(2, 4)},
+        [STEM, "has lokr_w2 too"],
+    ),
+    "lokr_shape": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.ones(4, 5)},
+        ["wrong shape", "[4, 5]", "together [16, 20]"],
+    ),
+    "lokr_ranks": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4)}
+        | {f"{STEM}.lokr_w2_a": torch.ones(4, 2), f"{STEM}.lokr_w2_b": torch.ones(3, 4)},
+        ["rank mismatch", "[4, 2]", "[3, 4]"],
+    ),
+    "lokr_nan": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.full((4, 4), float("nan"))},
+        [f"{STEM}.lokr_w2", "NaN"],
+    ),
+    "lokr_tucker": ({f"{STEM}.lokr_t2": torch.ones(4, 4, 1, 1)}, ["Tucker", "lokr_t2"]),
+    "loha_half": ({f"{STEM}.hada_w1_a": torch.ones(16, 4)}, [STEM, "hada_w1_b", "hada_w2_a", "hada_w2_b"]),
+    "loha_shapes": (
+        {f"{STEM}.hada_w1_a": torch.ones(16, 4), f"{STEM}.hada_w1_b": torch.ones(4, 16)}
+        | {f"{STEM}.hada_w2_a": torch.ones(16, 4), f"{STEM}.hada_w2_b": torch.ones(4, 15)},
+        [STEM, "[16, 16] and [16, 15]"],
+    ),
+    "two_types": (good() | {f"{STEM}.diff": torch.ones(16, 16)}, [STEM, "LoRA and diff at once"]),
+    "diff_shape": ({f"{STEM}.diff": torch.ones(16, 15)}, ["wrong shape", "[16, 15]", "[16, 16]"]),
+    "bias": (good() | {f"{STEM}.diff_b": torch.ones(16)}, ["1 key(s)", "bias", f"{STEM}.diff_b"]),
+    "lora_bias": (good() | {f"{STEM}.lora_B.bias": torch.ones(16)}, ["bias", f"{STEM}.lora_B.bias"]),
+    "text_encoder": (
+        good() | {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.alpha": torch.tensor(1.0) for i in range(5)},
+        ["5 key(s)", "text encoder", "and 2 more"],
+    ),
+    "integers": (good() | {B: torch.ones(16, 4, dtype=torch.int8)}, [B, "I8", "floating-point"]),
+    "two_names": (good() | {f"{STEM}.lora_down.weight": torch.ones(4, 16)}, ["same tensor by two names"]),
+    "split_and_fused": (
+        good()
+        | {"transformer.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 16)}
+        | {"transformer.double_blocks.0.img_attn.qkv.lora_B.weight": torch.ones(48, 4)},
+        ["transformer_blocks.0.attn.to_q a second time"],
+    ),
     "twice": (
         good()
         | {key.replace("transformer.", "diffusion_model.", 1): torch.ones_like(value) for key, value in good().items()},
