@@ -22,3 +22,12 @@ def write_pictures(folder, count: int, size: tuple[int, int]) -> None:
     """PNG files of different pictures."""
     for i in range(count):
         picture(100 + i, size).save(folder / f"{i}.png")
+
+
+def write_images(folder, count, seed=0):
+    """A new folder of PNG files of noise, 20x24 pixels."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
