@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
-    {"clora.backend", "clora.errors", "clora.ops", "clora.paths"},
+    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths"},
     {
         "clora.atomic",
         "clora.cache",
@@ -22,7 +22,7 @@ LAYERS = (
         "clora.muon",
         "clora.progress",
     },
-    {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
+    {"clora.collection", "clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
     {"clora.conditioning"},
     {"clora.models", "clora.sampling"},
     {
@@ -40,6 +40,7 @@ LAYERS = (
         "clora.data",
         "clora.demo",
         "clora.distill",
+        "clora.effects",
         "clora.encoding",
         "clora.export",
         "clora.lora_training",
