@@ -16,7 +16,6 @@ from torch import Tensor
 
 from clora.adapter_bank import AdapterBank
 from clora.conditioning import Conditioning
-from clora.export import scheduler_config
 from clora.flow_matching import student_schedule
 from clora.lora.save import save_diffusers_lora
 from clora.lora.state import LoRAState
@@ -173,13 +172,6 @@ def few_step(adapter: ModelAdapter, loras, samples: Sequence[Sample], steps: int
 def to_images(adapter: ModelAdapter, latents: Tensor) -> Tensor:
     """Images as pipelines return them."""
     return (adapter.decode(latents) / 2 + 0.5).clamp(0, 1)
-
-
-def student_scheduler():
-    """The scheduler that a collection ships."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler.from_config(scheduler_config(3.0))
 
 
 def stock_call(adapter: ModelAdapter, loras, sample: Sample, folder, scheduler=None, steps: int = 8, **kwargs):

@@ -14,12 +14,12 @@ from tiny_qwen_image import (
     shrink,
     start_noise,
     stock_call,
-    student_scheduler,
     tiny_qwen_pipeline,
     to_images,
 )
 
 from clora.errors import CloraError
+from clora.export import student_scheduler
 from clora.flow_matching import student_schedule, teacher_schedule
 from clora.generation import Generator
 from clora.models import adapter_for, linear_names
@@ -74,7 +74,7 @@ def test_a_stock_call_equals_the_few_step_sampler(pipelines, loras, model, size,
     adapter = adapter_for(pipelines[model], size, LENGTH)
     sample = Sample(SENTENCES[0], pictures(sizes), "all", 5)
     with received(adapter) as calls:
-        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler())
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0))
         ours = few_step(adapter, loras, [sample])
     assert stock.shape == (1, 3, *size)
     torch.testing.assert_close(stock, ours, rtol=0, atol=TOLERANCE)
@@ -102,7 +102,7 @@ def test_a_batch_equals_calls_of_one_sample(pipelines, loras, model, sizes, tmp_
     assert condition(adapter, samples).text.mask.sum(1).unique().numel() == 3
     batch = few_step(adapter, loras, samples, steps=4)
     for sample, ours in zip(samples, batch, strict=True):
-        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(), steps=4)
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0), steps=4)
         torch.testing.assert_close(stock[0], ours, rtol=0, atol=TOLERANCE)
     assert min((a - b).abs().max() for i, a in enumerate(batch) for b in batch[:i]) > 0.01
 
@@ -149,7 +149,7 @@ def test_timesteps_are_rounded_as_in_a_stock_call(loras, tmp_path):
     sample = Sample(SENTENCES[1], pictures([SQUARE]), None, 3)
     conditioning = condition(adapter, [sample])
     with received(adapter) as calls, torch.no_grad():
-        stock_call(adapter, loras, sample, tmp_path, student_scheduler())
+        stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0))
         stock_call(adapter, loras, sample, tmp_path, steps=16)
         for sigma in (*student_schedule(8), *adapter.teacher_schedule(16)[:-1]):
             adapter.velocity(start_noise(adapter, sample), sigma[None], conditioning)

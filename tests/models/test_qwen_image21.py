@@ -15,13 +15,13 @@ from tiny_qwen_image import (
     shrink,
     start_noise,
     stock_call,
-    student_scheduler,
     tiny_qwen21_pipeline,
     to_images,
 )
 
 from clora.adapter_bank import AdapterBank
 from clora.errors import CloraError
+from clora.export import student_scheduler
 from clora.flow_matching import student_schedule
 from clora.generation import Generator
 from clora.models import adapter_for, linear_names
@@ -65,7 +65,7 @@ def test_a_stock_call_equals_the_few_step_sampler(pipeline, loras, size, sizes, 
     adapter = adapter_for(pipeline, size, LENGTH)
     sample = Sample(SENTENCES[0], pictures(sizes), "all", 5)
     with received(adapter) as calls:
-        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler())
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0))
         ours = few_step(adapter, loras, [sample])
     assert stock.shape == (1, 3, *size)
     torch.testing.assert_close(stock, ours, rtol=0, atol=TOLERANCE)
@@ -88,7 +88,7 @@ def test_a_batch_equals_calls_of_one_sample(pipeline, loras, tmp_path):
     assert condition(adapter, samples).text.mask.sum(1).unique().numel() == 3
     batch = few_step(adapter, loras, samples, steps=4)
     for sample, ours in zip(samples, batch, strict=True):
-        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(), steps=4)
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0), steps=4)
         torch.testing.assert_close(stock[0], ours, rtol=0, atol=TOLERANCE)
     assert min((a - b).abs().max() for i, a in enumerate(batch) for b in batch[:i]) > 0.01
 
