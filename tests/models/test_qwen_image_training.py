@@ -11,7 +11,8 @@ from pictures import picture, write_pictures
 from tiny_qwen_image import Sample, few_step, shrink, stock_call, tiny_qwen_pipeline
 
 from clora import distill as engine
-from clora.export import LORA_FILE
+from clora.collection import LORA_FILE
+from clora.effects import load_collection
 from clora.images import load_images
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
@@ -40,10 +41,13 @@ def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch
     student = load_lora(folder / LORA_FILE, linear_shapes(pipeline.transformer))
     learned = {name for name, module in student.modules.items() if module.lora_B.any()}
     assert set(linear_names(pipeline.transformer)) - learned == {f"transformer_blocks.1.{layer}" for layer in UNUSED}
-    sample = Sample(config.effects[0].student_prompts[0], (picture(0, SIZE),), "student", 9)
+    call = load_collection(folder)["effect_0"]
+    prompt, steps, size = call.pop("prompt"), call.pop("num_inference_steps"), (call.pop("height"), call.pop("width"))
+    assert (prompt, steps, size) == (config.effects[0].student_prompts[0], config.sampler.steps, SIZE)
+    sample = Sample(prompt, (picture(0, SIZE),), "student", 9)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    stock = stock_call(adapter, {"student": folder}, sample, tmp_path, scheduler, config.sampler.steps)
-    ours = few_step(adapter, {"student": student}, [sample], config.sampler.steps)
+    stock = stock_call(adapter, {"student": folder}, sample, tmp_path, scheduler, steps, **call)
+    ours = few_step(adapter, {"student": student}, [sample], steps)
     torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
 
 
