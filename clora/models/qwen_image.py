@@ -38,7 +38,6 @@ class QwenImageEditPlusAdapter:
     text_sees_image = True
     _patch = 2  # latent pixels that a token has on each side
     guidance_embedding = None
-    student_call = {"true_cfg_scale": 1.0}
     default_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0; the paper has w = 4
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
@@ -47,6 +46,7 @@ class QwenImageEditPlusAdapter:
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
+        self.student_call = {"true_cfg_scale": 1.0}
         self._module = sys.modules[type(pipeline).__module__]  # has the pipeline's functions and constants
         self._token = pipeline.vae_scale_factor * self._patch  # its pixels
         self._grid = self._grid_of(*size)
