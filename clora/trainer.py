@@ -37,7 +37,7 @@ from clora.student_rows import Part, StudentRows
 
 STUDENT, CRITIC = "student", "critic"
 Rollout = tuple[Tensor, Tensor]
-"""Noisy latents ``[B, T, C]`` in the transformer's dtype, as a pipeline's, and their noise levels ``[B]``."""
+"""Noisy latents ``[B, T, C]`` in the adapter's ``latent_dtype``, and their noise levels ``[B]``."""
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -64,9 +64,9 @@ class DistillTrainer:
         self.student_optimizer = _optimizer(train.optimizer, self.student, train.learning_rate)
         self.critic_optimizer = _optimizer("adamw", self.critic, train.critic_learning_rate)
         self.generator = torch.Generator().manual_seed(config.seed)
-        transformer = adapter.pipeline.transformer
-        self.dtype = transformer.dtype
-        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, transformer.device)
+        self.dtype = adapter.latent_dtype
+        device = adapter.pipeline.transformer.device
+        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.anchor_share = config.anchor_share

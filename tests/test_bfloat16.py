@@ -20,6 +20,7 @@ from clora.config import DistillConfig
 from clora.distill import distill, find_dtype, load_pipeline
 from clora.export import LORA_FILE, student_scheduler
 from clora.flow_matching import student_schedule
+from clora.generation import Generator
 from clora.images import load_image
 from clora.lora.save import save_diffusers_lora
 from clora.sampling import few_step_sample
@@ -125,6 +126,17 @@ def test_what_trains_and_what_is_measured_is_fp32(low):
         for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
             moments = [m for state in optimizer.state_dict()["state"].values() for m in state.values()]
             assert all(m.dtype == torch.float32 for m in moments)
+
+
+def test_generated_latents_start_and_end_in_bfloat16(low, inputs, monkeypatch):
+    """As a pipeline's own, which are in the dtype of the prompts."""
+    seen, velocity = [], low.velocity
+    monkeypatch.setattr(low, "velocity", lambda x, *rest: seen.append(x) or velocity(x, *rest))
+    generator = Generator(low, None, None, 3.0)
+    out = generator.euler(torch.arange(2), inputs(2)[2], [3, 4], 2)
+    noise = torch.randn(low.latent_shape, generator=torch.Generator().manual_seed(3000))
+    assert torch.equal(seen[0][0], noise.to(BF16))
+    assert {x.dtype for x in (*seen, out)} == {BF16}
 
 
 def test_a_re_noised_prediction_is_that_of_fp32_arithmetic(low):

@@ -44,6 +44,11 @@ class _Flux2:
         self._text_ids = pipeline._prepare_text_ids(torch.zeros(1, max_sequence_length, 1))[0]
         self._own_image_ids = self._image_ids(self.source_shapes)
 
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
     def _shapes_of(self, references: Sequence[Tensor]) -> Shapes:
         sizes = [images.shape[-2:] for images in references]
         return tuple((height // self._multiple, width // self._multiple) for height, width in sizes)

@@ -68,6 +68,11 @@ class FluxKontextAdapter:
         self._own_image_ids = self._image_ids(self.source_shapes)
 
     @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
+    @property
     def student_call(self) -> dict[str, float]:
         """See `ModelAdapter`."""
         guidance = {} if self.guidance_embedding is None else {"guidance_scale": self.guidance_embedding}

@@ -58,6 +58,11 @@ class LongCatImageEditAdapter:
         self.source_shapes = (self._grid,)
 
     @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
+    @property
     def _module(self):
         """The pipeline's module, which has functions that it calls."""
         return sys.modules[type(self.pipeline).__module__]

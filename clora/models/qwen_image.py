@@ -53,6 +53,11 @@ class QwenImageEditPlusAdapter:
         self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
         self.source_shapes: Shapes = (self._grid_of(*self._source_size(*size)),)
 
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         return height // self._token, width // self._token
 

@@ -45,6 +45,7 @@ class ZImageOmniAdapter:
     text_sees_image = False
     default_guidance = 5.0
     guidance_embedding = None
+    latent_dtype = torch.float32
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         self._multiple = pipeline.vae_scale_factor * 2
