@@ -65,7 +65,7 @@ def lora(tmp_path):
     return tmp_path / "good.safetensors"
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("distill",), ("inspect",), ("studio",), ("studio", "build")])
+@pytest.mark.parametrize("command", [(), ("demo",), ("distill",), ("prompts",), ("inspect",), ("studio",), ("studio", "build")])
 def test_help(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
