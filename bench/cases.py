@@ -43,6 +43,12 @@ class LinearCase:
         return self.samples * self.tokens
 
     @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """(K, N) of the products with adapters; the gradient of x is one more."""
+        forward = (self.in_features, self.out_features)
+        return (forward, forward[::-1]) if self.mode == "student" else (forward,)
+
+    @property
     def name(self) -> str:
         shape = f"{self.in_features}x{self.out_features}-b{self.samples}-t{self.tokens}"
         return f"linear-{self.mode}-{shape}-e{self.adapters}-r{self.rank}-{self.dtype}"
@@ -60,6 +66,10 @@ class LossCase:
     def kinds(self) -> tuple[int, ...]:
         """Per row 0 (BS), 1 (TS) or 2 (anchor), in this order; the first of the batch's rows to exist is a BS row."""
         return tuple(sorted(row % 3 for row in range(self.samples)))
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        return ()
 
     @property
     def name(self) -> str:
@@ -82,6 +92,11 @@ class StackCase:
     @property
     def hidden(self) -> int:
         return self.heads * self.head_size
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """(K, N) of the products with adapters."""
+        return (self.hidden, self.hidden), (self.hidden, 4 * self.hidden), (4 * self.hidden, self.hidden)
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
 """The forward design of every measured shape, for `csrc_triton/multi_lora/designs.py`.
 
-`python -m bench.design_table FOLDER` replaces the entries of that GPU's compute capability in `designs.json`.
+`python -m bench.design_table FOLDER` replaces the entries of that GPU's compute capability and Triton release in
+`designs.json`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 from bench import records
 from bench.goals import Record, median
 from bench.machine import ROOT
+from csrc_triton.multi_lora.designs import release
 
 TABLE = ROOT / "csrc_triton" / "multi_lora" / "designs.json"
-Shape = tuple[tuple[int, ...], str, int, int, int]
-"""Compute capability, dtype, K, N, rank."""
+KEYS = ("capability", "triton", "dtype", "in_features", "out_features", "rank")
+Shape = tuple[tuple[int, ...], str, str, int, int, int]
+"""The values of `KEYS`."""
 
 
 def entries_of(found: Iterable[Record]) -> list[dict]:
@@ -36,9 +39,9 @@ def entries_of(found: Iterable[Record]) -> list[dict]:
 
 
 def merged(earlier: Sequence[dict], new: Sequence[dict]) -> list[dict]:
-    """The table with the entries of other compute capabilities kept."""
-    replaced = {tuple(entry["capability"]) for entry in new}
-    return [entry for entry in earlier if tuple(entry["capability"]) not in replaced] + list(new)
+    """The table with the entries of other compute capabilities and Triton releases kept."""
+    replaced = [(entry["capability"], entry["triton"]) for entry in new]
+    return [entry for entry in earlier if (entry["capability"], entry["triton"]) not in replaced] + list(new)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,24 +53,23 @@ def main(argv: Sequence[str]) -> int:
     table = merged(json.loads(TABLE.read_text("utf-8")), new)
     rows = ",\n".join(" " + json.dumps(entry) for entry in table)
     TABLE.write_text(f"[\n{rows}\n]\n", "utf-8")
-    print(f"{TABLE}: {len(new)} entries of this GPU, {len(table)} in all")
+    print(f"{TABLE}: {len(new)} entries of this GPU and Triton, {len(table)} in all")
     return 0
 
 
 def _shape(record: Record) -> Shape:
-    case = record["case"]
-    capability = tuple(record["machine"]["capability"])
-    return capability, case["dtype"], case["in_features"], case["out_features"], case["rank"]
+    case, machine = record["case"], record["machine"]
+    layer = (case["dtype"], case["in_features"], case["out_features"], case["rank"])
+    return tuple(machine["capability"]), release(machine["triton"]), *layer
 
 
 def _entries(shape: Shape, by_tokens: dict[int, list[float]]) -> list[dict]:
-    capability, dtype, k, n, rank = shape
     entries = []
     for tokens, logs in sorted(by_tokens.items()):
         design = "fused" if sum(logs) <= 0 else "split"
         if not entries or entries[-1]["design"] != design:
-            entry = {"capability": list(capability), "dtype": dtype, "in_features": k, "out_features": n, "rank": rank}
-            entries.append({**entry, "min_tokens": tokens, "design": design})
+            entry = dict(zip(KEYS, shape, strict=True)) | {"capability": list(shape[0])}
+            entries.append(entry | {"min_tokens": tokens, "design": design})
     return entries
 
 

@@ -16,8 +16,16 @@ from bench.timing import Stopwatch, interleave
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("bench", "csrc_triton", "clora/adapter_bank.py", "clora/backend.py", "clora/ops.py")
-NOT_SOURCES = ("bench/results", "bench/design_table.py", "bench/goals.py", "bench/report.py", "bench/run.py")
-"""In those folders, but without influence on a measurement: results may be committed and judged between two runs."""
+NOT_SOURCES = (
+    "bench/results",
+    "bench/design_table.py",
+    "bench/goals.py",
+    "bench/report.py",
+    "bench/run.py",
+    "csrc_triton/multi_lora/designs.json",
+)
+"""In those folders, but without influence on a measurement: results may be committed and judged between two runs. Of the
+table of designs a record keeps what it chose for the case (`bench.worker.chosen_designs`)."""
 SUFFIXES = (".py", ".json")
 ROOF_SIZE = 8192
 """Rows and columns of the product: 1.1 TFLOP, operands of 128 MiB."""

@@ -46,19 +46,23 @@ def read_all(folder: Path) -> list[dict]:
     return [record for record in records if record is not None and "case" in record]
 
 
-def is_finished(record: dict | None, revision: str) -> bool:
-    """Whether a case need not be measured again at this revision."""
-    return record is not None and record["revision"] == revision and record["status"] != "running"
+def is_finished(record: dict | None, revision: str, designs: list[str]) -> bool:
+    """Whether a case need not be measured again at this revision, with these designs of its layers."""
+    if record is None or record["status"] == "running":
+        return False
+    return record["revision"] == revision and record["designs"] == designs
 
 
-def begin(case: Case, revision: str, earlier: dict | None) -> dict:
+def begin(case: Case, revision: str, designs: list[str], earlier: dict | None) -> dict:
     """The record of a measurement that starts now.
 
     Args:
+        designs: that the table gives its layers.
         earlier: what an earlier process left of the case. Where that ended within it at the same revision, its faulty
             providers are kept, so that they are not tried again, and so is the count of where it ended.
     """
-    record = {"name": case.name, "family": type(case).__name__, "case": asdict(case), "revision": revision}
+    record = {"name": case.name, "family": type(case).__name__, "case": asdict(case)}
+    record |= {"revision": revision, "designs": designs}
     record |= {"status": "running", "current": None, "stopped": {}, "providers": {}}
     if earlier is None or earlier["revision"] != revision or earlier["status"] != "running":
         return record

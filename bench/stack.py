@@ -19,7 +19,7 @@ from clora.adapter_bank import AdapterBank
 from clora.lora.state import LoRAModule, LoRAState
 from clora.ops import multi_lora_linear
 
-LAYERS = ("q", "k", "v", "out", "up", "down")
+LAYERS = ("to_q", "to_k", "to_v", "to_out", "up", "down")
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Per linear layer `lora_A [E, R, K]` and `lora_B [E, N, R]`."""
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
     def __init__(self, hidden: int, heads: int):
         super().__init__()
         self.heads = heads
-        for name in ("q", "k", "v", "out"):
+        for name in ("to_q", "to_k", "to_v", "to_out"):
             self.add_module(name, nn.Linear(hidden, hidden))
         self.up = nn.Linear(hidden, 4 * hidden)
         self.down = nn.Linear(4 * hidden, hidden)
@@ -38,11 +38,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:])
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(normed))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:])), approximate="tanh"))
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q(x), self.k(x), self.v(x)
+        return self.to_q(x), self.to_k(x), self.to_v(x)
 
 
 class Stack(nn.Module):
@@ -153,7 +153,7 @@ def peft_switch(inputs: StackInputs) -> Call:
 
 
 def ours(inputs: StackInputs) -> Call:
-    """The trainer's own `AdapterBank`, whose factors are fp32, around the stack."""
+    """The trainer's own `AdapterBank`, whose factors are fp32, around the stack; it computes q, k and v in one call."""
 
     def state(e: int) -> LoRAState:
         return LoRAState({name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()})
@@ -202,9 +202,9 @@ def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None
 
 
 def _shared_qkv(block: Block, shared_op: Callable, x: Tensor) -> list[Tensor]:
-    layers = (block.q, block.k, block.v)
+    layers = (block.to_q, block.to_k, block.to_v)
     projections = [(layer.base.weight, layer.base.bias, *layer.factors) for layer in layers]
-    return shared_op(x, projections, block.q.scale, block.q.ids)
+    return shared_op(x, projections, block.to_q.scale, block.to_q.ids)
 
 
 def _peft_model(inputs: StackInputs) -> nn.Module:

@@ -17,6 +17,7 @@ from bench.cases import Case, gpu_cases
 from bench.machine import describe, revision
 from bench.measure import Bench, DeviceLost, measure, release
 from bench.timing import CudaStopwatch, countdown
+from csrc_triton.multi_lora.designs import design_for
 
 GPU = torch.device("cuda", 0)
 DEVICE_LOST = 3
@@ -31,7 +32,7 @@ def measure_all(
     """Measures the cases that are not finished at this revision, until the time left is shorter than the last ones took.
 
     Args:
-        machine: kept in each record.
+        machine: kept in each record; its capability and Triton choose the designs.
         current: the revision.
         left: seconds that are left.
 
@@ -41,7 +42,7 @@ def measure_all(
     Raises:
         DeviceLost: the GPU stopped working; the case's record says where.
     """
-    todo = [case for case in cases if not records.is_finished(records.read(records.path_of(folder, case)), current)]
+    todo = [case for case in cases if not _is_finished(case, folder, machine, current)]
     taken = []
     for position, case in enumerate(todo):
         begun = left()
@@ -56,7 +57,7 @@ def measure_all(
 def measure_one(case: Case, folder: Path, bench: Bench, machine: dict, current: str) -> dict:
     """Measures a case and writes its record, at each step what is known so far."""
     path = records.path_of(folder, case)
-    record = records.begin(case, current, records.read(path)) | {"machine": machine}
+    record = records.begin(case, current, chosen_designs(case, machine), records.read(path)) | {"machine": machine}
     begun = time.monotonic()
     if record["status"] == "running":
         measure(case, bench, record, lambda: records.write(path, record))
@@ -64,6 +65,18 @@ def measure_one(case: Case, folder: Path, bench: Bench, machine: dict, current: 
     records.write(path, record)
     print(_line(record), flush=True)
     return record
+
+
+def chosen_designs(case: Case, machine: dict) -> list[str]:
+    """What `designs.json` gives the layers of a case on this machine: with another choice it is measured anew."""
+    capability, triton = tuple(machine["capability"]), machine["triton"]
+    return [
+        design_for(case.tokens, k, n, case.rank, getattr(torch, case.dtype), capability, triton) for k, n in case.layers
+    ]
+
+
+def _is_finished(case: Case, folder: Path, machine: dict, current: str) -> bool:
+    return records.is_finished(records.read(records.path_of(folder, case)), current, chosen_designs(case, machine))
 
 
 def _line(record: dict) -> str:

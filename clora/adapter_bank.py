@@ -6,16 +6,25 @@ switched, copied or merged between passes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from clora.errors import CloraError, nearest
 from clora.lora.state import LoRAModule, LoRAState
-from clora.ops import multi_lora_linear
+from clora.ops import multi_lora_linears
+
+SHARED_INPUTS = (
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("w1", "w3"),
+    ("gate_proj", "up_proj"),
+)
+"""Names of layers of one parent that read the same tensor, in the order in which transformers call them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +35,12 @@ class Slots:
         names: the slots, in order.
         factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; views into the bank, so that training one range
             is seen by every other.
+        scale: ones ``[E]``; the states' own scales are in their factors.
     """
 
     names: tuple[str, ...]
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    scale: Tensor
 
     def parameters(self) -> list[Tensor]:
         """The factors as a flat list, for an optimizer."""
@@ -38,10 +49,17 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Which slot each sample of a batch uses: ``adapter_ids [B]`` index ``slots``, -1 is the base alone."""
+    """One pass: which slot each sample of its batch uses, and the outputs that wait in it.
+
+    Attributes:
+        slots: what the ids count.
+        adapter_ids: ``[B]``, -1 is the base alone.
+        waiting: by group of modules, the input of its last call and the outputs that were not yet asked for, by module.
+    """
 
     slots: Slots
     adapter_ids: Tensor
+    waiting: dict[tuple[str, ...], tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
 
 
 class AdapterBank:
@@ -71,6 +89,7 @@ class AdapterBank:
             self._stacks[module] = _stack(base, [state.modules.get(module) for state in states.values()])
             self._layers[module] = RoutedLinear(base, module, self)
             _replace(transformer, module, self._layers[module])
+        self._groups = _groups({module: layer.base.in_features for module, layer in self._layers.items()})
 
     def slots(self, names: Sequence[str] | None = None, rank: int | None = None, trainable: bool = False) -> Slots:
         """A range of neighbouring slots (default: all), its factors cut to ``rank`` and set to take gradients or not.
@@ -87,7 +106,8 @@ class AdapterBank:
             module: (a[rows, :rank].requires_grad_(trainable), b[rows, :, :rank].requires_grad_(trainable))
             for module, (a, b) in self._stacks.items()
         }
-        return Slots(names, factors)
+        device = next(iter(factors.values()))[0].device
+        return Slots(names, factors, torch.ones(len(names), device=device))
 
     @contextmanager
     def route(self, slots: Slots, adapter_ids: Tensor) -> Iterator[None]:
@@ -114,6 +134,33 @@ class AdapterBank:
         for module, layer in self._layers.items():
             _replace(self.transformer, module, layer.base)
 
+    def output(self, module: str, x: Tensor) -> Tensor:
+        """A layer's output in the running pass.
+
+        The first layer of a group (q of q, k and v) has the others computed with it; they find their outputs waiting
+        where they are given the same tensor. A layer that is given another one is computed alone.
+        """
+        if self.routing is None:
+            raise RuntimeError("the transformer has an adapter bank attached: run it inside bank.route(...)")
+        group, waiting = self._groups[module], self.routing.waiting
+        source, outputs = waiting.get(group, (x, {}))
+        if module not in outputs:
+            source, outputs = waiting[group] = x, self._compute(group, x)
+        y = outputs.pop(module)
+        if not outputs:
+            del waiting[group]
+        return y if source is x else self._compute((module,), x)[module]
+
+    def _compute(self, modules: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
+        slots, layers = self.routing.slots, [self._layers[module].base for module in modules]
+        projections = [
+            (layer.weight, layer.bias, *slots.factors[module]) for module, layer in zip(modules, layers, strict=True)
+        ]
+        rows = x if x.ndim == 3 else x.unsqueeze(1)
+        ids = _ids_of_rows(self.routing.adapter_ids, len(rows))
+        outputs = multi_lora_linears(rows, projections, slots.scale, ids)
+        return {module: y if x.ndim == 3 else y.squeeze(1) for module, y in zip(modules, outputs, strict=True)}
+
 
 class RoutedLinear(nn.Module):
     """A frozen linear layer plus the slots that the running pass routes its samples to."""
@@ -125,14 +172,23 @@ class RoutedLinear(nn.Module):
         self._bank = [bank]  # in a list: a plain attribute, not a submodule of this layer
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self._bank[0].routing
-        if routing is None:
-            raise RuntimeError("the transformer has an adapter bank attached: run it inside bank.route(...)")
-        a, b = routing.slots.factors[self.module]
-        rows = x if x.ndim == 3 else x.unsqueeze(1)
-        scale = torch.ones(len(a), device=x.device)
-        y = multi_lora_linear(rows, self.base.weight, self.base.bias, a, b, scale, routing.adapter_ids)
-        return y if x.ndim == 3 else y.squeeze(1)
+        return self._bank[0].output(self.module, x)
+
+
+def _groups(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Each module's group, itself among it: layers of one parent and one input size that `SHARED_INPUTS` names."""
+    groups = defaultdict(list)
+    place = {name: (family, i) for family in SHARED_INPUTS for i, name in enumerate(family)}
+    for module, size in in_features.items():
+        parent, _, name = module.rpartition(".")
+        family, i = place.get(name, (name, 0))
+        groups[parent, family, size].append((i, module))
+    return {module: tuple(m for _, m in sorted(group)) for group in groups.values() for _, module in group}
+
+
+def _ids_of_rows(adapter_ids: Tensor, count: int) -> Tensor:
+    """Ids of a layer's rows. A layer may see the batch twice over, as a modulation that also gives that of timestep 0."""
+    return adapter_ids if len(adapter_ids) == count else adapter_ids.repeat(count // len(adapter_ids))
 
 
 def _index(name: str, names: tuple[str, ...]) -> int:

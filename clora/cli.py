@@ -107,6 +107,12 @@ def distill(
     example: Annotated[
         bool, typer.Option("--example", callback=_show_example, is_eager=True, help="Print an example and exit.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Upload the collection to this repository of the Hugging Face Hub: owner/name."
+        ),
+    ] = None,
 ) -> None:
     """Distil your own LoRA files on your own pipeline.
 
@@ -119,7 +125,7 @@ def distill(
     loaded = load_config(config, overrides or ())
     from clora.distill import distill as run
 
-    typer.echo(f"collection: {run(loaded)}")
+    typer.echo(f"collection: {run(loaded, push_to_hub)}")
 
 
 @app.command()
@@ -157,7 +163,7 @@ def inspect(
         Path | None, typer.Option(help="Pipeline folder: tell which of its layers the LoRA changes.")
     ] = None,
 ) -> None:
-    """Show a LoRA's format, modules, ranks, alphas and effective scales.
+    """Show a LoRA's format, model family, adapter types, ranks, alphas and effective scales, and all its problems.
 
     Example: [bold]clora inspect my_lora.safetensors[/bold]
     """
@@ -171,6 +177,48 @@ def inspect(
 
         Console().print(render(info))
     _refuse_unusable(info)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A LoRA of any format (file or folder), or a collection.")],
+    output: Annotated[Path, typer.Option(help="The new .safetensors file; for peft the new folder.")],
+    format: Annotated[
+        str, typer.Option(help="diffusers (one rank, alpha = rank), peft, kohya or comfyui.")
+    ] = "diffusers",
+    rank: Annotated[int | None, typer.Option(help="Largest rank to keep, by SVD.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a rank: share of each module's squared singular values to keep, such as 0.99. diffusers "
+            "gets the largest rank that a module needs, the other formats a rank for each module."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, bf16, fp16 or fp8; by default as in the file. fp8 is float8_e4m3fn, plainly rounded: clora, "
+            "diffusers and ComfyUI read it, other programs may not."
+        ),
+    ] = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="Folder of the LoRA's base model, where its names do not tell.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a LoRA in another format, at a lower rank or in another type; shows the error of every module.
+
+    Example: [bold]clora export my-collection --rank 16 --dtype fp16 --output small.safetensors[/bold]
+    """
+    from clora.lora.convert import convert_lora, render
+
+    report = convert_lora(path, output, format, rank, energy, dtype, pipeline)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(report))
 
 
 @studio.command()
@@ -221,13 +269,13 @@ def _refuse_unusable(info: Mapping[str, Any]) -> None:
     """An inspected file that `clora distill` would refuse is shown all the same, but the exit code tells."""
     reasons = {
         "it holds no LoRA module": not info["modules"],
-        "its adapter type is not supported": info["unsupported"],
+        "it holds what is not supported": info["unsupported"],
         "it has unknown keys": info["unknown_keys"],
-        "some of its modules are damaged or do not fit": info["problems"],
+        "some of its modules are damaged or do not fit, or are not of low rank": info["problems"],
         "it has modules that the pipeline lacks": info["unmatched"],
-        "none of its modules has a name of FLUX.2, the family that clora supports": info["modules"]
+        "its modules are named like those of no model family that clora knows": info["modules"]
         and info["matched"] is None
-        and not info["flux2_modules"],
+        and not info["families"],
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     if found:

@@ -91,6 +91,8 @@ class DataConfig(_Model):
         sources_per_effect: images that each teacher renders a target for.
         general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
             0, as in the paper, for none.
+        cache: folder where encoded prompts, images and rendered targets are kept for other runs; None for one in the
+            output folder, which is removed when the collection is written.
     """
 
     sources: Text
@@ -100,6 +102,7 @@ class DataConfig(_Model):
     held_out: Count = 0
     sources_per_effect: Positive = 20
     general_targets: Count = 0
+    cache: Text | None = None
 
 
 class StudentConfig(_Model):
@@ -125,14 +128,19 @@ class SamplerConfig(_Model):
         integer_timesteps: truncate the student's timesteps to integers, as the released code does. No
             stock scheduler yields them, so they are for comparison and cannot be exported.
         teacher_steps: steps of a teacher that renders targets, two passes each.
-        guidance: the teachers' guidance w, 0 for none (pipelines call w + 1 the guidance scale).
+        guidance: the teachers' guidance w, by a second pass with the empty prompt; 0 for none (pipelines call w + 1 the
+            guidance scale, or the true CFG scale). None for the family's custom: 4 for FLUX.2 [klein], 0 for families
+            with a guidance embedding.
+        guidance_embedding: guidance scale that student, critic and teachers all receive in every pass, where the
+            family has a guidance embedding; None for that of a stock call.
     """
 
     steps: Positive = 8
     shift: PositiveFloat = 3.0
     integer_timesteps: bool = False
     teacher_steps: Positive = 40
-    guidance: Annotated[float, Field(ge=0)] = 4.0
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    guidance_embedding: Annotated[float, Field(ge=0)] | None = None
 
 
 class ObjectiveWeights(_Model):
@@ -197,6 +205,8 @@ class TrainConfig(_Model):
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
         scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
+        gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
+            gradient: much less memory, about a third more time in the passes that learn.
         checkpoint_every: updates between two checkpoints.
         minutes: stop after this time; None for no limit.
     """
@@ -211,6 +221,7 @@ class TrainConfig(_Model):
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
     scoring_rows: Positive | None = None
+    gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
     minutes: PositiveFloat | None = None
 
@@ -249,6 +260,8 @@ class DistillConfig(_Model):
         prompts: how prompts are written; no part of what is trained, so it is left out when a config is dumped.
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
+        dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32. The
+            LoRAs, their optimizer and the losses are float32 in any case.
     """
 
     pipeline: Text
@@ -262,6 +275,7 @@ class DistillConfig(_Model):
     prompts: PromptsConfig = Field(default=PromptsConfig(), exclude=True)
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def anchor_share(self) -> float:

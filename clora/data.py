@@ -65,7 +65,7 @@ class Batch:
         student: conditioning of student and critic.
         teacher: conditioning of the teachers.
         uncond: the same with the empty prompt.
-        target: ``[B, T, C]``, zero for rows without one.
+        target: ``[B, T, C]`` fp32, zero for rows without one.
         has_target: ``[B]`` bool.
     """
 
@@ -161,7 +161,7 @@ class BatchSampler:
             conditioned(student),
             conditioned(teacher),
             conditioned(empty),
-            target.to(self.device),
+            target.to(self.device, torch.float32),
             has_target,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +12,16 @@ from pathlib import Path
 import torch
 
 from clora.adapter_bank import AdapterBank, fresh_lora
+from clora.atomic import check_writable
+from clora.cache import Cache
 from clora.checkpoint import load_values
 from clora.config import DEVICE_NAMES, DEVICES, DistillConfig, TrainConfig
 from clora.data import DistillData
+from clora.encoders import move
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.flow_matching import student_schedule
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, adapter_for, linear_names
@@ -25,6 +29,8 @@ from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
 from clora.progress import say, stage, up_to
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumable
+
+CACHE = ".clora-cache"  # in the output folder; its .cache is huggingface_hub's, where it came from there
 
 
 def train_student(
@@ -101,31 +107,59 @@ def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if name.endswith(tuple(suffixes))]
 
 
-def distill(config: DistillConfig) -> Path:
+def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     """The whole job on the user's own pipeline, LoRA files and images; returns the collection's folder.
+
+    Args:
+        config: the settings.
+        push_to_hub: repository on the Hub that the collection is uploaded to; it is created before training.
 
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
-    from clora.export import check_output, export_collection
+    from clora.export import COLLECTION_FILES, check_output, export_collection
+    from clora.hub import check_repo, create_repo, upload
 
     _check_exportable(config)
     output = check_output(config.output)
+    cache = Cache(check_writable(config.data.cache or output / CACHE))
+    if push_to_hub is not None:
+        check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
-        pipeline = load_pipeline(config.pipeline, config.device)
-        adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
-        shapes = linear_shapes(pipeline.transformer)
-        teachers = {effect.name: load_lora(effect.lora, shapes) for effect in config.effects}
-        collection = _collection(config, teachers)  # before training: the files are hashed as they were read
+        device = find_device(config.device)
+        pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
+        adapter = adapter_for(
+            pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
+        )
+        config = with_guidance(config, adapter)
+        shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
+        teachers = {effect.name: load_lora(effect.lora, shapes, weights) for effect in config.effects}
+        collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
     _say_what_is_there(output, checkpoint, config)
-    data = encode_data(config, adapter, teachers)
-    with _told_when_stopped(checkpoint), training_bar(f"distil into {output.name}", config.train) as report:
-        student = train_student(config, adapter, teachers, data, report, checkpoint)
-    export_collection(student, collection, output, pipeline.transformer.dtype)
+    repo_id = None if push_to_hub is None else create_repo(push_to_hub)
+    with _told_when_stopped(checkpoint):
+        data = encode_data(config, adapter, teachers, cache, device)
+        with training_bar(f"distil into {output.name}", config.train) as report:
+            student = train_student(config, adapter, teachers, data, report, checkpoint)
+    export_collection(student, collection, output, pipeline.transformer.dtype, repo_id)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
+    if config.data.cache is None:
+        shutil.rmtree(cache.folder, ignore_errors=True)
+    if repo_id is not None:
+        say(f"uploaded to {upload(output, repo_id, COLLECTION_FILES)}")
     return output
+
+
+def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig:
+    """The config with the guidance that its family has by default, where it says nothing."""
+    w = config.sampler.guidance
+    guidance = {
+        "guidance": adapter.default_guidance if w is None else w,
+        "guidance_embedding": adapter.guidance_embedding,
+    }
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update=guidance)})
 
 
 def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig) -> None:
@@ -147,7 +181,10 @@ def _told_when_stopped(checkpoint: Path) -> Iterator[None]:
         if checkpoint.exists():
             say(f"stopped; the same command goes on from update {load_values(checkpoint)['update']}")
         else:
-            say("stopped; nothing is kept before the first checkpoint (train.checkpoint_every)")
+            say(
+                "stopped; what was encoded and rendered is kept for the same command; of the training nothing is kept "
+                "before the first checkpoint (train.checkpoint_every)"
+            )
         raise
 
 
@@ -198,8 +235,19 @@ def find_device(device: str) -> torch.device:
     return target
 
 
-def load_pipeline(path: str, device: str):
-    """A pipeline by folder or hub id, frozen, on the device (see `find_device`).
+def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; ``auto`` is bfloat16 on CUDA, else float32."""
+    name = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    return getattr(torch, name)
+
+
+def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
+    """A pipeline by folder or hub id, frozen.
+
+    Args:
+        path: folder or hub id.
+        device: where all of it goes (see `find_device`).
+        dtype: of all its weights, whatever they were saved in, but those that their own configuration quantises.
 
     Raises:
         CloraError: it cannot be loaded, or the device is not there.
@@ -212,14 +260,23 @@ def load_pipeline(path: str, device: str):
     if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
         raise CloraError(f"pipeline {path!r}: no such folder; expected a pipeline's folder or a hub id")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path)
+        pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path, **_dtype_argument(dtype))
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
-                component.eval().requires_grad_(False).float()  # all of one type, whatever each was saved in
-        return pipeline.to(target)
+                component.eval().requires_grad_(False)
+                move(component, target)
+        return pipeline
     except Exception as error:  # readers of damaged configs, tokenizers and weights raise whatever they meet
         what = "" if folder.exists() else "; there is no such folder, so it was taken for a hub id"
         raise CloraError(f"pipeline {path!r} cannot be loaded{what}: {error}") from error
+
+
+def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """``from_pretrained``'s own, under the name that it has in this version."""
+    import diffusers
+
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -233,12 +290,20 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
-def _collection(config: DistillConfig, teachers: Mapping[str, LoRAState]):
+def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
     from clora.export import make_collection
+    from clora.hub import cached_revision
 
-    base = Path(config.pipeline).name if user_path(config.pipeline).exists() else config.pipeline
-    loras = {effect.name: Path(effect.lora) for effect in config.effects}
-    return make_collection(config, base, loras, {name: _license(lora.metadata) for name, lora in teachers.items()})
+    is_folder = user_path(config.pipeline).exists()
+    return make_collection(
+        config,
+        pipeline=type(adapter.pipeline).__name__,
+        call=adapter.student_call,
+        base_model=Path(config.pipeline).name if is_folder else config.pipeline,
+        loras={effect.name: Path(effect.lora) for effect in config.effects},
+        licenses={name: _license(lora.metadata) for name, lora in teachers.items()},
+        base_revision=None if is_folder else cached_revision(config.pipeline),
+    )
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:

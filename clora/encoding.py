@@ -9,18 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clora.conditioning import Text
+from clora.cache import Cache
 from clora.config import DistillConfig, EffectConfig, general_instructions
 from clora.data import DistillData, general_pair
+from clora.encoders import Encoders, move, pixel_digests
 from clora.errors import CloraError
 from clora.images import list_images, load_images
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.progress import stage
 from clora.prompt_table import Pictures, PromptTable
-from clora.rendering import Samples, num_passes, render_general_targets, render_targets
+from clora.rendering import Samples
+from clora.targets import CachedTargets
 
 MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets say how many
+NO_CACHE = Cache(None)
 
 
 @dataclass(frozen=True)
@@ -28,48 +31,68 @@ class EffectRows:
     """The samples of one effect: rows of its pictures and of the prompt table.
 
     Attributes:
-        sources: ``[M, S, C]``.
+        pictures: its images to edit.
+        used: ``[M]`` of them.
         teacher, empty: ``[M]``.
         student: ``[P, M]``.
-        targets: ``[M, T, C]``, or None where the teacher is to render them.
     """
 
-    sources: Tensor
+    pictures: Pictures
+    used: Tensor
     teacher: Tensor
     student: Tensor
     empty: Tensor
-    targets: Tensor | None
 
 
-def encode_data(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]) -> DistillData:
+def encode_data(
+    config: DistillConfig,
+    adapter: ModelAdapter,
+    teachers: Mapping[str, LoRAState],
+    cache: Cache = NO_CACHE,
+    device: torch.device | None = None,
+) -> DistillData:
     """Reads and encodes the images and prompts of a config, and renders the targets that were not given.
 
     Every image given with its result is used; of the others each teacher renders ``data.sources_per_effect``. Effects
     with fewer samples than others repeat theirs in turn.
 
+    Args:
+        config: the settings.
+        adapter: the model family.
+        teachers: effect name to LoRA.
+        cache: what other runs, or this one before it was stopped, have encoded and rendered.
+        device: where the encoders go while they are needed, and then, to stay, the transformer; None leaves them.
+
     Raises:
         CloraError: images, pairs or prompts that cannot be used.
     """
-    with stage("encode images and prompts", None):
+    with stage("encode images and prompts", None), Encoders(adapter, cache, device) as encoders:
         _check_pairs(config)
-        shared = _pictures("shared", _shared_images(config), adapter)
-        table = PromptTable(adapter)
-        effects = _effect_rows(config, adapter, shared, table)
+        shared = Pictures("", _shared_images(config))  # no effect can have this name
+        table = PromptTable(adapter.text_sees_image)
+        effects = _effect_rows(config, shared, table)
         pairs = _general_pairs(config, adapter, shared, table)
-        text = table.encode()
-    targets = _targets(config, adapter, teachers, effects, text)
+        text = table.encode(encoders)
+        pictures = {p.name: p.pixels for p in (shared, *(effect.pictures for effect in effects))}
+        latents = {name: encoders.sources(pixels) for name, pixels in pictures.items()}
+        sources = [latents[effect.pictures.name][effect.used] for effect in effects]
+        given = [_given_targets(effect, config, encoders) for effect in config.effects]
+    if device is not None:
+        move(adapter.pipeline.transformer, device)
+    renders = CachedTargets(config, adapter, table, text, cache, encoders.components)
+    targets = _targets(renders, teachers, effects, sources, given)
     count = max(len(images) for images in targets)
     return DistillData(
         effects=tuple(teachers),
         text=text,
-        sources=torch.stack([_in_turn(effect.sources, count) for effect in effects]),
+        sources=torch.stack([_in_turn(images, count) for images in sources]),
         targets=torch.stack([_in_turn(images, count) for images in targets]),
         teacher_text=torch.stack([_in_turn(effect.teacher, count) for effect in effects]),
         student_text=torch.stack([_in_turn(effect.student.T, count).T for effect in effects]),
         empty_text=torch.stack([_in_turn(effect.empty, count) for effect in effects]),
-        general_sources=shared.latents,
+        general_sources=latents[shared.name],
         general_pairs=pairs,
-        general_targets=_general_targets(config, adapter, shared, pairs, text),
+        general_targets=_general_targets(renders, shared, latents[shared.name], pairs),
     )
 
 
@@ -84,16 +107,10 @@ def _shared_images(config: DistillConfig) -> Tensor:
     return images[: len(images) - config.data.held_out]
 
 
-def _pictures(name: str, pixels: Tensor, adapter: ModelAdapter) -> Pictures:
-    return Pictures(name, pixels, adapter.encode_sources([pixels])[0])
-
-
-def _effect_rows(
-    config: DistillConfig, adapter: ModelAdapter, shared: Pictures, table: PromptTable
-) -> list[EffectRows]:
+def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable) -> list[EffectRows]:
     """Reads every effect's own images and asks the table for its prompts."""
     effects, limit = config.effects, config.data.sources_per_effect
-    pictures = [_own_pictures(effect, config, adapter) or shared for effect in effects]
+    pictures = [_own_pictures(effect, config) or shared for effect in effects]
     counts = [
         len(p.pixels) if effect.targets is not None else min(len(p.pixels), limit)
         for p, effect in zip(pictures, effects, strict=True)
@@ -102,26 +119,25 @@ def _effect_rows(
     phrasings = max(len(effect.student_prompts) for effect in effects)
 
     def rows(effect: EffectConfig, own: Pictures, count: int) -> EffectRows:
-        given = (
-            None if effect.targets is None else adapter.encode_images(load_images(effect.targets, config.data.size)[1])
-        )
-        used = _in_turn(torch.arange(count), count if given is not None else rendered)
+        used = _in_turn(torch.arange(count), count if effect.targets is not None else rendered)
         prompts = [effect.student_prompts[i % len(effect.student_prompts)] for i in range(phrasings)]
         return EffectRows(
-            sources=own.latents[used],
+            pictures=own,
+            used=used,
             teacher=table.rows(effect.prompt, own, used),
             student=torch.stack([table.rows(prompt, own, used) for prompt in prompts]),
             empty=table.rows("", own, used),
-            targets=given,
         )
 
     return [rows(*parts) for parts in zip(effects, pictures, counts, strict=True)]
 
 
-def _own_pictures(effect: EffectConfig, config: DistillConfig, adapter: ModelAdapter) -> Pictures | None:
-    if effect.sources is None:
-        return None
-    return _pictures(effect.name, load_images(effect.sources, config.data.size)[1], adapter)
+def _own_pictures(effect: EffectConfig, config: DistillConfig) -> Pictures | None:
+    return None if effect.sources is None else Pictures(effect.name, load_images(effect.sources, config.data.size)[1])
+
+
+def _given_targets(effect: EffectConfig, config: DistillConfig, encoders: Encoders) -> Tensor | None:
+    return None if effect.targets is None else encoders.results(load_images(effect.targets, config.data.size)[1])
 
 
 def _general_pairs(config: DistillConfig, adapter: ModelAdapter, shared: Pictures, table: PromptTable) -> Tensor:
@@ -137,35 +153,34 @@ def _general_pairs(config: DistillConfig, adapter: ModelAdapter, shared: Picture
 
 
 def _targets(
-    config: DistillConfig,
-    adapter: ModelAdapter,
+    renders: CachedTargets,
     teachers: Mapping[str, LoRAState],
     effects: Sequence[EffectRows],
-    text: Text,
+    sources: Sequence[Tensor],
+    given: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Each effect's targets ``[M, T, C]``: the images given with it, else its teacher's renders."""
-    missing = [i for i, effect in enumerate(effects) if effect.targets is None]
-    renders = iter(())
-    if missing:
-        chosen = {config.effects[i].name: teachers[config.effects[i].name] for i in missing}
-        samples = Samples(
-            torch.stack([effects[i].sources for i in missing]),
-            torch.stack([effects[i].teacher for i in missing]),
-            torch.stack([effects[i].empty for i in missing]),
-        )
-        with stage("render targets", num_passes(config, samples.prompt.numel())) as advance:
-            renders = iter(render_targets(adapter, chosen, samples, text, config, advance))
-    return [next(renders) if effect.targets is None else effect.targets for effect in effects]
+    missing = [i for i, targets in enumerate(given) if targets is None]
+    if not missing:
+        return list(given)
+    chosen = [effects[i] for i in missing]
+    samples = Samples(
+        torch.stack([sources[i] for i in missing]),
+        torch.stack([effect.teacher for effect in chosen]),
+        torch.stack([effect.empty for effect in chosen]),
+    )
+    images = [image for effect in chosen for image in pixel_digests(effect.pictures.pixels[effect.used])]
+    names = list(teachers)
+    rendered = iter(renders.of_teachers({names[i]: teachers[names[i]] for i in missing}, samples, images))
+    return [next(rendered) if targets is None else targets for targets in given]
 
 
-def _general_targets(
-    config: DistillConfig, adapter: ModelAdapter, shared: Pictures, pairs: Tensor, text: Text
-) -> Tensor | None:
+def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, pairs: Tensor) -> Tensor | None:
+    config = renders.config
     if not (config.data.general_targets and len(pairs) and config.objective.trajectory_anchoring):
         return None
     source, prompt, empty = pairs.unbind(1)
-    with stage("render general targets", num_passes(config, len(pairs))) as advance:
-        return render_general_targets(adapter, Samples(shared.latents[source], prompt, empty), text, config, advance)
+    return renders.of_base(Samples(latents[source], prompt, empty), pixel_digests(shared.pixels[source]))
 
 
 def _check_pairs(config: DistillConfig) -> None:

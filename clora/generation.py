@@ -18,7 +18,8 @@ class Generator:
     """Samples from slots of a bank (``slots`` None: a plain transformer without a bank).
 
     Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in. What
-    goes in and what comes out is on the CPU; one batch at a time is on the transformer's device.
+    goes in and what comes out is on the CPU; one batch at a time is on the transformer's device. Latents are in the
+    transformer's dtype, as a pipeline's.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Generator:
         self.batch_size = batch_size
         self.report = report
         self.device = adapter.pipeline.transformer.device
+        self.dtype = adapter.pipeline.transformer.dtype
 
     def guided_euler(
         self,
@@ -105,7 +107,7 @@ class Generator:
         def one(seed: int) -> Tensor:
             return torch.randn(self.adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * seed + draw))
 
-        return torch.stack([one(seed) for seed in seeds]).to(self.device)
+        return torch.stack([one(seed) for seed in seeds]).to(self.device, self.dtype)
 
     @torch.no_grad()
     def _batched(self, sample: Callable[[slice], Tensor], count: int) -> Tensor:

@@ -5,6 +5,8 @@ The only module that imports the ops of `csrc_triton`, whose kernels it loads wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from clora.backend import covered, use_triton
@@ -19,6 +21,7 @@ __all__ = [
     "Scores",
     "coarse_to_fine_loss",
     "multi_lora_linear",
+    "multi_lora_linears",
 ]
 
 
@@ -52,6 +55,41 @@ def multi_lora_linear(
         if covered("multi_lora_linear", unsupported(*arguments), x.device, backend):
             return multi_lora_linear_triton(*arguments, checked=True)
     return multi_lora.multi_lora_linear(*arguments)
+
+
+def multi_lora_linears(
+    x: Tensor,
+    projections: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    scale: Tensor,
+    adapter_ids: Tensor,
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Several layers of one input (q, k and v; gate and up); the Triton kernels read it once for their ranks.
+
+    ::
+
+        [multi_lora_linear(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
+         for weight, bias, lora_A, lora_B in projections]
+
+    Layer by layer, exactly so, where eager PyTorch computes or the kernels do not cover one of the layers.
+
+    Args:
+        projections: ``(weight, bias, lora_A, lora_B)`` of each layer; ranks and outputs may differ.
+        backend: as in `multi_lora_linear`.
+
+    Returns:
+        ``[B, T, N]`` per layer.
+
+    Raises:
+        ValueError, CloraError: as `multi_lora_linear`.
+    """
+    if use_triton("multi_lora_linears", x.device, backend):
+        from csrc_triton.multi_lora import op
+
+        if not any(op.unsupported(x, *projection, scale, adapter_ids) for projection in projections):
+            return op.multi_lora_linears(x, projections, scale, adapter_ids, checked=True)
+    return [multi_lora_linear(x, *projection, scale, adapter_ids, backend=backend) for projection in projections]
 
 
 def coarse_to_fine_loss(

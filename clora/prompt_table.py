@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from clora.conditioning import Text
-from clora.models import ModelAdapter
+from clora.encoders import Encoders
 
 
 class Pictures(NamedTuple):
-    """A set of images to edit: its name, pixels ``[N, 3, H, W]`` and encoded sources ``[N, S, C]``."""
+    """A set of images to edit: its name and pixels ``[N, 3, H, W]``."""
 
     name: str
     pixels: Tensor
-    latents: Tensor
 
 
 class PromptTable:
@@ -25,8 +24,8 @@ class PromptTable:
     A row is a prompt, or a prompt and the image it is about where the family encodes them together.
     """
 
-    def __init__(self, adapter: ModelAdapter):
-        self._adapter = adapter
+    def __init__(self, text_sees_image: bool):
+        self._sees = text_sees_image
         self._rows: dict[tuple[object, ...], int] = {}
         self._prompts: list[str] = []
         self._pixels: list[Tensor] = []
@@ -36,15 +35,18 @@ class PromptTable:
         return torch.tensor([self._row(prompt, pictures, index) for index in indices.tolist()], dtype=torch.int64)
 
     def _row(self, prompt: str, pictures: Pictures, index: int) -> int:
-        sees = self._adapter.text_sees_image
-        key = (prompt, pictures.name, index) if sees else (prompt,)
+        key = (prompt, pictures.name, index) if self._sees else (prompt,)
         if key not in self._rows:
             self._rows[key] = len(self._prompts)
             self._prompts.append(prompt)
-            if sees:
+            if self._sees:
                 self._pixels.append(pictures.pixels[index])
         return self._rows[key]
 
-    def encode(self) -> Text:
+    def prompt(self, row: int) -> str:
+        """The prompt of a row."""
+        return self._prompts[row]
+
+    def encode(self, encoders: Encoders) -> Text:
         """The table. Raises CloraError for a prompt of too many tokens."""
-        return self._adapter.encode_prompts(self._prompts, [torch.stack(self._pixels)] if self._pixels else None)
+        return encoders.prompts(self._prompts, torch.stack(self._pixels) if self._pixels else None)

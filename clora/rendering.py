@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,11 +27,29 @@ class Samples(NamedTuple):
     prompt: Tensor
     empty: Tensor
 
+    def flat(self) -> Samples:
+        """The same as ``[N]``."""
+        return Samples(self.sources.flatten(0, -3), self.prompt.flatten(), self.empty.flatten())
+
+    def at(self, rows: Sequence[int]) -> Samples:
+        """Some of ``[N]``."""
+        return Samples(*(part[rows] for part in self))
+
 
 def num_passes(config: DistillConfig, samples: int) -> int:
     """Rows that pass through the transformer to render so many samples."""
     sampler = config.sampler
     return samples * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
+
+
+def target_seeds(config: DistillConfig, samples: int) -> list[int]:
+    """The seeds of the teachers' renders, one for each of ``[E, M]`` in order."""
+    return [config.seed + i for i in range(samples)]
+
+
+def general_seeds(config: DistillConfig, samples: int) -> list[int]:
+    """The seeds of the base's renders of general pairs."""
+    return [config.seed + FIRST_GENERAL_SEED + i for i in range(samples)]
 
 
 def render_targets(
@@ -57,16 +75,33 @@ def render_targets(
     Returns:
         ``[E, M, T, C]``.
     """
-    num_effects, num_sources = samples.prompt.shape
-    bank = AdapterBank(adapter.pipeline.transformer, teachers)
+    every = range(samples.prompt.numel())
+    rendered = render_some_targets(every, adapter, teachers, samples, text, config, report, batch_size)
+    return torch.stack([latents for _, latents in rendered]).unflatten(0, samples.prompt.shape)
+
+
+def render_some_targets(
+    wanted: Sequence[int],
+    adapter: ModelAdapter,
+    teachers: Mapping[str, LoRAState],
+    samples: Samples,
+    text: Text,
+    config: DistillConfig,
+    report: Report,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, Tensor]]:
+    """`render_targets` for some of ``[E, M]``, counted row by row: yields each with its latents when its batch is done."""
+    effect = torch.arange(len(teachers)).repeat_interleave(samples.prompt.shape[1])
+    names = [list(teachers)[i] for i in sorted({int(effect[n]) for n in wanted})]
+    slot = {name: i for i, name in enumerate(names)}
+    ids = torch.tensor([slot.get(name, -1) for name in teachers])[effect]
+    bank = AdapterBank(adapter.pipeline.transformer, {name: teachers[name] for name in names})
     try:
         generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, batch_size, report)
-        effect = torch.arange(num_effects).repeat_interleave(num_sources)
-        seeds = [config.seed + i for i in range(len(effect))]
-        latents = _render(generator, effect, Samples(*(part.flatten(0, 1) for part in samples)), text, seeds, config)
+        seeds = target_seeds(config, len(effect))
+        yield from _render(generator, wanted, ids, samples.flat(), text, seeds, config)
     finally:
         bank.detach()
-    return latents.unflatten(0, (num_effects, num_sources))
 
 
 def render_general_targets(
@@ -84,22 +119,39 @@ def render_general_targets(
     Returns:
         ``[Q, T, C]``.
     """
+    rendered = render_some_general_targets(range(len(samples.prompt)), adapter, samples, text, config, report)
+    return torch.stack([latents for _, latents in rendered])
+
+
+def render_some_general_targets(
+    wanted: Sequence[int], adapter: ModelAdapter, samples: Samples, text: Text, config: DistillConfig, report: Report
+) -> Iterator[tuple[int, Tensor]]:
+    """`render_general_targets` for some of ``[Q]``: yields each with its latents when its batch is done."""
     generator = Generator(adapter, None, None, config.sampler.shift, report=report)
-    ids = torch.arange(len(samples.prompt))
-    return _render(generator, ids, samples, text, [config.seed + FIRST_GENERAL_SEED + p for p in ids.tolist()], config)
+    ids = torch.arange(len(samples.prompt))  # the base alone reads none
+    yield from _render(generator, wanted, ids, samples, text, general_seeds(config, len(ids)), config)
 
 
 def _render(
-    generator: Generator, ids: Tensor, samples: Samples, text: Text, seeds: list[int], config: DistillConfig
-) -> Tensor:
+    generator: Generator,
+    wanted: Sequence[int],
+    ids: Tensor,
+    samples: Samples,
+    text: Text,
+    seeds: list[int],
+    config: DistillConfig,
+) -> Iterator[tuple[int, Tensor]]:
     sampler = config.sampler
-    conditioning = Conditioning(text[samples.prompt], samples.sources)
-    return generator.guided_euler(
-        ids,
-        conditioning,
-        text[samples.empty],
-        seeds,
-        sampler.teacher_steps,
-        sampler.guidance,
-        config.objective.norm_rescale,
-    )
+    for start in range(0, len(wanted), generator.batch_size):
+        rows = list(wanted[start : start + generator.batch_size])
+        batch = samples.at(rows)
+        latents = generator.guided_euler(
+            ids[rows],
+            Conditioning(text[batch.prompt], batch.sources),
+            text[batch.empty],
+            [seeds[row] for row in rows],
+            sampler.teacher_steps,
+            sampler.guidance,
+            config.objective.norm_rescale,
+        )
+        yield from zip(rows, latents, strict=True)

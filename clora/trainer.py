@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -30,12 +31,13 @@ from clora.objective import (
     draw_target_steps,
 )
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
+from clora.recomputation import recomputed_blocks
 from clora.sampling import guided, simulate_to_step
 from clora.student_rows import Part, StudentRows
 
 STUDENT, CRITIC = "student", "critic"
 Rollout = tuple[Tensor, Tensor]
-"""Noisy latents ``[B, T, C]`` and their noise levels ``[B]``."""
+"""Noisy latents ``[B, T, C]`` in the transformer's dtype, as a pipeline's, and their noise levels ``[B]``."""
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -62,8 +64,9 @@ class DistillTrainer:
         self.student_optimizer = _optimizer(train.optimizer, self.student, train.learning_rate)
         self.critic_optimizer = _optimizer("adamw", self.critic, train.critic_learning_rate)
         self.generator = torch.Generator().manual_seed(config.seed)
-        device = adapter.pipeline.transformer.device
-        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
+        transformer = adapter.pipeline.transformer
+        self.dtype = transformer.dtype
+        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, transformer.device)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.anchor_share = config.anchor_share
@@ -84,7 +87,13 @@ class DistillTrainer:
         train = self.config.train
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
-        start = time.monotonic() - self.seconds
+        with recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
+            self._run(report, checkpoint)
+        if checkpoint is not None:
+            self.save(checkpoint)  # what follows may fail, for example on a full disk
+
+    def _run(self, report: Report, checkpoint: Path | None) -> None:
+        train, start = self.config.train, time.monotonic() - self.seconds
         while (progress := self._progress()) < 1:
             self._set_learning_rate(progress)
             values = self._iterate(progress)
@@ -93,8 +102,6 @@ class DistillTrainer:
             report(self.update, values)
             if checkpoint is not None and self.update % train.checkpoint_every == 0:
                 self.save(checkpoint)
-        if checkpoint is not None:
-            self.save(checkpoint)  # what follows may fail, for example on a full disk
 
     def _progress(self) -> float:
         """The share of the run that is done, by updates or by time, whichever is more."""
@@ -157,7 +164,7 @@ class DistillTrainer:
         """One update of the critic by flow matching on fresh student samples (method.md section 4d)."""
         x, sigma = rollout
         with torch.no_grad():
-            x0 = velocity_to_x0(x, self._velocity(self.student, 0, x, sigma, batch.student), sigma)
+            x0 = velocity_to_x0(x.float(), self._velocity(self.student, 0, x, sigma, batch.student), sigma)
         noise, sigma = self._noise(x0), sample_sigma(len(x0), self.config.sampler.shift, self.generator)
         velocity = self._velocity(self.critic, 0, add_noise(x0, noise, sigma), sigma, batch.student)
         loss, terms = critic_loss(velocity, noise, x0)
@@ -179,6 +186,7 @@ class DistillTrainer:
         if objective.target_simulation and rollout is not None and len(effects):
             steps = draw_target_steps(len(effects), self.sigmas, self.tau.tau_max, self.generator)
             x = add_noise(effects.target, self._noise(effects.target), self.sigmas[steps])
+            x = x.to(self.dtype)
             parts.append(Part(TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
         kind = torch.tensor([part.kind for part in parts for _ in range(len(part.batch))], dtype=torch.int64)
         score_sigma = draw_critic_sigma(kind, self.config.sampler.shift, self.tau.tau_min, self.generator)
@@ -189,7 +197,7 @@ class DistillTrainer:
             )
             noise = self._noise(anchored.target)
             anchor_target = noise - anchored.target
-            x = add_noise(anchored.target, noise, sigma)
+            x = add_noise(anchored.target, noise, sigma).to(self.dtype)
             parts.append(Part(ANCHOR, anchored, x, sigma, objective.weights.trajectory_anchoring))
         return StudentRows.join(parts, score_sigma, anchor_target)
 
@@ -208,7 +216,8 @@ class DistillTrainer:
         def velocity(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
             return self._velocity(self.student, 0, x, sigma, batch.student[rows])
 
-        x = simulate_to_step(velocity, self._noise(batch.target), self.sigmas, steps, self.generator)
+        noise = self._noise(batch.target).to(self.dtype)
+        x = simulate_to_step(velocity, noise, self.sigmas, steps, self.generator)
         return x, self.sigmas[steps]
 
     @torch.no_grad()
@@ -219,8 +228,8 @@ class DistillTrainer:
         is no guidance.
         """
         n = len(rows.teacher)
-        x0 = velocity_to_x0(rows.x[:n], velocity[:n], rows.sigma[:n])
-        renoised = add_noise(x0, self._noise(x0), rows.score_sigma)
+        x0 = velocity_to_x0(rows.x[:n].float(), velocity[:n], rows.sigma[:n])
+        renoised = add_noise(x0, self._noise(x0), rows.score_sigma).to(self.dtype)
         teacher_ids = torch.where(rows.effect[:n] >= 0, rows.effect[:n] + 2, -1)  # slots 0 and 1: student, critic
         parts = [rows.conditioning[slice(n)], rows.teacher, rows.uncond][
             : 2 if self.config.sampler.guidance == 0 else 3
@@ -231,7 +240,8 @@ class DistillTrainer:
         critic, teacher, *rest = scores.chunk(len(parts))
         uncond = rest[0] if rest else teacher
         if self.config.objective.norm_rescale:
-            teacher = uncond = guided(teacher, uncond, self.config.sampler.guidance, norm_rescale=True)
+            w = self.config.sampler.guidance
+            teacher = uncond = guided(teacher.float(), uncond.float(), w, norm_rescale=True)
         return Scores(renoised, rows.score_sigma, critic, teacher, uncond)
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -331,7 +341,10 @@ class DistillTrainer:
         return {STUDENT: self.student, CRITIC: self.critic}
 
 
-FREE_TO_CHANGE = {"train": {"updates", "minutes", "checkpoint_every", "scoring_rows"}}
+FREE_TO_CHANGE = {
+    "train": {"updates", "minutes", "checkpoint_every", "scoring_rows", "gradient_checkpointing"},
+    "data": {"cache"},
+}
 
 
 def _resumable(config: DistillConfig) -> dict[str, object]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
-from PIL import Image
+from pictures import write_images
 from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
-from clora import encoding
+from clora import targets as targets_module
 from clora.distill import distill
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import LORA_FILE
+from clora.lora.families import FLUX2
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
@@ -33,7 +33,7 @@ EFFECTS = ("blueprint", "snow")
 def loras(adapter, tmp_path_factory):
     """Two teachers in different formats and of different ranks."""
     folder, transformer = tmp_path_factory.mktemp("loras"), adapter.pipeline.transformer
-    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0)
+    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0, family=FLUX2)
     save_peft_folder(random_lora(transformer, 2, 2, ["transformer_blocks.0.attn.to_q"]), folder / "snow", alpha=1.0)
     return {"blueprint": folder / "blueprint.safetensors", "snow": folder / "snow"}
 
@@ -41,14 +41,6 @@ def loras(adapter, tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), 4)
-
-
-def write_images(folder, count, seed=0):
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
 
 
 @pytest.fixture
@@ -174,21 +166,20 @@ def test_prompts_are_rows_of_one_table(adapter, tmp_path):
 
 
 def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
-    class Seeing:
-        text_sees_image = True
+    class Encoding:
+        def prompts(self, prompts, pixels):
+            self.asked = (prompts, pixels)
 
-        def encode_prompts(self, prompts, references):
-            self.asked = (prompts, references)
-
-    adapter, pixels = Seeing(), torch.randn(3, 3, 4, 4)
-    table, pictures = PromptTable(adapter), Pictures("some", pixels, pixels)
+    encoders, pixels = Encoding(), torch.randn(3, 3, 4, 4)
+    table, pictures = PromptTable(text_sees_image=True), Pictures("some", pixels)
     first = table.rows("p", pictures, torch.tensor([2, 0, 2]))
     assert first.tolist() == [0, 1, 0]
     assert table.rows("q", pictures, torch.tensor([0])).tolist() == [2]
     assert table.rows("p", pictures._replace(name="others"), torch.tensor([2])).tolist() == [3]
-    table.encode()
-    assert adapter.asked[0] == ["p", "p", "q", "p"]
-    assert torch.equal(adapter.asked[1][0], pixels[[2, 0, 0, 2]])
+    table.encode(encoders)
+    assert encoders.asked[0] == ["p", "p", "q", "p"]
+    assert torch.equal(encoders.asked[1], pixels[[2, 0, 0, 2]])
+    assert [table.prompt(row) for row in (1, 2)] == ["p", "q"]
 
 
 def wrong_architecture(tmp_path):
@@ -258,6 +249,11 @@ def output_is_a_file(tmp_path):
     return {"output": str(tmp_path / "file")}
 
 
+def cache_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    return {"data": {"cache": str(tmp_path / "file")}}
+
+
 BAD = {
     "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
     "wrong_architecture": (wrong_architecture, "other.safetensors"),
@@ -283,6 +279,7 @@ BAD = {
     "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "step below tau_max"),
     "no_such_device": (lambda tmp: {"device": "cuda:77"}, "CUDA devices"),
     "output_is_a_file": (output_is_a_file, "is a file"),
+    "cache_is_a_file": (cache_is_a_file, "file is a file"),
     "unknown_target": (lambda tmp: {"student": {"targets": ("to_qq",)}}, "to_qq"),
 }
 
@@ -290,7 +287,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
     make_bad, message = BAD[case]
-    monkeypatch.setattr(encoding, "render_targets", None)  # that takes hours: mistakes are told before
+    monkeypatch.setattr(targets_module, "render_some_targets", None)  # that takes hours: mistakes are told before
     with pytest.raises(CloraError, match=message):
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"
@@ -300,17 +297,17 @@ def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monke
 def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkeypatch, tmp_path):
     sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
     seen = {}
-    render = encoding.render_targets
+    render = targets_module.render_some_targets
 
-    def rendered(adapter, teachers, *rest):
+    def rendered(wanted, adapter, teachers, *rest):
         seen["names"] = list(teachers)
-        return render(adapter, teachers, *rest)
+        return render(wanted, adapter, teachers, *rest)
 
     def train(config, used, teachers, data, report, checkpoint):
         seen.update(data=data, checkpoint=checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoding, "render_targets", rendered)
+    monkeypatch.setattr(targets_module, "render_some_targets", rendered)
     monkeypatch.setattr(engine, "train_student", train)
     with pytest.raises(KeyboardInterrupt):
         distill(make_config({"sources": str(sources), "targets": str(targets)}, data={"general_targets": 3}))
@@ -332,7 +329,7 @@ def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, 
     monkeypatch.setattr(DistillTrainer, "_iterate", stopping)
     with pytest.raises(KeyboardInterrupt):
         distill(config)
-    assert "nothing is kept before the first checkpoint" in capsys.readouterr().err
+    assert "of the training nothing is kept before the first checkpoint" in capsys.readouterr().err
     stop_after = 2
     with pytest.raises(KeyboardInterrupt):
         distill(config)
@@ -342,6 +339,34 @@ def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, 
     assert "going on from update 2 of" in capsys.readouterr().err
     distill(config)
     assert "holds a finished collection, which this run replaces" in capsys.readouterr().err
+
+
+def test_what_was_encoded_and_rendered_is_kept_until_the_collection_is_written(
+    make_config, monkeypatch, tmp_path, capsys
+):
+    config, output = make_config(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_student", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    assert "what was encoded and rendered is kept for the same command" in capsys.readouterr().err
+    assert {file.name for file in (output / engine.CACHE).iterdir()} == {"prompts", "sources", "targets"}
+    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    distill(config)
+    assert not (output / engine.CACHE).exists(), "the folder is made to be shared"
+
+
+def test_runs_share_a_folder_of_their_own(make_config, monkeypatch, tmp_path):
+    shared = {"cache": str(tmp_path / "kept")}
+    distill(make_config(data=shared))
+    assert not (tmp_path / "out" / engine.CACHE).exists()
+    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    distill(make_config(data=shared, output=str(tmp_path / "other"), train={"learning_rate": 1e-3}))
+    assert (tmp_path / "kept" / "targets").is_dir()
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path):
@@ -373,7 +398,7 @@ def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make
         patch.setattr("clora.export.export_collection", no_disk)
         with pytest.raises(CloraError, match="disk is full"):
             distill(make_config())  # trained whole: the checkpoint stays
-    monkeypatch.setattr(encoding, "render_targets", None)
+    monkeypatch.setattr(targets_module, "render_some_targets", None)
     with pytest.raises(CloraError, match=r"written by another run \(seed differ"):
         distill(make_config(seed=99))
 

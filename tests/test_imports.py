@@ -11,9 +11,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
-    {"clora.backend", "clora.errors", "clora.ops", "clora.paths"},
-    {"clora.atomic", "clora.checkpoint", "clora.flow_matching", "clora.lora", "clora.muon", "clora.progress"},
+    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths"},
     {
+        "clora.atomic",
+        "clora.cache",
+        "clora.checkpoint",
+        "clora.fingerprint",
+        "clora.flow_matching",
+        "clora.lora",
+        "clora.muon",
+        "clora.progress",
+    },
+    {
+        "clora.collection",
         "clora.config",
         "clora.config_file",
         "clora.drawing",
@@ -24,12 +34,22 @@ LAYERS = (
     },
     {"clora.conditioning"},
     {"clora.models", "clora.sampling"},
-    {"clora.adapter_bank", "clora.generation", "clora.objective", "clora.prompt_table", "clora.rendering"},
+    {
+        "clora.adapter_bank",
+        "clora.encoders",
+        "clora.generation",
+        "clora.objective",
+        "clora.prompt_table",
+        "clora.recomputation",
+        "clora.rendering",
+        "clora.targets",
+    },
     {"clora.studio"},
     {
         "clora.data",
         "clora.demo",
         "clora.distill",
+        "clora.effects",
         "clora.encoding",
         "clora.export",
         "clora.lora_training",

@@ -46,7 +46,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(adapter, tmp_path):
     with make_trainer(adapter, sampler={"guidance": 3.0}) as trainer:
         with pytest.raises(CloraError, match=r"state\.safetensors .*another run \(sampler differ\)"):
             trainer.fit(lambda update, values: None, checkpoint)
-    with make_trainer(adapter, train={"updates": 1, "checkpoint_every": 7}) as trainer:
+    free = {"updates": 1, "checkpoint_every": 7, "gradient_checkpointing": True}
+    with make_trainer(adapter, train=free, data={"cache": "elsewhere"}) as trainer:
         trainer.load(checkpoint)
 
 

@@ -14,7 +14,7 @@ from clora.trainer import CRITIC, STUDENT, DistillTrainer
 
 
 @contextmanager
-def make_trainer(adapter, data=None, **sections):
+def make_trainer(adapter, encoded=None, **sections):
     """A trainer of three random teachers whose student and critic differ and do something from the start."""
     transformer = adapter.pipeline.transformer
     teachers = random_teachers(transformer, 3)
@@ -22,7 +22,7 @@ def make_trainer(adapter, data=None, **sections):
     config = tiny_config(list(teachers), **sections)
     bank = AdapterBank(transformer, states)
     try:
-        yield DistillTrainer(config, adapter, bank, data or random_data(adapter, list(teachers)))
+        yield DistillTrainer(config, adapter, bank, encoded or random_data(adapter, list(teachers)))
     finally:
         bank.detach()
 

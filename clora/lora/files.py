@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from clora.errors import CloraError, nearest
-from clora.lora.keys import FileKeys, Route, routes, sort_keys, split_prefix
+from clora.lora.adapters import Adapter, change, decompose_weight, read_adapter
+from clora.lora.factorise import MAX_ERROR, MAX_RANK, factorise
+from clora.lora.families import Route, routes
+from clora.lora.keys import FileKeys, sort_keys, split_prefix
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
+from clora.lora.strength import find_strength
 
 _LISTED_KEYS = 8
 
@@ -32,19 +36,38 @@ def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def load_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]) -> LoRAState:
+def linear_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """Module path to weight of the layers of `linear_shapes`, for `load_lora`; nothing is copied."""
+    return {name: module.weight for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def load_lora(
+    path: str | Path,
+    target_modules: Mapping[str, tuple[int, int]],
+    base_weights: Mapping[str, Tensor] | None = None,
+    *,
+    max_rank: int = MAX_RANK,
+    max_error: float = MAX_ERROR,
+) -> LoRAState:
     """Loads a LoRA so that ``lora_B @ lora_A`` is exactly the update that the file means.
+
+    A LoRA is exact at any rank, LoHa and LoKr where exact factors have at most `max_rank`. Any other change (of whole
+    matrices, ``.diff``, DoRA) is replaced by factors within `max_error`, and the result states each module's error.
 
     Args:
         path: a ``.safetensors`` file or a folder with one (see `clora.lora.source.open_lora`).
         target_modules: what the LoRA must fit, from `linear_shapes`.
+        base_weights: from `linear_weights`; needed for DoRA alone, whose update depends on them.
+        max_rank: the highest rank that factors of a dense change may have.
+        max_error: the largest error ``|change - B A| / |change|`` that they may have.
 
     Returns:
         fp32 modules under the target's own names, alpha folded into ``lora_B``.
 
     Raises:
         CloraError: an unreadable file, an unsupported adapter type, unknown or incomplete keys, a shape that does not
-            fit, or a value that is not finite. The message names file, key and shape.
+            fit, a value that is not finite, DoRA without its base, or a dense change that `max_rank` does not hold
+            within `max_error`. The message names file, key and shape.
     """
     source = open_lora(path)
     keys = sort_keys(source.shapes)
@@ -52,92 +75,98 @@ def load_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]) -
     _refuse_unsupported(source.file, keys)
     _refuse_unknown(source.file, keys, table, target_modules)
     modules: dict[str, LoRAModule] = {}
+    errors: dict[str, float] = {}
     for stem, parts in keys.modules.items():
-        for name, module in _load_module(source, stem, parts, table, target_modules).items():
+        adapter, targets = read_adapter(source, stem, parts), table[split_prefix(stem)[1]]
+        check_fit(source, adapter, [target_modules[route.module] for route in targets])
+        for name, (module, error) in updates(source, adapter, targets, base_weights, max_rank, max_error).items():
             if name in modules:
                 raise CloraError(f"{source.file}: {stem} gives {name} a second time; expected each module once")
+            check_error(source, adapter, name, module, error, max_error)
             modules[name] = module
-    return LoRAState(modules, source.metadata, keys.format)
+            if error:
+                errors[name] = error
+    return LoRAState(modules, source.metadata, keys.format, errors)
 
 
-def find_alpha(source: LoRASource, stem: str, alpha: float | None, rank: int) -> tuple[float, str]:
-    """The alpha of one module of a file and where it is stated.
-
-    Args:
-        source: the open file.
-        stem: the module's name as in the file.
-        alpha: the value of the file's ``.alpha`` tensor, None where it has none.
-        rank: rows of its ``lora_A``.
-
-    Returns:
-        (alpha, ``"tensor"``, ``"config"`` or ``"rank"``).
-
-    Raises:
-        CloraError: the config states another rank than the tensors have, or PEFT weights come without a config.
-    """
-    module = split_prefix(stem)[1]
-    stated_rank = source.config.module_rank(module)
-    if stated_rank not in (None, rank):
-        message = f"{source.file}: {stem} has rank {rank} but its config says {stated_rank}"
-        raise CloraError(f"{message}, so its strength is not known; export it again")
-    if alpha is not None:
-        return alpha, "tensor"
-    stated = source.config.module_alpha(module)
-    if stated is None and stem.startswith("base_model.model."):
-        raise CloraError(
-            f"{source.file}: PEFT keeps alpha in an adapter_config.json beside the weights, none is stated there, so "
-            "their strength is not known; put that file there"
-        )
-    return (float(rank), "rank") if stated is None else (stated, "config")
-
-
-def check_pair(source: LoRASource, stem: str, parts: Mapping[str, str]) -> None:
-    """Refuses a module of a file whose own tensors are incomplete or disagree.
-
-    Raises:
-        CloraError: a matrix is missing, is no matrix, the ranks differ, or alpha is not a single number.
-    """
-    missing = [side for side in ("lora_A", "lora_B") if side not in parts]
-    if missing:
-        found = ", ".join(parts.values())
-        raise CloraError(f"{source.file}: {stem} has no {' and no '.join(missing)} (found only {found})")
-    shape_A, shape_B, found = _pair_shapes(source, parts)
-    if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] == 0:
-        raise CloraError(f"{source.file}: {found}; expected two matrices, [rank, in] and [out, rank]")
-    if shape_A[0] != shape_B[1]:
-        raise CloraError(f"{source.file}: rank mismatch, {found}; expected [rank, in] and [out, rank] of one rank")
-    if "alpha" in parts and source.shapes[parts["alpha"]] not in ((), (1,)):
-        shape = list(source.shapes[parts["alpha"]])
-        raise CloraError(f"{source.file}: {parts['alpha']} has shape {shape}; expected a single number")
-
-
-def check_fit(source: LoRASource, parts: Mapping[str, str], targets: Sequence[tuple[int, int]]) -> None:
+def check_fit(source: LoRASource, adapter: Adapter, targets: Sequence[tuple[int, int]]) -> None:
     """Refuses a module of a file that does not fit the layers it is for.
 
     Args:
         source: the open file.
-        parts: the module's keys; `check_pair` has passed.
+        adapter: the file's module.
         targets: (out, in) of each layer that it changes; fused ones stack their rows.
 
     Raises:
         CloraError: another number of rows or columns.
     """
-    shape_A, shape_B, found = _pair_shapes(source, parts)
     out_features, in_features = sum(out for out, _ in targets), targets[0][1]
-    if (shape_B[0], shape_A[1]) != (out_features, in_features):
+    if adapter.shape != (out_features, in_features):
+        found = " and ".join(
+            f"{adapter.parts[part]} is {list(source.shapes[adapter.parts[part]])}"
+            for matrix in adapter.matrices
+            for part in reversed(matrix)
+        )
         expected = f"expected [rank, {in_features}] and [{out_features}, rank]"
+        if adapter.kind != "LoRA":
+            expected = f"together {list(adapter.shape)}, expected {[out_features, in_features]}"
         raise CloraError(f"{source.file}: wrong shape, {found}; {expected}. Choose the LoRA's own base model")
 
 
-def _pair_shapes(source: LoRASource, parts: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    shape_A, shape_B = source.shapes[parts["lora_A"]], source.shapes[parts["lora_B"]]
-    return shape_A, shape_B, f"{parts['lora_A']} is {list(shape_A)} and {parts['lora_B']} is {list(shape_B)}"
+def updates(
+    source: LoRASource,
+    adapter: Adapter,
+    targets: Sequence[Route],
+    base_weights: Mapping[str, Tensor] | None,
+    max_rank: int,
+    max_error: float,
+) -> dict[str, tuple[LoRAModule, float]]:
+    """Reads one module of a file, which is several of the target where the file fuses them.
+
+    Args:
+        source: the open file.
+        adapter: its module.
+        targets: the rows that are each module of the target.
+        base_weights, max_rank, max_error: as in `load_lora`.
+
+    Returns:
+        target module to its update and that one's relative error, 0 where it is exact.
+
+    Raises:
+        CloraError: a value is not finite, alpha is not known, or DoRA comes without its base.
+    """
+    tensors = source.read_finite({part: key for part, key in adapter.parts.items() if part != "alpha"})
+    delta = change(adapter, tensors, find_strength(source, adapter).scale, max_rank)
+    if adapter.is_dora:
+        dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta
+        delta = decompose_weight(_stacked_base(source, adapter, targets, base_weights), dense, tensors["magnitude"])
+    if isinstance(delta, LoRAModule):
+        return {route.module: (_cut_factors(route, delta, len(targets) > 1), 0.0) for route in targets}
+    return {route.module: factorise(_rows(route, delta), max_rank, max_error) for route in targets}
+
+
+def check_error(
+    source: LoRASource, adapter: Adapter, name: str, module: LoRAModule, error: float, max_error: float
+) -> None:
+    """Raises CloraError where the factors of a dense change are too far from it."""
+    if error > max_error:
+        kind = f"DoRA on {adapter.kind}" if adapter.is_dora else adapter.kind
+        raise CloraError(
+            f"{source.file}: {adapter.stem} is a {kind} whose change of {name} is not of low rank: at rank "
+            f"{module.rank} an error of {error:.2%} is left, {max_error:.2%} is allowed. Allow a higher max_rank or "
+            "max_error"
+        )
 
 
 def _refuse_unsupported(file: Path, keys: FileKeys) -> None:
     if keys.unsupported:
-        found = ", ".join(f"{kind} (key {key!r})" for kind, key in keys.unsupported.items())
-        raise CloraError(f"{file} is {found}, which is not supported yet; expected a plain LoRA (lora_A and lora_B)")
+        found = "; ".join(
+            f"{len(names)} key(s) are {reason}: {_listed(names, 3)}" for reason, names in keys.unsupported.items()
+        )
+        raise CloraError(f"{file}: {found}. Leave them out of the file if the LoRA is right without them")
+    if keys.twice:
+        first, second = keys.twice[0]
+        raise CloraError(f"{file}: {first} and {second} are the same tensor by two names; expected each once")
 
 
 def _refuse_unknown(
@@ -166,48 +195,37 @@ def _listed(names: Iterable[str], limit: int) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _load_module(
-    source: LoRASource,
-    stem: str,
-    parts: Mapping[str, str],
-    table: Mapping[str, tuple[Route, ...]],
-    target_modules: Mapping[str, tuple[int, int]],
-) -> dict[str, LoRAModule]:
-    """Reads one module of the file, which is several of the target where the file fuses them."""
-    targets = table[split_prefix(stem)[1]]
-    check_pair(source, stem, parts)
-    check_fit(source, parts, [target_modules[route.module] for route in targets])
-    tensors = read_finite(source, parts)
-    lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
-    stated = tensors["alpha"].item() if "alpha" in tensors else None
-    alpha, _ = find_alpha(source, stem, stated, lora_A.shape[0])
-    lora_B = lora_B * source.config.scale(alpha, lora_A.shape[0])
-    return {route.module: _take(route, lora_A, lora_B) for route in targets}
+def _stacked_base(
+    source: LoRASource, adapter: Adapter, targets: Sequence[Route], base_weights: Mapping[str, Tensor] | None
+) -> Tensor:
+    """The base's weights in the order of the file's rows, ``[out, in]`` fp64. Raises CloraError where there are none."""
+    reason = f"{source.file}: {adapter.stem} is DoRA, whose update depends on the weights of the base"
+    if base_weights is None:
+        raise CloraError(f"{reason}; load it beside its base model (base_weights)")
+    blocks = []
+    for route in targets:
+        weight = base_weights[route.module].detach()
+        if weight.shape != (route.stop - route.start, adapter.shape[1]) or weight.is_meta:
+            found = f"those of {route.module} are {list(weight.shape)} {weight.dtype} on {weight.device}"
+            raise CloraError(f"{reason}, but {found}; load a base that is not quantised")
+        blocks.append(_swapped(weight.cpu().double(), route))
+    return torch.cat(blocks)
 
 
-def read_finite(source: LoRASource, parts: Mapping[str, str]) -> dict[str, Tensor]:
-    """Reads one module's tensors by side. Raises CloraError where one holds NaN or infinite values."""
-    tensors = dict(zip(parts, source.read(parts.values()).values(), strict=True))
-    for side, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise CloraError(f"{source.file}: {parts[side]} holds NaN or infinite values; export the LoRA again")
-    return tensors
+def _rows(route: Route, delta: Tensor) -> Tensor:
+    """Cuts one target module's rows out of those of the file's module, ``[out, ...]``."""
+    return _swapped(delta[route.start : route.stop], route)
 
 
-def _take(route: Route, lora_A: Tensor, lora_B: Tensor) -> LoRAModule:
-    """Cuts one target module out of a module of the file.
+def _swapped(rows: Tensor, route: Route) -> Tensor:
+    return torch.cat(rows.chunk(2)[::-1]) if route.swap_halves else rows
 
-    Args:
-        route: which row block.
-        lora_A: ``[rank, in]``, shared by the fused parts.
-        lora_B: ``[parts * out, rank]``.
-    """
-    block = lora_B.chunk(route.parts)[route.part]
-    if route.swap_halves:
-        block = torch.cat(block.chunk(2)[::-1])
-    if route.parts == 1:
-        return LoRAModule(lora_A, block)
+
+def _cut_factors(route: Route, delta: LoRAModule, is_fused: bool) -> LoRAModule:
+    block = _rows(route, delta.lora_B)
+    if not is_fused:
+        return LoRAModule(delta.lora_A, block)
     # A fused module of rank 3r is usually block-diagonal: two thirds of the ranks do nothing for this part.
     used = (block != 0).any(dim=0)
     used[0] |= not used.any()
-    return LoRAModule(lora_A[used], block[:, used])
+    return LoRAModule(delta.lora_A[used], block[:, used])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clora.errors import CloraError
-from clora.lora.files import check_fit, check_pair, find_alpha, linear_shapes, read_finite
-from clora.lora.keys import FileKeys, Route, has_flux2_name, routes, sort_keys, split_prefix
+from clora.lora.adapters import Adapter, read_adapter
+from clora.lora.factorise import MAX_ERROR, MAX_RANK
+from clora.lora.families import Route, families_with, family_of, routes
+from clora.lora.files import check_error, check_fit, linear_shapes, updates
+from clora.lora.keys import FileKeys, sort_keys, split_prefix
 from clora.lora.source import LoRASource, content_hash, open_lora
+from clora.lora.strength import Strength, find_strength
 from clora.paths import user_path
 
 if TYPE_CHECKING:
@@ -30,37 +34,36 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
 
     Returns:
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
-        ``ranks, alphas, scales`` (count by value), ``modules`` (one entry each: ``name, targets, rank, alpha,
-        alpha_from, scale``), ``matched`` (target modules that it changes; None without a target), ``unmatched``
-        (module names), ``flux2_modules`` (how many have a name that a FLUX.2 model knows), ``problems`` (one message
-        each), ``unknown_keys``, ``unsupported`` (adapter types) and ``metadata``.
+        ``types, ranks, alphas, scales`` (count by value), ``modules`` (one entry each: ``name, type, targets, rank,
+        alpha, alpha_from, scale, loads_as_rank, error``), ``max_error`` (of the factors that stand for dense changes;
+        None where all is exact), ``families`` (that know all of its names; the model's own one where a model is
+        given), ``matched`` (target modules that it changes; None without a target), ``unmatched`` (module names),
+        ``problems`` and ``notes`` (one message each), ``unknown_keys``, ``unsupported`` (reason to keys) and
+        ``metadata``.
 
     Raises:
-        CloraError: a missing, corrupt or pickled file, an adapter config that contradicts the tensors, or none where
-            the format keeps alpha there.
+        CloraError: a missing, corrupt or pickled file, or a broken adapter config.
     """
     source = open_lora(path)
     keys = sort_keys(source.shapes)
     table = None if target_modules is None else routes(target_modules)
-    whole, problems = _whole_modules(source, keys)
-    alphas = source.read(parts["alpha"] for parts in whole.values() if "alpha" in parts)
+    adapters, problems = _whole_modules(source, keys)
     modules = []
-    for stem, parts in whole.items():
-        stated = alphas[parts["alpha"]].item() if "alpha" in parts else None
-        targets = () if table is None else table.get(split_prefix(stem)[1], ())
-        modules.append(_describe(source, stem, source.shapes[parts["lora_A"]][0], stated, targets))
-        if target_modules is not None and targets:
-            fit = [target_modules[route.module] for route in targets]
-            problems += _problem(check_fit, source, parts, fit)
+    for adapter, strength in adapters:
+        targets = () if table is None else table.get(split_prefix(adapter.stem)[1], ())
+        entry, found = _describe(source, adapter, strength, targets, target_modules or {})
+        modules.append(entry)
+        problems += found
+    twice = [f"{first} and {second} are the same tensor by two names" for first, second in keys.twice]
     return _totals(source, keys) | {
         "modules": modules,
-        "ranks": _counts(modules, "rank"),
-        "alphas": _counts(modules, "alpha"),
-        "scales": _counts(modules, "scale"),
+        **{f"{name}s": _counts(modules, name) for name in ("type", "rank", "alpha", "scale")},
+        "max_error": max((entry["error"] for entry in modules if entry["error"]), default=None),
+        "families": _families(keys, target_modules),
         "matched": None if table is None else sum(len(entry["targets"]) for entry in modules),
         "unmatched": [] if table is None else [entry["name"] for entry in modules if not entry["targets"]],
-        "flux2_modules": sum(has_flux2_name(stem) for stem in whole),
-        "problems": problems,
+        "problems": problems + twice + _given_twice(modules),
+        "notes": _notes(modules),
     }
 
 
@@ -78,37 +81,96 @@ def render(info: Mapping[str, Any]) -> Table:
     return table
 
 
-def _whole_modules(source: LoRASource, keys: FileKeys) -> tuple[dict[str, Mapping[str, str]], list[str]]:
+def _whole_modules(source: LoRASource, keys: FileKeys) -> tuple[list[tuple[Adapter, Strength]], list[str]]:
     """The modules whose own tensors agree, and what is wrong with the others."""
-    whole, problems = {}, []
+    whole, problems = [], []
     for stem, parts in keys.modules.items():
-        if found := _problem(check_pair, source, stem, parts) or _problem(read_finite, source, parts):
-            problems += found
-        else:
-            whole[stem] = parts
+        try:
+            adapter = read_adapter(source, stem, parts)
+            source.read_finite({part: key for part, key in parts.items() if part != "alpha"})
+            whole.append((adapter, find_strength(source, adapter)))
+        except CloraError as error:
+            problems.append(str(error))
     return whole, problems
 
 
-def _problem(check: Callable[..., None], *arguments: Any) -> list[str]:
-    """The message of a check that fails, in a list; empty where it passes."""
-    try:
-        check(*arguments)
-    except CloraError as error:
-        return [str(error)]
-    return []
-
-
 def _describe(
-    source: LoRASource, stem: str, rank: int, stated_alpha: float | None, targets: tuple[Route, ...]
-) -> dict[str, Any]:
-    alpha, origin = find_alpha(source, stem, stated_alpha, rank)
-    scale = source.config.scale(alpha, rank)
-    names = [route.module for route in targets]
-    return {"name": stem, "targets": names, "rank": rank, "alpha": alpha, "alpha_from": origin, "scale": scale}
+    source: LoRASource,
+    adapter: Adapter,
+    strength: Strength,
+    targets: tuple[Route, ...],
+    target_modules: Mapping[str, tuple[int, int]],
+) -> tuple[dict[str, Any], list[str]]:
+    """One module's entry, and what is wrong with it."""
+    rank, error, problems = _factorised(source, adapter, targets)
+    try:
+        if targets:
+            check_fit(source, adapter, [target_modules[route.module] for route in targets])
+    except CloraError as misfit:
+        problems = [str(misfit)]
+    return {
+        "name": adapter.stem,
+        "type": f"DoRA ({adapter.kind})" if adapter.is_dora else adapter.kind,
+        "targets": [route.module for route in targets],
+        "rank": adapter.rank,
+        "alpha": strength.alpha,
+        "alpha_from": strength.origin,
+        "scale": strength.scale,
+        "loads_as_rank": rank,
+        "error": error,
+    }, problems
+
+
+def _factorised(
+    source: LoRASource, adapter: Adapter, targets: tuple[Route, ...]
+) -> tuple[int | None, float | None, list[str]]:
+    """The rank that a module loads as, the error of its factors and problems; None where the base's weights decide."""
+    if adapter.is_dora:
+        return None, None, []
+    if adapter.kind == "LoRA" or adapter.exact_rank <= MAX_RANK:
+        return adapter.exact_rank, 0.0, []
+    whole = (Route(adapter.stem, 0, adapter.shape[0]),)
+    fits = bool(targets) and targets[-1].stop == adapter.shape[0]
+    loaded = updates(source, adapter, targets if fits else whole, None, MAX_RANK, MAX_ERROR)
+    problems = []
+    for name, (module, error) in loaded.items():
+        try:
+            check_error(source, adapter, name, module, error, MAX_ERROR)
+        except CloraError as problem:
+            problems.append(str(problem))
+    return max(module.rank for module, _ in loaded.values()), max(error for _, error in loaded.values()), problems
+
+
+def _families(keys: FileKeys, target_modules: Mapping[str, tuple[int, int]] | None) -> list[str]:
+    if target_modules is None:
+        return families_with(split_prefix(stem)[1] for stem in keys.modules)
+    family = family_of(target_modules)
+    return [] if family is None else [family.name]
+
+
+def _given_twice(modules: list[dict[str, Any]]) -> list[str]:
+    counts = Counter(target for entry in modules for target in entry["targets"])
+    return [
+        f"{target} is given {count} times; expected each module once" for target, count in counts.items() if count > 1
+    ]
+
+
+def _notes(modules: list[dict[str, Any]]) -> list[str]:
+    """What works all the same but should be known."""
+    high = sum((entry["loads_as_rank"] or 0) > MAX_RANK for entry in modules)
+    dora = sum(entry["loads_as_rank"] is None for entry in modules)
+    found = []
+    if high:
+        found.append(
+            f"{high} module(s) of rank above {MAX_RANK}, the most that the kernels take: eager PyTorch is used"
+        )
+    if dora:
+        found.append(f"{dora} DoRA module(s): rank and error depend on the weights of the base, which loading needs")
+    return found
 
 
 def _totals(source: LoRASource, keys: FileKeys) -> dict[str, Any]:
-    matrices = [key for parts in keys.modules.values() for side, key in parts.items() if side != "alpha"]
+    matrices = [key for parts in keys.modules.values() for part, key in parts.items() if part != "alpha"]
     return {
         "file": str(source.file),
         "sha256": content_hash(source.file),
@@ -117,7 +179,7 @@ def _totals(source: LoRASource, keys: FileKeys) -> dict[str, Any]:
         "parameters": sum(_numel(source.shapes[key]) for key in matrices),
         "dtypes": dict(Counter(source.dtypes[key] for key in matrices)),
         "unknown_keys": list(keys.unknown),
-        "unsupported": dict(keys.unsupported),
+        "unsupported": {reason: list(names) for reason, names in keys.unsupported.items()},
         "metadata": source.metadata,
     }
 
@@ -132,27 +194,38 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _counts(modules: list[dict[str, Any]], name: str) -> dict[str, int]:
     """How many modules have each value; keys are text because JSON has no other."""
     counts = Counter(entry[name] for entry in modules)
-    return {f"{value:g}": counts[value] for value in sorted(counts)}
+    ordered = sorted(counts, key=lambda value: (value is None, value))
+    return {_text(value): counts[value] for value in ordered}
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, (int, float)) else value
 
 
 def _rows(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    named = f"{info['flux2_modules']} have names of FLUX.2 (no model given: --pipeline tells which of its layers they change)"
-    matched = named if info["matched"] is None else f"{info['matched']} layers of the model"
+    unmatched = "no model given: --pipeline tells which of its layers they change"
+    matched = unmatched if info["matched"] is None else f"{info['matched']} layers of the model"
+    ranks = _counts([entry for entry in info["modules"] if entry["loads_as_rank"]], "loads_as_rank")
     rows = [
         ("format", info["format"]),
+        ("model family", " or ".join(info["families"]) or "unknown"),
         ("modules", f"{len(info['modules'])} in the file; {matched}"),
+        ("adapter type", _by_count(info["types"])),
         ("rank", _by_count(info["ranks"])),
         ("alpha", _by_count(info["alphas"])),
         ("effective scale", _by_count(info["scales"])),
+        ("loads as rank", _by_count(ranks)),
+        ("largest error", "exact" if info["max_error"] is None else f"{info['max_error']:.3%} of a module's change"),
         ("parameters", f"{info['parameters']:,}"),
         ("stored as", _by_count(info["dtypes"])),
         ("size", f"{info['bytes'] / 1e6:.2f} MB"),
         ("sha256", info["sha256"]),
     ]
     for label, names in (
-        ("not supported", [f"{kind} ({key})" for kind, key in info["unsupported"].items()]),
+        ("not supported", [f"{len(keys)} key(s) {reason} ({keys[0]})" for reason, keys in info["unsupported"].items()]),
         ("not in the model", info["unmatched"]),
         ("problems", info["problems"]),
+        ("notes", info["notes"]),
         ("unknown keys", info["unknown_keys"]),
         ("metadata", [f"{key} = {value[:80]}" for key, value in info["metadata"].items()]),
     ):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.lora.keys import AdapterConfig
+from clora.lora.adapter_config import AdapterConfig
 from clora.paths import user_path
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
@@ -54,6 +55,21 @@ class LoRASource:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CloraError(f"{self.file}: cannot read its tensors: {error}") from error
 
+    def read_finite(self, parts: Mapping[str, str]) -> dict[str, Tensor]:
+        """Reads tensors by another name than their key's, as `read` does.
+
+        Args:
+            parts: name to key.
+
+        Raises:
+            CloraError: one holds NaN or infinite values, or the file became unreadable.
+        """
+        tensors = self.read(parts.values())
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CloraError(f"{self.file}: {key} holds NaN or infinite values; export the LoRA again")
+        return {part: tensors[key] for part, key in parts.items()}
+
 
 def open_lora(path: str | Path) -> LoRASource:
     """Opens a LoRA file or folder and reads its header.
@@ -78,7 +94,7 @@ def open_lora(path: str | Path) -> LoRASource:
         message = f"{file} is not a readable safetensors file, it is corrupt or truncated ({error})"
         raise CloraError(f"{message}. Download or export it again") from error
     if not shapes:
-        raise CloraError(f"{file} holds no tensors; expected the lora_A and lora_B matrices of a LoRA")
+        raise CloraError(f"{file} holds no tensors; expected the matrices of a LoRA")
     return LoRASource(file, shapes, dtypes, metadata, _adapter_config(file, shapes, metadata))
 
 

@@ -50,11 +50,14 @@ class LoRAState:
         modules: module path in the diffusers transformer (``transformer_blocks.0.attn.to_q``) to its update.
         metadata: the file's own string metadata.
         format: the file format it was read from (see `clora.lora.keys`), or how it was made.
+        errors: the modules whose file held a change that is not of low rank, to the relative error
+            ``|change - B A| / |change|`` (Frobenius) of the factors that stand for it. All others are exact.
     """
 
     modules: Mapping[str, LoRAModule]
     metadata: Mapping[str, str] = field(default_factory=dict)
     format: str = "memory"
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
@@ -69,4 +72,4 @@ class LoRAState:
     def padded(self, rank: int) -> LoRAState:
         """The same LoRA with every module zero-padded to ``rank``."""
         modules = {name: module.padded(rank) for name, module in self.modules.items()}
-        return LoRAState(modules, self.metadata, self.format)
+        return LoRAState(modules, self.metadata, self.format, self.errors)

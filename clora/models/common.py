@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 
 import torch
@@ -37,6 +39,33 @@ def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, chunk: int) ->
     return torch.cat([function(part) for part in rows.split(chunk)])
 
 
+def embedded_guidance(pipeline, wanted: float | None) -> float | None:
+    """The guidance scale embedded in every pass: ``wanted``, by default that of a stock call; None without embedding.
+
+    Raises:
+        CloraError: one is wanted of a transformer without a guidance embedding.
+    """
+    if pipeline.transformer.config.guidance_embeds:
+        default = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+        return float(default if wanted is None else wanted)
+    if wanted is not None:
+        raise no_guidance_embedding(pipeline, wanted)
+    return None
+
+
+def no_guidance_embedding(pipeline, wanted: float) -> CloraError:
+    """The error about a guidance embedding wanted of a family that has none."""
+    return CloraError(
+        f"sampler.guidance_embedding = {wanted}: the transformer of {type(pipeline).__name__} has no guidance "
+        "embedding; remove it, or set sampler.guidance for the pass with the empty prompt"
+    )
+
+
+def guidance_rows(guidance: float | None, like: Tensor) -> Tensor | None:
+    """An embedded guidance scale as a pipeline hands it to its transformer: fp32 ``[B]``."""
+    return None if guidance is None else torch.full((len(like),), guidance, device=like.device, dtype=torch.float32)
+
+
 def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
     """Noise levels ``[steps + 1]``, the last 0, of a pipeline's call with ``steps`` steps.
 
@@ -53,6 +82,18 @@ def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
     else:
         copy.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return copy.sigmas
+
+
+def linear_mu(pipeline, num_tokens: int) -> float:
+    """The time shift of pipelines that take it from a line through two image sizes (``calculate_shift``)."""
+    config = pipeline.scheduler.config
+    return sys.modules[type(pipeline).__module__].calculate_shift(
+        num_tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
 
 
 def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:

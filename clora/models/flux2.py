@@ -11,45 +11,41 @@ from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
 from clora.errors import CloraError
-from clora.models.common import check_length, check_size, in_chunks, stock_schedule, timestep, to_pil
+from clora.models.common import (
+    check_length,
+    check_size,
+    embedded_guidance,
+    guidance_rows,
+    in_chunks,
+    stock_schedule,
+    timestep,
+    to_pil,
+)
 
 MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline makes larger ones smaller
 
 
-class Flux2KleinAdapter:
-    """FLUX.2 [klein]: guidance by a second pass with the empty prompt, no guidance embedding (see `ModelAdapter`).
-
-    Args:
-        pipeline: a ``Flux2KleinPipeline`` that is not distilled.
-        size: ``(height, width)`` of the images in pixels, multiples of the pipeline's patch size.
-        max_sequence_length: text tokens per prompt; a longer prompt is an error, never a silent cut.
-
-    Raises:
-        CloraError: the pipeline is distilled (it has no guidance, so it cannot be a teacher's base), or the size
-            does not fit the patch size.
-    """
+class _Flux2:
+    """What the FLUX.2 pipelines share; see `ModelAdapter`."""
 
     text_sees_image = False
-    default_guidance = 4.0
 
-    def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
-        if pipeline.config.is_distilled:
-            raise CloraError(
-                "expected a base FLUX.2 [klein] pipeline, found a distilled one (is_distilled = true), which has no "
-                "guidance and cannot be the teachers' base; use the undistilled (base) model"
-            )
+    def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int, guidance_embedding: float | None):
         self._multiple = pipeline.vae_scale_factor * 2
         check_size(size, self._multiple)
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
+        self.guidance_embedding = guidance_embedding
+        self.student_call = {"guidance_scale": 1.0 if guidance_embedding is None else guidance_embedding}
         self._grid = (size[0] // self._multiple, size[1] // self._multiple)
         self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
-        self.source_shapes = self._shapes_of([size])
+        self.source_shapes = self._shapes_of([self._fit(torch.zeros(1, 3, *size))])
         self._text_ids = pipeline._prepare_text_ids(torch.zeros(1, max_sequence_length, 1))[0]
         self._own_image_ids = self._image_ids(self.source_shapes)
 
-    def _shapes_of(self, sizes: Sequence[tuple[int, int]]) -> Shapes:
+    def _shapes_of(self, references: Sequence[Tensor]) -> Shapes:
+        sizes = [images.shape[-2:] for images in references]
         return tuple((height // self._multiple, width // self._multiple) for height, width in sizes)
 
     def _image_ids(self, shapes: Shapes) -> Tensor:
@@ -70,19 +66,13 @@ class Flux2KleinAdapter:
         return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
 
     def _num_tokens(self, prompt: str) -> int:
-        messages = [{"role": "user", "content": prompt}]
-        tokenizer = self.pipeline.tokenizer
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return len(tokenizer(text)["input_ids"])
+        raise NotImplementedError
 
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`. Images of more than 1024 x 1024 pixels are made smaller, as the pipeline does."""
         fitted = [self._fit(images) for images in references]
-        shapes = self._shapes_of([tuple(images.shape[-2:]) for images in fitted])
-        return torch.cat([self.encode_images(images) for images in fitted], dim=1), shapes
+        return torch.cat([self.encode_images(images) for images in fitted], dim=1), self._shapes_of(fitted)
 
     def _fit(self, images: Tensor) -> Tensor:
         """Images in the size that the pipeline takes references in."""
@@ -103,14 +93,15 @@ class Flux2KleinAdapter:
     @torch.no_grad()
     def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
-        encode, images = self.pipeline._encode_vae_image, images.to(self.pipeline.vae.device)
-        pack = self.pipeline._pack_latents
-        return in_chunks(lambda part: pack(encode(part, generator=None)), images, batch_size).cpu()
+        encode, pack, vae = self.pipeline._encode_vae_image, self.pipeline._pack_latents, self.pipeline.vae
+        images = images.to(vae.device, vae.dtype)
+        return in_chunks(lambda part: pack(encode(part, generator=None)), images, batch_size).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
         """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), batch_size).cpu()
+        vae = self.pipeline.vae
+        return in_chunks(self._decode, latents.to(vae.device, vae.dtype), batch_size).float().cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
@@ -135,7 +126,67 @@ class Flux2KleinAdapter:
             timestep=timestep(sigma, transformer.dtype),
             img_ids=image_ids.to(x.device),
             txt_ids=self._text_ids.to(x.device),
-            guidance=None,
+            guidance=guidance_rows(self.guidance_embedding, x),
             return_dict=False,
         )[0]
         return output[:, : x.shape[1]]
+
+
+class Flux2KleinAdapter(_Flux2):
+    """FLUX.2 [klein]: guidance by a second pass with the empty prompt, no guidance embedding (see `ModelAdapter`).
+
+    Args:
+        pipeline: a ``Flux2KleinPipeline`` that is not distilled.
+        size: ``(height, width)`` of the images in pixels, multiples of the pipeline's patch size.
+        max_sequence_length: text tokens per prompt; a longer prompt is an error, never a silent cut.
+
+    Raises:
+        CloraError: the pipeline is distilled (it has no guidance, so it cannot be a teacher's base), or the size
+            does not fit the patch size.
+    """
+
+    default_guidance = 4.0
+
+    def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
+        if pipeline.config.is_distilled:
+            raise CloraError(
+                "expected a base FLUX.2 [klein] pipeline, found a distilled one (is_distilled = true), which has no "
+                "guidance and cannot be the teachers' base; use the undistilled (base) model"
+            )
+        super().__init__(pipeline, size, max_sequence_length, None)
+
+    def _num_tokens(self, prompt: str) -> int:
+        messages = [{"role": "user", "content": prompt}]
+        tokenizer = self.pipeline.tokenizer
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(tokenizer(text)["input_ids"])
+
+
+class Flux2Adapter(_Flux2):
+    """FLUX.2 [dev]: the guidance scale is embedded, a stock call has no pass with the empty prompt (see `ModelAdapter`).
+
+    Args:
+        pipeline: a ``Flux2Pipeline``.
+        size: ``(height, width)`` of the images in pixels, multiples of the pipeline's patch size.
+        max_sequence_length: text tokens per prompt, the system message included; a longer prompt is an error.
+        guidance_embedding: guidance scale embedded in every pass; None for that of a stock call.
+
+    Raises:
+        CloraError: the size does not fit the patch size, or the transformer has no guidance embedding.
+    """
+
+    default_guidance = 0.0
+
+    def __init__(
+        self, pipeline, size: tuple[int, int], max_sequence_length: int, guidance_embedding: float | None = None
+    ):
+        super().__init__(pipeline, size, max_sequence_length, embedded_guidance(pipeline, guidance_embedding))
+
+    def _num_tokens(self, prompt: str) -> int:
+        module = sys.modules[type(self.pipeline).__module__]
+        messages = module.format_input(prompts=[prompt], system_message=self.pipeline.system_message)
+        template = self.pipeline.tokenizer.apply_chat_template
+        tokens = template(messages, add_generation_prompt=False, tokenize=True, return_dict=True, return_tensors="pt")
+        return tokens["input_ids"].shape[1]

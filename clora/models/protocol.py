@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,7 +23,11 @@ class ModelAdapter(Protocol):
         latent_shape: ``(T, C)`` of an image of that size.
         source_shapes: size in tokens of the source, where it is one image of `size`.
         text_sees_image: whether a prompt is encoded together with the images to edit.
-        default_guidance: guidance w of the family's LoRAs by custom; 0 where the family has no second, empty-prompt pass.
+        default_guidance: guidance w of the family's LoRAs by custom; 0 where a stock call has no second, empty-prompt pass.
+        guidance_embedding: guidance scale embedded in every pass, of student, critic and teachers alike; None for a
+            family without guidance embedding.
+        student_call: what a stock call needs, besides prompt, picture, steps, size and ``max_sequence_length``, to run the
+            student: keyword arguments with numbers.
     """
 
     pipeline: Any
@@ -33,6 +37,8 @@ class ModelAdapter(Protocol):
     source_shapes: Shapes
     text_sees_image: bool
     default_guidance: float
+    guidance_embedding: float | None
+    student_call: Mapping[str, float]
 
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """Encodes N prompts.

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from clora.config import DataConfig, DistillConfig, EffectConfig
+from clora.config import DistillConfig, EffectConfig
 from clora.errors import CloraError
 from clora.images import list_images, load_image
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.common import to_pil
-from clora.progress import stage
-from clora.prompt_table import Pictures, PromptTable
-from clora.rendering import Samples, num_passes, render_targets
+from clora.rendering import Report, Samples, render_targets
 
 Pairs = list[tuple[Image, Image]]
 NUM_PAIRS = 2  # as in the paper
@@ -41,38 +37,30 @@ def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
 
 
 def rendered_pairs(
-    config: DistillConfig,
-    adapter: ModelAdapter,
-    effects: Sequence[EffectConfig],
-    teachers: Mapping[str, LoRAState],
-) -> dict[str, Pairs]:
-    """What the teachers of the effects make of their first sources, as they render targets.
+    config: DistillConfig, adapter: ModelAdapter, effect: EffectConfig, teacher: LoRAState, report: Report
+) -> Pairs:
+    """What an effect's teacher makes of its first sources, as it renders targets.
+
+    Args:
+        config: sampler settings, the guidance filled in, and seed.
+        adapter: the model family, its transformer where it is to render.
+        effect: the effect.
+        teacher: its LoRA.
+        report: called as ``report(passes)``.
 
     Raises:
         CloraError: a picture that cannot be read.
     """
-    table, index = PromptTable(adapter), torch.arange(NUM_PAIRS)
-    pictures = [_first_sources(effect, config.data, adapter) for effect in effects]
-    samples = Samples(
-        torch.stack([own.latents for own in pictures]),
-        torch.stack([table.rows(effect.prompt, own, index) for effect, own in zip(effects, pictures, strict=True)]),
-        torch.stack([table.rows("", own, index) for own in pictures]),
-    )
-    with stage("render examples", num_passes(config, samples.prompt.numel())) as advance:
-        results = render_targets(adapter, teachers, samples, table.encode(), config, advance)
-        return {
-            effect.name: _to_pairs(own.pixels, adapter.decode(latents))
-            for effect, own, latents in zip(effects, pictures, results, strict=True)
-        }
+    pixels = _first_sources(effect.sources or config.data.sources, config.data.size)
+    shown = [torch.cat([pixels, pixels])] if adapter.text_sees_image else None
+    text = adapter.encode_prompts([effect.prompt] * NUM_PAIRS + [""] * NUM_PAIRS, shown)
+    rows = torch.arange(2 * NUM_PAIRS).view(2, 1, NUM_PAIRS)
+    samples = Samples(adapter.encode_sources([pixels])[0][None], *rows)
+    (results,) = render_targets(adapter, {effect.name: teacher}, samples, text, config, report)
+    return [(to_pil(before), to_pil(after)) for before, after in zip(pixels, adapter.decode(results), strict=True)]
 
 
-def _first_sources(effect: EffectConfig, data: DataConfig, adapter: ModelAdapter) -> Pictures:
-    """The first pictures that an effect's teacher edits; a single one is taken twice."""
-    folder = effect.sources or data.sources
+def _first_sources(folder: str, size: tuple[int, int]) -> Tensor:
+    """The first pictures ``[NUM_PAIRS, 3, H, W]`` of a folder; a single one is taken twice."""
     files = list_images(folder)
-    pixels = torch.stack([load_image(files[i % len(files)], data.size) for i in range(NUM_PAIRS)])
-    return Pictures(folder, pixels, adapter.encode_sources([pixels])[0])
-
-
-def _to_pairs(before: Tensor, after: Tensor) -> Pairs:
-    return [(to_pil(a), to_pil(b)) for a, b in zip(before, after, strict=True)]
+    return torch.stack([load_image(files[i % len(files)], size) for i in range(NUM_PAIRS)])

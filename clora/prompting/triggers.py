@@ -32,29 +32,38 @@ def text_space(encode: Callable[[Sequence[str]], Text], reference: Sequence[str]
     """The space in which texts are compared: the mean of a text's token embeddings, less that of ordinary texts.
 
     The mean over all tokens that count, since the transformer attends to all of them; a last token means the whole text
-    only in causal encoders. Less the mean of the reference texts, since what every prompt shares (the chat template, the
-    few huge channels of language models, which alone bring all raw cosines near 1) tells nothing apart.
+    only in causal encoders. Without the tokens at the start that are the same in every text (the chat template's, an
+    image's), which would weigh the more, the shorter a text is. Less the mean of the reference texts, since what every
+    prompt shares (the huge channels of language models, which alone bring all raw cosines near 1) tells nothing apart.
 
     Args:
         encode: the adapter's prompt encoder.
-        reference: ordinary texts, which are 0 on average.
+        reference: ordinary texts, two or more, which are 0 on average.
         batch_size: texts per call of ``encode``, whose result may be large.
     """
+    start = num_shared_tokens(encode(list(reference[:batch_size])))
 
     def pooled(texts: Sequence[str]) -> Tensor:
         chunks = [list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
-        return torch.cat([mean_of_tokens(encode(chunk)) for chunk in chunks])
+        return torch.cat([mean_of_tokens(encode(chunk), start) for chunk in chunks])
 
     centre = pooled(reference).mean(0)
     return lambda texts: functional.normalize(pooled(texts) - centre, dim=-1)
 
 
-def mean_of_tokens(text: Text) -> Tensor:
-    """``[B, D]`` float32, over the tokens that the mask lets through."""
+def num_shared_tokens(text: Text) -> int:
+    """How many tokens at the start all rows have in common, up to rounding (1 % of a token's norm)."""
     embeds = text.embeds.float()
+    apart = (embeds - embeds[:1]).norm(dim=-1) > 0.01 * embeds[:1].norm(dim=-1)
+    return int(apart.any(0).int().argmax())
+
+
+def mean_of_tokens(text: Text, start: int = 0) -> Tensor:
+    """``[B, D]`` float32, over the tokens from ``start`` on that the mask lets through."""
+    embeds = text.embeds[:, start:].float()
     if text.mask is None:
         return embeds.mean(1)
-    mask = text.mask.to(embeds)[..., None]
+    mask = text.mask[:, start:].to(embeds)[..., None]
     return (embeds * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 

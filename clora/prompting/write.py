@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from clora.atomic import check_writable, write_atomic
 from clora.conditioning import Text
 from clora.config import DistillConfig, EffectConfig, make_trigger
-from clora.distill import load_pipeline
+from clora.distill import find_device, find_dtype, load_pipeline, with_guidance
+from clora.encoders import move
 from clora.errors import CloraError
 from clora.everyday import everyday_instructions, everyday_topics
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.models import ModelAdapter, adapter_for
 from clora.paths import user_path
 from clora.progress import say, stage
 from clora.prompt_file import EffectPrompts, PromptsFile, prompts_text
-from clora.prompting.examples import Pairs, given_pairs, rendered_pairs
+from clora.prompting.examples import NUM_PAIRS, Pairs, given_pairs, rendered_pairs
 from clora.prompting.triggers import Embed, Similarity, choose_triggers, similarities, text_space
 from clora.prompting.wording import Fitting, Written, describe_effect, join_general, write_general
 from clora.prompting.writers import Writer, load_writer, pipeline_writer
+from clora.rendering import num_passes
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,13 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
     """
     target = _check_target(config, user_path(path), overwrite)
     with stage("load pipeline", None):
-        pipeline = load_pipeline(config.pipeline, config.device)
-        adapter = adapter_for(pipeline, config.data.size, config.data.max_sequence_length)
-        writer, reason = _choose_writer(config, pipeline)
+        device = find_device(config.device)
+        adapter = _load(config, device)
+        config = with_guidance(config, adapter)
+        writer, reason = _choose_writer(config, adapter.pipeline, device)
     if reason is not None:
         say(reason)
-    pairs = _pairs(config, adapter) if writer is not None and writer.sees_pictures else {}
+    pairs = _pairs(config, adapter, device) if writer is not None and writer.sees_pictures else {}
     with stage("compare triggers", None):
         embed = text_space(lambda texts: _encode(adapter, texts), everyday_instructions())
         candidates = [_candidates(effect, config.prompts.triggers) for effect in config.effects]
@@ -106,12 +110,22 @@ def _candidates(effect: EffectConfig, count: int) -> list[str]:
     return [make_trigger(effect.name, variant) for variant in range(count)]
 
 
-def _choose_writer(config: DistillConfig, pipeline) -> tuple[Writer | None, str | None]:
+def _load(config: DistillConfig, device: torch.device) -> ModelAdapter:
+    """The pipeline's adapter; all but the transformer, which renders examples at most, is on the device."""
+    pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name != "transformer":
+            move(part, device)
+    data = config.data
+    return adapter_for(pipeline, data.size, data.max_sequence_length, config.sampler.guidance_embedding)
+
+
+def _choose_writer(config: DistillConfig, pipeline, device: torch.device) -> tuple[Writer | None, str | None]:
     """The writer, or None for templates; and what is to be said of it."""
     if config.prompts.writer == "templates":
         return None, None
     if config.prompts.writer != "auto":
-        return load_writer(config.prompts.writer, pipeline.device), None
+        return load_writer(config.prompts.writer, device), None
     writer = pipeline_writer(pipeline)
     if writer is None:
         found = type(getattr(pipeline, "text_encoder", None)).__name__
@@ -122,16 +136,22 @@ def _choose_writer(config: DistillConfig, pipeline) -> tuple[Writer | None, str 
     return writer, None if writer.sees_pictures else f"{writer.name} reads the teachers' prompts, it sees no pictures"
 
 
-def _pairs(config: DistillConfig, adapter: ModelAdapter) -> dict[str, Pairs]:
+def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -> dict[str, Pairs]:
     """Pictures before and after each effect whose prompts are to be written."""
     effects = [effect for effect in config.effects if _is_open(effect)]
     given = {effect.name: given_pairs(effect, config.data.size) for effect in effects if effect.targets is not None}
     missing = [effect for effect in effects if effect.targets is None]
     if not missing:
         return given
-    shapes = linear_shapes(adapter.pipeline.transformer)
-    teachers = {effect.name: load_lora(effect.lora, shapes) for effect in missing}
-    return given | rendered_pairs(config, adapter, missing, teachers)
+    transformer, rendered = adapter.pipeline.transformer, {}
+    shapes, weights = linear_shapes(transformer), linear_weights(transformer)
+    move(transformer, device)
+    with stage("render examples", num_passes(config, NUM_PAIRS * len(missing))) as advance:
+        for effect in missing:  # one teacher at a time: many would fill the memory
+            teacher = load_lora(effect.lora, shapes, weights)
+            rendered[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
+    move(transformer, torch.device("cpu"))
+    return given | rendered
 
 
 def _write(

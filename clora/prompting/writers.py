@@ -37,12 +37,14 @@ class Writer(NamedTuple):
 def pipeline_writer(pipeline) -> Writer | None:
     """The pipeline's own text encoder as a writer; None where it is no language model that can generate.
 
-    Qwen2.5-VL in Qwen-Image-Edit (``pipeline.processor``) and Mistral 3 in FLUX.2 (its ``tokenizer`` is a processor) see
-    pictures; Qwen3 in FLUX.2 [klein] reads text only; CLIP and T5 of FLUX.1 and models without a head cannot write.
+    Qwen2.5-VL in Qwen-Image-Edit (``processor``) and LongCat-Image-Edit (``text_processor``) and Mistral 3 in FLUX.2
+    [dev], whose ``tokenizer`` is a processor, see pictures; Qwen3 in FLUX.2 [klein] reads text only; CLIP and T5 of
+    FLUX.1 and models without a head cannot write.
     """
     model = getattr(pipeline, "text_encoder", None)
-    processor = getattr(pipeline, "processor", None) or getattr(pipeline, "tokenizer", None)
-    if not _can_generate(model) or not getattr(processor, "chat_template", None):
+    slots = (getattr(pipeline, name, None) for name in ("processor", "text_processor", "tokenizer"))
+    processor = next((slot for slot in slots if getattr(slot, "chat_template", None)), None)
+    if not _can_generate(model) or processor is None:
         return None
     return language_model_writer(f"{type(model).__name__} of the pipeline", model, processor)
 

@@ -20,6 +20,7 @@ def design_for(
     rank: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
+    triton: str,
     table: Sequence[dict] | None = None,
 ) -> str:
     """The measured design of a shape, or the default: never a guess.
@@ -28,11 +29,19 @@ def design_for(
         tokens: of one sample; the number of samples must not matter, see `tiles`.
         rank: of the adapters; an entry holds for every rank that pads to the same power of two.
         capability: the GPU's compute capability.
-        table: entries ``{"capability": [9, 0], "dtype": "bfloat16", "in_features": K, "out_features": N, "rank": R,
-            "min_tokens": T, "design": "fused" or "split"}``; of the entries of a shape, the one with the largest
-            min_tokens that is not above `tokens` decides. Default: `designs.json`.
+        triton: Triton's version, of which the first two numbers count: another release may compile to slower kernels.
+        table: entries ``{"capability": [9, 0], "triton": "3.7", "dtype": "bfloat16", "in_features": K, "out_features": N,
+            "rank": R, "min_tokens": T, "design": "fused" or "split"}``; of the entries of a shape, the one with the
+            largest min_tokens that is not above `tokens` decides. Default: `designs.json`.
     """
-    shape = (tuple(capability), str(dtype).removeprefix("torch."), in_features, out_features, _padded(rank))
+    shape = (
+        tuple(capability),
+        release(triton),
+        str(dtype).removeprefix("torch."),
+        in_features,
+        out_features,
+        _padded(rank),
+    )
     entries = [entry for entry in (_table() if table is None else table) if _shape_of(entry) == shape]
     best = None
     for entry in entries:
@@ -41,9 +50,15 @@ def design_for(
     return DEFAULT if best is None else best["design"]
 
 
+def release(version: str) -> str:
+    """The first two numbers of a version: "3.7" of "3.7.1+git"."""
+    return ".".join(version.split(".")[:2])
+
+
 def _shape_of(entry: dict) -> tuple:
     return (
         tuple(entry["capability"]),
+        entry["triton"],
         entry["dtype"],
         entry["in_features"],
         entry["out_features"],

@@ -304,7 +304,7 @@ def reduce_kernel(
     b_sum = tl.full([BLOCK_C, BLOCK_R], 0, tl.float32)
     for i_b in range(num_samples):
         mine = tl.load(p_ids + i_b) == i_e
-        for _ in range(chunks):
+        for _ in tl.range(chunks, loop_unroll_factor=4):
             b_sum += tl.load(p_partial, mask=m_out & mine, other=0)
             p_partial += C * PARTIAL_R
     p_out += i_e.to(tl.int64) * s_oe + o_c[:, None] * s_oc + o_r[None, :] * s_or

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
@@ -359,7 +360,8 @@ def _design(x: Tensor, weight: Tensor, lora_A: Tensor, design: str | None) -> st
     if design is not None or x.device.type != "cuda":
         return design or DEFAULT
     capability = torch.cuda.get_device_capability(x.device)
-    return design_for(x.shape[1], weight.shape[1], weight.shape[0], lora_A.shape[1], x.dtype, capability)
+    n, k = weight.shape
+    return design_for(x.shape[1], k, n, lora_A.shape[1], x.dtype, capability, triton.__version__)
 
 
 forward_op = kernel_op("clora::multi_lora_linears", _forward, _forward_fake)

@@ -26,18 +26,20 @@ def git(folder, *command):
     return subprocess.run(["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize(
-    "file", ["csrc_triton/op.py", "csrc_triton/new.py", "clora/ops.py", "csrc_triton/designs.json"]
-)
+@pytest.mark.parametrize("file", ["csrc_triton/op.py", "csrc_triton/new.py", "clora/ops.py", "csrc_triton/tiles.json"])
 def test_a_change_of_a_source_is_another_revision(checkout, file):
     before = revision(checkout)
     (checkout / file).write_text("1\n")
     assert revision(checkout) != before
 
 
-@pytest.mark.parametrize("file", ["bench/results/a.json", "bench/report.py", "README.md", "bench/README.md"])
+@pytest.mark.parametrize(
+    "file",
+    ["bench/results/a.json", "bench/report.py", "README.md", "bench/README.md", "csrc_triton/multi_lora/designs.json"],
+)
 def test_what_no_figure_depends_on_leaves_the_revision(checkout, file):
     before = revision(checkout)
+    (checkout / file).parent.mkdir(exist_ok=True)
     (checkout / file).write_text("1\n")
     assert revision(checkout) == before
 

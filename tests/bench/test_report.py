@@ -40,7 +40,7 @@ def record(case, revision="r1", machine=MACHINE, **times):
         name: {**entry, "errors": {"gradient": 1e-7}, "median_ms": value} if isinstance(value, float) else value
         for name, value in times.items()
     }
-    base = {**records.begin(case, revision, None), "machine": machine, "providers": providers}
+    base = {**records.begin(case, revision, [], None), "machine": machine, "providers": providers}
     return json.loads(json.dumps({**base, "status": "done"}))
 
 
@@ -171,12 +171,13 @@ def test_designs_are_the_faster_ones_and_the_op_reads_them():
         (12288, 4096, "split"),
     ]
 
-    def chosen(tokens, k=3072, rank=64, capability=(9, 0)):
-        return design_for(tokens, k, 3072, rank, torch.bfloat16, capability, table)
+    def chosen(tokens, k=3072, rank=64, capability=(9, 0), triton="3.6.1"):
+        return design_for(tokens, k, 3072, rank, torch.bfloat16, capability, triton, table)
 
     assert [chosen(tokens) for tokens in (512, 1024, 2047, 2048, 8192)] == ["split"] * 3 + ["fused"] * 2
     assert [chosen(4096, rank=40), chosen(4096, rank=16), chosen(4096, k=12288)] == ["fused", "split", "split"]
     assert chosen(4096, capability=(8, 0)) == "split"
+    assert [chosen(4096, triton=version) for version in ("3.6.0+git1", "3.7.0", "3.60")] == ["fused", "split", "split"]
 
 
 def test_the_number_of_samples_does_not_choose():
@@ -189,9 +190,13 @@ def test_what_has_no_times_of_both_designs_is_left_out():
     assert designs_of(record(linear(mode="student"), ours_fused=1.0, ours_split=2.0)) == []
 
 
-def test_other_gpus_keep_their_entries(tmp_path, monkeypatch):
+def test_other_gpus_and_other_triton_releases_keep_their_entries(tmp_path, monkeypatch):
     table = tmp_path / "designs.json"
-    old = [{"capability": [8, 0], "design": "fused"}, {"capability": [9, 0], "design": "fused"}]
+    old = [
+        {"capability": [8, 0], "triton": "3.6", "design": "fused"},
+        {"capability": [9, 0], "triton": "3.7", "design": "fused"},
+        {"capability": [9, 0], "triton": "3.6", "design": "fused"},
+    ]
     table.write_text(json.dumps(old))
     monkeypatch.setattr(design_table, "TABLE", table)
     assert design_table.main([str(tmp_path / "empty")]) == 1
@@ -200,5 +205,6 @@ def test_other_gpus_keep_their_entries(tmp_path, monkeypatch):
     records.write(tmp_path / "results" / f"{measured['name']}.json", measured)
     assert design_table.main([str(tmp_path / "results")]) == 0
     written = json.loads(table.read_text())
-    assert written[0] == old[0]
-    assert [entry["design"] for entry in written] == ["fused", "split"]
+    assert written[:2] == old[:2]
+    assert written[2:] == design_table.entries_of([measured])
+    assert (written[2]["triton"], written[2]["design"]) == ("3.6", "split")

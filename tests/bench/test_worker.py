@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import bench.measure
 import bench.worker
 from bench import records
-from bench.cases import LinearCase, cpu_cases
+from bench.cases import LinearCase, LossCase, cpu_cases
 from bench.measure import Bench, DeviceLost
 from bench.providers import Unavailable
 from bench.timing import countdown
@@ -25,7 +26,7 @@ def stopwatch(call):
 
 
 BENCH = Bench(torch.device("cpu"), stopwatch, {"tflop_per_s": 1.0, "gb_per_s": 10.0}, rounds=2, warmup=1)
-MACHINE = {"gpu": "none"}
+MACHINE = {"gpu": "none", "capability": [9, 0], "triton": "3.7.1"}
 A_DAY = countdown(86400)
 
 
@@ -137,6 +138,27 @@ def test_finished_cases_are_passed_over_at_the_same_revision_alone(tmp_path, mon
     assert len(built) == 5
 
 
+def test_a_case_is_measured_anew_where_the_table_of_designs_chooses_otherwise(tmp_path, monkeypatch):
+    built = []
+    providing(monkeypatch, ours=lambda inputs: built.append(1) or right(inputs))
+    student = replace(case(2), mode="student", adapters=1)
+    cases = [case(2), case(40), student, LossCase(samples=1, latent=(1, 2, 2))]
+    entry = {"capability": [9, 0], "triton": "3.7", "dtype": "float32", "in_features": 4, "out_features": 6}
+    fused = {**entry, "rank": 2, "min_tokens": 1, "design": "fused"}
+    back = {**fused, "in_features": 6, "out_features": 4}  # the student's gradient of x
+    for table, again in (([], 4), ([fused], 2), ([fused], 0), ([fused, back], 1), ([{**fused, "triton": "3.6"}], 2)):
+        monkeypatch.setattr("csrc_triton.multi_lora.designs._table", lambda table=table: table)
+        built.clear()
+        assert measure_all(cases, tmp_path, BENCH, MACHINE, "r1", A_DAY) == 0
+        assert len(built) == again
+    assert [records.read(records.path_of(tmp_path, each))["designs"] for each in cases] == [
+        ["split"],
+        ["split"],
+        ["split", "split"],
+        [],
+    ]
+
+
 def test_no_case_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
     now = [0.0]
     durations = iter([40.0, 5.0, 5.0, 5.0, 5.0, 20.0])
@@ -186,7 +208,7 @@ def test_where_processes_ended_twice_outside_any_provider_the_case_has_failed(tm
         with pytest.raises(KeyboardInterrupt):
             measure_one(case(), tmp_path, BENCH, MACHINE, "r1")
     assert measure_one(case(), tmp_path, BENCH, MACHINE, "r1")["error"] == "inputs: the process ended here 2 times"
-    assert records.is_finished(read(tmp_path), "r1")
+    assert records.is_finished(read(tmp_path), "r1", ["split"])
 
 
 @pytest.mark.usefixtures("no_compilers")
@@ -196,7 +218,7 @@ def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatc
     monkeypatch.setattr("clora.backend.interpreting", lambda: False)  # another test may have it on
     monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
     monkeypatch.setattr(bench.worker, "CudaStopwatch", lambda device: stopwatch)
-    monkeypatch.setattr(bench.worker, "describe", lambda device, stopwatch: {"gpu": "CPU", "roof": BENCH.roof})
+    monkeypatch.setattr(bench.worker, "describe", lambda device, stopwatch: {**MACHINE, "roof": BENCH.roof})
     monkeypatch.setattr(bench.worker, "gpu_cases", lambda: [case(2), case(3)])
     assert bench.worker.main([str(tmp_path), "--budget-s", "100", "--only", "*-r3-*"]) == 0
     assert read(tmp_path, 2) is None

@@ -8,9 +8,11 @@ from loss_cases import CASES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clora.errors import CloraError
-from clora.ops import coarse_to_fine_loss, multi_lora_linear
+from clora.ops import coarse_to_fine_loss, multi_lora_linear, multi_lora_linears
 
 pytest.importorskip("triton")
+
+from linear_cases import launches
 
 from csrc_triton.multi_lora import op as linear_op
 from csrc_triton.registration import INTERPRETED
@@ -102,3 +104,27 @@ def test_fp64_is_not_covered(op, inputs):
     with pytest.raises(CloraError, match=f"the kernels of {op.__name__} do not cover this call .*(fp|float)64"):
         op(*given, backend="triton")
     assert flat(op(*given, backend="auto"))[0].dtype == torch.float64
+
+
+def two_layers(*dtypes):
+    """A layer twice, its factors of these dtypes."""
+    x, weight, bias, lora_A, lora_B, scale, ids = linear_inputs()
+    return x, [(weight, bias, lora_A.to(dtype), lora_B.to(dtype)) for dtype in dtypes], scale, ids
+
+
+def test_layers_of_one_input_share_its_pass_on_the_kernels_alone(monkeypatch):
+    given, seen = two_layers(torch.float32, torch.float32), launches(monkeypatch)
+    expected = multi_lora_linears(*given, backend="eager")
+    assert not seen
+    for ours, eager in zip(multi_lora_linears(*given, backend="triton"), expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    assert [name for name, _ in seen] == ["shrink_kernel", "expand_add_kernel", "expand_add_kernel"]
+
+
+def test_layers_of_one_input_are_computed_one_by_one_where_one_is_not_covered():
+    given = two_layers(torch.float32, torch.float64)
+    with pytest.raises(CloraError, match=r"multi_lora_linear do not cover this call \(lora_A is torch.float64"):
+        multi_lora_linears(*given, backend="triton")
+    x, layers, scale, ids = given
+    for y, layer in zip(multi_lora_linears(*given, backend="auto"), layers, strict=True):
+        assert torch.equal(y, multi_lora_linear(x, *layer, scale, ids, backend="auto"))

@@ -47,6 +47,7 @@ EVERY_KERNEL = ("shrink", "shrink_qkv", "expand_add", "linear", "grad_x", "grad_
 COMPILED = [  # (shape, launches, targets)
     ("square", EVERY_KERNEL, ("sm_90",)),
     ("square", ("shrink", "expand_add", "linear", "grad_x", "grad_B", "reduce"), ("sm_80", "sm_100", "gfx942")),
+    ("square", ("shrink_qkv", "grad_A_qkv"), ("sm_80",)),
     ("up", ("shrink", "linear", "grad_B"), ("sm_90",)),
     ("down", ("shrink", "linear", "grad_B"), ("sm_80", "sm_90")),
     ("large", ("shrink", "expand_add", "linear", "grad_B"), ("sm_80", "sm_90")),

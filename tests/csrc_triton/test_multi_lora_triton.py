@@ -30,7 +30,7 @@ from linear_cases import (
 from csrc_triton.multi_lora import launch
 from csrc_triton.multi_lora.op import multi_lora_linear_triton, multi_lora_linears
 from csrc_triton.multi_lora.reference import multi_lora_linear
-from csrc_triton.multi_lora.tiles import Machine
+from csrc_triton.multi_lora.tiles import Machine, rank_block
 from csrc_triton.registration import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -144,7 +144,7 @@ def projections_of(x, ranks, seed=5):
     rand = lambda *shape: torch.randn(*shape, generator=g).to(x.device)  # noqa: E731
     k, n = x.shape[2], 11
     return [
-        (rand(n + i, k) / 3, rand(n + i) if i % 2 else None, rand(2, r, k) / 3, rand(2, n + i, r) / 2)
+        (rand(n + i, k) / 3, rand(n + i) if i % 2 else None, rand(2, r, k) / 3, rand(2, n + i, r) / max(r, 4) ** 0.5)
         for i, r in enumerate(ranks)
     ]
 
@@ -168,8 +168,9 @@ def of_projections(function, x, projections, used):
         ((5, 2, 8, 3), (0, 1, 2, 3)),
         ((4, 0, 6), (0, 1, 2)),
         ((4, 2, 6), (2,)),
+        ((128, 120, 100), (0, 1, 2)),
     ],
-    ids=["qkv", "two", "four", "one_without_ranks", "one_output_used"],
+    ids=["qkv", "two", "four", "one_without_ranks", "one_output_used", "several_rank_blocks"],
 )
 def test_projections_equal_one_by_one(ranks, used, design):
     x, ids = make(Case(70, 20, 1, 1, 1, [1, -1, 0]))[0], torch.tensor([1, -1, 0], device=DEVICE)
@@ -183,6 +184,11 @@ def test_projections_equal_one_by_one(ranks, used, design):
             assert a is None or not a.any()
         else:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_rank_blocks_hold_all_ranks_or_pad_little():
+    assert [rank_block(rank) for rank in (1, 20, 129, 256)] == [16, 32, 256, 256]
+    assert [rank_block(rank) for rank in (384, 400, 512, 600, 768)] == [128, 256, 256, 128, 256]
 
 
 def test_projections_share_their_passes_over_x(monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
 from clora.lora import save as save_module
+from clora.lora.families import FLUX2
 from clora.lora.files import load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import content_hash
@@ -66,7 +67,7 @@ def test_peft_folder(tmp_path, targets, transformer, run, random_state, applied_
 def test_kohya(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas, shared):
     state, path = random_state(ranks=(4,)), tmp_path / "kohya.safetensors"
     state = with_shared_qkv(state) if shared else state
-    save_kohya(state, path, alpha=2.0)
+    save_kohya(state, path, alpha=2.0, family=FLUX2)
     qkv = load_file(path)["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
     assert qkv.shape == (4 if shared else 12, 16)
     loaded = load_lora(path, targets)
@@ -78,24 +79,24 @@ def test_kohya_in_diffusers(tmp_path, random_state, diffusers_output, applied_ou
     """On the modules that diffusers' kohya converter knows (it skips all modulations)."""
     modules = [*ATTENTION, "transformer_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_out", "x_embedder"]
     state, path = random_state(modules=modules), tmp_path / "kohya.safetensors"
-    save_kohya(state, path, alpha=1.0)
+    save_kohya(state, path, alpha=1.0, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
 def test_comfyui(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = with_shared_qkv(random_state()), tmp_path / "comfyui.safetensors"
-    save_comfyui(state, path)
+    save_comfyui(state, path, family=FLUX2)
     assert all(key.startswith("diffusion_model.") for key in load_file(path))
     assert_same_deltas(load_lora(path, targets), state)
     # diffusers 0.42 forgets to swap the halves of the final modulation, so it is compared without that module.
     rest = LoRAState({name: module for name, module in state.modules.items() if name != "norm_out.linear"})
-    save_comfyui(rest, path)
+    save_comfyui(rest, path, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(rest), rtol=1e-5, atol=1e-5)
 
 
 def test_fused_with_missing_parts(tmp_path, targets, random_state):
     state, path = random_state(modules=["transformer_blocks.0.attn.to_k"]), tmp_path / "a.safetensors"
-    save_comfyui(state, path)
+    save_comfyui(state, path, family=FLUX2)
     loaded = load_lora(path, targets)
     assert torch.equal(loaded.modules[ATTENTION[1]].delta(), state.modules[ATTENTION[1]].delta())
     assert not loaded.modules[ATTENTION[0]].delta().any()
@@ -152,11 +153,56 @@ BAD_TENSORS = {
     "inf": ({A: torch.ones(4, 16), B: torch.full((16, 4), float("inf"))}, [B, "infinite"]),
     "nan_alpha": (good() | {f"{STEM}.alpha": torch.tensor(float("nan"))}, [f"{STEM}.alpha", "NaN"]),
     "alpha_vector": (good() | {f"{STEM}.alpha": torch.ones(3)}, [f"{STEM}.alpha", "single number"]),
-    "dora_kohya": (good() | {f"{STEM}.dora_scale": torch.ones(16, 1)}, ["DoRA", "not supported yet"]),
-    "dora_peft": (good() | {f"{STEM}.lora_magnitude_vector": torch.ones(16)}, ["DoRA", "not supported yet"]),
-    "lokr": ({f"{STEM}.lokr_w1": torch.ones(4, 4)}, ["LoKr", "not supported yet"]),
-    "loha": ({f"{STEM}.hada_w1_a": torch.ones(4, 4)}, ["LoHa", "not supported yet"]),
-    "diff": ({f"{STEM}.diff": torch.ones(16, 16)}, [".diff", "not supported yet"]),
+    "dora_without_base": (good() | {f"{STEM}.dora_scale": torch.ones(16, 1)}, ["DoRA", "weights of the base"]),
+    "dora_peft_without_base": (good() | {f"{STEM}.lora_magnitude_vector": torch.ones(16)}, ["DoRA", "of the base"]),
+    "dora_shape": (good() | {f"{STEM}.dora_scale": torch.ones(15, 1)}, ["dora_scale", "[15, 1]", "[16, 1]"]),
+    "dora_alone": ({f"{STEM}.dora_scale": torch.ones(16, 1)}, [STEM, "has no lora_A and no lora_B"]),
+    "lokr_half": ({f"{STEM}.lokr_w1": torch.ones(4, 4)}, [STEM, "has no lokr_w2"]),
+    "lokr_half_product": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2_a": torch.ones(4, 2)},
+        [STEM, "has no lokr_w2_b"],
+    ),
+    "lokr_whole_and_product": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.ones(4, 4)}
+        | {f"{STEM}.lokr_w2_a": torch.ones(4, 2), f"{STEM}.lokr_w2_b": torch.ones(2, 4)},
+        [STEM, "has lokr_w2 too"],
+    ),
+    "lokr_shape": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.ones(4, 5)},
+        ["wrong shape", "[4, 5]", "together [16, 20]"],
+    ),
+    "lokr_ranks": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4)}
+        | {f"{STEM}.lokr_w2_a": torch.ones(4, 2), f"{STEM}.lokr_w2_b": torch.ones(3, 4)},
+        ["rank mismatch", "[4, 2]", "[3, 4]"],
+    ),
+    "lokr_nan": (
+        {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.full((4, 4), float("nan"))},
+        [f"{STEM}.lokr_w2", "NaN"],
+    ),
+    "lokr_tucker": ({f"{STEM}.lokr_t2": torch.ones(4, 4, 1, 1)}, ["Tucker", "lokr_t2"]),
+    "loha_half": ({f"{STEM}.hada_w1_a": torch.ones(16, 4)}, [STEM, "hada_w1_b", "hada_w2_a", "hada_w2_b"]),
+    "loha_shapes": (
+        {f"{STEM}.hada_w1_a": torch.ones(16, 4), f"{STEM}.hada_w1_b": torch.ones(4, 16)}
+        | {f"{STEM}.hada_w2_a": torch.ones(16, 4), f"{STEM}.hada_w2_b": torch.ones(4, 15)},
+        [STEM, "[16, 16] and [16, 15]"],
+    ),
+    "two_types": (good() | {f"{STEM}.diff": torch.ones(16, 16)}, [STEM, "LoRA and diff at once"]),
+    "diff_shape": ({f"{STEM}.diff": torch.ones(16, 15)}, ["wrong shape", "[16, 15]", "[16, 16]"]),
+    "bias": (good() | {f"{STEM}.diff_b": torch.ones(16)}, ["1 key(s)", "bias", f"{STEM}.diff_b"]),
+    "lora_bias": (good() | {f"{STEM}.lora_B.bias": torch.ones(16)}, ["bias", f"{STEM}.lora_B.bias"]),
+    "text_encoder": (
+        good() | {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.alpha": torch.tensor(1.0) for i in range(5)},
+        ["5 key(s)", "text encoder", "and 2 more"],
+    ),
+    "integers": (good() | {B: torch.ones(16, 4, dtype=torch.int8)}, [B, "I8", "floating-point"]),
+    "two_names": (good() | {f"{STEM}.lora_down.weight": torch.ones(4, 16)}, ["same tensor by two names"]),
+    "split_and_fused": (
+        good()
+        | {"transformer.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 16)}
+        | {"transformer.double_blocks.0.img_attn.qkv.lora_B.weight": torch.ones(48, 4)},
+        ["transformer_blocks.0.attn.to_q a second time"],
+    ),
     "twice": (
         good()
         | {key.replace("transformer.", "diffusion_model.", 1): torch.ones_like(value) for key, value in good().items()},
@@ -251,9 +297,9 @@ def test_save_refuses(tmp_path, random_state):
     with pytest.raises(CloraError, match="cannot be written"):
         save_peft_folder(state, tmp_path / "file")
     with pytest.raises(CloraError, match="ends in .safetensors"):
-        save_comfyui(state, tmp_path / "a.bin")
+        save_comfyui(state, tmp_path / "a.bin", family=FLUX2)
     with pytest.raises(CloraError, match="alpha must be above 0"):
-        save_kohya(state, tmp_path / "a.safetensors", alpha=0)
+        save_kohya(state, tmp_path / "a.safetensors", alpha=0, family=FLUX2)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

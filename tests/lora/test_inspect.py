@@ -7,10 +7,13 @@ import json
 
 import pytest
 import torch
+from lora_cases import TRANSFORMERS
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
+from clora.lora.families import FLUX2
+from clora.lora.files import linear_shapes, load_lora
 from clora.lora.inspect import inspect_lora, pipeline_shapes, render
 from clora.lora.save import save_kohya, save_peft_folder
 
@@ -22,7 +25,7 @@ def text(info):
 
 
 def test_kohya_with_a_model(tmp_path, targets, random_state):
-    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16)
+    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
     info = inspect_lora(tmp_path, targets)
     assert json.loads(json.dumps(info)) == info
     assert info["format"] == "kohya"
@@ -54,13 +57,16 @@ def test_peft_without_a_model(tmp_path, random_state):
 
 def test_lists_what_does_not_fit(tmp_path, targets, random_state):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0)
+    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
     extra = {
         "surprise[bold]": torch.ones(2),
         "lora_unet_elsewhere.lora_down.weight": torch.ones(2, 3),
         "lora_unet_elsewhere.lora_up.weight": torch.ones(3, 2),
         "lora_unet_proj_out.lora_down.weight": torch.ones(2, 3),
-        "lora_unet_img_in.dora_scale": torch.ones(3),
+        "lora_te_layer.lora_down.weight": torch.ones(3, 3),
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 16),
+        "transformer.x_embedder.lora_B.weight": torch.ones(16, 2),
+        "transformer.x_embedder.lora_up.weight": torch.ones(16, 2),
         "lora_unet_single_stream_modulation_lin.lora_down.weight": torch.ones(2, 3),
         "lora_unet_single_stream_modulation_lin.lora_up.weight": torch.ones(48, 2),
     }
@@ -68,11 +74,16 @@ def test_lists_what_does_not_fit(tmp_path, targets, random_state):
     info = inspect_lora(path, targets)
     assert info["unknown_keys"] == ["surprise[bold]"]
     assert info["unmatched"] == ["lora_unet_elsewhere"]
-    assert set(info["unsupported"]) == {"DoRA"}
-    assert len(info["problems"]) == 2
-    assert "lora_unet_proj_out has no lora_B" in info["problems"][0]
-    assert "wrong shape" in info["problems"][1]
-    for word in ("surprise[bold]", "lora_unet_elsewhere", "DoRA", "kohya"):
+    ((reason, keys),) = info["unsupported"].items()
+    assert "text encoder" in reason
+    assert keys == ["lora_te_layer.lora_down.weight"]
+    for problem, words in zip(
+        info["problems"],
+        ("lora_unet_proj_out has no lora_B", "wrong shape", "by two names", "x_embedder is given 2 times"),
+        strict=True,
+    ):
+        assert words in problem
+    for word in ("surprise[bold]", "lora_unet_elsewhere", "text encoder", "mixed"):
         assert word in text(info)
 
 
@@ -98,7 +109,7 @@ def test_raises_on_unreadable(tmp_path, name, content, words):
 @pytest.mark.parametrize("part", ["lora_down.weight", "alpha"])
 def test_nan_is_a_problem(tmp_path, random_state, part):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0)
+    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
     tensors = load_file(path)
     spoilt = next(key for key in tensors if key.endswith(part))
     tensors[spoilt].fill_(torch.nan)
@@ -109,13 +120,17 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
     assert f"{spoilt} holds NaN" in problem
 
 
-def test_a_lora_of_another_family_is_told_without_a_model(tmp_path, targets, random_state):
-    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0)
-    assert inspect_lora(tmp_path)["flux2_modules"] == len(inspect_lora(tmp_path)["modules"])
+def test_the_family_is_told_without_a_model(tmp_path, targets, random_state):
+    path = tmp_path / "a.safetensors"
+    save_kohya(random_state(), path, alpha=2.0, family=FLUX2)
+    assert inspect_lora(path)["families"] == ["FLUX.2"]
+    assert inspect_lora(path, targets)["families"] == ["FLUX.2"]
+    save_kohya(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, alpha=2.0, family=FLUX2)
+    assert inspect_lora(path)["families"] == ["FLUX.1", "FLUX.2"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}
-    save_file(tensors, tmp_path / "b.safetensors")
-    assert inspect_lora(tmp_path / "b.safetensors")["flux2_modules"] == 0
+    save_file({f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}, path)
+    assert inspect_lora(path)["families"] == []
+    assert "unknown" in text(inspect_lora(path))
 
 
 @pytest.mark.parametrize("values", [{"num_layers": "x"}, {"_class_name": "logging"}, {"_class_name": 3}])
@@ -125,3 +140,90 @@ def test_a_damaged_config_of_the_model(tmp_path, adapter, values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     with pytest.raises(CloraError, match="not a diffusers pipeline"):
         pipeline_shapes(tmp_path)
+
+
+def lora(stem, rank=4):
+    return {f"{stem}.lora_A.weight": torch.ones(rank, 16), f"{stem}.lora_B.weight": torch.ones(16, rank)}
+
+
+def test_adapter_types(tmp_path, targets):
+    """Each type's rank, scale and the rank it loads as; the base decides DoRA's."""
+    block = "diffusion_model.transformer_blocks.0.attn"
+    tensors = {
+        **lora(f"{block}.to_q", rank=300),
+        f"{block}.to_k.lokr_w1": torch.ones(4, 2),
+        f"{block}.to_k.lokr_w2_a": torch.ones(4, 3),
+        f"{block}.to_k.lokr_w2_b": torch.ones(3, 8),
+        f"{block}.to_k.alpha": torch.tensor(6.0),
+        f"{block}.to_v.hada_w1_a": torch.ones(16, 2),
+        f"{block}.to_v.hada_w1_b": torch.ones(2, 16),
+        f"{block}.to_v.hada_w2_a": torch.ones(16, 2),
+        f"{block}.to_v.hada_w2_b": torch.ones(2, 16),
+        f"{block}.to_out.0.lokr_w1": torch.ones(4, 4),
+        f"{block}.to_out.0.lokr_w2": torch.ones(4, 4),
+        f"{block}.to_out.0.alpha": torch.tensor(1e10),
+        f"{block}.to_add_out.diff": torch.ones(16, 16),
+        **lora(f"{block}.add_q_proj"),
+        f"{block}.add_q_proj.dora_scale": torch.ones(16, 1),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    for info in (inspect_lora(tmp_path), inspect_lora(tmp_path, targets)):
+        assert json.loads(json.dumps(info)) == info
+        found = {
+            entry["name"].removeprefix(f"{block}."): tuple(
+                entry[name] for name in ("type", "rank", "alpha", "scale", "loads_as_rank", "error")
+            )
+            for entry in info["modules"]
+        }
+        assert found == {
+            "to_q": ("LoRA", 300, 300.0, 1.0, 300, 0.0),
+            "to_k": ("LoKr", 3, 6.0, 2.0, 6, 0.0),
+            "to_v": ("LoHa", 2, 2.0, 1.0, 4, 0.0),
+            "to_out.0": ("LoKr", None, None, 1.0, 16, 0.0),
+            "to_add_out": ("diff", None, None, 1.0, 16, 0.0),
+            "add_q_proj": ("DoRA (LoRA)", 4, 4.0, 1.0, None, None),
+        }
+        assert info["types"] == {"DoRA (LoRA)": 1, "LoHa": 1, "LoKr": 2, "LoRA": 1, "diff": 1}
+        assert info["ranks"] == {"2": 1, "3": 1, "4": 1, "300": 1, "none": 2}
+        assert info["max_error"] is None
+        assert not info["problems"]
+        kernels, dora = info["notes"]
+        assert "1 module(s) of rank above 256" in kernels
+        assert "1 DoRA module(s)" in dora
+    for words in ("LoKr (2)", "eager PyTorch", "weights of the base", "FLUX.2", "exact"):
+        assert words in text(info)
+
+
+def test_the_error_of_dense_changes(tmp_path):
+    """The one that loading with the same model leaves, and a problem where loading would refuse it."""
+    path, shapes = tmp_path / "a.safetensors", {"x": (300, 400)}
+    values = torch.full((300,), 1e-4)
+    values[:9] = 1.0
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(400, 300, generator=generator)).Q
+    save_file({"x.diff": (left * values) @ right.T}, path)
+    for info in (inspect_lora(path), inspect_lora(path, shapes)):
+        (entry,) = info["modules"]
+        assert entry["loads_as_rank"] == 9
+        assert info["max_error"] == entry["error"] == load_lora(path, shapes).errors["x"]
+        assert entry["error"] == pytest.approx(1e-4 * (291 / 9) ** 0.5, rel=1e-2)
+    assert "0.057% of a module's change" in text(info)
+    save_file({"x.diff": torch.randn(300, 400, generator=generator)}, path)
+    (problem,) = inspect_lora(path, shapes)["problems"]
+    assert "not of low rank" in problem
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_pipeline_folder_of_every_family(tmp_path, family):
+    model = TRANSFORMERS[family]()
+    model.save_config(tmp_path / "transformer")
+    shapes = pipeline_shapes(tmp_path)
+    assert shapes == linear_shapes(model)
+    name, (out, inner) = next(iter(shapes.items()))
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, inner), f"{name}.lora_B.weight": torch.ones(out, 2)},
+        tmp_path / "a.safetensors",
+    )
+    info = inspect_lora(tmp_path / "a.safetensors", shapes)
+    assert (info["families"], info["matched"]) == ([family], 1)

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from clora.errors import CloraError
+from clora.lora.adapter_config import AdapterConfig
+from clora.lora.families import FLUX2, original_part, routes
 from clora.lora.files import load_lora
 from clora.lora.inspect import inspect_lora
-from clora.lora.keys import AdapterConfig, original_route, routes, sort_keys
+from clora.lora.keys import sort_keys
 
 MODULE = "transformer_blocks.0.attn.to_out.0"  # [16, 16]
 RANK, ALPHA = 4, 3.0
@@ -84,8 +86,8 @@ def test_peft_weights_without_an_alpha_are_refused(tmp_path, targets):
     path = save(tmp_path / "a.safetensors", f"base_model.model.{MODULE}", *matrices())
     with pytest.raises(CloraError, match=r"adapter_config\.json beside the weights, none is stated"):
         load_lora(path, targets)
-    with pytest.raises(CloraError, match="strength is not known"):
-        inspect_lora(path)
+    (problem,) = inspect_lora(path)["problems"]
+    assert "strength is not known" in problem
     stated = save(tmp_path / "b.safetensors", f"base_model.model.{MODULE}", *matrices(), alpha=ALPHA)
     assert load_lora(stated, targets).format == "peft"
 
@@ -145,31 +147,47 @@ def test_final_modulation_halves_swap(tmp_path, targets):
 
 
 def test_every_module_has_an_original_name(targets):
-    originals = {original_route(name).module for name in targets}
+    originals = {original_part(name, FLUX2).name for name in targets}
     assert not originals & set(targets)
     assert len(originals) == len(targets) - 4  # two fused triples
     assert originals <= set(routes(targets))
 
 
-def test_routes_cover_large_block_numbers():
-    table = routes(["single_transformer_blocks.19.attn.to_out", "transformer_blocks.11.ff.linear_in"])
-    assert table["single_blocks_19_linear2"][0].module == "single_transformer_blocks.19.attn.to_out"
-    assert table["double_blocks.11.img_mlp.0"][0].module == "transformer_blocks.11.ff.linear_in"
-
-
-def test_sort_keys_names_unsupported():
-    keys = sort_keys(
-        ["transformer.a.lora_A.weight", "transformer.a.dora_scale", "b.lokr_w1", "c.hada_w1_a", "d.diff", "e"]
-    )
-    assert set(keys.unsupported) == {"DoRA", "LoKr", "LoHa", "a full weight difference (.diff)"}
+def test_sort_keys_names_what_is_not_supported():
+    stem = "transformer_blocks.0.attn.to_q"
+    bad = {
+        "text encoder": [
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha",
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+            "text_encoders.clip_l.transformer.x.lora_up.weight",
+        ],
+        "bias": [f"{stem}.diff_b", f"{stem}.lora_B.bias", f"{stem}.lora_B.default.bias", f"{stem}.lora_up.bias"],
+        "Tucker": [f"{stem}.lokr_t2", f"{stem}.hada_t1", f"{stem}.lora_mid.weight"],
+        "OFT": [f"{stem}.oft_blocks", f"{stem}.oft_diag", f"{stem}.boft_R"],
+        "norm": [f"{stem}.w_norm"],
+        "reshaped": [f"{stem}.set_weight", f"{stem}.reshape_weight"],
+    }
+    keys = sort_keys([key for names in bad.values() for key in names] + ["e"])
     assert keys.unknown == ("e",)
+    assert not keys.modules
+    for word, names in bad.items():
+        (found,) = [names for reason, names in keys.unsupported.items() if word in reason]
+        assert sorted(found) == sorted(names)
+
+
+def test_sort_keys_finds_a_tensor_by_two_names():
+    keys = sort_keys(["a.lora_A.weight", "a.lora_down.weight", "a.lora_B.weight"])
+    assert keys.twice == (("a.lora_A.weight", "a.lora_down.weight"),)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        pytest.param({"use_dora": True}, "DoRA", id="dora"),
-        pytest.param({"peft_type": "LOKR"}, "LOKR", id="lokr"),
+        pytest.param({"peft_type": "OFT"}, "OFT", id="oft"),
+        pytest.param({"init_lora_weights": "pissa_niter_4"}, "relative to a base", id="pissa"),
+        pytest.param({"init_lora_weights": "OLoRA"}, "relative to a base", id="olora"),
+        pytest.param({"use_qalora": True}, "use_qalora makes another update", id="qalora"),
         pytest.param({"lora_alpha": "much"}, "numbers", id="text"),
         pytest.param({"alpha_pattern": [1]}, "numbers", id="list"),
     ],

@@ -7,7 +7,14 @@ import torch
 from torch.nn.functional import normalize
 
 from clora.conditioning import Text
-from clora.prompting.triggers import Similarity, choose_triggers, mean_of_tokens, similarities, text_space
+from clora.prompting.triggers import (
+    Similarity,
+    choose_triggers,
+    mean_of_tokens,
+    num_shared_tokens,
+    similarities,
+    text_space,
+)
 
 
 def embed(texts):
@@ -22,6 +29,29 @@ def test_mean_of_tokens_leaves_padding_out():
     torch.testing.assert_close(mean_of_tokens(Text(embeds, mask)), expected)
     torch.testing.assert_close(mean_of_tokens(Text(embeds)), embeds.mean(1))
     assert mean_of_tokens(Text(embeds.bfloat16())).dtype == torch.float32
+    torch.testing.assert_close(mean_of_tokens(Text(embeds, mask), 1)[0], embeds[0, 1])
+
+
+def test_shared_tokens():
+    embeds = torch.randn(1, 6, 4).repeat(3, 1, 1)
+    assert num_shared_tokens(Text(embeds)) == 0, "all are alike: nothing is left out"
+    embeds[1, 4] += 1
+    embeds[2, 3] *= 1.5
+    embeds[1, 1] *= 1.001
+    assert num_shared_tokens(Text(embeds)) == 3
+
+
+def test_the_length_of_a_text_weighs_nothing_beside_an_image_before_it():
+    """Image tokens at the start, which are long and the same: with them, texts of one length would look alike."""
+    image, words = 100 * torch.randn(50, 8), {word: normalize(torch.randn(8), dim=0) for word in "abcd"}
+    texts = ["a", "b", "aaaa", "bbbb", "cd", "ddc"]
+
+    def encode(some):
+        return Text.cat([Text(torch.cat([image, torch.stack([words[w] for w in text])])[None]) for text in some])
+
+    space = text_space(encode, texts)
+    plain = text_space(lambda some: Text.cat([Text(torch.stack([words[w] for w in t])[None]) for t in some]), texts)
+    torch.testing.assert_close(space(texts), plain(texts), atol=1e-4, rtol=0)
 
 
 def test_text_space():
@@ -38,7 +68,7 @@ def test_text_space():
     centre = torch.stack([table[name].mean(0) for name in "fgh"]).mean(0)
     expected = normalize(torch.stack([table[name].mean(0) - centre for name in "abcde"]), dim=-1)
     torch.testing.assert_close(found, expected)
-    assert calls == [2, 1, 2, 2, 1]
+    assert calls == [2, 2, 1, 2, 2, 1]
 
 
 def test_what_all_prompts_share_tells_nothing_apart():

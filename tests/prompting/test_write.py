@@ -14,12 +14,12 @@ from PIL import Image
 from clora.cli import main
 from clora.conditioning import Text
 from clora.config import load_config, make_trigger
-from clora.distill import distill
+from clora.distill import distill, with_guidance
 from clora.errors import CloraError
 from clora.everyday import everyday_instructions, everyday_topics
 from clora.images import load_image, load_images
 from clora.lora.files import linear_shapes, load_lora
-from clora.lora.save import save_kohya
+from clora.lora.save import save_diffusers_lora
 from clora.models.common import to_pil
 from clora.models.flux2 import Flux2KleinAdapter
 from clora.prompt_file import read_prompts
@@ -38,9 +38,8 @@ def files(tmp_path_factory, adapter_of_session):
     """Three teachers and a folder of pictures."""
     folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     for i, name in enumerate(NAMES):
-        save_kohya(
-            random_lora(adapter_of_session.pipeline.transformer, 2, i), folder / f"{name}.safetensors", alpha=2.0
-        )
+        lora = random_lora(adapter_of_session.pipeline.transformer, 2, i)
+        save_diffusers_lora(lora, folder / f"{name}.safetensors", dtype=torch.float32)
     for kind in ("images", "before", "after"):
         (folder / kind).mkdir()
         for i in range(3):
@@ -147,14 +146,11 @@ def test_a_model_that_sees_is_shown_what_the_teachers_make(config_file, fake_wri
     pixels = load_images(files / "images", SIZE)[1][:2]
     sources = adapter.encode_sources([pixels])[0]
     text = adapter.encode_prompts(["make it snow", "make it comic", ""])
-    teachers = {
-        name: load_lora(files / f"{name}.safetensors", linear_shapes(adapter.pipeline.transformer))
-        for name in NAMES[1:]
-    }
-    rows = torch.tensor([[0, 0], [1, 1]])
-    samples = Samples(torch.stack([sources, sources]), rows, torch.full_like(rows, 2))
-    results = render_targets(adapter, teachers, samples, text, config, lambda n: None)
-    for shown, result in zip(pictures[1:], results, strict=True):
+    for row, (name, shown) in enumerate(zip(NAMES[1:], pictures[1:], strict=True)):
+        teacher = load_lora(files / f"{name}.safetensors", linear_shapes(adapter.pipeline.transformer))
+        samples = Samples(sources[None], torch.full((1, 2), row), torch.full((1, 2), 2))
+        settings = with_guidance(config, adapter)
+        (result,) = render_targets(adapter, {name: teacher}, samples, text, settings, lambda n: None)
         after = adapter.decode(result)
         for i in (0, 1):
             assert np.array_equal(shown[2 * i], np.asarray(to_pil(pixels[i])))
@@ -178,6 +174,30 @@ def test_a_random_model_falls_back_to_templates(config_file, short_answers, caps
     torch.rand(5)
     write_prompts(unfilled(path), "my.prompts.yaml", overwrite=True)
     assert Path("my.prompts.yaml").read_bytes() == first
+
+
+def test_qwen_image_edit_as_a_whole(config_file, qwen_pipeline, files, monkeypatch, short_answers, capsys):
+    """Its own language model sees what its teachers render; being random, it writes nothing of use."""
+    from tiny_qwen_image import shrink
+
+    shrink(monkeypatch, qwen_pipeline)
+    monkeypatch.setattr(write, "load_pipeline", lambda *_: qwen_pipeline)
+    answer, seen = write.pipeline_writer(qwen_pipeline).answer, []
+
+    def noted(pipeline):
+        return Writer("Qwen", True, lambda request, seed: seen.append(request) or answer(request, seed))
+
+    monkeypatch.setattr(write, "pipeline_writer", noted)
+    teacher = files / "qwen.safetensors"
+    save_diffusers_lora(random_lora(qwen_pipeline.transformer, 2, 0), teacher)
+    path = config_file(data={"size": [32, 32], "general_instructions": ["darken it"]})
+    write_prompts(unfilled(path, f"effects=[{{name: a, lora: {teacher}, prompt: make it snow}}]"), "my.prompts.yaml")
+    (effect,) = read_prompts("my.prompts.yaml").effects
+    assert effect.student_prompts[0] == f"{effect.trigger} make it snow"
+    assert "of 4 usable from Qwen in 3 answers" in " ".join(capsys.readouterr().err.split())
+    before, after = [part for part in seen[0] if not isinstance(part, str)][:2]
+    assert before.size == after.size == (32, 32)
+    assert np.abs(np.asarray(before).astype(int) - np.asarray(after).astype(int)).mean() > 5
 
 
 def test_a_seed_decides_what_a_model_writes(config_file, monkeypatch):

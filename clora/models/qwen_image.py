@@ -1,0 +1,181 @@
+"""Qwen-Image-Edit: a vision-language model reads the prompt with the images; their latents follow the noisy ones.
+
+A block has 14 linear layers, all LoRA targets by default (`linear_names`), as in the paper: eight of the attention,
+four of the two MLPs, and the modulations ``img_mod.1`` and ``txt_mod.1``. Usual trainers leave some out: diffusers and
+LightX2V train ``to_q, to_k, to_v, to_out.0`` alone, musubi-tuner no modulation, DiffSynth-Studio no ``net.0.proj``.
+Four of the last block (``add_q_proj``, ``to_add_out``, ``txt_mlp``) change nothing: no layer reads the text after it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clora.conditioning import Conditioning, Shapes, Text
+from clora.errors import CloraError
+from clora.models.common import check_length, check_size, in_chunks, linear_mu, stock_schedule, timestep, to_pil
+
+
+class QwenImageEditPlusAdapter:
+    """Qwen-Image-Edit-2509 and 2511: one or several images to edit (see `ModelAdapter`).
+
+    The pipeline scales guided velocities to the norm of the conditional ones: ``objective.norm_rescale`` does the same.
+
+    Args:
+        pipeline: a ``QwenImageEditPlusPipeline``.
+        size: ``(height, width)`` of the results in pixels, multiples of the pipeline's patch size.
+        max_sequence_length: tokens of a prompt, those of template and images not counted. The pipeline cuts none; it
+            refuses a limit above its own.
+
+    Raises:
+        CloraError: the size does not fit the patch size, or the limit is above the pipeline's.
+    """
+
+    text_sees_image = True
+    _patch = 2  # latent pixels that a token has on each side
+    guidance_embedding = None
+    default_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0; the paper has w = 4
+
+    def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
+        check_size(size, pipeline.vae_scale_factor * 2)
+        _check_limit(max_sequence_length, getattr(pipeline, "tokenizer_max_length", None))
+        self.pipeline = pipeline
+        self.size = size
+        self.max_sequence_length = max_sequence_length
+        self.student_call = {"true_cfg_scale": 1.0}
+        self._module = sys.modules[type(pipeline).__module__]  # has the pipeline's functions and constants
+        self._token = pipeline.vae_scale_factor * self._patch  # its pixels
+        self._grid = self._grid_of(*size)
+        self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
+        self.source_shapes: Shapes = (self._grid_of(*self._source_size(*size)),)
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return height // self._token, width // self._token
+
+    def _source_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size in pixels in which the VAE sees an image of this size."""
+        return self._scaled(height, width, self._module.VAE_IMAGE_SIZE)
+
+    def _seen_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size in pixels in which the text encoder sees an image of this size."""
+        return self._scaled(height, width, self._module.CONDITION_IMAGE_SIZE)
+
+    def _scaled(self, height: int, width: int, area: int) -> tuple[int, int]:
+        width, height = self._module.calculate_dimensions(area, width / height)[:2]
+        return height, width
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
+        """See `ModelAdapter.encode_prompts`. Raises ValueError without references."""
+        if not references:
+            raise ValueError("expected the images that the prompts are about, which are encoded with them; found none")
+        tokenizer = self.pipeline.processor.tokenizer
+        for prompt in prompts:
+            check_length(len(tokenizer(prompt)["input_ids"]), self.max_sequence_length, prompt)
+        samples = zip(prompts, zip(*references, strict=True), strict=True)
+        return Text.cat([self._encode_prompt(prompt, [self._seen(i) for i in images]) for prompt, images in samples])
+
+    def _seen(self, image: Tensor) -> Image.Image:
+        """An image as the text encoder sees it."""
+        return self.pipeline.image_processor.resize(self._to_pil(image), *self._seen_size(*image.shape[-2:]))
+
+    def _to_pil(self, image: Tensor) -> Image.Image:
+        return to_pil(image)
+
+    def _encode_prompt(self, prompt: str, images: list[Image.Image]) -> Text:
+        """One prompt: the pipeline takes one set of images for all the prompts of a call."""
+        device = self.pipeline.text_encoder.device
+        return Text(self.pipeline.encode_prompt(prompt, self._pipeline_images(images), device)[0].cpu())
+
+    def _pipeline_images(self, images: list[Image.Image]):
+        return images
+
+    @torch.no_grad()
+    def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
+        """See `ModelAdapter.encode_sources`. Every image is resized to about 1024 x 1024 pixels, as the pipeline does."""
+        fitted = [torch.cat([self._fit(image) for image in images]) for images in references]
+        shapes = tuple(self._grid_of(*images.shape[-2:]) for images in fitted)
+        return torch.cat([self.encode_images(images) for images in fitted], dim=1), shapes
+
+    def _fit(self, image: Tensor) -> Tensor:
+        return self.pipeline.image_processor.preprocess(self._to_pil(image), *self._source_size(*image.shape[-2:]))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, batch_size: int = 4) -> Tensor:
+        """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
+        return in_chunks(self._encode, images, batch_size)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        frames = images.unsqueeze(2).to(self.pipeline.vae.device, self.pipeline.vae.dtype)
+        latents = self.pipeline._encode_vae_image(frames, generator=None)
+        count, channels, _, height, width = latents.shape
+        return self.pipeline._pack_latents(latents, count, channels, height, width).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 4) -> Tensor:
+        """See `ModelAdapter.decode`."""
+        return in_chunks(self._decode, latents, batch_size)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        grid = pipeline._unpack_latents(latents, *self.size, pipeline.vae_scale_factor).to(vae.device, vae.dtype)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(grid)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return vae.decode(grid * std + mean, return_dict=False)[0][:, :, 0].cpu()
+
+    def teacher_schedule(self, steps: int) -> Tensor:
+        """See `ModelAdapter.teacher_schedule`."""
+        return stock_schedule(self.pipeline.scheduler, steps, linear_mu(self.pipeline, self.latent_shape[0]))
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelAdapter.velocity`."""
+        transformer, text = self.pipeline.transformer, conditioning.text
+        shapes = [(1, *shape) for shape in (self._grid, *(conditioning.shapes or self.source_shapes))]
+        output = transformer(
+            hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
+            encoder_hidden_states=text.embeds.to(transformer.dtype),
+            encoder_hidden_states_mask=text.mask,
+            timestep=timestep(sigma, transformer.dtype),
+            img_shapes=[shapes] * len(x),
+            return_dict=False,
+        )[0]
+        return output[:, : x.shape[1]]
+
+
+class QwenImageEditAdapter(QwenImageEditPlusAdapter):
+    """The first Qwen-Image-Edit: one image, which text encoder and VAE see in the same size (see `ModelAdapter`)."""
+
+    def _source_size(self, height: int, width: int) -> tuple[int, int]:
+        return self._scaled(height, width, 1024 * 1024)  # a literal in the pipeline's call
+
+    _seen_size = _source_size
+
+    def _pipeline_images(self, images: list[Image.Image]):
+        return _only(images)
+
+    def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
+        """See `ModelAdapter.encode_sources`. Raises CloraError for several images per sample."""
+        return super().encode_sources([_only(references)])
+
+
+def _check_limit(max_sequence_length: int, limit: int | None) -> None:
+    if limit is not None and max_sequence_length > limit:
+        raise CloraError(
+            f"expected max_sequence_length of at most {limit}, which is what the pipeline takes, "
+            f"found {max_sequence_length}"
+        )
+
+
+def _only(images: Sequence):
+    if len(images) != 1:
+        raise CloraError(
+            f"expected one image to edit, which is what QwenImageEditPipeline takes, found {len(images)}; "
+            "Qwen-Image-Edit-2509 and later take several"
+        )
+    return images[0]

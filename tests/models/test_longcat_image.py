@@ -1,0 +1,232 @@
+"""LongCat-Image-Edit: clora's samplers equal stock calls of the pipeline with the LoRA loaded into its transformer."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import tiny_longcat
+import torch
+from pictures import picture, pixels, write_pictures
+from tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
+
+from clora.adapter_bank import AdapterBank
+from clora.conditioning import Conditioning
+from clora.distill import train_student
+from clora.encoding import encode_data
+from clora.errors import CloraError
+from clora.export import LORA_FILE, student_scheduler
+from clora.flow_matching import student_schedule
+from clora.generation import Generator
+from clora.lora.save import save_diffusers_lora
+from clora.models import adapter_for, linear_names
+from clora.models.longcat_image import LongCatImageEditAdapter
+from clora.sampling import few_step_sample
+from clora.testing import random_lora, random_teachers, tiny_config
+
+SIZE = (64, 80)
+PROMPTS = (
+    "make it a blueprint with thin white lines",
+    'write "snow" on it',
+    "it's a warm sunset",
+    "brighten the image",
+)
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _shrunk(monkeypatch):
+    tiny_longcat.shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tiny_longcat.shrink(monkeypatch)
+        return tiny_adapter(size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def loras(adapter):
+    return [random_lora(adapter.pipeline.transformer, 2 + i, 40 + i) for i in range(2)]
+
+
+def stock_pipeline(lora, folder, scheduler=None):
+    """A fresh pipeline that loads a collection's folder the way that LongCat has for it."""
+    pipeline = tiny_pipeline()
+    save_diffusers_lora(lora, folder / LORA_FILE)
+    pipeline.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=LORA_FILE)
+    pipeline.scheduler = scheduler or pipeline.scheduler
+    return pipeline
+
+
+def call(pipeline, image, prompt, latents, steps=STEPS, seed=0, **guidance):
+    torch.manual_seed(seed)
+    return pipeline(
+        image,
+        prompt,
+        num_inference_steps=steps,
+        latents=latents,
+        output_type="pt",
+        **guidance,
+    ).images
+
+
+def condition(adapter, prompts, images):
+    references = [torch.cat([pixels(image) for image in images])]
+    return Conditioning(adapter.encode_prompts(prompts, references), *adapter.encode_sources(references))
+
+
+def few_step(adapter, states, ids, conditioning, latents, noises=None, seed=0):
+    """Through a bank; noises from the global generator by default, as a stock call draws them."""
+    bank = AdapterBank(adapter.pipeline.transformer, {str(i): state for i, state in enumerate(states)})
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad(), bank.route(bank.slots(), torch.tensor(ids)):
+            return few_step_sample(
+                lambda x, sigma: adapter.velocity(x, sigma, conditioning),
+                latents,
+                student_schedule(STEPS),
+                noises=noises,
+            )
+    finally:
+        bank.detach()
+
+
+def image(adapter, latents):
+    return (adapter.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def draw(adapter, count, seed):
+    torch.manual_seed(seed)
+    return [torch.randn(1, *adapter.latent_shape) for _ in range(count)]
+
+
+@contextmanager
+def timesteps_of(pipeline):
+    """Collects what the transformer receives as time."""
+    seen = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"].clone()), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("size", "picture_size"),
+    [((64, 64), (64, 64)), (SIZE, SIZE), (SIZE, (152, 190)), (SIZE, (40, 48)), ((80, 64), (81, 64))],
+)
+def test_few_steps_equal_a_stock_call(loras, tmp_path, size, picture_size):
+    """Pictures of any size that has the proportions."""
+    pipeline, adapter = stock_pipeline(loras[0], tmp_path, student_scheduler(3.0)), tiny_adapter(size=size)
+    latents, *_ = draw(adapter, 1, seed=11)
+    with timesteps_of(pipeline) as stock_times:
+        stock = call(pipeline, picture(0, picture_size), PROMPTS[0], latents, **adapter.student_call)
+    conditioning = condition(adapter, PROMPTS[:1], [picture(0, picture_size)])
+    with timesteps_of(adapter.pipeline) as times:
+        ours = image(adapter, few_step(adapter, loras[:1], [0], conditioning, latents))
+    assert torch.equal(torch.cat(stock_times), torch.cat(times))
+    assert torch.equal(torch.cat(times), student_schedule(STEPS))
+    assert stock.shape == (1, 3, *size)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    without = image(adapter, few_step(adapter, loras[:1], [-1], conditioning, latents))
+    assert (without - stock).abs().max() > 0.01, "the LoRA changes nothing"
+
+
+def test_a_batch_equals_stock_calls_of_its_samples(adapter, loras, tmp_path):
+    """Different pictures, prompts and adapters, one of them the base."""
+    ids, images = [1, 0, -1, 1], [picture(i, SIZE) for i in range(4)]
+    latents = torch.cat([draw(adapter, 1, seed=20 + i)[0] for i in range(4)])
+    noises = [torch.cat(noise) for noise in zip(*(draw(adapter, STEPS - 1, seed=i) for i in range(4)), strict=True)]
+    ours = image(adapter, few_step(adapter, loras, ids, condition(adapter, PROMPTS, images), latents, noises))
+    for i, lora in enumerate(ids):
+        pipeline = stock_pipeline(loras[lora], tmp_path, student_scheduler(3.0))
+        if lora == -1:
+            pipeline.transformer.disable_lora()
+        stock = call(pipeline, images[i], PROMPTS[i], latents[i : i + 1], seed=i, **adapter.student_call)
+        torch.testing.assert_close(ours[i : i + 1], stock, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("w", [0.0, 2.5])
+def test_guided_teachers_equal_stock_calls(adapter, loras, tmp_path, w):
+    """The pipeline's own scheduler, which shifts dynamically; its guidance scale is w + 1."""
+    steps, images = 5, [picture(i, SIZE) for i in range(2)]
+    pipeline = stock_pipeline(loras[1], tmp_path)
+    bank = AdapterBank(adapter.pipeline.transformer, {"teacher": loras[1]})
+    conditioning = condition(adapter, PROMPTS[:2], images)
+    empty = adapter.encode_prompts(["", ""], [torch.cat([pixels(image) for image in images])])
+    try:
+        generator = Generator(adapter, bank, bank.slots(), 3.0)
+        noise = generator._noise([4, 7])
+        with timesteps_of(adapter.pipeline) as times:
+            latents = generator.guided_euler(torch.tensor([0, 0]), conditioning, empty, [4, 7], steps, w)
+    finally:
+        bank.detach()
+    ours = image(adapter, latents)
+    for i in range(2):
+        with timesteps_of(pipeline) as stock_times:
+            stock = call(pipeline, images[i], PROMPTS[i], noise[i : i + 1], steps, guidance_scale=w + 1)
+        torch.testing.assert_close(ours[i : i + 1], stock, rtol=0, atol=1e-4)
+        passes = 2 if w else 1
+        assert len(stock_times) == steps * passes
+        for time, stock_time in zip(times, stock_times[::passes], strict=True):  # 1000 sigma / 1000: the last bit
+            torch.testing.assert_close(time[i], stock_time[0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [(LORA_FILE, {}), ("", {"weight_name": LORA_FILE}), ("", {"use_safetensors": True})]
+)
+def test_a_collection_loads_whole(loras, tmp_path, name, kwargs):
+    """By file, by folder with the name, and by folder with the type; a folder alone is taken for a pickle's."""
+    save_diffusers_lora(loras[0], tmp_path / LORA_FILE)
+    transformer = tiny_pipeline().transformer
+    transformer.load_lora_adapter(tmp_path / name, prefix="transformer", **kwargs)
+    for module, lora in loras[0].modules.items():
+        layer = transformer.get_submodule(module)
+        torch.testing.assert_close(layer.get_delta_weight("default_0"), lora.delta())
+    loaded = {n for n, m in transformer.named_modules() if hasattr(m, "get_delta_weight")}
+    assert loaded == set(loras[0].modules)
+
+
+def test_a_student_is_trained(adapter, tmp_path):
+    write_pictures(tmp_path, 3, (70, 90))
+    teachers = random_teachers(adapter.pipeline.transformer, 2)
+    data = {"sources": str(tmp_path), "size": SIZE, "sources_per_effect": 2, "general_targets": 2}
+    config = tiny_config(list(teachers), data={**data, "max_sequence_length": MAX_SEQUENCE_LENGTH})
+    encoded = encode_data(config, adapter, teachers)
+    assert encoded.targets.shape == encoded.sources.shape == (2, 2, *adapter.latent_shape)
+    reports = []
+    student = train_student(config, adapter, teachers, encoded, lambda update, values: reports.append(values))
+    assert len(reports) == 2
+    assert set(student.modules) == set(linear_names(adapter.pipeline.transformer))
+    assert all(torch.isfinite(module.delta()).all() for module in student.modules.values())
+    assert sum(bool(module.lora_B.any()) for module in student.modules.values()) == len(student.modules)
+
+
+def test_a_long_prompt_is_refused_and_none_is_cut(adapter):
+    """Tokens of a word in quotation marks are its letters."""
+    reference = [pixels(picture(0, SIZE))]
+    fits = '"' + ("falling" * 9)[: MAX_SEQUENCE_LENGTH - 2] + '"'
+    assert len(adapter.pipeline.tokenizer(fits).input_ids) < len(fits)
+    assert adapter.encode_prompts([fits], reference).embeds.shape[1] == 2 + 4 * 5 + MAX_SEQUENCE_LENGTH
+    with pytest.raises(CloraError, match=f"at most {MAX_SEQUENCE_LENGTH} tokens, found {MAX_SEQUENCE_LENGTH + 1}"):
+        adapter.encode_prompts(["short", fits + "."], reference)
+
+
+def test_what_no_stock_call_does_is_refused(adapter):
+    pipeline = adapter.pipeline
+    assert isinstance(adapter_for(pipeline, SIZE, MAX_SEQUENCE_LENGTH), LongCatImageEditAdapter)
+    with pytest.raises(CloraError, match="multiples of 16 pixels, found 64x72"):
+        adapter_for(pipeline, (64, 72), MAX_SEQUENCE_LENGTH)
+    with pytest.raises(CloraError, match="found 128x160, for pictures of these proportions it makes 64x80"):
+        adapter_for(pipeline, (128, 160), MAX_SEQUENCE_LENGTH)
+    with pytest.raises(CloraError, match=f"at most {MAX_SEQUENCE_LENGTH}, .* found 512"):
+        adapter_for(pipeline, SIZE, 512)
+    one = pixels(picture(0, SIZE))
+    with pytest.raises(CloraError, match="takes one picture, found 2"):
+        adapter.encode_sources([one, one])
+    with pytest.raises(CloraError, match="takes one picture, found 0"):
+        adapter.encode_prompts(["a"])
+    with pytest.raises(CloraError, match="proportions of 64x80, found 80x64, of which .* makes 80x64"):
+        adapter.encode_sources([one.transpose(2, 3)])

@@ -1,0 +1,151 @@
+"""The Qwen-Image 2.1 adapter gives what stock calls of its pipeline give."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from pictures import picture, pixels
+from tiny_qwen_image import (
+    Sample,
+    condition,
+    few_step,
+    received,
+    routed,
+    shrink,
+    start_noise,
+    stock_call,
+    tiny_qwen21_pipeline,
+    to_images,
+)
+
+from clora.adapter_bank import AdapterBank
+from clora.errors import CloraError
+from clora.export import student_scheduler
+from clora.flow_matching import student_schedule
+from clora.generation import Generator
+from clora.models import adapter_for, linear_names
+from clora.testing import SENTENCES, random_lora
+
+if not hasattr(diffusers, "QwenImage21Pipeline"):
+    pytest.skip("this diffusers has no QwenImage21Pipeline", allow_module_level=True)
+
+TOLERANCE = 1e-4  # of pixels in [0, 1]
+LENGTH = 40
+WIDE, TALL, SQUARE = (64, 96), (96, 64), (64, 64)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_qwen21_pipeline()
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, pipeline)
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def loras(pipeline):
+    attention = [name for name in linear_names(pipeline.transformer) if ".attn." in name]
+    return {
+        "all": random_lora(pipeline.transformer, 4, 7),
+        "attention": random_lora(pipeline.transformer, 2, 8, attention),
+    }
+
+
+def pictures(sizes, seed=0):
+    return tuple(picture(seed + i, size) for i, size in enumerate(sizes))
+
+
+CASES = {"square": (SQUARE, [SQUARE]), "tall_of_wide": (TALL, [WIDE]), "three": (WIDE, [WIDE, TALL, (79, 81)])}
+
+
+@pytest.mark.parametrize(("size", "sizes"), CASES.values(), ids=list(CASES))
+def test_a_stock_call_equals_the_few_step_sampler(pipeline, loras, size, sizes, tmp_path):
+    """Whose stock call keeps keys and values of text and sources from the first step."""
+    adapter = adapter_for(pipeline, size, LENGTH)
+    sample = Sample(SENTENCES[0], pictures(sizes), "all", 5)
+    with received(adapter) as calls:
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0))
+        ours = few_step(adapter, loras, [sample])
+    assert stock.shape == (1, 3, *size)
+    torch.testing.assert_close(stock, ours, rtol=0, atol=TOLERANCE)
+    for seen in (calls[:8], calls[8:]):
+        assert torch.equal(torch.cat([call["timestep"] for call in seen]), student_schedule(8))
+    assert calls[8]["img_shapes"] == calls[0]["img_shapes"]
+    assert torch.equal(calls[8]["img_mask"], calls[0]["img_mask"])
+    base = few_step(adapter, loras, [Sample(sample.prompt, sample.images, None, 5)])
+    assert (ours - base).abs().max() > 0.01, "the LoRA changes nothing, so this test shows nothing"
+
+
+def test_a_batch_equals_calls_of_one_sample(pipeline, loras, tmp_path):
+    """Different sources, adapters and prompts; the padding of shorter ones must not move their results' positions."""
+    adapter = adapter_for(pipeline, WIDE, LENGTH)
+    prompts = ("add snow", SENTENCES[0], "")
+    samples = [
+        Sample(prompts[i], pictures([WIDE, TALL], 10 * i), lora, 20 + i)
+        for i, lora in enumerate(["all", None, "attention"])
+    ]
+    assert condition(adapter, samples).text.mask.sum(1).unique().numel() == 3
+    batch = few_step(adapter, loras, samples, steps=4)
+    for sample, ours in zip(samples, batch, strict=True):
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0), steps=4)
+        torch.testing.assert_close(stock[0], ours, rtol=0, atol=TOLERANCE)
+    assert min((a - b).abs().max() for i, a in enumerate(batch) for b in batch[:i]) > 0.01
+
+
+@pytest.mark.parametrize(("steps", "w"), [(6, 1.5), (40, 0.0)], ids=["guided", "40_steps"])
+def test_a_teacher_equals_a_stock_call(pipeline, loras, steps, w, tmp_path):
+    """The pipeline's own scheduler; guidance, where it is wanted, without rescaling."""
+    adapter = adapter_for(pipeline, TALL, LENGTH)
+    assert adapter.default_guidance == 0
+    sample = Sample(SENTENCES[1], pictures([WIDE]), "all", 3)
+    empty = condition(adapter, [sample], prompt="").text
+    with routed(adapter, loras, [sample]) as (bank, ids):
+        generator = Generator(adapter, bank, bank.slots(), 3.0)
+        noise = generator._noise([4])
+        latents = generator.guided_euler(ids, condition(adapter, [sample]), empty, [4], steps, w)
+    with received(adapter) as calls:
+        guidance = {"true_cfg_scale": w + 1, "negative_prompt": ""} if w else {}
+        stock = stock_call(adapter, loras, sample, tmp_path, steps=steps, latents=noise, **guidance)
+    torch.testing.assert_close(stock, to_images(adapter, latents), rtol=0, atol=TOLERANCE)
+    timesteps = torch.cat([call["timestep"] for call in calls])
+    assert len(timesteps) == steps * (2 if w else 1)
+    torch.testing.assert_close(timesteps[:: 2 if w else 1], adapter.teacher_schedule(steps)[:-1], rtol=2e-7, atol=0)
+
+
+def test_gradients_reach_every_layer(pipeline):
+    """In a batch of prompts of different lengths."""
+    adapter = adapter_for(pipeline, SQUARE, LENGTH)
+    samples = [Sample(prompt, pictures([SQUARE]), "student", 0) for prompt in ("add snow", SENTENCES[0])]
+    bank = AdapterBank(pipeline.transformer, {"student": random_lora(pipeline.transformer, 2, 1)})
+    slots, conditioning = bank.slots(trainable=True), condition(adapter, samples)
+    noise = torch.cat([start_noise(adapter, sample) for sample in samples])
+    try:
+        with bank.route(slots, torch.tensor([0, 0])):
+            adapter.velocity(noise, torch.tensor([0.5, 0.9]), conditioning).square().mean().backward()
+    finally:
+        bank.detach()
+    assert len(slots.factors) == 2 * 7
+    assert all(factor.grad.any() for factor in slots.parameters())
+    assert not pipeline.transformer.pos_embed._forward_hooks
+
+
+def test_results_are_opaque(pipeline):
+    adapter = adapter_for(pipeline, WIDE, LENGTH)
+    images = torch.cat([pixels(picture(seed, WIDE)) for seed in range(5)])
+    latents, vae = adapter.encode_images(images), pipeline.vae
+    assert latents.shape == (5, *adapter.latent_shape) == (5, 4 * 6, 8)
+    opaque = torch.cat([images, torch.ones(5, 1, *WIDE)], dim=1)
+    expected = vae.decode(vae.encode(opaque[:, :, None]).latent_dist.mode()).sample[:, :3, 0]
+    torch.testing.assert_close(adapter.decode(latents), expected, rtol=1e-4, atol=1e-4)
+    assert adapter.source_shapes == adapter.encode_sources([images])[1] == ((4, 8),)
+
+
+def test_what_cannot_be_used_is_refused(pipeline):
+    with pytest.raises(CloraError, match="multiples of 32 pixels, found 64x80"):
+        adapter_for(pipeline, (64, 80), LENGTH)
+    own = type(pipeline)(**pipeline.components, sample_sigmas=[1.0, 0.5])
+    with pytest.raises(CloraError, match="without sample_sigmas"):
+        adapter_for(own, SQUARE, LENGTH)
+    with pytest.raises(CloraError, match=r"at most 4 tokens, found \d+ in 'make it a blueprint"):
+        adapter_for(pipeline, SQUARE, 4).encode_prompts([SENTENCES[0]], [pixels(picture(0, SQUARE))])

@@ -1,0 +1,81 @@
+"""The whole job on Qwen-Image-Edit pipelines: pictures and LoRAs on disk in, a file that the stock pipeline loads out."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from pictures import picture, write_pictures
+from tiny_qwen_image import Sample, few_step, shrink, stock_call, tiny_qwen_pipeline
+
+from clora import distill as engine
+from clora.export import LORA_FILE
+from clora.images import load_images
+from clora.lora.files import linear_shapes, load_lora
+from clora.lora.save import save_diffusers_lora
+from clora.models import adapter_for, linear_names
+from clora.testing import random_teachers, tiny_config
+
+SIZE = (64, 96)
+UNUSED = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+"""Layers of the last block that only change the text, which nothing reads after it."""
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True], ids=["2509", "2511"])
+def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch, tmp_path):
+    pipeline = tiny_qwen_pipeline(zero_cond_t=zero_cond_t)
+    shrink(monkeypatch, pipeline)
+    config = make_config(tmp_path, random_teachers(pipeline.transformer, 2))
+    weights = {name: p.clone() for name, p in pipeline.transformer.named_parameters()}
+    seen, train = {}, engine.train_student
+    monkeypatch.setattr(engine, "load_pipeline", lambda *arguments: pipeline)
+    monkeypatch.setattr(engine, "train_student", lambda *arguments: seen.update(data=arguments[3]) or train(*arguments))
+    folder = engine.distill(config)
+    assert all(torch.equal(p, weights[name]) for name, p in pipeline.transformer.named_parameters())
+    adapter = adapter_for(pipeline, SIZE, config.data.max_sequence_length)
+    check_data(seen["data"], adapter, config)
+
+    student = load_lora(folder / LORA_FILE, linear_shapes(pipeline.transformer))
+    learned = {name for name, module in student.modules.items() if module.lora_B.any()}
+    assert set(linear_names(pipeline.transformer)) - learned == {f"transformer_blocks.1.{layer}" for layer in UNUSED}
+    sample = Sample(config.effects[0].student_prompts[0], (picture(0, SIZE),), "student", 9)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    stock = stock_call(adapter, {"student": folder}, sample, tmp_path, scheduler, config.sampler.steps)
+    ours = few_step(adapter, {"student": student}, [sample], config.sampler.steps)
+    torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
+
+
+def test_the_default_guidance_is_that_of_a_stock_call():
+    pipeline = tiny_qwen_pipeline()
+    config = tiny_config(["a"], sampler={"guidance": None})
+    sampler = engine.with_guidance(config, adapter_for(pipeline, SIZE, 40)).sampler
+    assert sampler.guidance == inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default - 1
+
+
+def make_config(folder, teachers):
+    (folder / "images").mkdir()
+    write_pictures(folder / "images", 3, SIZE)
+    effects = []
+    for name, state in teachers.items():
+        save_diffusers_lora(state, folder / f"{name}.safetensors")
+        effects.append({"name": name, "lora": str(folder / f"{name}.safetensors"), "prompt": f"make it {name}"})
+    data = {"sources": str(folder / "images"), "size": SIZE, "sources_per_effect": 2, "general_targets": 3}
+    return tiny_config(effects, output=str(folder / "out"), data=data)
+
+
+def check_data(data, adapter, config):
+    """A row of the prompt table for each prompt and picture, as encoded alone."""
+    images = load_images(config.data.sources, SIZE)[1]
+    used = [(config.effects[e].prompt, 1, data.teacher_text[e, 1]) for e in range(2)]
+    used += [(config.effects[e].student_prompts[0], 1, data.student_text[e, 0, 1]) for e in range(2)]
+    used += [("", 1, data.empty_text[0, 1]), ("", 2, data.general_pairs[2, 2])]
+    assert len({int(row) for _, _, row in used}) == len(used)
+    for prompt, i, row in used:
+        expected = adapter.encode_prompts([prompt], [images[i : i + 1]]).embeds[0]
+        torch.testing.assert_close(data.text.embeds[row][: len(expected)], expected)
+        assert int(data.text.mask[row].sum()) == len(expected)
+    assert data.sources.shape[2:] == (4 * 8, 16)
+    assert data.targets.shape == (2, 2, 4 * 6, 16)
+    assert data.general_targets.shape == (3, 4 * 6, 16)
