@@ -129,6 +129,33 @@ def distill(
 
 
 @app.command()
+def prompts(
+    config: Annotated[Path, typer.Argument(help="The YAML file of clora distill.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the prompts file, edits included.")] = False,
+) -> None:
+    """Write student prompts, triggers and general instructions to a file that you may edit before training.
+
+    The file is `prompts.file` of the config, by default my.prompts.yaml beside my.yaml.
+
+    Example: [bold]clora prompts my.yaml prompts.paraphrases=6[/bold]
+    """
+    from rich.console import Console
+
+    from clora.config import load_config
+    from clora.prompting import similarity_table, write_prompts
+
+    loaded = load_config(config, overrides or (), with_prompts=False)
+    file = loaded.prompts.file or str(config.with_suffix(".prompts.yaml"))
+    Console().print(similarity_table(write_prompts(loaded, file, overwrite)))
+    typer.echo(f"prompts: {file}")
+    if loaded.prompts.file is None:
+        typer.echo(f"to train with it, write into {config}:  prompts: {{file: {file}}}")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A .safetensors LoRA or a folder with one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
