@@ -65,12 +65,13 @@ class _Flux2:
     ) -> Text:
         """See `ModelAdapter.encode_prompts`."""
         for prompt in prompts:
-            check_length(self._num_tokens(prompt), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         length = self.max_sequence_length
         return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -160,7 +161,8 @@ class Flux2KleinAdapter(_Flux2):
             )
         super().__init__(pipeline, size, max_sequence_length, None)
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         messages = [{"role": "user", "content": prompt}]
         tokenizer = self.pipeline.tokenizer
         text = tokenizer.apply_chat_template(
@@ -189,7 +191,8 @@ class Flux2Adapter(_Flux2):
     ):
         super().__init__(pipeline, size, max_sequence_length, embedded_guidance(pipeline, guidance_embedding))
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         module = sys.modules[type(self.pipeline).__module__]
         messages = module.format_input(prompts=[prompt], system_message=self.pipeline.system_message)
         template = self.pipeline.tokenizer.apply_chat_template

@@ -105,11 +105,12 @@ class FluxKontextAdapter:
     ) -> Text:
         """See `ModelAdapter.encode_prompts`."""
         for prompt in prompts:
-            check_length(self._num_tokens(prompt), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         return Text.cat([self._encode_prompts(chunk) for chunk in chunks])
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         tokenizer = self.pipeline.tokenizer_2
         return len(tokenizer(self.pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
 

@@ -43,6 +43,10 @@ class ModelAdapter(Protocol):
     guidance_embedding: float | None
     student_call: Mapping[str, float]
 
+    def num_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, as ``max_sequence_length`` counts them; only the tokenizer is read."""
+        ...
+
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """Encodes N prompts.
 

@@ -78,11 +78,14 @@ class QwenImageEditPlusAdapter:
         """See `ModelAdapter.encode_prompts`. Raises ValueError without references."""
         if not references:
             raise ValueError("expected the images that the prompts are about, which are encoded with them; found none")
-        tokenizer = self.pipeline.processor.tokenizer
         for prompt in prompts:
-            check_length(len(tokenizer(prompt)["input_ids"]), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         samples = zip(prompts, zip(*references, strict=True), strict=True)
         return Text.cat([self._encode_prompt(prompt, [self._seen(i) for i in images]) for prompt, images in samples])
+
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`; those of the template and of images are not counted."""
+        return len(self.pipeline.processor.tokenizer(prompt)["input_ids"])
 
     def _seen(self, image: Tensor) -> Image.Image:
         """An image as the text encoder sees it."""
