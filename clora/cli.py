@@ -153,6 +153,31 @@ def prompts(
     typer.echo(f"prompts: {file}")
     if loaded.prompts.file is None:
         typer.echo(f"to train with it, write into {config}:  prompts: {{file: {file}}}")
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for clora distill.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a distillation will need and do, and all that is wrong with its input; loads no weights.
+
+    Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
+    """
+    from clora.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from clora.plan import make_plan, render
+
+    found = make_plan(loaded)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found))
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,6 +11,9 @@ from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.conditioning import Conditioning, Text
 from clora.lora.files import linear_shapes
 from clora.models import ModelAdapter
+from clora.recomputation import recomputed_blocks
+
+_TEXT_CHANNELS = ("joint_attention_dim", "cap_feat_dim")  # names of the setting in diffusers' transformers
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,23 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
         with counter:
             saved = _saved_bytes(adapter, bank, slots, text_shape)
         flops = counter.get_total_flops()
-        transformer.enable_gradient_checkpointing()
-        transformer.train()
-        checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
-        transformer.disable_gradient_checkpointing()
-        transformer.eval()
+        with recomputed_blocks(bank):
+            checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
     finally:
         bank.detach()
     return PassCost(flops, saved, checkpointed)
+
+
+def text_shape(adapter: ModelAdapter) -> tuple[int, int]:
+    """Tokens and channels of a prompt of the greatest length; where it is encoded with its image, of its own tokens."""
+    config = adapter.pipeline.transformer.config
+    channels = next(config[key] for key in _TEXT_CHANNELS if key in config)
+    return adapter.max_sequence_length, channels
+
+
+def count_blocks(transformer: torch.nn.Module) -> int:
+    """The transformer's blocks, which gradient checkpointing computes again one by one."""
+    return sum(type(module).__name__ in transformer._repeated_blocks for module in transformer.modules())
 
 
 def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple[int, int]) -> int:
@@ -84,4 +96,3 @@ def _one_pass(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple
     conditioning = Conditioning(text, torch.zeros(1, tokens, adapter.latent_shape[1], dtype=dtype))
     with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
         return adapter.velocity(torch.zeros(1, *adapter.latent_shape, dtype=dtype), torch.zeros(1), conditioning)
-
