@@ -153,6 +153,9 @@ def prompts(
     typer.echo(f"prompts: {file}")
     if loaded.prompts.file is None:
         typer.echo(f"to train with it, write into {config}:  prompts: {{file: {file}}}")
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML file, as for clora distill.")],
     overrides: Annotated[

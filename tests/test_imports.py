@@ -53,6 +53,7 @@ LAYERS = (
         "clora.encoding",
         "clora.export",
         "clora.lora_training",
+        "clora.plan",
         "clora.prompting",
         "clora.student_rows",
         "clora.trainer",

@@ -29,6 +29,13 @@ class Problems(list[str]):
         except CloraError as error:
             self.append(str(error))
 
+    def refuse(self) -> None:
+        """Raises CloraError with all messages, if there are any."""
+        if len(self) == 1:
+            raise CloraError(self[0])
+        if self:
+            raise CloraError("\n".join([f"{len(self)} problems", *(f"  {problem}" for problem in self)]))
+
 
 def find_file_problems(config: DistillConfig) -> Problems:
     """What is wrong with the pictures, the instructions, the output folder and the device."""
