@@ -202,6 +202,8 @@ class TrainConfig(_Model):
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
         scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
+        teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
+            copied where they are needed, ahead of time as far as possible. None keeps all on the device.
         gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
             gradient: much less memory, about a third more time in the passes that learn.
         checkpoint_every: updates between two checkpoints.
@@ -218,6 +220,7 @@ class TrainConfig(_Model):
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
     scoring_rows: Positive | None = None
+    teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
     minutes: PositiveFloat | None = None

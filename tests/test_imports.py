@@ -33,7 +33,9 @@ LAYERS = (
         "clora.prompt_table",
         "clora.recomputation",
         "clora.rendering",
+        "clora.slots",
         "clora.targets",
+        "clora.teacher_pages",
     },
     {"clora.studio"},
     {
