@@ -33,6 +33,7 @@ LAYERS = (
         "clora.prompt_table",
         "clora.recomputation",
         "clora.rendering",
+        "clora.serving",
         "clora.slots",
         "clora.targets",
         "clora.teacher_pages",
