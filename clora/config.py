@@ -198,6 +198,7 @@ class TrainConfig(_Model):
         critic_ratio: critic updates per student update.
         batch_size: samples per update.
         optimizer: of the student; the critic's is AdamW.
+        optimizer_bits: of AdamW's states; 8, by bitsandbytes, takes a quarter of their memory.
         learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
@@ -216,6 +217,7 @@ class TrainConfig(_Model):
     critic_ratio: Positive = 5
     batch_size: Positive = 8
     optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_bits: Literal[32, 8] = 32
     learning_rate: PositiveFloat = 1e-4
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0

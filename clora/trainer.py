@@ -23,7 +23,6 @@ from clora.errors import CloraError
 from clora.flow_matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.muon import Muon
 from clora.objective import (
     TAU_BOUNDS,
     critic_loss,
@@ -33,6 +32,7 @@ from clora.objective import (
     draw_target_steps,
 )
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
+from clora.optimizers import make_optimizer
 from clora.recomputation import recomputed_blocks
 from clora.sampling import guided, simulate_to_step
 from clora.slots import Slots
@@ -73,8 +73,9 @@ class DistillTrainer:
         self.scorers = bank.slots()
         bank.write(CRITIC, self.critic)
         train = config.train
-        self.student_optimizer = _optimizer(train.optimizer, self.student, train.learning_rate)
-        self.critic_optimizer = _optimizer("adamw", self.critic, train.critic_learning_rate)
+        bits = train.optimizer_bits
+        self.student_optimizer = make_optimizer(train.optimizer, self.student.parameters(), train.learning_rate, bits)
+        self.critic_optimizer = make_optimizer("adamw", self.critic.parameters(), train.critic_learning_rate, bits)
         self.generator = torch.Generator().manual_seed(config.seed)
         transformer = adapter.pipeline.transformer
         self.dtype = transformer.dtype
@@ -388,9 +389,3 @@ def _check_same(written: Mapping, current: Mapping, path: Path) -> None:
             f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
             "restore the old settings and files to continue it, or remove it to start from the beginning"
         )
-
-
-def _optimizer(name: str, slots: Slots, learning_rate: float) -> torch.optim.Optimizer:
-    if name == "muon":
-        return Muon(slots.parameters(), learning_rate, weight_decay=0.0)
-    return torch.optim.AdamW(slots.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.0)

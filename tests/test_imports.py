@@ -20,6 +20,7 @@ LAYERS = (
         "clora.flow_matching",
         "clora.lora",
         "clora.muon",
+        "clora.optimizers",
         "clora.progress",
     },
     {"clora.collection", "clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
