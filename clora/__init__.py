@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clora.errors import CloraError
     from clora.lora.files import load_lora
     from clora.lora.inspect import inspect_lora
+    from clora.serving import attach
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "DistillConfig",
     "Effects",
     "apply",
+    "attach",
     "inspect_lora",
     "load_collection",
     "load_config",
@@ -37,6 +39,7 @@ _MODULES = {
     "DistillConfig": "clora.config",
     "Effects": "clora.effects",
     "apply": "clora.effects",
+    "attach": "clora.serving",
     "inspect_lora": "clora.lora.inspect",
     "load_collection": "clora.effects",
     "load_config": "clora.config",

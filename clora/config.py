@@ -201,10 +201,13 @@ class TrainConfig(_Model):
         critic_ratio: critic updates per student update.
         batch_size: samples per update.
         optimizer: of the student; the critic's is AdamW.
+        optimizer_bits: of AdamW's states; 8, by bitsandbytes, takes a quarter of their memory.
         learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
         scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
+        teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
+            copied where they are needed, ahead of time as far as possible. None keeps all on the device.
         gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
             gradient: much less memory, about a third more time in the passes that learn.
         checkpoint_every: updates between two checkpoints.
@@ -217,10 +220,12 @@ class TrainConfig(_Model):
     critic_ratio: Positive = 5
     batch_size: Positive = 8
     optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_bits: Literal[32, 8] = 32
     learning_rate: PositiveFloat = 1e-4
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
     scoring_rows: Positive | None = None
+    teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
     minutes: PositiveFloat | None = None

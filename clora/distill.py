@@ -28,6 +28,7 @@ from clora.models import ModelAdapter, adapter_for, linear_names
 from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
 from clora.progress import say, stage, up_to
+from clora.teacher_pages import teacher_pages
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumable
 
 CACHE = ".clora-cache"  # in the output folder; its .cache is huggingface_hub's, where it came from there
@@ -56,13 +57,18 @@ def train_student(
     """
     transformer = adapter.pipeline.transformer
     student = initial_student(config, transformer, list(teachers.values()))
-    bank = AdapterBank(transformer, {STUDENT: student, CRITIC: student, **teachers})
+    bank = AdapterBank(
+        transformer,
+        {CRITIC: student, **teachers},
+        pages=teacher_pages(config.train.teacher_memory_gb, transformer, [student, *teachers.values()], len(teachers)),
+        fixed=1,
+    )
     try:
-        DistillTrainer(config, adapter, bank, data).fit(report, checkpoint)
-        state = bank.state(STUDENT, config.student.rank)
+        trainer = DistillTrainer(config, adapter, bank, data, student, student)
+        trainer.fit(report, checkpoint)
     finally:
         bank.detach()
-    return LoRAState({name: state.modules[name] for name in student.modules})
+    return trainer.student.state(STUDENT)
 
 
 def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState]) -> LoRAState:

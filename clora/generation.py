@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clora.adapter_bank import AdapterBank, Slots
+from clora.adapter_bank import AdapterBank
 from clora.conditioning import Conditioning, Text
 from clora.flow_matching import student_schedule
 from clora.models import ModelAdapter
 from clora.sampling import euler_sample, few_step_sample, guided
+from clora.slots import Slots
 
 
 class Generator:

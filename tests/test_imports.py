@@ -20,6 +20,7 @@ LAYERS = (
         "clora.flow_matching",
         "clora.lora",
         "clora.muon",
+        "clora.optimizers",
         "clora.progress",
     },
     {
@@ -42,7 +43,10 @@ LAYERS = (
         "clora.prompt_table",
         "clora.recomputation",
         "clora.rendering",
+        "clora.serving",
+        "clora.slots",
         "clora.targets",
+        "clora.teacher_pages",
     },
     {"clora.studio"},
     {

@@ -81,7 +81,7 @@ def train_teachers(
     """Trains teachers together, in routed batches; returns effect name to LoRA."""
     transformer = adapter.pipeline.transformer
     fresh = _fresh(transformer, specs, torch.Generator().manual_seed(seed))
-    bank = AdapterBank(transformer, fresh)
+    bank = AdapterBank(transformer, fresh, dtype=torch.float32)
     try:
         train_loras(
             adapter,
