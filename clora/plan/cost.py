@@ -46,7 +46,7 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
     lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
     bank = AdapterBank(transformer, {"student": lora})
     try:
-        slots = bank.slots(trainable=True)
+        slots = bank.trained("student", lora)
         counter = FlopCounterMode(display=False)
         with counter:
             saved = _saved_bytes(adapter, bank, slots, text_shape)
