@@ -153,13 +153,13 @@ def peft_switch(inputs: StackInputs) -> Call:
 
 
 def ours(inputs: StackInputs) -> Call:
-    """The trainer's own `AdapterBank`, whose factors are fp32, around the stack; it computes q, k and v in one call."""
+    """The trainer's own `AdapterBank` with fp32 factors, as those it trains are, around the stack; it computes q, k and v in one call."""
 
     def state(e: int) -> LoRAState:
         return LoRAState({name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()})
 
     model = inputs.model()
-    bank = AdapterBank(model, {f"a{e}": state(e) for e in range(inputs.case.adapters)})
+    bank = AdapterBank(model, {f"a{e}": state(e) for e in range(inputs.case.adapters)}, dtype=torch.float32)
     slots, ids = bank.slots(), inputs.adapter_ids()
 
     def call() -> Outputs:

@@ -12,19 +12,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clora.adapter_bank import AdapterBank
     from clora.config import DistillConfig, load_config
+    from clora.effects import Effects, apply, load_collection
     from clora.errors import CloraError
     from clora.lora.files import load_lora
     from clora.lora.inspect import inspect_lora
+    from clora.serving import attach
 
 __version__ = "0.1.0"
 
-__all__ = ["AdapterBank", "CloraError", "DistillConfig", "inspect_lora", "load_config", "load_lora"]
+__all__ = [
+    "AdapterBank",
+    "CloraError",
+    "DistillConfig",
+    "Effects",
+    "apply",
+    "attach",
+    "inspect_lora",
+    "load_collection",
+    "load_config",
+    "load_lora",
+]
 
 _MODULES = {
     "AdapterBank": "clora.adapter_bank",
     "CloraError": "clora.errors",
     "DistillConfig": "clora.config",
+    "Effects": "clora.effects",
+    "apply": "clora.effects",
+    "attach": "clora.serving",
     "inspect_lora": "clora.lora.inspect",
+    "load_collection": "clora.effects",
     "load_config": "clora.config",
     "load_lora": "clora.lora.files",
 }

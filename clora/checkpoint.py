@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def save_state(
         flat |= {
             f"optimizer/{name}/{i}/{key}": torch.as_tensor(value).clone()
             for i, state in optimizer.state_dict()["state"].items()
-            for key, value in state.items()
+            for key, value in _tensors(state)
         }
     flat |= {f"generator/{name}": g.get_state() for name, g in generators.items()}
     write_atomic(path, save(flat, metadata={"values": json.dumps(dict(values))}))
@@ -71,9 +71,16 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
         ) from error
 
 
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A parameter's state without the dictionary in which bitsandbytes hides a part of it; reading needs none."""
+    for key, value in state.items():
+        yield from value.items() if isinstance(value, Mapping) else [(key, value)]
+
+
 def _restore(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in flat.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
+        is_count = value.ndim == 0 and value.dtype == torch.int64  # a plain number in bitsandbytes
+        state.setdefault(int(index), {})[name] = int(value) if is_count else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -107,6 +107,12 @@ def distill(
     example: Annotated[
         bool, typer.Option("--example", callback=_show_example, is_eager=True, help="Print an example and exit.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Upload the collection to this repository of the Hugging Face Hub: owner/name."
+        ),
+    ] = None,
 ) -> None:
     """Distil your own LoRA files on your own pipeline.
 
@@ -119,7 +125,62 @@ def distill(
     loaded = load_config(config, overrides or ())
     from clora.distill import distill as run
 
-    typer.echo(f"collection: {run(loaded)}")
+    typer.echo(f"collection: {run(loaded, push_to_hub)}")
+
+
+@app.command()
+def prompts(
+    config: Annotated[Path, typer.Argument(help="The YAML file of clora distill.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the prompts file, edits included.")] = False,
+) -> None:
+    """Write student prompts, triggers and general instructions to a file that you may edit before training.
+
+    The file is `prompts.file` of the config, by default my.prompts.yaml beside my.yaml.
+
+    Example: [bold]clora prompts my.yaml prompts.paraphrases=6[/bold]
+    """
+    from rich.console import Console
+
+    from clora.config import load_config
+    from clora.prompting import similarity_table, write_prompts
+
+    loaded = load_config(config, overrides or (), with_prompts=False)
+    file = loaded.prompts.file or str(config.with_suffix(".prompts.yaml"))
+    Console().print(similarity_table(write_prompts(loaded, file, overwrite)))
+    typer.echo(f"prompts: {file}")
+    if loaded.prompts.file is None:
+        typer.echo(f"to train with it, write into {config}:  prompts: {{file: {file}}}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for clora distill.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a distillation will need and do, and all that is wrong with its input; loads no weights.
+
+    Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
+    """
+    from clora.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from clora.plan import make_plan, render
+
+    found = make_plan(loaded)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found))
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -144,6 +205,48 @@ def inspect(
 
         Console().print(render(info))
     _refuse_unusable(info)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="A LoRA of any format (file or folder), or a collection.")],
+    output: Annotated[Path, typer.Option(help="The new .safetensors file; for peft the new folder.")],
+    format: Annotated[
+        str, typer.Option(help="diffusers (one rank, alpha = rank), peft, kohya or comfyui.")
+    ] = "diffusers",
+    rank: Annotated[int | None, typer.Option(help="Largest rank to keep, by SVD.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a rank: share of each module's squared singular values to keep, such as 0.99. diffusers "
+            "gets the largest rank that a module needs, the other formats a rank for each module."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, bf16, fp16 or fp8; by default as in the file. fp8 is float8_e4m3fn, plainly rounded: clora, "
+            "diffusers and ComfyUI read it, other programs may not."
+        ),
+    ] = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="Folder of the LoRA's base model, where its names do not tell.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a LoRA in another format, at a lower rank or in another type; shows the error of every module.
+
+    Example: [bold]clora export my-collection --rank 16 --dtype fp16 --output small.safetensors[/bold]
+    """
+    from clora.lora.convert import convert_lora, render
+
+    report = convert_lora(path, output, format, rank, energy, dtype, pipeline)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(report))
 
 
 @studio.command()

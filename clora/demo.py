@@ -15,12 +15,13 @@ import torch
 from safetensors.numpy import load_file
 
 from clora.atomic import check_writable
+from clora.collection import Collection
 from clora.conditioning import Text
 from clora.config import DistillConfig
 from clora.data import DistillData
 from clora.distill import find_device, load_pipeline, train_student, training_bar
 from clora.errors import CloraError, nearest
-from clora.export import Collection, check_output, export_collection, make_collection
+from clora.export import check_output, export_collection, make_collection
 from clora.lora.state import LoRAState
 from clora.progress import stage
 from clora.report import GridData, write_report
@@ -82,7 +83,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     with run.timed("train"):
         student = train(run, adapter, loras, data)
     with run.timed("export"), stage("export", None):
-        description = _collection(run.config, folder)
+        description = _collection(run.config, adapter, folder)
         collection = export_collection(student, description, run.folder / "collection", torch.float16)
     rows = measured_rows(run, adapter, loras) if shipped is None else shipped
     with run.timed("evaluate"):
@@ -108,7 +109,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     targets = build.make_targets(adapter, loras, config) if recompute else assets.load_targets(folder)
     with stage("encode scenes and prompts", None):
         sources = build.target_sources(adapter)
-        general_sources, general_text = build.general_pairs(adapter, config.data.general_targets)
+        general_sources, general_text = build.general_pairs(adapter, len(targets.general))
         phrasings = max(len(effect.student_prompts) for effect in config.effects)
         asked = [e.student_prompts[i % len(e.student_prompts)] for e in config.effects for i in range(phrasings)]
         teacher, student = (adapter.encode_prompts(p) for p in ([effect.prompt for effect in config.effects], asked))
@@ -226,9 +227,12 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
     return result.images[0]
 
 
-def _collection(config: DistillConfig, folder: Path) -> Collection:
+def _collection(config: DistillConfig, adapter, folder: Path) -> Collection:
     loras = {effect.name: teachers.teacher_path(folder / "teachers", effect.name) for effect in config.effects}
-    return make_collection(config, "clora-studio", loras, dict.fromkeys(loras, "Apache-2.0"))
+    licenses = dict.fromkeys(loras, "Apache-2.0")
+    return make_collection(
+        config, type(adapter.pipeline).__name__, adapter.student_call, "clora-studio", loras, licenses
+    )
 
 
 def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from clora.models import ModelAdapter, adapter_for, linear_names
 from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
 from clora.progress import say, stage, up_to
+from clora.teacher_pages import teacher_pages
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumable
 
 CACHE = ".clora-cache"  # in the output folder; its .cache is huggingface_hub's, where it came from there
@@ -57,13 +57,18 @@ def train_student(
     """
     transformer = adapter.pipeline.transformer
     student = initial_student(config, transformer, list(teachers.values()))
-    bank = AdapterBank(transformer, {STUDENT: student, CRITIC: student, **teachers})
+    bank = AdapterBank(
+        transformer,
+        {CRITIC: student, **teachers},
+        pages=teacher_pages(config.train.teacher_memory_gb, transformer, [student, *teachers.values()], len(teachers)),
+        fixed=1,
+    )
     try:
-        DistillTrainer(config, adapter, bank, data).fit(report, checkpoint)
-        state = bank.state(STUDENT, config.student.rank)
+        trainer = DistillTrainer(config, adapter, bank, data, student, student)
+        trainer.fit(report, checkpoint)
     finally:
         bank.detach()
-    return LoRAState({name: state.modules[name] for name in student.modules})
+    return trainer.student.state(STUDENT)
 
 
 def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState]) -> LoRAState:
@@ -108,17 +113,25 @@ def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if name.endswith(tuple(suffixes))]
 
 
-def distill(config: DistillConfig) -> Path:
+def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     """The whole job on the user's own pipeline, LoRA files and images; returns the collection's folder.
+
+    Args:
+        config: the settings.
+        push_to_hub: repository on the Hub that the collection is uploaded to; it is created before training.
 
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
-    from clora.export import check_output, export_collection
+    from clora.export import COLLECTION_FILES, check_output, export_collection
+    from clora.hub import check_repo, create_repo, upload
+    from clora.plan.problems import find_file_problems
 
-    _check_exportable(config)
+    find_file_problems(config).refuse()
     output = check_output(config.output)
     cache = Cache(check_writable(config.data.cache or output / CACHE))
+    if push_to_hub is not None:
+        check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
         device = find_device(config.device)
         pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
@@ -132,14 +145,17 @@ def distill(config: DistillConfig) -> Path:
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
     _say_what_is_there(output, checkpoint, config)
+    repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     with _told_when_stopped(checkpoint):
         data = encode_data(config, adapter, teachers, cache, device)
         with training_bar(f"distil into {output.name}", config.train) as report:
             student = train_student(config, adapter, teachers, data, report, checkpoint)
-    export_collection(student, collection, output, pipeline.transformer.dtype)
+    export_collection(student, collection, output, pipeline.transformer.dtype, repo_id)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
     if config.data.cache is None:
         shutil.rmtree(cache.folder, ignore_errors=True)
+    if repo_id is not None:
+        say(f"uploaded to {upload(output, repo_id, COLLECTION_FILES)}")
     return output
 
 
@@ -179,7 +195,7 @@ def _told_when_stopped(checkpoint: Path) -> Iterator[None]:
         raise
 
 
-def _check_exportable(config: DistillConfig) -> None:
+def check_exportable(config: DistillConfig) -> None:
     """Refuses, before anything is rendered, settings whose result no stock pipeline could run."""
     sampler = config.sampler
     if sampler.integer_timesteps:
@@ -283,11 +299,18 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
     from clora.export import make_collection
+    from clora.hub import cached_revision
 
-    base = Path(config.pipeline).name if user_path(config.pipeline).exists() else config.pipeline
-    loras = {effect.name: Path(effect.lora) for effect in config.effects}
-    licenses = {name: _license(lora.metadata) for name, lora in teachers.items()}
-    return replace(make_collection(config, base, loras, licenses), call=adapter.student_call)
+    is_folder = user_path(config.pipeline).exists()
+    return make_collection(
+        config,
+        pipeline=type(adapter.pipeline).__name__,
+        call=adapter.student_call,
+        base_model=Path(config.pipeline).name if is_folder else config.pipeline,
+        loras={effect.name: Path(effect.lora) for effect in config.effects},
+        licenses={name: _license(lora.metadata) for name, lora in teachers.items()},
+        base_revision=None if is_folder else cached_revision(config.pipeline),
+    )
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:

@@ -3,102 +3,84 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from clora.atomic import check_writable, write_atomic
+from clora.collection import LORA_FILE, CollectedEffect, Collection, Sampling, to_metadata
 from clora.config import DistillConfig
+from clora.effects import call_arguments
 from clora.errors import CloraError
+from clora.hub import is_repo_id
 from clora.lora.save import check_storable, save_diffusers_lora
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+# What belongs to a collection, as patterns for an upload.
+COLLECTION_FILES = ("README.md", LORA_FILE, "scheduler/*")
 CARD_MARK = "Distilled with clora"  # in every model card
 SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # no paths of the machine
-
-
-@dataclass(frozen=True)
-class CollectedEffect:
-    """One effect of a collection, as its user asks for it.
-
-    Attributes:
-        name: the effect.
-        prompts: the student's prompts, the first is the one to use.
-        teacher: file name of the teacher it was distilled from.
-        teacher_sha256: hash of that file.
-        license: the teacher's licence where its file says so.
-    """
-
-    name: str
-    prompts: tuple[str, ...]
-    teacher: str
-    teacher_sha256: str
-    license: str | None = None
-
-
-@dataclass(frozen=True)
-class Collection:
-    """What is written beside the weights.
-
-    Attributes:
-        effects: the effects.
-        base_model: hub id of the pipeline, or the name of its folder.
-        steps: passes of the few-step sampler.
-        shift: its time shift.
-        max_sequence_length: text tokens that the pipeline must be called with.
-        size: height and width it was trained at.
-        provenance: anything else worth keeping (versions, seed, config), JSON values.
-        call: other keyword arguments that the pipeline must be called with (`ModelAdapter.student_call`).
-    """
-
-    effects: Sequence[CollectedEffect]
-    base_model: str
-    steps: int
-    shift: float
-    max_sequence_length: int
-    size: tuple[int, int]
-    provenance: Mapping[str, object]
-    call: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
+# Licences that the Hub knows by these names; it takes any other as "other" with a name.
+_HUB_LICENSE = re.compile(
+    r"apache-2\.0|mit|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-4\.0|openrail(\+\+)?|creativeml-openrail-m|[al]?gpl-3\.0|bsd-3-clause"
+)
 
 
 def make_collection(
-    config: DistillConfig, base_model: str, loras: Mapping[str, Path], licenses: Mapping[str, str | None]
+    config: DistillConfig,
+    pipeline: str,
+    call: Mapping[str, float],
+    base_model: str,
+    loras: Mapping[str, Path],
+    licenses: Mapping[str, str | None],
+    base_revision: str | None = None,
 ) -> Collection:
     """What a collection says about itself.
 
     Args:
         config: of the distillation.
-        base_model: hub id of the pipeline, or the name of its folder.
+        pipeline: class name of the pipeline.
+        call: what the family needs in a call (`clora.models.ModelAdapter.student_call`).
+        base_model: its hub id, or the name of its folder.
         loras: effect name to its teacher's file or folder, which is hashed.
         licenses: effect name to its teacher's licence, None where it is not known.
+        base_revision: commit of the base model on the Hub.
 
     Raises:
         CloraError: a teacher's file cannot be read.
     """
     from clora import __version__
 
-    effects = [
+    own_prompts = config.objective.orthogonal_prompting
+    effects = tuple(
         CollectedEffect(
-            effect.name,
-            effect.student_prompts if config.objective.orthogonal_prompting else (effect.prompt,),
-            loras[effect.name].name,
-            content_hash(loras[effect.name]),
-            licenses[effect.name],
+            name=effect.name,
+            prompts=effect.student_prompts if own_prompts else (effect.prompt,),
+            teacher=loras[effect.name].name,
+            teacher_sha256=content_hash(loras[effect.name]),
+            trigger=effect.trigger if own_prompts else None,
+            license=licenses[effect.name],
         )
         for effect in config.effects
-    ]
+    )
     return Collection(
-        effects=effects,
+        version=__version__,
+        pipeline=pipeline,
         base_model=base_model,
-        steps=config.sampler.steps,
-        shift=config.sampler.shift,
-        max_sequence_length=config.data.max_sequence_length,
-        size=config.data.size,
-        provenance={"clora": __version__} | config.model_dump(mode="json", include=SHARED_SETTINGS),
+        base_revision=base_revision,
+        effects=effects,
+        sampling=Sampling(
+            steps=config.sampler.steps,
+            shift=config.sampler.shift,
+            size=config.data.size,
+            max_sequence_length=config.data.max_sequence_length,
+            call=dict(call),
+        ),
+        scheduler=scheduler_config(config.sampler.shift),
+        provenance=config.model_dump(mode="json", include=SHARED_SETTINGS),
     )
 
 
@@ -116,37 +98,35 @@ def check_output(folder: str | Path) -> Path:
     return path
 
 
-def export_collection(student: LoRAState, collection: Collection, folder: Path, dtype: torch.dtype) -> Path:
+def export_collection(
+    student: LoRAState,
+    collection: Collection,
+    folder: Path,
+    dtype: torch.dtype,
+    hub_id: str | None = None,
+) -> Path:
     """Writes the folder; returns it.
 
     ``pytorch_lora_weights.safetensors`` has keys ``transformer.X.lora_A/B.weight``, uniform rank and alpha = rank, so
-    that diffusers of any version, ComfyUI and sglang read it alike; ``scheduler/`` yields the student's timesteps
-    whatever shift the pipeline passes. The weights come last: a folder that has them is complete.
+    that diffusers of any version and ComfyUI read it alike, and `clora.collection.read_collection` gives the
+    collection back; ``scheduler/`` yields the student's timesteps whatever shift the pipeline passes. All of it is read
+    back and compared, and the weights come last: a folder that has them is complete.
+
+    Args:
+        student: what was trained.
+        collection: what the folder says about it.
+        folder: created where missing.
+        dtype: stored type.
+        hub_id: where it will be on the Hub, for the model card.
 
     Raises:
-        CloraError: the folder cannot be written, or a weight is not finite.
+        CloraError: the folder cannot be written, a weight is not finite, or something is not read back as it was meant.
     """
     check_output(folder)
     check_storable(student, folder / LORA_FILE, dtype)
-    write_atomic(folder / "README.md", model_card(collection))
-    try:
-        student_scheduler(collection.shift).save_pretrained(folder / "scheduler")
-    except OSError as error:
-        raise CloraError(f"{folder / 'scheduler'} cannot be written: {error}") from error
-    metadata = {
-        "clora.effects": json.dumps([asdict(effect) for effect in collection.effects]),
-        "clora.sampling": json.dumps(
-            {
-                "steps": collection.steps,
-                "shift": collection.shift,
-                **collection.call,
-                "max_sequence_length": collection.max_sequence_length,
-                "size": list(collection.size),
-            }
-        ),
-        "clora.base_model": collection.base_model,
-        "clora.provenance": json.dumps(dict(collection.provenance), default=str),
-    }
+    metadata = to_metadata(collection)
+    write_atomic(folder / "README.md", model_card(collection, hub_id))
+    _save_scheduler(collection, folder / "scheduler")
     save_diffusers_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
     return folder
 
@@ -158,12 +138,65 @@ def student_scheduler(shift: float):
     return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
 
 
-def model_card(collection: Collection) -> str:
-    """The folder's README: what it is, how to call it in diffusers and ComfyUI, effects, prompts and licences."""
+def scheduler_config(shift: float) -> dict[str, object]:
+    """The config of `student_scheduler`."""
+    return json.loads(student_scheduler(shift).to_json_string())
+
+
+def _save_scheduler(collection: Collection, folder: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(collection.scheduler)
+    try:
+        scheduler.save_pretrained(folder)
+        if FlowMatchEulerDiscreteScheduler.from_pretrained(folder).config != scheduler.config:
+            raise OSError("the config read back differs from what was written")
+    except OSError as error:
+        raise CloraError(f"{folder} cannot be written: {error}") from error
+
+
+def model_card(collection: Collection, hub_id: str | None = None) -> str:
+    """The folder's README: what it is, how to call it in diffusers and ComfyUI, effects, prompts, licences, metrics."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
     environment.filters["cell"] = lambda text: " ".join(text.split()).replace("|", "\\|")
+    environment.filters["repr"] = repr
     return environment.get_template("model_card.md.j2").render(
-        collection=collection, mark=CARD_MARK, prompt=repr(collection.effects[0].prompts[0])
+        collection=collection,
+        front_matter=_front_matter(collection),
+        mark=CARD_MARK,
+        location=hub_id or "path/to/this/folder",
+        call={"prompt": collection.effects[0].prompts[0], **call_arguments(collection)},
+        metrics=_metric_rows(collection),
     )
+
+
+def _front_matter(collection: Collection) -> dict[str, object]:
+    """What the Hub reads; it refuses a base model without an owner and a licence that it does not know."""
+    base = {"base_model": collection.base_model, "base_model_relation": "adapter"}
+    return {
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        **(base if is_repo_id(collection.base_model) else {}),
+        **_common_license(collection),
+        "tags": ["diffusers", "lora", "template:sd-lora", "image-to-image", "image-editing", "clora"],
+    }
+
+
+def _common_license(collection: Collection) -> dict[str, str]:
+    """The teachers' licence where all have the same."""
+    found = {(effect.license or "").strip().lower() for effect in collection.effects}
+    name = found.pop() if len(found) == 1 else ""
+    if not name:
+        return {}
+    if _HUB_LICENSE.fullmatch(name):
+        return {"license": name}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", name).strip("-")}
+
+
+def _metric_rows(collection: Collection) -> list[tuple[str, float]]:
+    rows: list[tuple[str, float]] = []
+    for name, value in collection.metrics.items():
+        rows += [(f"{name}, {of}", x) for of, x in value.items()] if isinstance(value, dict) else [(name, value)]
+    return rows

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clora.adapter_bank import AdapterBank, Slots
+from clora.adapter_bank import AdapterBank
 from clora.conditioning import Conditioning, Text
 from clora.errors import CloraError
 from clora.flow_matching import flow_matching_losses
 from clora.models import ModelAdapter
+from clora.slots import Slots
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ __all__ = [
     "TARGET_SIMULATION",
     "Scores",
     "coarse_to_fine_loss",
+    "multi_lora_add",
     "multi_lora_linear",
     "multi_lora_linears",
 ]
@@ -90,6 +91,36 @@ def multi_lora_linears(
         if not any(op.unsupported(x, *projection, scale, adapter_ids) for projection in projections):
             return op.multi_lora_linears(x, projections, scale, adapter_ids, checked=True)
     return [multi_lora_linear(x, *projection, scale, adapter_ids, backend=backend) for projection in projections]
+
+
+def multi_lora_add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    adapter_ids: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Adds each sample's low-rank delta to the output of a base layer that was computed elsewhere.
+
+    Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_add`. What the Triton kernels cover of
+    it: `csrc_triton.multi_lora.add.unsupported`.
+
+    Args:
+        backend: as in `multi_lora_linear`.
+
+    Raises:
+        ValueError, CloraError: as `multi_lora_linear`.
+    """
+    arguments = (y, x, lora_A, lora_B, scale, adapter_ids)
+    if use_triton("multi_lora_add", x.device, backend):
+        from csrc_triton.multi_lora.add import multi_lora_add_triton, unsupported
+
+        if covered("multi_lora_add", unsupported(*arguments), x.device, backend):
+            return multi_lora_add_triton(*arguments)
+    return multi_lora.multi_lora_add(*arguments)
 
 
 def coarse_to_fine_loss(

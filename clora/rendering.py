@@ -14,6 +14,7 @@ from clora.config import DistillConfig
 from clora.generation import Generator
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
+from clora.teacher_pages import teacher_pages
 
 FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
 
@@ -95,11 +96,17 @@ def render_some_targets(
     names = [list(teachers)[i] for i in sorted({int(effect[n]) for n in wanted})]
     slot = {name: i for i, name in enumerate(names)}
     ids = torch.tensor([slot.get(name, -1) for name in teachers])[effect]
-    bank = AdapterBank(adapter.pipeline.transformer, {name: teachers[name] for name in names})
+    transformer, states = adapter.pipeline.transformer, {name: teachers[name] for name in names}
+    pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
+    bank = AdapterBank(transformer, states, pages=pages)
     try:
         generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, batch_size, report)
         seeds = target_seeds(config, len(effect))
-        yield from _render(generator, wanted, ids, samples.flat(), text, seeds, config)
+        chunks = [list(wanted[c]) for c in bank.chunks(ids[list(wanted)], batch_size)]
+        for rows, following in zip(chunks, [*chunks[1:], []], strict=True):
+            with bank.placed(ids[rows]) as slots:
+                bank.fetch(ids[following])
+                yield from _render(generator, rows, slots, samples.flat(), text, seeds, config)
     finally:
         bank.detach()
 
@@ -128,30 +135,31 @@ def render_some_general_targets(
 ) -> Iterator[tuple[int, Tensor]]:
     """`render_general_targets` for some of ``[Q]``: yields each with its latents when its batch is done."""
     generator = Generator(adapter, None, None, config.sampler.shift, report=report)
-    ids = torch.arange(len(samples.prompt))  # the base alone reads none
-    yield from _render(generator, wanted, ids, samples, text, general_seeds(config, len(ids)), config)
+    seeds = general_seeds(config, len(samples.prompt))
+    for start in range(0, len(wanted), generator.batch_size):
+        rows = list(wanted[start : start + generator.batch_size])
+        slots = torch.full((len(rows),), -1)  # the base alone reads none
+        yield from _render(generator, rows, slots, samples, text, seeds, config)
 
 
 def _render(
     generator: Generator,
-    wanted: Sequence[int],
-    ids: Tensor,
+    rows: Sequence[int],
+    slots: Tensor,
     samples: Samples,
     text: Text,
     seeds: list[int],
     config: DistillConfig,
 ) -> Iterator[tuple[int, Tensor]]:
-    sampler = config.sampler
-    for start in range(0, len(wanted), generator.batch_size):
-        rows = list(wanted[start : start + generator.batch_size])
-        batch = samples.at(rows)
-        latents = generator.guided_euler(
-            ids[rows],
-            Conditioning(text[batch.prompt], batch.sources),
-            text[batch.empty],
-            [seeds[row] for row in rows],
-            sampler.teacher_steps,
-            sampler.guidance,
-            config.objective.norm_rescale,
-        )
-        yield from zip(rows, latents, strict=True)
+    """One batch: row of ``samples`` and latents of each."""
+    sampler, batch = config.sampler, samples.at(rows)
+    latents = generator.guided_euler(
+        slots,
+        Conditioning(text[batch.prompt], batch.sources),
+        text[batch.empty],
+        [seeds[row] for row in rows],
+        sampler.teacher_steps,
+        sampler.guidance,
+        config.objective.norm_rescale,
+    )
+    yield from zip(rows, latents, strict=True)

@@ -8,20 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clora.adapter_bank import AdapterBank, Slots
+from clora.adapter_bank import AdapterBank
 from clora.checkpoint import load_state, load_values, save_state
 from clora.conditioning import Conditioning
 from clora.config import DistillConfig
 from clora.data import Batch, BatchSampler, DistillData
 from clora.errors import CloraError
 from clora.flow_matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
+from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.muon import Muon
 from clora.objective import (
     TAU_BOUNDS,
     critic_loss,
@@ -31,13 +32,15 @@ from clora.objective import (
     draw_target_steps,
 )
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
+from clora.optimizers import make_optimizer
 from clora.recomputation import recomputed_blocks
 from clora.sampling import guided, simulate_to_step
+from clora.slots import Slots
 from clora.student_rows import Part, StudentRows
 
 STUDENT, CRITIC = "student", "critic"
 Rollout = tuple[Tensor, Tensor]
-"""Noisy latents ``[B, T, C]`` in the transformer's dtype, as a pipeline's, and their noise levels ``[B]``."""
+"""Noisy latents ``[B, T, C]`` in the adapter's ``latent_dtype``, and their noise levels ``[B]``."""
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -47,26 +50,36 @@ class DistillTrainer:
     Args:
         config: objective, sampler and training settings.
         adapter: the model family, around the pipeline whose transformer carries the bank.
-        bank: slots ``student``, ``critic`` and one per effect, in this order.
+        bank: ``critic``, whose slot follows the trained critic step by step, then one LoRA per effect.
         data: encoded training data.
+        student, critic: what the two start from.
     """
 
-    def __init__(self, config: DistillConfig, adapter: ModelAdapter, bank: AdapterBank, data: DistillData):
+    def __init__(
+        self,
+        config: DistillConfig,
+        adapter: ModelAdapter,
+        bank: AdapterBank,
+        data: DistillData,
+        student: LoRAState,
+        critic: LoRAState,
+    ):
         self.config = config
         self.adapter = adapter
         self.bank = bank
         self.data = data
-        rank = config.student.rank
-        self.student = bank.slots([STUDENT], rank, trainable=True)
-        self.critic = bank.slots([CRITIC], rank, trainable=True)
+        self.student = bank.trained(STUDENT, student)
+        self.critic = bank.trained(CRITIC, critic)
         self.scorers = bank.slots()
+        bank.write(CRITIC, self.critic)
         train = config.train
-        self.student_optimizer = _optimizer(train.optimizer, self.student, train.learning_rate)
-        self.critic_optimizer = _optimizer("adamw", self.critic, train.critic_learning_rate)
+        bits = train.optimizer_bits
+        self.student_optimizer = make_optimizer(train.optimizer, self.student.parameters(), train.learning_rate, bits)
+        self.critic_optimizer = make_optimizer("adamw", self.critic.parameters(), train.critic_learning_rate, bits)
         self.generator = torch.Generator().manual_seed(config.seed)
-        transformer = adapter.pipeline.transformer
-        self.dtype = transformer.dtype
-        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, transformer.device)
+        self.dtype = adapter.latent_dtype
+        device = adapter.pipeline.transformer.device
+        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.anchor_share = config.anchor_share
@@ -121,6 +134,8 @@ class DistillTrainer:
             return self.student_step(self.sampler.draw(self.update))
         for i in range(ratio):
             batch = self.sampler.draw(self.update * ratio + i)
+            if i == ratio - 1:  # the student's batch: its teachers arrive while the student samples
+                self.bank.fetch(_teacher_ids(batch.effect))
             rollout = self.simulate(batch)
             values = self.critic_step(batch, rollout)
         return values | self.student_step(batch, rollout)  # the student has not changed since: a simulation saved
@@ -130,6 +145,7 @@ class DistillTrainer:
         """Sets the critic to the student, whose samples it must model; anchoring trains the student alone."""
         for critic, student in zip(self.critic.parameters(), self.student.parameters(), strict=True):
             critic.copy_(student)
+        self.bank.write(CRITIC, self.critic)
 
     def student_step(self, batch: Batch, rollout: Rollout | None = None) -> dict[str, float]:
         """One update of the student by the coarse-to-fine objective (method.md section 4c).
@@ -175,6 +191,7 @@ class DistillTrainer:
             return f"; the largest loss comes from {self._source(int(batch.effect[row]), None)}"
 
         self._step(self.critic_optimizer, self.critic, loss, "critic", worst)
+        self.bank.write(CRITIC, self.critic)
         return {"critic": float(loss.detach())}
 
     def _student_rows(self, batch: Batch, rollout: Rollout | None) -> StudentRows:
@@ -230,11 +247,10 @@ class DistillTrainer:
         n = len(rows.teacher)
         x0 = velocity_to_x0(rows.x[:n].float(), velocity[:n], rows.sigma[:n])
         renoised = add_noise(x0, self._noise(x0), rows.score_sigma).to(self.dtype)
-        teacher_ids = torch.where(rows.effect[:n] >= 0, rows.effect[:n] + 2, -1)  # slots 0 and 1: student, critic
         parts = [rows.conditioning[slice(n)], rows.teacher, rows.uncond][
             : 2 if self.config.sampler.guidance == 0 else 3
         ]
-        ids = torch.cat([torch.full((n,), 1), *[teacher_ids] * (len(parts) - 1)])
+        ids = torch.cat([torch.zeros(n, dtype=torch.int64), *[_teacher_ids(rows.effect[:n])] * (len(parts) - 1)])
         sigma = rows.score_sigma.repeat(len(parts))
         scores = self._routed(ids, renoised.repeat(len(parts), 1, 1), sigma, Conditioning.cat(parts))
         critic, teacher, *rest = scores.chunk(len(parts))
@@ -245,10 +261,12 @@ class DistillTrainer:
         return Scores(renoised, rows.score_sigma, critic, teacher, uncond)
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """One pass over all slots, split by the memory budget ``train.scoring_rows``."""
-        limit = self.config.train.scoring_rows or len(ids)
-        chunks = [slice(i, i + limit) for i in range(0, len(ids), limit)]
-        return torch.cat([self._velocity(self.scorers, ids[c], x[c], sigma[c], conditioning[c]) for c in chunks])
+        """One pass over the bank's LoRAs, split by ``train.scoring_rows`` and by the teachers that fit at once."""
+        velocities = []
+        for c in self.bank.chunks(ids, self.config.train.scoring_rows or len(ids)):
+            with self.bank.placed(ids[c]) as slots:
+                velocities.append(self._velocity(self.scorers, slots, x[c], sigma[c], conditioning[c]))
+        return torch.cat(velocities)
 
     def _velocity(
         self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning
@@ -309,7 +327,7 @@ class DistillTrainer:
             "seconds": self.seconds,
             "matching": self.matching,
             "config": _resumable(self.config),
-            "teachers": self._teacher_norms(),
+            "teachers": self._teacher_norms,
         }
         save_state(path, tensors, optimizers, {"data": self.generator}, values)
 
@@ -322,27 +340,32 @@ class DistillTrainer:
         optimizers = {STUDENT: self.student_optimizer, CRITIC: self.critic_optimizer}
         tensors, values = load_state(path, optimizers, {"data": self.generator})
         _check_same(values["config"], _resumable(self.config), path)
-        _check_same(values["teachers"], self._teacher_norms(), path)
+        _check_same(values["teachers"], self._teacher_norms, path)
         for name, slots in self._trained().items():
             for i, parameter in enumerate(slots.parameters()):
                 parameter.data.copy_(tensors[f"{name}.{i}"])
+        self.bank.write(CRITIC, self.critic)
         self.sampler._general = tensors["general"]
         self.update, self.seconds = int(values["update"]), float(values["seconds"])
         self.matching = bool(values["matching"])
 
-    @torch.no_grad()
+    @cached_property
     def _teacher_norms(self) -> dict[str, str]:
         """Each teacher's size, by which a resumed run sees that a file was replaced."""
-        factors = self.scorers.factors.values()
-        squares = sum(f.double().square().flatten(1).sum(1) for pair in factors for f in pair)
-        return {f"teacher {n}": f"{s:.6g}" for n, s in zip(self.data.effects, squares[2:].tolist(), strict=True)}
+        squares = self.bank.squared_norms()
+        return {f"teacher {name}": f"{squares[name]:.6g}" for name in self.data.effects}
 
     def _trained(self) -> dict[str, Slots]:
         return {STUDENT: self.student, CRITIC: self.critic}
 
 
+def _teacher_ids(effect: Tensor) -> Tensor:
+    """The bank's LoRA of each row's teacher: the first is the critic, the base none."""
+    return torch.where(effect >= 0, effect + 1, -1)
+
+
 FREE_TO_CHANGE = {
-    "train": {"updates", "minutes", "checkpoint_every", "scoring_rows", "gradient_checkpointing"},
+    "train": {"updates", "minutes", "checkpoint_every", "scoring_rows", "teacher_memory_gb", "gradient_checkpointing"},
     "data": {"cache"},
 }
 
@@ -366,9 +389,3 @@ def _check_same(written: Mapping, current: Mapping, path: Path) -> None:
             f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
             "restore the old settings and files to continue it, or remove it to start from the beginning"
         )
-
-
-def _optimizer(name: str, slots: Slots, learning_rate: float) -> torch.optim.Optimizer:
-    if name == "muon":
-        return Muon(slots.parameters(), learning_rate, weight_decay=0.0)
-    return torch.optim.AdamW(slots.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.0)

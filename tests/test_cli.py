@@ -65,7 +65,10 @@ def lora(tmp_path):
     return tmp_path / "good.safetensors"
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("distill",), ("inspect",), ("studio",), ("studio", "build")])
+@pytest.mark.parametrize(
+    "command",
+    [(), ("demo",), ("distill",), ("prompts",), ("inspect",), ("export",), ("studio",), ("studio", "build")],
+)
 def test_help(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
@@ -154,8 +157,10 @@ def test_distill(run, engine, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(CONFIG.format(out=tmp_path / "out"))
     assert run("distill", file, "train.updates=5", "seed=2")[:2] == (0, "collection: /studio\n")
-    ((config,),) = calls
+    assert run("distill", file, "--push-to-hub", "me/collection")[0] == 0
+    ((config, nowhere), (_, repository)) = calls
     assert (config.train.updates, config.seed) == (5, 2)
+    assert (nowhere, repository) == (None, "me/collection")
 
 
 def test_the_example_is_printed(run, tmp_path):

@@ -10,14 +10,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
+from collection_cases import describe, effect
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
 
 from clora.adapter_bank import AdapterBank
+from clora.collection import read_collection
 from clora.conditioning import Conditioning
 from clora.errors import CloraError
-from clora.export import LORA_FILE, CollectedEffect, Collection, export_collection, model_card
+from clora.export import LORA_FILE, export_collection, model_card
 from clora.flow_matching import student_schedule, teacher_schedule
 from clora.generation import Generator
 from clora.images import load_image
@@ -44,12 +47,21 @@ def student(adapter):
 
 
 @pytest.fixture(scope="module")
-def collection(adapter, student, tmp_path_factory):
-    effects = [
-        CollectedEffect("blueprint", (PROMPT, "a blueprint"), "blueprint.safetensors", "ab" * 32, "apache-2.0"),
-        CollectedEffect("snow", ("add falling snow",), "snow.safetensors", "cd" * 32),
-    ]
-    described = Collection(effects, "some/pipeline", STEPS, 3.0, MAX_SEQUENCE_LENGTH, SIZE, {"seed": 5})
+def described():
+    effects = (
+        effect("blueprint", (PROMPT, "a blueprint"), "apache-2.0", trigger="blueprint"),
+        effect("snow", ("add falling snow",)),
+    )
+    return describe(
+        *effects,
+        base_revision="c0ffee" * 6,
+        metrics={"accuracy": 0.98, "PSNR": {"blueprint": 21.5, "snow": 19.0}},
+        provenance={"seed": 5},
+    )
+
+
+@pytest.fixture(scope="module")
+def collection(described, student, tmp_path_factory):
     return export_collection(student, described, tmp_path_factory.mktemp("out") / "collection", torch.float32)
 
 
@@ -181,7 +193,7 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
     assert torch.equal(torch.cat(timesteps), teacher_schedule(steps)[:-1].repeat_interleave(2))
 
 
-def test_the_folder(adapter, collection, student):
+def test_the_folder(adapter, collection, described, student):
     assert sorted(p.name for p in collection.iterdir()) == ["README.md", LORA_FILE, "scheduler"]
     with safe_open(collection / LORA_FILE, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata()
@@ -189,24 +201,25 @@ def test_the_folder(adapter, collection, student):
     assert keys == {f"transformer.{m}.{f}.weight" for m in student.modules for f in ("lora_A", "lora_B")}
     assert ranks == {4}
     assert "lora_adapter_metadata" not in metadata
-    effects = json.loads(metadata["clora.effects"])
-    assert [e["name"] for e in effects] == ["blueprint", "snow"]
-    assert effects[0] == {
+    assert {key for key in metadata if not key.startswith("clora.")} == {"format"}
+    assert json.loads(metadata["clora.effects"])[0] == {
         "name": "blueprint",
         "prompts": [PROMPT, "a blueprint"],
         "teacher": "blueprint.safetensors",
         "teacher_sha256": "ab" * 32,
+        "trigger": "blueprint",
         "license": "apache-2.0",
     }
     assert json.loads(metadata["clora.sampling"]) == {
         "steps": STEPS,
         "shift": 3.0,
-        "guidance_scale": 1.0,
+        "call": {"guidance_scale": 1.0},
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         "size": list(SIZE),
     }
-    assert metadata["clora.base_model"] == "some/pipeline"
-    assert json.loads(metadata["clora.provenance"]) == {"seed": 5}
+    assert (metadata["clora.base_model"], metadata["clora.base_revision"]) == ("some/pipeline", "c0ffee" * 6)
+    assert json.loads(metadata["clora.scheduler"])["stochastic_sampling"] is True
+    assert read_collection(collection) == read_collection(collection / LORA_FILE) == described
     card = (collection / "README.md").read_text("utf-8")
     for text in (
         PROMPT,
@@ -217,6 +230,7 @@ def test_the_folder(adapter, collection, student):
         f"num_inference_steps={STEPS}",
         f"max_sequence_length={MAX_SEQUENCE_LENGTH}",
         "shift 3.0",
+        "| PSNR, blueprint | 21.5 |",
     ):
         assert text in card, text
     read = load_lora(collection, linear_shapes(adapter.pipeline.transformer))
@@ -229,8 +243,7 @@ def test_unequal_ranks_are_exported_as_one(adapter, tmp_path):
     low = random_lora(transformer, 2, 0, ["transformer_blocks.0.attn.to_q"])
     high = random_lora(transformer, 5, 1, ["transformer_blocks.0.attn.to_k"])
     mixed = LoRAState({**low.modules, **high.modules})
-    described = Collection([CollectedEffect("a", ("a",), "a", "")], "p", 4, 3.0, 8, SIZE, {})
-    folder = export_collection(mixed, described, tmp_path / "out", torch.float32)
+    folder = export_collection(mixed, describe(), tmp_path / "out", torch.float32)
     with safe_open(folder / LORA_FILE, "pt") as file:
         shapes = {k: tuple(file.get_tensor(k).shape) for k in file.keys()}  # noqa: SIM118
     assert {shape["lora_B" in key] for key, shape in shapes.items()} == {5}
@@ -283,10 +296,9 @@ def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
 
 
 def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monkeypatch):
-    described = Collection([CollectedEffect("a", ("p",), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
     (tmp_path / "scheduler").write_text("a file where the folder should be")
     with pytest.raises(CloraError, match="is a file"):
-        export_collection(student, described, tmp_path, torch.float32)
+        export_collection(student, describe(), tmp_path, torch.float32)
     assert [file.name for file in tmp_path.iterdir()] == ["scheduler"]
 
     def full(*args, **kwargs):
@@ -294,26 +306,79 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monk
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "save_pretrained", full)
     with pytest.raises(CloraError, match="scheduler cannot be written: no space left"):
-        export_collection(student, described, tmp_path / "new", torch.float32)
+        export_collection(student, describe(), tmp_path / "new", torch.float32)
     assert not (tmp_path / "new" / LORA_FILE).exists()
 
 
-def test_quotes_in_a_prompt_do_not_break_the_card():
-    described = Collection([CollectedEffect("a", ('say "a"',), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
-    code = model_card(described).split("```")[1].removeprefix("python")
-    assert compile(code, "card", "exec")
+def test_a_scheduler_that_is_not_read_back_is_told(student, tmp_path, monkeypatch):
+    save = FlowMatchEulerDiscreteScheduler.save_pretrained
+    monkeypatch.setattr(
+        FlowMatchEulerDiscreteScheduler,
+        "save_pretrained",
+        lambda self, folder: save(FlowMatchEulerDiscreteScheduler(shift=1.0), folder),
+    )
+    with pytest.raises(CloraError, match="read back differs"):
+        export_collection(student, describe(), tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out" / LORA_FILE).exists()
 
 
 def test_weights_that_overflow_leave_nothing(adapter, tmp_path):
     student = random_lora(adapter.pipeline.transformer, 2, 0)
     next(iter(student.modules.values())).lora_B[0, 0] = 1e6
-    described = Collection([CollectedEffect("a", ("p",), "a", "")], "base", STEPS, 3.0, 40, SIZE, {})
     with pytest.raises(CloraError, match="infinite values as torch.float16"):
-        export_collection(student, described, tmp_path / "out", torch.float16)
+        export_collection(student, describe(), tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
 
 
+def test_quotes_in_a_prompt_do_not_break_the_card():
+    code = model_card(describe(effect(prompts=('say "a"',)))).split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")
+
+
 def test_a_prompt_with_table_marks_stays_in_its_cell():
-    effect = CollectedEffect("a|b", ("one | two\nthree",), "a.safetensors", "ab" * 32)
-    card = model_card(Collection([effect], "base", STEPS, 3.0, 40, SIZE, {}))
-    assert "| a\\|b | `one \\| two three` | a.safetensors `abababababab` | not stated in its file |" in card
+    card = model_card(describe(effect("a|b", ("one | two\nthree",))))
+    assert "| a\\|b | `one \\| two three` | a\\|b.safetensors `abababababab` | not stated in its file |" in card
+
+
+def front_matter(described, **kwargs):
+    return yaml.safe_load(model_card(described, **kwargs).split("---\n")[1])
+
+
+def test_what_the_hub_reads():
+    front = front_matter(describe())
+    assert front["base_model"] == "some/pipeline"
+    assert {"lora", "template:sd-lora", "image-to-image"} <= set(front["tags"])
+    assert "license" not in front
+    assert "base_model" not in front_matter(describe(base_model="a folder")), "the Hub refuses what is no id"
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        (("Apache-2.0", "apache-2.0"), {"license": "apache-2.0"}),
+        (("apache-2.0", "mit"), {}),
+        (("apache-2.0", None), {}),
+        (("FLUX.1 [dev] Non-Commercial",) * 2, {"license": "other", "license_name": "flux.1-dev-non-commercial"}),
+    ],
+)
+def test_the_card_states_a_licence_that_all_teachers_share(licenses, expected):
+    effects = [effect(str(index), license=license) for index, license in enumerate(licenses)]
+    front = front_matter(describe(*effects))
+    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "call"),
+    [
+        ("Flux2KleinPipeline", {"guidance_scale": 1.0}),
+        ("QwenImageEditPlusPipeline", {"true_cfg_scale": 1.0}),
+        ("FluxKontextPipeline", {"guidance_scale": 2.5, "max_area": 4608}),
+    ],
+)
+def test_the_card_calls_each_pipeline_by_its_own_names(pipeline, call):
+    card = model_card(describe(pipeline=pipeline, call=call), hub_id="me/collection")
+    code = card.split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")
+    assert all(f"{name}={value}," in code for name, value in call.items())
+    assert "pipe.load_lora_weights('me/collection')" in code
+    assert ("guidance_scale" in code) == ("Flux" in pipeline)

@@ -70,7 +70,7 @@ def test_the_teachers(adapter):
     shapes = linear_shapes(adapter.pipeline.transformer)
     generator = torch.Generator().manual_seed(0)
     loras = {name: fresh_lora(shapes, rank, generator) for name, rank in (("a", 4), ("b", 8))}
-    bank = AdapterBank(adapter.pipeline.transformer, loras)
+    bank = AdapterBank(adapter.pipeline.transformer, loras, dtype=torch.float32)
     pairs = lora_training.Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
     ids = torch.tensor([0, 0, 1, 1])
     losses = lora_training._losses(adapter, bank, bank.slots(trainable=True), pairs, ids, 2.0, None)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
-    {"clora.backend", "clora.errors", "clora.ops", "clora.paths"},
+    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths"},
     {
         "clora.atomic",
         "clora.cache",
@@ -20,9 +20,19 @@ LAYERS = (
         "clora.flow_matching",
         "clora.lora",
         "clora.muon",
+        "clora.optimizers",
         "clora.progress",
     },
-    {"clora.config", "clora.config_file", "clora.drawing", "clora.images", "clora.report"},
+    {
+        "clora.collection",
+        "clora.config",
+        "clora.config_file",
+        "clora.drawing",
+        "clora.everyday",
+        "clora.images",
+        "clora.prompt_file",
+        "clora.report",
+    },
     {"clora.conditioning"},
     {"clora.models", "clora.sampling"},
     {
@@ -33,16 +43,22 @@ LAYERS = (
         "clora.prompt_table",
         "clora.recomputation",
         "clora.rendering",
+        "clora.serving",
+        "clora.slots",
         "clora.targets",
+        "clora.teacher_pages",
     },
     {"clora.studio"},
     {
         "clora.data",
         "clora.demo",
         "clora.distill",
+        "clora.effects",
         "clora.encoding",
         "clora.export",
         "clora.lora_training",
+        "clora.plan",
+        "clora.prompting",
         "clora.student_rows",
         "clora.trainer",
     },

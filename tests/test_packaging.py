@@ -19,7 +19,7 @@ import clora
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # Needed at run time without an import: see the comments in setup.py.
-NOT_IMPORTED = {"accelerate", "huggingface-hub"}
+NOT_IMPORTED = {"accelerate"}
 
 
 @pytest.fixture(scope="module")

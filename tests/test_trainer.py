@@ -76,7 +76,7 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
         )
         scores = trainer._score(rows, velocity)
         hook.remove()
-        models = {name: merge_lora(base, trainer.bank.state(name)) for name in trainer.bank.names}
+        models = {name: merge_lora(base, state) for name, state in slots(trainer).items()}
 
     n = len(rows.teacher)
     assert n == len(batch) + len(batch[batch.effect >= 0])
@@ -117,7 +117,7 @@ def test_rows_of_backward_simulation_lie_on_the_students_trajectory(adapter):
     with make_trainer(adapter) as trainer:
         batch, state = mixed_batch(trainer), trainer.generator.get_state()
         x, sigma = trainer.simulate(batch)
-        student, sigmas = merge_lora(base, trainer.bank.state(STUDENT)), trainer.sigmas
+        student, sigmas = merge_lora(base, trainer.student.state(STUDENT)), trainer.sigmas
     generator = torch.Generator().set_state(state)
     steps = torch.randint(len(sigmas), (len(batch),), generator=generator)
     assert torch.equal(sigma, sigmas[steps])

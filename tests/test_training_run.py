@@ -8,8 +8,8 @@ from trainers import changed, make_trainer, rolled, same, slots
 
 from clora import trainer as training
 from clora.errors import CloraError
-from clora.testing import random_data
-from clora.trainer import CRITIC, STUDENT
+from clora.testing import random_data, tiny_config
+from clora.trainer import CRITIC, STUDENT, check_resumable
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -46,8 +46,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(adapter, tmp_path):
     with make_trainer(adapter, sampler={"guidance": 3.0}) as trainer:
         with pytest.raises(CloraError, match=r"state\.safetensors .*another run \(sampler differ\)"):
             trainer.fit(lambda update, values: None, checkpoint)
-    with make_trainer(adapter, train={"updates": 1, "checkpoint_every": 7}) as trainer:
+    free = {"updates": 1, "checkpoint_every": 7, "gradient_checkpointing": True}
+    with make_trainer(adapter, train=free) as trainer:
         trainer.load(checkpoint)
+        other_cache = tiny_config([e.name for e in trainer.config.effects], data={"cache": "elsewhere"})
+    assert check_resumable(checkpoint, other_cache) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -75,29 +78,29 @@ def test_a_nan_target_stops_naming_update_effect_and_term(adapter, objective, te
     data.targets[1] = torch.nan
     objective = {"dual_stream": False, **objective}
     with make_trainer(adapter, data, objective=objective, train={"batch_size": 16}) as trainer:
-        before = trainer.bank.state(STUDENT)
+        before = trainer.student.state(STUDENT)
         with pytest.raises(CloraError, match=f"update 1: the student.*effect 'effect_1', term {term}"):
             trainer.fit(lambda update, values: None)
-        assert same(trainer.bank.state(STUDENT), before)
+        assert same(trainer.student.state(STUDENT), before)
 
 
 def test_a_nan_source_stops_the_critic(adapter):
     data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
     data.general_sources[:] = torch.nan
     with make_trainer(adapter, data) as trainer:
-        before = trainer.bank.state(CRITIC)
+        before = trainer.critic.state(CRITIC)
         with pytest.raises(CloraError, match="update 1: the critic.*effect of the general stream"):
             trainer.critic_step(*rolled(trainer))
-        assert same(trainer.bank.state(CRITIC), before)
+        assert same(trainer.critic.state(CRITIC), before)
 
 
 def test_an_infinite_gradient_stops(adapter):
     with make_trainer(adapter) as trainer:
-        before = trainer.bank.state(STUDENT)
+        before = trainer.student.state(STUDENT)
         loss = sum(p.sum() for p in trainer.student.parameters()) * torch.inf
         with pytest.raises(CloraError, match="update 1: the student's gradient is not finite"):
             trainer._step(trainer.student_optimizer, trainer.student, loss, "student")
-        assert same(trainer.bank.state(STUDENT), before)
+        assert same(trainer.student.state(STUDENT), before)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +162,9 @@ def test_anchor_updates_come_first_and_learn_the_targets(adapter):
     data.targets[:] = 3 * data.targets[0, 0, 0]  # one colour: soon learned
     train = {"updates": 60, "anchor_share": 1.0, "learning_rate": 3e-2}
     with make_trainer(adapter, data, train=train) as trainer:
-        before = trainer.bank.state(CRITIC)
+        before = trainer.critic.state(CRITIC)
         trainer.fit(lambda update, values: losses.append(values))
-        assert same(trainer.bank.state(CRITIC), before)
+        assert same(trainer.critic.state(CRITIC), before)
     assert all(values["dmd_bs"] == values["dmd_ts"] == 0 and "critic" not in values for values in losses)
     first, last = (sum(values["anchor"] for values in part) / 5 for part in (losses[:5], losses[-5:]))
     assert last < 0.8 * first

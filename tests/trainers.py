@@ -14,15 +14,15 @@ from clora.trainer import CRITIC, STUDENT, DistillTrainer
 
 
 @contextmanager
-def make_trainer(adapter, data=None, **sections):
+def make_trainer(adapter, encoded=None, pages=None, **sections):
     """A trainer of three random teachers whose student and critic differ and do something from the start."""
     transformer = adapter.pipeline.transformer
     teachers = random_teachers(transformer, 3)
-    states = {STUDENT: random_lora(transformer, 4, 101), CRITIC: random_lora(transformer, 4, 102), **teachers}
+    student, critic = random_lora(transformer, 4, 101), random_lora(transformer, 4, 102)
     config = tiny_config(list(teachers), **sections)
-    bank = AdapterBank(transformer, states)
+    bank = AdapterBank(transformer, {CRITIC: critic, **teachers}, pages=pages, fixed=1)
     try:
-        yield DistillTrainer(config, adapter, bank, data or random_data(adapter, list(teachers)))
+        yield DistillTrainer(config, adapter, bank, encoded or random_data(adapter, list(teachers)), student, critic)
     finally:
         bank.detach()
 
@@ -57,8 +57,10 @@ def same(state, other):
 
 
 def changed(trainer, before):
-    return {name for name, state in before.items() if not same(trainer.bank.state(name), state)}
+    return {name for name, state in slots(trainer).items() if not same(before[name], state)}
 
 
 def slots(trainer):
-    return {name: trainer.bank.state(name) for name in trainer.bank.names}
+    """Student and critic as they are trained, and the teachers."""
+    teachers = {name: trainer.bank.state(name) for name in trainer.data.effects}
+    return {STUDENT: trainer.student.state(STUDENT), CRITIC: trainer.critic.state(CRITIC), **teachers}

@@ -221,6 +221,13 @@ def original_part(module: str, family: Family) -> Part:
     return Part(module)
 
 
+def original_parts(module: str, family: Family) -> tuple[str, ...]:
+    """The diffusers modules that are one module in the original naming with this one, in the order of its rows."""
+    general, number = _general(module)
+    found = next((parts for parts in family.originals.values() if general in parts), (module,))
+    return tuple(part.replace(".N.", f".{number}.") for part in found)
+
+
 def routes(target_modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Route, ...]]:
     """Every spelling under which a file may name the target's modules.
 

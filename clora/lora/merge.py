@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clora.errors import CloraError, nearest
+from clora.lora.reduce import module_svd
 from clora.lora.state import LoRAModule, LoRAState
 
 # The methods of PEFT that take adapters of unequal rank.
@@ -60,8 +61,7 @@ def merge_states(
 def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None = None) -> LoRAState:
     """The best rank-`rank` approximation of the weighted sum of all updates, in fp64 inside.
 
-    With ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` of R rows in all, ``B = Q_B R_B`` and ``A^T = Q_A R_A`` reduce
-    the SVD of the ``[out, in]`` sum to that of ``R_B R_A^T``, which is at most ``[R, R]``.
+    It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `clora.lora.reduce.module_svd`).
 
     Args:
         states: at least one; ranks and modules may differ.
@@ -131,12 +131,6 @@ def _peft_merge(
 
 
 def _truncated_sum(parts: Sequence[tuple[LoRAModule, float]], rank: int) -> LoRAModule:
-    lora_A = torch.cat([part.lora_A for part, _ in parts]).double()
-    lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1).double()
-    basis_B, factor_B = torch.linalg.qr(lora_B)
-    basis_A, factor_A = torch.linalg.qr(lora_A.T)
-    left, values, right = torch.linalg.svd(factor_B @ factor_A.T, full_matrices=False)
-    root = values[:rank].sqrt()
-    new_B = basis_B @ (left[:, :rank] * root)
-    new_A = (root[:, None] * right[:rank]) @ basis_A.T
-    return LoRAModule(new_A.float(), new_B.float())
+    lora_A = torch.cat([part.lora_A for part, _ in parts])
+    lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1)
+    return module_svd(lora_A, lora_B).truncated(rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.lora.families import FLUX2, Part, original_part
+from clora.lora.families import Family, Part, original_part, original_parts
 from clora.lora.source import METADATA_KEY
 from clora.lora.state import LoRAModule, LoRAState
 
 # The config first: weights without their config would be read with alpha = rank.
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
 
 
 def save_diffusers_lora(
@@ -30,7 +31,7 @@ def save_diffusers_lora(
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the file that diffusers (any version), ComfyUI and sglang read alike.
+    """Writes the file that diffusers (any version), ComfyUI and, for FLUX, sglang read alike.
 
     Its keys are ``transformer.X.lora_A.weight`` and ``lora_B``, every module has the same rank, and alpha = rank
     without being written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.
@@ -54,7 +55,11 @@ def save_diffusers_lora(
 
 
 def save_peft_folder(
-    state: LoRAState, folder: str | Path, alpha: float | None = None, dtype: torch.dtype = torch.float32
+    state: LoRAState,
+    folder: str | Path,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -63,6 +68,7 @@ def save_peft_folder(
         folder: created where missing.
         alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
+        metadata: entries for the header of the weights.
 
     Raises:
         CloraError: the folder cannot be written or a value is not finite.
@@ -84,7 +90,7 @@ def save_peft_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
-            write_safetensors(tensors, Path(temporary, _PEFT_FILES[1]), {})
+            write_safetensors(tensors, Path(temporary, _PEFT_FILES[1]), metadata or {})
             config.save_pretrained(temporary)
             for name in _PEFT_FILES:
                 os.replace(Path(temporary, name), folder / name)
@@ -92,39 +98,63 @@ def save_peft_folder(
         raise CloraError(f"{folder} cannot be written: {error}") from error
 
 
-def save_kohya(state: LoRAState, path: str | Path, alpha: float, dtype: torch.dtype = torch.float32) -> None:
-    """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``, FLUX.2 modules fused.
+def save_kohya(
+    state: LoRAState,
+    path: str | Path,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    family: Family | None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``.
 
     Args:
-        state: what to write.
+        state: what to write; ranks may differ.
         path: the ``.safetensors`` file.
-        alpha: stated for every module; ``lora_B`` is rescaled so that the applied update stays the same.
+        alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
+        family: whose original names the modules get, where q, k and v may be one module; None for diffusers' names.
+        shapes: from `clora.lora.files.linear_shapes`; needed where a module is fused of unequal parts, of which the
+            state lacks one.
+        metadata: entries for the file's header.
 
     Raises:
-        CloraError: the file cannot be written or a value is not finite.
+        CloraError: the file cannot be written, a value is not finite, or `shapes` are needed.
     """
     tensors = {}
-    for name, module in _fused(state).items():
+    for name, module in _renamed(state, family, shapes).items():
         stem, module = "lora_unet_" + name.replace(".", "_"), _with_alpha(module, alpha)
         tensors[f"{stem}.lora_down.weight"] = module.lora_A.to(dtype)
         tensors[f"{stem}.lora_up.weight"] = module.lora_B.to(dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    write_safetensors(tensors, path, {})
+        tensors[f"{stem}.alpha"] = torch.tensor(float(module.rank if alpha is None else alpha))
+    write_safetensors(tensors, path, metadata or {})
 
 
-def save_comfyui(state: LoRAState, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, FLUX.2 modules fused, alpha = rank.
+def save_comfyui(
+    state: LoRAState,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    family: Family | None,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, alpha = rank.
 
     Args:
-        state: what to write.
+        state: what to write; ranks may differ.
         path: the ``.safetensors`` file.
         dtype: stored type.
+        family, shapes: as in `save_kohya`.
+        metadata: entries for the file's header.
 
     Raises:
-        CloraError: the file cannot be written or a value is not finite.
+        CloraError: the file cannot be written, a value is not finite, or `shapes` are needed.
     """
-    write_safetensors(_named(_fused(state), "diffusion_model.", dtype), path, {})
+    modules = _renamed(state, family, shapes)
+    write_safetensors(_named(modules, "diffusion_model.", dtype), path, metadata or {})
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
@@ -199,15 +229,37 @@ def _with_alpha(module: LoRAModule, alpha: float | None) -> LoRAModule:
     return LoRAModule(module.lora_A, module.lora_B * (module.rank / alpha))
 
 
-def _fused(state: LoRAState) -> dict[str, LoRAModule]:
-    """The same LoRA under the original FLUX.2 names, where q, k and v are one module."""
-    groups: dict[str, dict[int, LoRAModule]] = {}
-    parts: dict[str, int] = {}
-    for name, module in state.modules.items():
-        part = original_part(name, FLUX2)
-        groups.setdefault(part.name, {})[part.index] = _to_original(module, part)
-        parts[part.name] = part.count
-    return {name: _fuse(group, parts[name]) for name, group in groups.items()}
+def _renamed(
+    state: LoRAState, family: Family | None, shapes: Mapping[str, tuple[int, int]] | None
+) -> Mapping[str, LoRAModule]:
+    """The same LoRA under a family's original names."""
+    if family is None:
+        return state.modules
+    groups = {original_part(name, family).name: original_parts(name, family) for name in state.modules}
+    return {
+        original: _fuse([_part(name, names, state, family, shapes) for name in names])
+        for original, names in groups.items()
+    }
+
+
+def _part(
+    name: str,
+    names: Sequence[str],
+    state: LoRAState,
+    family: Family,
+    shapes: Mapping[str, tuple[int, int]] | None,
+) -> LoRAModule:
+    """One row block of a fused module; zero where the state lacks it."""
+    if name in state.modules:
+        return _to_original(state.modules[name], original_part(name, family))
+    present = next(state.modules[other] for other in names if other in state.modules)
+    if shapes is None and any(other.endswith(_WIDE_PART) for other in names):
+        raise CloraError(
+            f"{names} are one module in the original naming, the LoRA lacks {name}, and its size is not known; name the "
+            "LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
+        )
+    rows = len(present.lora_B) if shapes is None else shapes[name][0]  # q, k and v have the same
+    return LoRAModule(present.lora_A, present.lora_B.new_zeros(rows, present.rank))
 
 
 def _to_original(module: LoRAModule, part: Part) -> LoRAModule:
@@ -216,15 +268,13 @@ def _to_original(module: LoRAModule, part: Part) -> LoRAModule:
     return LoRAModule(module.lora_A, torch.cat(module.lora_B.chunk(2)[::-1]))
 
 
-def _fuse(group: Mapping[int, LoRAModule], parts: int) -> LoRAModule:
-    """Stacks the row blocks of one fused module; an absent one is zero.
+def _fuse(blocks: Sequence[LoRAModule]) -> LoRAModule:
+    """Stacks the row blocks of one fused module.
 
     Returns:
-        One shared ``lora_A`` where all parts have the same, else a block-diagonal module of `parts` times the rank.
+        One shared ``lora_A`` where all have the same, else a block-diagonal module of the sum of their padded ranks.
     """
-    first = next(iter(group.values()))
-    zero = LoRAModule(first.lora_A, torch.zeros_like(first.lora_B))
-    blocks = [group.get(part, zero) for part in range(parts)]
+    first = blocks[0]
     if all(torch.equal(block.lora_A, first.lora_A) for block in blocks):
         return LoRAModule(first.lora_A, torch.cat([block.lora_B for block in blocks]))
     rank = max(block.rank for block in blocks)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from clora.adapter_bank import AdapterBank, fresh_lora
+from clora.lora.families import FLUX2
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState
@@ -80,7 +81,7 @@ def train_teachers(
     """Trains teachers together, in routed batches; returns effect name to LoRA."""
     transformer = adapter.pipeline.transformer
     fresh = _fresh(transformer, specs, torch.Generator().manual_seed(seed))
-    bank = AdapterBank(transformer, fresh)
+    bank = AdapterBank(transformer, fresh, dtype=torch.float32)
     try:
         train_loras(
             adapter,
@@ -116,9 +117,9 @@ def save_teacher(spec: TeacherSpec, state: LoRAState, folder: Path) -> Path:
         return folder / spec.effect
     path = folder / f"{spec.effect}.safetensors"
     if spec.format == "kohya":
-        save_kohya(state, path, KOHYA_ALPHA, dtype=torch.float16)
+        save_kohya(state, path, KOHYA_ALPHA, dtype=torch.float16, family=FLUX2)
     elif spec.format == "comfyui":
-        save_comfyui(state, path, dtype=torch.float16)
+        save_comfyui(state, path, dtype=torch.float16, family=FLUX2)
     else:
         save_diffusers_lora(state, path, dtype=torch.float16)
     return path

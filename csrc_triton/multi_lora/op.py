@@ -107,7 +107,11 @@ def unsupported(
     """
     check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
     tensors = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scale": scale, "ids": adapter_ids}
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return unsupported_tensors(x, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def unsupported_tensors(x: Tensor, given: dict[str, Tensor]) -> str | None:
+    """`unsupported` for arguments of the right shapes; weight and bias may be absent."""
     for name, tensor in given.items():
         if tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}"
@@ -149,7 +153,7 @@ def _call(x: Tensor, layers: list[Projection], scale: Tensor, ids: Tensor, desig
     weights, biases, lora_A, lora_B = (list(tensors) for tensors in zip(*layers, strict=True))
     has_bias = [bias is not None for bias in biases]
     given = [bias for bias in biases if bias is not None]
-    if _is_traced(x):
+    if is_traced(x):
         return forward_op(x, weights, given, has_bias, lora_A, lora_B, scale, ids, design)[:-1]
     return _Untraced.apply(x, scale, ids, has_bias, design, *weights, *lora_A, *lora_B, *given)
 
@@ -208,7 +212,7 @@ def _backward(
     with torch.cuda.device_of(scale):
         back = upstream[0].new_empty(*upstream[0].shape[:2], ranks) if needs_x or needs_A else None
         grad_B = [
-            _pass_over_upstream(dy, low if needs_B else None, back, b, offset, scale, ids)
+            pass_over_upstream(dy, low if needs_B else None, back, b, offset, scale, ids)
             for dy, _, _, b, offset in layers
         ]
         grad_x = [_grad_x(layers, back, ids, design)] if needs_x else []
@@ -221,7 +225,7 @@ def _backward_untraced(*args) -> list[Tensor]:
         return _backward(*args)
 
 
-def _pass_over_upstream(dy, low, back, lora_B, offset: int, scale, ids) -> Tensor | None:
+def pass_over_upstream(dy, low, back, lora_B, offset: int, scale, ids) -> Tensor | None:
     """Reads dy once: writes ``back = scale dy lora_B`` where given, and returns the gradient of lora_B where low is."""
     if low is None:
         shrink(dy, [lora_B.mT], scale, ids, back, offset)
@@ -317,7 +321,7 @@ def _save(ctx, x, low, scale, ids, weights, lora_A, lora_B, design) -> None:
 def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, list, list]:
     """Gradients of x, the lora_A and the lora_B; an output that was not used gives its factors none."""
     x, low, scale, ids, *tensors = ctx.saved_tensors  # once: under checkpointing a second reading raises
-    backward = backward_op if _is_traced(scale) else _backward_untraced
+    backward = backward_op if is_traced(scale) else _backward_untraced
     count = len(upstream)
     used = [i for i in range(count) if upstream[i] is not None]
     dx, dA, dB = None, [None] * count, [None] * count
@@ -338,7 +342,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, l
     return dx, dA, dB
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether someone watches the operators: torch.compile, fake tensors, selective checkpointing, a profiler of flops."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
 

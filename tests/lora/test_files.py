@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
 from clora.lora import save as save_module
+from clora.lora.families import FLUX2
 from clora.lora.files import load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import content_hash
@@ -66,7 +67,7 @@ def test_peft_folder(tmp_path, targets, transformer, run, random_state, applied_
 def test_kohya(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas, shared):
     state, path = random_state(ranks=(4,)), tmp_path / "kohya.safetensors"
     state = with_shared_qkv(state) if shared else state
-    save_kohya(state, path, alpha=2.0)
+    save_kohya(state, path, alpha=2.0, family=FLUX2)
     qkv = load_file(path)["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
     assert qkv.shape == (4 if shared else 12, 16)
     loaded = load_lora(path, targets)
@@ -78,24 +79,24 @@ def test_kohya_in_diffusers(tmp_path, random_state, diffusers_output, applied_ou
     """On the modules that diffusers' kohya converter knows (it skips all modulations)."""
     modules = [*ATTENTION, "transformer_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_out", "x_embedder"]
     state, path = random_state(modules=modules), tmp_path / "kohya.safetensors"
-    save_kohya(state, path, alpha=1.0)
+    save_kohya(state, path, alpha=1.0, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
 def test_comfyui(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = with_shared_qkv(random_state()), tmp_path / "comfyui.safetensors"
-    save_comfyui(state, path)
+    save_comfyui(state, path, family=FLUX2)
     assert all(key.startswith("diffusion_model.") for key in load_file(path))
     assert_same_deltas(load_lora(path, targets), state)
     # diffusers 0.42 forgets to swap the halves of the final modulation, so it is compared without that module.
     rest = LoRAState({name: module for name, module in state.modules.items() if name != "norm_out.linear"})
-    save_comfyui(rest, path)
+    save_comfyui(rest, path, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(rest), rtol=1e-5, atol=1e-5)
 
 
 def test_fused_with_missing_parts(tmp_path, targets, random_state):
     state, path = random_state(modules=["transformer_blocks.0.attn.to_k"]), tmp_path / "a.safetensors"
-    save_comfyui(state, path)
+    save_comfyui(state, path, family=FLUX2)
     loaded = load_lora(path, targets)
     assert torch.equal(loaded.modules[ATTENTION[1]].delta(), state.modules[ATTENTION[1]].delta())
     assert not loaded.modules[ATTENTION[0]].delta().any()
@@ -296,9 +297,9 @@ def test_save_refuses(tmp_path, random_state):
     with pytest.raises(CloraError, match="cannot be written"):
         save_peft_folder(state, tmp_path / "file")
     with pytest.raises(CloraError, match="ends in .safetensors"):
-        save_comfyui(state, tmp_path / "a.bin")
+        save_comfyui(state, tmp_path / "a.bin", family=FLUX2)
     with pytest.raises(CloraError, match="alpha must be above 0"):
-        save_kohya(state, tmp_path / "a.safetensors", alpha=0)
+        save_kohya(state, tmp_path / "a.safetensors", alpha=0, family=FLUX2)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

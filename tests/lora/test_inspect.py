@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
+from clora.lora.families import FLUX2
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.inspect import inspect_lora, pipeline_shapes, render
 from clora.lora.save import save_kohya, save_peft_folder
@@ -24,7 +25,7 @@ def text(info):
 
 
 def test_kohya_with_a_model(tmp_path, targets, random_state):
-    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16)
+    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
     info = inspect_lora(tmp_path, targets)
     assert json.loads(json.dumps(info)) == info
     assert info["format"] == "kohya"
@@ -56,7 +57,7 @@ def test_peft_without_a_model(tmp_path, random_state):
 
 def test_lists_what_does_not_fit(tmp_path, targets, random_state):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0)
+    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
     extra = {
         "surprise[bold]": torch.ones(2),
         "lora_unet_elsewhere.lora_down.weight": torch.ones(2, 3),
@@ -108,7 +109,7 @@ def test_raises_on_unreadable(tmp_path, name, content, words):
 @pytest.mark.parametrize("part", ["lora_down.weight", "alpha"])
 def test_nan_is_a_problem(tmp_path, random_state, part):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0)
+    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
     tensors = load_file(path)
     spoilt = next(key for key in tensors if key.endswith(part))
     tensors[spoilt].fill_(torch.nan)
@@ -121,10 +122,10 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
 
 def test_the_family_is_told_without_a_model(tmp_path, targets, random_state):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(), path, alpha=2.0)
+    save_kohya(random_state(), path, alpha=2.0, family=FLUX2)
     assert inspect_lora(path)["families"] == ["FLUX.2"]
     assert inspect_lora(path, targets)["families"] == ["FLUX.2"]
-    save_kohya(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, alpha=2.0)
+    save_kohya(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, alpha=2.0, family=FLUX2)
     assert inspect_lora(path)["families"] == ["FLUX.1", "FLUX.2"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}, path)

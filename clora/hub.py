@@ -1,0 +1,99 @@
+"""The Hugging Face Hub, through huggingface_hub: where collections are uploaded to and loaded from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clora.errors import CloraError
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text can be a repository on the Hub with its owner, as in ``owner/name``."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
+
+
+def cached_revision(repo_id: str) -> str | None:
+    """The commit of a pipeline that was loaded by its hub id; None where the cache does not know it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(repo_id, "model_index.json") if is_repo_id(repo_id) else None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def download(repo_id: str, filename: str) -> Path:
+    """One file of a repository, from the cache where it is there already.
+
+    Raises:
+        CloraError: no such repository or file, or no connection.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, filename))
+    except Exception as error:  # huggingface_hub and the HTTP library under it have no common error
+        raise CloraError(
+            f"{repo_id!r} is no local file or folder, and {filename} cannot be downloaded from the Hub: {error}"
+        ) from error
+
+
+def check_repo(repo_id: str) -> None:
+    """Makes sure, without asking the Hub, that an upload has somewhere to go.
+
+    Raises:
+        CloraError: no valid id, or no login.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise CloraError(f"push to hub: {repo_id!r} is no repository id, expected owner/name: {error}") from error
+    if get_token() is None:
+        raise CloraError(
+            f"push to hub: no login for {repo_id}; run `hf auth login` or set HF_TOKEN to a token that may write"
+        )
+
+
+def create_repo(repo_id: str) -> str:
+    """Creates the repository where it is missing; for before long work, so that its result can be uploaded after it.
+
+    Returns:
+        The id with its owner, who is the user where `repo_id` names none.
+
+    Raises:
+        CloraError: no connection, or no right to write there.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().create_repo(repo_id, exist_ok=True).repo_id
+    except Exception as error:  # as in download
+        raise CloraError(f"push to hub: {repo_id} cannot be created or written: {error}") from error
+
+
+def upload(folder: Path, repo_id: str, patterns: Sequence[str]) -> str:
+    """Uploads the files of a folder that match; returns the address of the repository.
+
+    Raises:
+        CloraError: they cannot be uploaded; says how to do it by hand.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload the collection"
+        )
+    except Exception as error:  # as in download
+        raise CloraError(
+            f"{folder} is complete, but it could not be uploaded: {error}. Later: hf upload {repo_id} {folder}"
+        ) from error
+    return f"{api.endpoint}/{repo_id}"

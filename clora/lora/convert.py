@@ -1,0 +1,227 @@
+"""``clora export``: a LoRA of any format in another one, at a lower rank or in another type, and what that costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clora.errors import CloraError, nearest
+from clora.lora.adapters import read_adapter
+from clora.lora.families import (
+    FAMILIES,
+    FLUX1,
+    FLUX2,
+    LONGCAT_IMAGE,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    Family,
+    families_with,
+    family_of,
+    original_part,
+)
+from clora.lora.files import load_lora
+from clora.lora.inspect import pipeline_shapes
+from clora.lora.keys import sort_keys, split_prefix
+from clora.lora.reduce import (
+    balanced,
+    energy_share,
+    reduce_to_energy,
+    reduce_to_rank,
+    relative_error,
+    stored_as,
+)
+from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
+from clora.lora.source import LoRASource, open_lora
+from clora.lora.state import LoRAModule, LoRAState
+from clora.paths import user_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMATS = ("diffusers", "peft", "kohya", "comfyui")
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+_STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8"}
+_SHOWN_MODULES = 20
+
+# Metadata that stays true in another format: clora's own and the licence. Ranks and alphas of trainers do not.
+_KEPT_METADATA = re.compile(r"clora\..*|(modelspec\.)?license")
+# Module names of FLUX's original repository, which need the model to be understood.
+_ORIGINAL_NAME = re.compile(
+    r"(double_blocks|single_blocks|final_layer|time_in|vector_in|guidance_in)\b.*|\w+_stream_modulation(_img|_txt)?\.lin"
+)
+# How the pipelines' class names begin, the longer beginnings first.
+_PIPELINES = {"Flux2": FLUX2, "Flux": FLUX1, "QwenImage": QWEN_IMAGE, "ZImage": Z_IMAGE, "LongCatImage": LONGCAT_IMAGE}
+
+
+def convert_lora(
+    path: str | Path,
+    output: str | Path,
+    format: str = "diffusers",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    pipeline: str | Path | None = None,
+) -> dict[str, Any]:
+    """Writes a LoRA in another format.
+
+    Args:
+        path: a LoRA file or folder, or a collection.
+        output: the ``.safetensors`` file, or the folder for PEFT.
+        format: one of `FORMATS`. diffusers' files have one rank, the others a rank for each module.
+        rank: the largest rank to keep.
+        energy: instead, the share of every module's energy to keep (`clora.lora.reduce.reduce_to_energy`).
+        dtype: one of `DTYPES`; by default the type that the file is stored in.
+        pipeline: folder of the pipeline that the LoRA is for, where the file's names do not tell.
+
+    Returns:
+        A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank`` (the largest),
+        ``max_error`` and ``modules``, one entry each: ``name, rank_before, rank, energy`` (the share kept) and
+        ``error``, the relative error of the update that a reader of the new file gets.
+
+    Raises:
+        CloraError: an unknown format or type, both `rank` and `energy`, a file that cannot be read or written, or
+            one whose model has to be given.
+    """
+    _check_choices(format, dtype, rank, energy)
+    source = open_lora(path)
+    output = _checked_output(source.file, output)
+    shapes = None if pipeline is None else pipeline_shapes(pipeline)
+    state = load_lora(path, shapes or _shapes_in_file(source))
+    dtype = dtype or _stored_dtype(source)
+    smaller = state
+    if rank is not None:
+        smaller = reduce_to_rank(state, rank)
+    elif energy is not None:
+        smaller = reduce_to_energy(state, energy, uniform=format == "diffusers")
+    if dtype == "fp8":
+        smaller = LoRAState({name: balanced(module) for name, module in smaller.modules.items()}, state.metadata)
+    _write(smaller, output, format, DTYPES[dtype], shapes)
+    modules = [_describe(name, module, smaller.modules[name], DTYPES[dtype]) for name, module in state.modules.items()]
+    return {
+        "file": str(source.file),
+        "output": str(output),
+        "format": format,
+        "dtype": dtype,
+        "bytes": _size(output),
+        "rank": smaller.max_rank,
+        "max_error": max(entry["error"] for entry in modules),
+        "modules": modules,
+    }
+
+
+def render(report: Mapping[str, Any]) -> Table:
+    """Lays out the result of `convert_lora` as a table for the terminal, the largest errors first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    modules = sorted(report["modules"], key=lambda entry: -entry["error"])
+    hidden = len(modules) - _SHOWN_MODULES
+    more = f"; {hidden} more modules, all below these, are in --json" if hidden > 0 else ""
+    caption = f"{report['format']}, {report['dtype']}, rank {report['rank']}, {report['bytes'] / 1e6:.2f} MB{more}"
+    table = Table(title=Text(report["output"]), caption=Text(caption))
+    for column in ("module", "rank", "energy kept", "relative error"):
+        table.add_column(column, overflow="fold", justify="left" if column == "module" else "right")
+    for entry in modules[:_SHOWN_MODULES]:
+        ranks = (
+            str(entry["rank"]) if entry["rank"] == entry["rank_before"] else f"{entry['rank_before']} > {entry['rank']}"
+        )
+        table.add_row(Text(entry["name"]), ranks, f"{entry['energy']:.2%}", f"{entry['error']:.2e}")
+    return table
+
+
+def _check_choices(format: str, dtype: str | None, rank: int | None, energy: float | None) -> None:
+    for what, value, known in (("format", format, FORMATS), ("dtype", dtype, tuple(DTYPES))):
+        if value is not None and value not in known:
+            raise CloraError(f"{what}: expected one of {', '.join(known)}, found {value!r}{nearest(value, known)}")
+    if rank is not None and energy is not None:
+        raise CloraError(f"expected a rank or a share of energy, found both ({rank} and {energy:g}); leave one out")
+
+
+def _checked_output(file: Path, output: str | Path) -> Path:
+    output = user_path(output)
+    if output.resolve() in (file.resolve(), file.resolve().parent):
+        raise CloraError(f"{output} is what is being exported; choose another name for the output")
+    return output
+
+
+def _shapes_in_file(source: LoRASource) -> dict[str, tuple[int, int]]:
+    """The layers of the model as far as the file shows them. Raises CloraError where it does not."""
+    shapes = {}
+    for stem, parts in sort_keys(source.shapes).modules.items():
+        format_name, module = split_prefix(stem)
+        if format_name == "kohya" or _ORIGINAL_NAME.fullmatch(module):
+            raise CloraError(
+                f"{source.file}: {stem} does not show which layer of the model it changes; name the LoRA's base model "
+                "with --pipeline FOLDER (its transformer/config.json is enough)"
+            )
+        shapes[module] = read_adapter(source, stem, parts).shape
+    return shapes
+
+
+def _stored_dtype(source: LoRASource) -> str:
+    """The type of the file's matrices, fp32 where they differ or have another."""
+    found = {_STORED.get(source.dtypes[key], "fp32") for key, shape in source.shapes.items() if len(shape) == 2}
+    return found.pop() if len(found) == 1 else "fp32"
+
+
+def _family(state: LoRAState) -> Family | None:
+    """Whose original names kohya and ComfyUI know the modules by, where no pipeline is given.
+
+    Raises:
+        CloraError: the names fit several families, which name these modules differently.
+    """
+    pipeline = state.metadata.get("clora.pipeline", "")
+    for beginning, family in _PIPELINES.items():
+        if pipeline.startswith(beginning):
+            return family
+    known = [family for family in FAMILIES if family.name in families_with(state.modules)]
+    spellings = {tuple(original_part(name, family).name for name in state.modules) for family in known}
+    if len(spellings) > 1:
+        raise CloraError(
+            f"{' and '.join(family.name for family in known)} have layers like {next(iter(state.modules))}, and these "
+            "formats name them differently; name the LoRA's base model with --pipeline FOLDER (its "
+            "transformer/config.json is enough)"
+        )
+    return known[0] if known else None
+
+
+def _write(
+    state: LoRAState,
+    output: Path,
+    format: str,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, int]] | None,
+) -> None:
+    metadata = {key: value for key, value in state.metadata.items() if _KEPT_METADATA.fullmatch(key)}
+    if format == "diffusers":
+        save_diffusers_lora(state, output, dtype=dtype, metadata=metadata)
+    elif format == "peft":
+        save_peft_folder(state, output, dtype=dtype, metadata=metadata)
+    else:
+        save = save_kohya if format == "kohya" else save_comfyui
+        family = _family(state) if shapes is None else family_of(shapes)
+        save(state, output, dtype=dtype, family=family, shapes=shapes, metadata=metadata)
+
+
+def _describe(name: str, before: LoRAModule, after: LoRAModule, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "name": name,
+        "rank_before": before.rank,
+        "rank": after.rank,
+        "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
+        "error": relative_error(before, stored_as(after, dtype)),
+    }
+
+
+def _size(output: Path) -> int:
+    files = [output] if output.is_file() else list(output.iterdir())
+    return sum(file.stat().st_size for file in files)

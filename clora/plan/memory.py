@@ -1,0 +1,159 @@
+"""The arithmetic of a distillation: device memory by part, disk, passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clora.config import DistillConfig, TrainConfig
+from clora.plan.cost import PassCost
+from clora.teacher_pages import module_ranks, page_bytes, pages_that_fit
+
+MASTER = GRADIENT = 4
+"""Bytes of a trained value and of its gradient, float32 both."""
+MOMENTS = {"adamw": 2, "muon": 1}
+"""Values that an optimizer keeps of each trained one."""
+
+Shapes = Mapping[str, tuple[int, int]]
+Ranks = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the arithmetic reads of a pipeline and its teachers.
+
+    Attributes:
+        transformer, encoders: bytes of the weights of the transformer, and of text encoders and autoencoder.
+        dtype: of the transformer's arithmetic, and so of the bank's slots.
+        shapes: of the transformer's linear layers.
+        student: the layers that student and critic adapt.
+        teachers: effect to layer to rank.
+        blocks: number of blocks that gradient checkpointing computes again one by one.
+        cost: of one row's pass.
+    """
+
+    transformer: int
+    encoders: int
+    dtype: torch.dtype
+    shapes: Shapes
+    student: Sequence[str]
+    teachers: Ranks
+    blocks: int
+    cost: PassCost
+
+
+def trained_values(facts: Facts, rank: int) -> int:
+    """Values of the student's LoRA."""
+    return rank * sum(sum(facts.shapes[name]) for name in facts.student)
+
+
+def slot_bytes(facts: Facts, rank: int) -> int:
+    """Bytes of one slot of the bank, whose ranks are the highest of any LoRA."""
+    student = dict.fromkeys(facts.student, rank)
+    return page_bytes(facts.shapes, module_ranks([student, *facts.teachers.values()]), facts.dtype)
+
+
+def num_slots(facts: Facts, config: DistillConfig) -> int:
+    """The bank's slots on the device: the critic's, and the teachers' or as many as fit. Raises CloraError for too few."""
+    count, one = len(facts.teachers), slot_bytes(facts, config.student.rank)
+    pages = pages_that_fit(config.train.teacher_memory_gb, one, count)
+    return 1 + (count if pages is None else pages)
+
+
+def state_bytes(train: TrainConfig) -> int:
+    """Bytes of both optimizers' states per trained value; Muon's stay in 32 bits."""
+    adamw = MOMENTS["adamw"] * train.optimizer_bits // 8
+    return adamw + (adamw if train.optimizer == "adamw" else 4 * MOMENTS[train.optimizer])
+
+
+def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
+    """Device memory by part, in bytes; ``encoders`` leave the device before the others come.
+
+    Raises:
+        CloraError: ``train.teacher_memory_gb`` holds too few teachers.
+    """
+    rank, train = config.student.rank, config.train
+    values = trained_values(facts, rank)
+    checkpointed = train.gradient_checkpointing
+    block = facts.cost.saved // facts.blocks
+    saved = facts.cost.saved_checkpointed if checkpointed else facts.cost.saved
+    rows, scored = rows_with_gradient(config), scoring_rows(config)
+    return {
+        "encoders": facts.encoders,
+        "base": facts.transformer,
+        "teachers": slot_bytes(facts, rank) * num_slots(facts, config),
+        "student and critic": 2 * values * MASTER,
+        "gradients": values * GRADIENT,
+        "optimizers": values * state_bytes(train),
+        "activations": max(rows * (saved + (block if checkpointed else 0)), scored * block),
+    }
+
+
+def peak(parts: Mapping[str, int]) -> int:
+    """The most memory at once: encoding, or training."""
+    return max(parts["encoders"], sum(size for name, size in parts.items() if name != "encoders"))
+
+
+def rows_with_gradient(config: DistillConfig) -> int:
+    """Most rows of one pass with gradient: a student update whose rows are all of the effect stream."""
+    objective = config.objective
+    parts = (objective.backward_simulation, objective.target_simulation, objective.trajectory_anchoring)
+    return config.train.batch_size * max(1, sum(parts))
+
+
+def scoring_rows(config: DistillConfig) -> int:
+    """Most rows of one scoring pass: critic, teacher and, with guidance, teacher with the empty prompt."""
+    objective = config.objective
+    scored = config.train.batch_size * (objective.backward_simulation + objective.target_simulation)
+    rows = scored * (2 if config.sampler.guidance == 0 else 3)
+    return rows if config.train.scoring_rows is None else min(rows, config.train.scoring_rows)
+
+
+def forward_passes(config: DistillConfig) -> float:
+    """What a student update after anchoring costs in forward passes of one row, its critic updates included.
+
+    A backward pass through a frozen base costs about as much as a forward pass, recomputation one more. Streams count at
+    their expected share, steps of the simulation at their mean.
+    """
+    objective, train = config.objective, config.train
+    effects = train.batch_size * (objective.switch_probability if objective.dual_stream else 1.0)
+    scored = train.batch_size * objective.backward_simulation + effects * objective.target_simulation
+    anchored = (train.batch_size if config.data.general_targets else effects) * objective.trajectory_anchoring
+    learning = 3 if train.gradient_checkpointing else 2
+    if not scored:
+        return learning * anchored
+    simulated = (config.sampler.steps - 1) / 2
+    critic = train.critic_ratio * train.batch_size * (simulated + 1 + learning)
+    return critic + learning * (scored + anchored) + scored * (2 if config.sampler.guidance == 0 else 3)
+
+
+def anchoring_passes(config: DistillConfig) -> float:
+    """The same of an update of the run's first part, which is trajectory anchoring alone."""
+    return config.train.batch_size * (3 if config.train.gradient_checkpointing else 2)
+
+
+def rendered(config: DistillConfig, sources: int) -> int:
+    """Pictures that teachers and base render, of so many sources."""
+    missing = sum(effect.targets is None for effect in config.effects)
+    general = config.data.general_targets if config.objective.dual_stream else 0
+    return missing * min(sources, config.data.sources_per_effect) + general
+
+
+def disk(facts: Facts, config: DistillConfig, latents: int, pictures: int) -> dict[str, int]:
+    """Disk by part, in bytes.
+
+    Args:
+        facts: of the pipeline and its teachers.
+        config: the settings.
+        latents: values of an encoded picture, source or result.
+        pictures: sources and results that are kept.
+    """
+    values = trained_values(facts, config.student.rank)
+    states = 2 * MASTER + state_bytes(config.train)
+    return {
+        "collection": values * facts.dtype.itemsize,
+        "checkpoint while it trains": values * states,
+        "encoded pictures while it trains": 4 * latents * pictures,
+    }
