@@ -220,7 +220,7 @@ class AdapterBank:
         """Plain layers with slots by one call of the op; others are called themselves, and their slots' part added."""
         slots, layers = self.routing.slots, {module: self._layers[module].base for module in modules}
         rows = x if x.ndim == 3 else x.unsqueeze(1)
-        ids = _ids_of_rows(self.routing.adapter_ids, len(rows))
+        ids = _ids_of_rows(self.routing.adapter_ids, len(rows), modules[0])
         fused = [module for module in modules if module in slots.factors and _is_plain(layers[module], x)]
         projections = [(layers[module].weight, layers[module].bias, *slots.factors[module]) for module in fused]
         given = multi_lora_linears(rows, projections, slots.scale, ids) if fused else []
@@ -251,6 +251,11 @@ class RoutedLinear(nn.Module):
         self.module = module
         self._bank = [bank]  # in a list: a plain attribute, not a submodule of this layer
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's: Z-Image asks a layer for the dtype to give it."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return self._bank[0].output(self.module, x)
 
@@ -266,13 +271,19 @@ def _groups(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     return {module: tuple(m for _, m in sorted(group)) for group in groups.values() for _, module in group}
 
 
-def _ids_of_rows(adapter_ids: Tensor, count: int) -> Tensor:
-    """Ids of a layer's rows. A layer may see the batch twice over, as a modulation that also gives that of timestep 0."""
-    if count % len(adapter_ids):
-        raise CloraError(
-            f"a layer was given {count} samples, but {len(adapter_ids)} adapters were routed: one for each"
-        )
-    return adapter_ids if len(adapter_ids) == count else adapter_ids.repeat(count // len(adapter_ids))
+def _ids_of_rows(adapter_ids: Tensor, count: int, module: str) -> Tensor:
+    """Ids of a layer's rows. A layer may see the batch twice over, as a modulation that also gives that of timestep 0.
+
+    Raises:
+        CloraError: rows are no samples, as in embedders that get the tokens of all samples in one.
+    """
+    num_samples = len(adapter_ids)
+    if num_samples == 1 or count in (num_samples, 2 * num_samples):
+        return adapter_ids.repeat(count // num_samples)
+    raise CloraError(
+        f"the layer {module!r} gets {count} rows of {num_samples} samples, so that a LoRA cannot be chosen for each; "
+        "route as many samples as the batch has, or leave this layer out of the LoRAs if its rows are no samples"
+    )
 
 
 def _is_plain(layer: nn.Linear, x: Tensor) -> bool:

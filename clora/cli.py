@@ -129,6 +129,61 @@ def distill(
 
 
 @app.command()
+def prompts(
+    config: Annotated[Path, typer.Argument(help="The YAML file of clora distill.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the prompts file, edits included.")] = False,
+) -> None:
+    """Write student prompts, triggers and general instructions to a file that you may edit before training.
+
+    The file is `prompts.file` of the config, by default my.prompts.yaml beside my.yaml.
+
+    Example: [bold]clora prompts my.yaml prompts.paraphrases=6[/bold]
+    """
+    from rich.console import Console
+
+    from clora.config import load_config
+    from clora.prompting import similarity_table, write_prompts
+
+    loaded = load_config(config, overrides or (), with_prompts=False)
+    file = loaded.prompts.file or str(config.with_suffix(".prompts.yaml"))
+    Console().print(similarity_table(write_prompts(loaded, file, overwrite)))
+    typer.echo(f"prompts: {file}")
+    if loaded.prompts.file is None:
+        typer.echo(f"to train with it, write into {config}:  prompts: {{file: {file}}}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for clora distill.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a distillation will need and do, and all that is wrong with its input; loads no weights.
+
+    Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
+    """
+    from clora.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    from clora.plan import make_plan, render
+
+    found = make_plan(loaded)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A .safetensors LoRA or a folder with one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -244,7 +299,7 @@ def _refuse_unusable(info: Mapping[str, Any]) -> None:
         "it holds no LoRA module": not info["modules"],
         "it holds what is not supported": info["unsupported"],
         "it has unknown keys": info["unknown_keys"],
-        "some of its modules are damaged or do not fit": info["problems"],
+        "some of its modules are damaged or do not fit, or are not of low rank": info["problems"],
         "it has modules that the pipeline lacks": info["unmatched"],
         "its modules are named like those of no model family that clora knows": info["modules"]
         and info["matched"] is None

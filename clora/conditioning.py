@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Shapes = tuple[tuple[int, int], ...]
-"""Height and width in tokens of each reference image."""
+"""Height and width in tokens of each reference image, then of what else a family reads of them."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Text:
 
     Attributes:
         embeds: ``[B, L, D]``.
-        mask: ``[B, L]`` bool, false at padding; None where every token counts.
+        mask: ``[B, L]`` bool, false at padding and, in families that encode a prompt in segments, once after each
+            segment; None where every token counts.
         pooled: ``[B, P]`` embedding of the whole prompt, for the families that have one.
     """
 
@@ -71,8 +72,10 @@ class Conditioning:
 
     Attributes:
         text: the prompts, ``B`` rows.
-        source: packed latents of the images to edit, one after the other, ``[B, S, C]``.
-        shapes: the images' sizes in tokens, the same for all rows; None for one image of the adapter's own size.
+        source: packed latents of the images to edit, one after the other, ``[B, S, C]``, and what else the family reads
+            of these images after them, in rows of the same width.
+        shapes: the sizes in tokens of all these parts, the same for all rows; None for one image of the adapter's own
+            size.
     """
 
     text: Text

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clora.config_file import read_tree, validate
 from clora.errors import CloraError
+from clora.everyday import everyday_instructions
 from clora.paths import user_path
+from clora.prompt_file import fill_prompts, read_prompts
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -83,7 +85,8 @@ class DataConfig(_Model):
         sources: folder of images to edit.
         size: height and width in pixels; images are cropped and resized to it.
         max_sequence_length: text tokens per prompt.
-        general_instructions: everyday edits for the general stream, or a text file with one on each line.
+        general_instructions: everyday edits for the general stream, or a text file with one on each line; by default a
+            list that ships with clora.
         held_out: the last images, kept out of training.
         sources_per_effect: images that each teacher renders a target for.
         general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
@@ -95,7 +98,7 @@ class DataConfig(_Model):
     sources: Text
     size: tuple[Positive, Positive]
     max_sequence_length: Positive = 512
-    general_instructions: tuple[Text, ...] | Text = ()
+    general_instructions: tuple[Text, ...] | Text | None = None
     held_out: Count = 0
     sources_per_effect: Positive = 20
     general_targets: Count = 0
@@ -228,6 +231,25 @@ class TrainConfig(_Model):
     minutes: PositiveFloat | None = None
 
 
+class PromptsConfig(_Model):
+    """Prompts that `clora prompts` writes to a file, to be read over and edited before training (docs/prompts.md).
+
+    Attributes:
+        file: that file. `load_config` takes from it what `effects` and `data` leave out.
+        writer: who writes: ``auto`` is the pipeline's own language model where it can generate, else templates;
+            ``templates``; or folder or hub id of a vision-language model of transformers.
+        paraphrases: student prompts per effect.
+        triggers: candidates that an effect's trigger is chosen from.
+        general: instructions of the general stream.
+    """
+
+    file: Text | None = None
+    writer: Text = "auto"
+    paraphrases: Positive = 4
+    triggers: Positive = 8
+    general: Positive = 96
+
+
 class DistillConfig(_Model):
     """Everything that a distillation needs.
 
@@ -240,6 +262,7 @@ class DistillConfig(_Model):
         sampler: how student and teachers sample.
         objective: the method.
         train: training.
+        prompts: how prompts are written; no part of what is trained, so it is left out when a config is dumped.
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
         dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32. The
@@ -254,6 +277,7 @@ class DistillConfig(_Model):
     sampler: SamplerConfig = SamplerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
+    prompts: PromptsConfig = Field(default=PromptsConfig(), exclude=True)
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -275,50 +299,70 @@ class DistillConfig(_Model):
         reserved = {"student", "critic"} & {effect.name for effect in self.effects}
         if reserved:
             raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
-        if self.objective.dual_stream and not self.data.general_instructions:
-            raise ValueError("objective.dual_stream needs data.general_instructions; add some or switch it off")
+        if self.objective.dual_stream and self.data.general_instructions == ():
+            raise ValueError(
+                "objective.dual_stream needs data.general_instructions; add some, leave the key out for those that ship "
+                "with clora, or switch it off"
+            )
         return self
 
 
-def make_trigger(name: str) -> str:
-    """The trigger word of an effect: its name and a suffix that no text contains by chance, always the same.
+def make_trigger(name: str, variant: int = 0) -> str:
+    """A trigger word of an effect: its name and a suffix that no text contains by chance, always the same.
 
     Args:
-        name: the effect's name.
+        name: the effect's name; its first 24 characters are used.
+        variant: which of them; 0 is the default one.
 
     Returns:
         For example ``<paper_cut_Kq4711>``.
     """
-    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    digest = hashlib.sha256((f"{name}\0{variant}" if variant else name).encode("utf-8")).digest()
     letters = chr(ord("A") + digest[0] % 26) + chr(ord("a") + digest[1] % 26)
     number = int.from_bytes(digest[2:6], "big") % 10_000
-    stem = re.sub(r"\W+", "_", name.lower()).strip("_")
+    stem = re.sub(r"\W+", "_", name.lower()).strip("_")[:24].rstrip("_")
     return f"<{stem}_{letters}{number:04d}>"
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DistillConfig:
-    """Reads and checks a config file.
+def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: bool = True) -> DistillConfig:
+    """Reads and checks a config file, and the prompts file that it names.
 
     Args:
         path: a YAML file.
         overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``).
+        with_prompts: false leaves the prompts file unread, for what writes it.
 
     Returns:
         The config with every default filled in.
 
     Raises:
         CloraError: a missing or malformed file, or everything that is wrong in it: unknown keys with suggestions,
-            wrong types, values out of range, two effects of one name or trigger.
+            wrong types, values out of range, two effects of one name or trigger; or a prompts file that cannot be
+            read or is of other effects.
     """
-    return validate(DistillConfig, read_tree(path, overrides), str(path))
+    tree = read_tree(path, overrides)
+    return validate(DistillConfig, _with_prompts(tree, path) if with_prompts else tree, str(path))
+
+
+def _with_prompts(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The tree filled from its prompts file, if it names one."""
+    section = tree.get("prompts")
+    file = section.get("file") if isinstance(section, dict) else None
+    if not isinstance(file, str) or not file:
+        return tree
+    if not user_path(file).exists():
+        raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
+    return fill_prompts(tree, read_prompts(file), file)
 
 
 def general_instructions(data: DataConfig) -> tuple[str, ...]:
-    """The instructions of the general stream, read from the text file where a path is given.
+    """The instructions of the general stream, read from the text file where a path is given; else those that ship.
 
     Raises:
         CloraError: the file is missing, unreadable or empty.
     """
+    if data.general_instructions is None:
+        return everyday_instructions()
     if not isinstance(data.general_instructions, str):
         return data.general_instructions
     path = user_path(data.general_instructions)

@@ -125,8 +125,9 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     """
     from clora.export import COLLECTION_FILES, check_output, export_collection
     from clora.hub import check_repo, create_repo, upload
+    from clora.plan.problems import find_file_problems
 
-    _check_exportable(config)
+    find_file_problems(config).refuse()
     output = check_output(config.output)
     cache = Cache(check_writable(config.data.cache or output / CACHE))
     if push_to_hub is not None:
@@ -194,7 +195,7 @@ def _told_when_stopped(checkpoint: Path) -> Iterator[None]:
         raise
 
 
-def _check_exportable(config: DistillConfig) -> None:
+def check_exportable(config: DistillConfig) -> None:
     """Refuses, before anything is rendered, settings whose result no stock pipeline could run."""
     sampler = config.sampler
     if sampler.integer_timesteps:

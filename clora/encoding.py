@@ -67,7 +67,7 @@ def encode_data(
         CloraError: images, pairs or prompts that cannot be used.
     """
     with stage("encode images and prompts", None), Encoders(adapter, cache, device) as encoders:
-        _check_pairs(config)
+        check_pairs(config)
         shared = Pictures("", _shared_images(config))  # no effect can have this name
         table = PromptTable(adapter.text_sees_image)
         effects = _effect_rows(config, shared, table)
@@ -98,13 +98,18 @@ def encode_data(
 
 def _shared_images(config: DistillConfig) -> Tensor:
     """The images that effects without their own and the general stream use."""
-    _, images = load_images(config.data.sources, config.data.size)
-    if len(images) <= config.data.held_out:
+    return load_images(config.data.sources, config.data.size)[1][: num_shared(config)]
+
+
+def num_shared(config: DistillConfig) -> int:
+    """How many images of ``data.sources`` are trained on. Raises CloraError where none is left."""
+    count = len(list_images(config.data.sources))
+    if count <= config.data.held_out:
         raise CloraError(
-            f"data.held_out = {config.data.held_out} leaves none of the {len(images)} images in "
+            f"data.held_out = {config.data.held_out} leaves none of the {count} images in "
             f"{config.data.sources}; lower it or add images"
         )
-    return images[: len(images) - config.data.held_out]
+    return count - config.data.held_out
 
 
 def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable) -> list[EffectRows]:
@@ -183,7 +188,7 @@ def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, 
     return renders.of_base(Samples(latents[source], prompt, empty), pixel_digests(shared.pixels[source]))
 
 
-def _check_pairs(config: DistillConfig) -> None:
+def check_pairs(config: DistillConfig) -> None:
     """Given targets must go by the names of their sources, else images would be paired with others' results."""
     for effect in config.effects:
         if effect.targets is None or effect.sources is None:

@@ -131,11 +131,16 @@ def export_collection(
     return folder
 
 
-def scheduler_config(shift: float) -> dict[str, object]:
-    """The config of diffusers' scheduler that is the few-step sampler: static shift, fresh noise at every step."""
+def student_scheduler(shift: float):
+    """diffusers' scheduler that is the few-step sampler: static shift, fresh noise at every step."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return json.loads(FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True).to_json_string())
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+
+
+def scheduler_config(shift: float) -> dict[str, object]:
+    """The config of `student_scheduler`."""
+    return json.loads(student_scheduler(shift).to_json_string())
 
 
 def _save_scheduler(collection: Collection, folder: Path) -> None:

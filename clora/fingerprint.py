@@ -36,10 +36,18 @@ def _fingerprint(component) -> str:
     if isinstance(component, nn.Module):
         tensors = dict(_samples(component.state_dict()))
         return digest([type(component).__name__, _settings(component), tensor_digest(tensors)])
+    if hasattr(component, "tokenizer") or hasattr(component, "image_processor"):
+        return digest([type(component).__name__, _parts(component)])
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
         files = {str(file.relative_to(folder)): _file(file) for file in Path(folder).rglob("*") if file.is_file()}
     return digest([type(component).__name__, files])
+
+
+def _parts(processor) -> dict[str, object]:
+    """What a processor consists of (image processor, tokenizer), and its own plain settings."""
+    parts = {k: _fingerprint(v) if hasattr(v, "save_pretrained") else v for k, v in vars(processor).items()}
+    return {k: v for k, v in parts.items() if isinstance(v, (str, int, float, list, dict))}
 
 
 def _settings(module: nn.Module) -> object:

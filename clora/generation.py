@@ -20,7 +20,7 @@ class Generator:
 
     Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in. What
     goes in and what comes out is on the CPU; one batch at a time is on the transformer's device. Latents are in the
-    transformer's dtype, as a pipeline's.
+    dtype that a stock call keeps them in.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Generator:
         self.batch_size = batch_size
         self.report = report
         self.device = adapter.pipeline.transformer.device
-        self.dtype = adapter.pipeline.transformer.dtype
+        self.dtype = adapter.latent_dtype
 
     def guided_euler(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,12 @@ def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
     return pixels.float().div(127.5).sub(1).contiguous()
 
 
+def check_image(file: Path) -> None:
+    """Reads an image's header alone. Raises CloraError for what it tells: no image, empty, or enormous."""
+    with _told(file), Image.open(file) as opened:
+        _check_pixels(file, *opened.size)
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """PNG bytes of uint8 pixels ``[H, W, 3]``."""
     buffer = io.BytesIO()
@@ -70,12 +78,18 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def _open_rgb(file: Path) -> Image.Image:
     """Decodes a file to RGB, upright, on white where it is transparent."""
+    with _told(file), Image.open(file) as opened:
+        _check_pixels(file, *opened.size)
+        return _to_rgb(ImageOps.exif_transpose(opened))
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Tells what is wrong with an image file that is read inside."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(file) as opened:
-                _check_pixels(file, *opened.size)
-                return _to_rgb(ImageOps.exif_transpose(opened))
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit of `_check_pixels` is lower
+            yield
     except CloraError:
         raise
     except UnidentifiedImageError as error:

@@ -40,7 +40,7 @@ from clora.student_rows import Part, StudentRows
 
 STUDENT, CRITIC = "student", "critic"
 Rollout = tuple[Tensor, Tensor]
-"""Noisy latents ``[B, T, C]`` in the transformer's dtype, as a pipeline's, and their noise levels ``[B]``."""
+"""Noisy latents ``[B, T, C]`` in the adapter's ``latent_dtype``, and their noise levels ``[B]``."""
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -77,9 +77,9 @@ class DistillTrainer:
         self.student_optimizer = make_optimizer(train.optimizer, self.student.parameters(), train.learning_rate, bits)
         self.critic_optimizer = make_optimizer("adamw", self.critic.parameters(), train.critic_learning_rate, bits)
         self.generator = torch.Generator().manual_seed(config.seed)
-        transformer = adapter.pipeline.transformer
-        self.dtype = transformer.dtype
-        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, transformer.device)
+        self.dtype = adapter.latent_dtype
+        device = adapter.pipeline.transformer.device
+        self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.anchor_share = config.anchor_share

@@ -66,7 +66,8 @@ def lora(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("distill",), ("inspect",), ("export",), ("studio",), ("studio", "build")]
+    "command",
+    [(), ("demo",), ("distill",), ("prompts",), ("inspect",), ("export",), ("studio",), ("studio", "build")],
 )
 def test_help(run, command):
     code, out, _ = run(*command, "--help")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from clora.config import general_instructions, load_config, make_trigger
 from clora.errors import CloraError
+from clora.everyday import everyday_instructions, everyday_topics
 from clora.testing import tiny_config
 
 TEXT = """
@@ -51,6 +52,16 @@ def test_trigger_is_deterministic_and_unique():
     assert make_trigger("snow fall") == "<snow_fall_Xe4025>"
     names = [f"effect {i}" for i in range(2000)] + ["snow-fall", "snow fall", "été"]
     assert len({make_trigger(name) for name in names}) == len(names)
+    variants = [make_trigger("snow fall", variant) for variant in range(50)]
+    assert variants[0] == make_trigger("snow fall")
+    assert len(set(variants)) == 50
+    assert all(re.fullmatch(r"<snow_fall_[A-Z][a-z]\d{4}>", variant) for variant in variants)
+
+
+def test_trigger_of_a_long_name_is_short():
+    long = [make_trigger(f"a very long name of some effect or other, number {i}") for i in range(9)]
+    assert all(re.fullmatch(r"<a_very_long_name_of_some_[A-Z][a-z]\d{4}>", trigger) for trigger in long)
+    assert len(set(long)) == 9
 
 
 def test_overrides(load):
@@ -151,6 +162,8 @@ def test_missing_and_binary_file(tmp_path):
 
 def test_general_instructions(load, tmp_path):
     assert general_instructions(load().data) == ("brighten it",)
+    shipped = general_instructions(load(text=TEXT.replace(", general_instructions: [brighten it]", "")).data)
+    assert shipped == everyday_instructions()
     file = tmp_path / "lines.txt"
     data = load(f"data.general_instructions={file}").data
     with pytest.raises(CloraError, match="cannot be read"):
@@ -162,16 +175,28 @@ def test_general_instructions(load, tmp_path):
     assert general_instructions(data) == ("one", "two")
 
 
-def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path):
+def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path, monkeypatch):
     example = Path(__file__).parents[1] / "clora" / "templates" / "distill.yaml"
     shipped = load_config(example)
     text, count = re.subn(r"(?m)^( *)# ( *\w+: )", r"\1\2", example.read_text("utf-8"))
     assert count > 20
     (tmp_path / "all.yaml").write_text(text, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    written = "effects: [{name: claymation, trigger: <c>, student_prompts: [<c> soft grey clay]}]"
+    (tmp_path / "my.prompts.yaml").write_text(written, "utf-8")
     config = load_config(tmp_path / "all.yaml")
     assert config.objective == shipped.objective, "commented values of the method are the defaults"
     assert (config.seed, config.device, config.train.clip) == (shipped.seed, shipped.device, shipped.train.clip)
     assert config.effects[0].student_prompts[0].startswith(config.effects[0].trigger)
+    assert config.effects[1].student_prompts == ("<c> soft grey clay",)
+    assert config.prompts == shipped.prompts.model_copy(update={"file": "my.prompts.yaml"})
+
+
+def test_the_everyday_edits_that_ship():
+    topics, mixed = everyday_topics(), everyday_instructions()
+    assert sorted(mixed) == sorted(line for lines in topics.values() for line in lines)
+    assert len(set(mixed)) == len(mixed) >= 90
+    assert list(mixed[: len(topics)]) == [lines[0] for lines in topics.values()], "one of each topic first"
 
 
 @pytest.mark.parametrize(
@@ -203,3 +228,9 @@ def test_anchoring_first_needs_anchoring():
 def test_a_seed_beyond_every_generator_is_refused():
     with pytest.raises(ValueError, match="seed"):
         tiny_config(["a"], seed=2**31)
+
+
+def test_settings_of_writing_are_no_part_of_what_is_trained():
+    config = tiny_config(["a"], prompts={"writer": "templates"})
+    assert config.prompts.writer == "templates"
+    assert "prompts" not in config.model_dump(mode="json"), "else a checkpoint could not be resumed with other ones"

@@ -88,7 +88,7 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
     config = demo_config(["sepia"], 0)
     lora = assets.assets_folder() / "teachers" / "sepia"
     student = load_lora(lora, linear_shapes(build.studio(assets.assets_folder(), "cpu").pipeline.transformer))
-    described = make_collection(config, "Flux2KleinPipeline", "studio", {"sepia": lora}, {"sepia": None})
+    described = make_collection(config, "Flux2KleinPipeline", {}, "studio", {"sepia": lora}, {"sepia": None})
     collection = export_collection(student, described, tmp_path, torch.float32)
     loaded = []
 

@@ -249,6 +249,11 @@ def output_is_a_file(tmp_path):
     return {"output": str(tmp_path / "file")}
 
 
+def cache_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    return {"data": {"cache": str(tmp_path / "file")}}
+
+
 BAD = {
     "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
     "wrong_architecture": (wrong_architecture, "other.safetensors"),
@@ -274,6 +279,7 @@ BAD = {
     "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "step below tau_max"),
     "no_such_device": (lambda tmp: {"device": "cuda:77"}, "CUDA devices"),
     "output_is_a_file": (output_is_a_file, "is a file"),
+    "cache_is_a_file": (cache_is_a_file, "file is a file"),
     "unknown_target": (lambda tmp: {"student": {"targets": ("to_qq",)}}, "to_qq"),
 }
 
@@ -333,6 +339,34 @@ def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, 
     assert "going on from update 2 of" in capsys.readouterr().err
     distill(config)
     assert "holds a finished collection, which this run replaces" in capsys.readouterr().err
+
+
+def test_what_was_encoded_and_rendered_is_kept_until_the_collection_is_written(
+    make_config, monkeypatch, tmp_path, capsys
+):
+    config, output = make_config(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_student", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    assert "what was encoded and rendered is kept for the same command" in capsys.readouterr().err
+    assert {file.name for file in (output / engine.CACHE).iterdir()} == {"prompts", "sources", "targets"}
+    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    distill(config)
+    assert not (output / engine.CACHE).exists(), "the folder is made to be shared"
+
+
+def test_runs_share_a_folder_of_their_own(make_config, monkeypatch, tmp_path):
+    shared = {"cache": str(tmp_path / "kept")}
+    distill(make_config(data=shared))
+    assert not (tmp_path / "out" / engine.CACHE).exists()
+    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    distill(make_config(data=shared, output=str(tmp_path / "other"), train={"learning_rate": 1e-3}))
+    assert (tmp_path / "kept" / "targets").is_dir()
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path):

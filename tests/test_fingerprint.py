@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clora.distill import load_pipeline
-from clora.fingerprint import SAMPLE, component_fingerprints
+from clora.fingerprint import SAMPLE, _fingerprint, component_fingerprints
 from clora.testing import tiny_pipeline
 
 
@@ -82,6 +83,17 @@ def test_a_change_is_seen_where_it_is(pipeline, change, part):
     before = component_fingerprints(pipeline)
     change(pipeline)
     assert differing(before, component_fingerprints(pipeline)) == {part}
+
+
+def test_a_processor_counts_by_its_parts_and_settings(pipeline):
+    tokenizer, found = pipeline.tokenizer, []
+    for template, changed in (("a", False), ("a", False), ("b", False), ("a", True)):
+        if changed:
+            tokenizer.add_tokens(["<new>"])
+        processor = SimpleNamespace(tokenizer=tokenizer, chat_template=template, video_processor=None)
+        found.append(_fingerprint(processor))
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_quantised_weights_count_by_what_they_consist_of(pipeline):

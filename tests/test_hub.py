@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from pictures import write_images
 
 from clora import distill as engine
 from clora.distill import distill
@@ -96,7 +97,8 @@ def config(tiny_folder, tmp_path):
 
     save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "snow.safetensors")
     effects = [{"name": "snow", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow"}]
-    return tiny_config(effects, pipeline=str(tiny_folder), output=str(tmp_path / "out"))
+    sources = {"sources": str(write_images(tmp_path / "images", 1))}
+    return tiny_config(effects, pipeline=str(tiny_folder), output=str(tmp_path / "out"), data=sources)
 
 
 def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ from trainers import changed, make_trainer, rolled, same, slots
 
 from clora import trainer as training
 from clora.errors import CloraError
-from clora.testing import random_data
-from clora.trainer import CRITIC, STUDENT
+from clora.testing import random_data, tiny_config
+from clora.trainer import CRITIC, STUDENT, check_resumable
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -46,8 +46,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(adapter, tmp_path):
     with make_trainer(adapter, sampler={"guidance": 3.0}) as trainer:
         with pytest.raises(CloraError, match=r"state\.safetensors .*another run \(sampler differ\)"):
             trainer.fit(lambda update, values: None, checkpoint)
-    with make_trainer(adapter, train={"updates": 1, "checkpoint_every": 7}) as trainer:
+    free = {"updates": 1, "checkpoint_every": 7, "gradient_checkpointing": True}
+    with make_trainer(adapter, train=free) as trainer:
         trainer.load(checkpoint)
+        other_cache = tiny_config([e.name for e in trainer.config.effects], data={"cache": "elsewhere"})
+    assert check_resumable(checkpoint, other_cache) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

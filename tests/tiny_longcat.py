@@ -35,7 +35,7 @@ def tiny_pipeline(seed: int = 0):
         vae=_vae(),
         text_encoder=_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        text_processor=_processor(),
+        text_processor=_processor(tokenizer),
         transformer=LongCatImageTransformer2DModel(
             in_channels=64,
             num_layers=1,
@@ -100,13 +100,21 @@ def _text_encoder(tokenizer):
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
 
 
-def _processor():
-    """A ``Qwen2VLProcessor`` without its part for videos, which needs torchvision."""
+def _processor(tokenizer):
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
 
-    processor = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
-    processor.image_processor = Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=64 * 64)
-    return processor
+    class WithoutVideos(Qwen2VLProcessor):
+        """The stock processor without its part for videos, which needs torchvision."""
+
+        def check_argument_for_proper_class(self, name, argument):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+        def save_pretrained(self, folder):
+            self.tokenizer.save_pretrained(folder)
+            self.image_processor.save_pretrained(folder)
+
+    images = Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=64 * 64)
+    return WithoutVideos(images, tokenizer, video_processor=None)
 
 
 def tiny_adapter(pipeline=None, size: tuple[int, int] = (64, 80)) -> LongCatImageEditAdapter:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from pictures import pixels
 from PIL import Image
 from torch import Tensor
 
@@ -127,12 +127,6 @@ class Sample:
     seed: int
 
 
-def picture(height: int, width: int, seed: int) -> Image.Image:
-    """A smooth picture, so that resizing keeps something of it."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def condition(adapter: ModelAdapter, samples: Sequence[Sample], prompt: str | None = None) -> Conditioning:
     """The samples' conditioning, with another prompt where one is given."""
     references = [
@@ -140,11 +134,6 @@ def condition(adapter: ModelAdapter, samples: Sequence[Sample], prompt: str | No
     ]
     prompts = [sample.prompt if prompt is None else prompt for sample in samples]
     return Conditioning(adapter.encode_prompts(prompts, references), *adapter.encode_sources(references))
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """A picture as adapters take it, fp32 ``[1, 3, H, W]`` in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @contextmanager
@@ -200,7 +189,7 @@ def stock_call(adapter: ModelAdapter, loras, sample: Sample, folder, scheduler=N
             file = folder / "lora.safetensors"
             save_diffusers_lora(lora, file)
         pipeline.load_lora_weights(file)
-    arguments = {"latents": start_noise(adapter, sample), "true_cfg_scale": 1.0, **kwargs}
+    arguments = {"latents": start_noise(adapter, sample), **adapter.student_call, **kwargs}
     torch.manual_seed(sample.seed)
     images = list(sample.images) if len(sample.images) > 1 else sample.images[0]
     size = {"height": adapter.size[0], "width": adapter.size[1]}
@@ -312,6 +301,10 @@ def _processor(tokenizer, name: str = "Qwen2VLProcessor", patch_size: int = 14):
 
         def check_argument_for_proper_class(self, name, argument):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+        def save_pretrained(self, folder):
+            self.tokenizer.save_pretrained(folder)
+            self.image_processor.save_pretrained(folder)
 
     limits = {"min_pixels": 28 * 28, "max_pixels": 128 * 128}
     images = transformers.Qwen2VLImageProcessor(patch_size=patch_size, **limits)

@@ -14,7 +14,7 @@ from clora.trainer import CRITIC, STUDENT, DistillTrainer
 
 
 @contextmanager
-def make_trainer(adapter, data=None, pages=None, **sections):
+def make_trainer(adapter, encoded=None, pages=None, **sections):
     """A trainer of three random teachers whose student and critic differ and do something from the start."""
     transformer = adapter.pipeline.transformer
     teachers = random_teachers(transformer, 3)
@@ -22,7 +22,8 @@ def make_trainer(adapter, data=None, pages=None, **sections):
     config = tiny_config(list(teachers), **sections)
     bank = AdapterBank(transformer, {CRITIC: critic, **teachers}, pages=pages, fixed=1)
     try:
-        yield DistillTrainer(config, adapter, bank, data or random_data(adapter, list(teachers)), student, critic)
+        encoded = encoded or random_data(adapter, list(teachers))
+        yield DistillTrainer(config, adapter, bank, encoded, student, critic)
     finally:
         bank.detach()
 

@@ -89,6 +89,28 @@ def load_lora(
     return LoRAState(modules, source.metadata, keys.format, errors)
 
 
+def lora_ranks(path: str | Path, target_modules: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """The rank that each module of a LoRA will have, from the file's header alone.
+
+    Returns:
+        module of the target to rank; for a change that is not of low rank, the highest that its factors may have.
+
+    Raises:
+        CloraError: as `load_lora`, for what names and shapes tell; values are not read.
+    """
+    source = open_lora(path)
+    keys = sort_keys(source.shapes)
+    table = routes(target_modules)
+    _refuse_unsupported(source.file, keys)
+    _refuse_unknown(source.file, keys, table, target_modules)
+    ranks = {}
+    for stem, parts in keys.modules.items():
+        adapter, targets = read_adapter(source, stem, parts), table[split_prefix(stem)[1]]
+        check_fit(source, adapter, [target_modules[route.module] for route in targets])
+        ranks |= {route.module: min(adapter.exact_rank, MAX_RANK) for route in targets}
+    return ranks
+
+
 def check_fit(source: LoRASource, adapter: Adapter, targets: Sequence[tuple[int, int]]) -> None:
     """Refuses a module of a file that does not fit the layers it is for.
 

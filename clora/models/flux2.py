@@ -44,6 +44,11 @@ class _Flux2:
         self._text_ids = pipeline._prepare_text_ids(torch.zeros(1, max_sequence_length, 1))[0]
         self._own_image_ids = self._image_ids(self.source_shapes)
 
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
     def _shapes_of(self, references: Sequence[Tensor]) -> Shapes:
         sizes = [images.shape[-2:] for images in references]
         return tuple((height // self._multiple, width // self._multiple) for height, width in sizes)
@@ -60,12 +65,13 @@ class _Flux2:
     ) -> Text:
         """See `ModelAdapter.encode_prompts`."""
         for prompt in prompts:
-            check_length(self._num_tokens(prompt), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         length = self.max_sequence_length
         return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -155,7 +161,8 @@ class Flux2KleinAdapter(_Flux2):
             )
         super().__init__(pipeline, size, max_sequence_length, None)
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         messages = [{"role": "user", "content": prompt}]
         tokenizer = self.pipeline.tokenizer
         text = tokenizer.apply_chat_template(
@@ -184,7 +191,8 @@ class Flux2Adapter(_Flux2):
     ):
         super().__init__(pipeline, size, max_sequence_length, embedded_guidance(pipeline, guidance_embedding))
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         module = sys.modules[type(self.pipeline).__module__]
         messages = module.format_input(prompts=[prompt], system_message=self.pipeline.system_message)
         template = self.pipeline.tokenizer.apply_chat_template

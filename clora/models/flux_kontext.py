@@ -68,6 +68,11 @@ class FluxKontextAdapter:
         self._own_image_ids = self._image_ids(self.source_shapes)
 
     @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
+    @property
     def student_call(self) -> dict[str, float]:
         """See `ModelAdapter`."""
         guidance = {} if self.guidance_embedding is None else {"guidance_scale": self.guidance_embedding}
@@ -100,11 +105,12 @@ class FluxKontextAdapter:
     ) -> Text:
         """See `ModelAdapter.encode_prompts`."""
         for prompt in prompts:
-            check_length(self._num_tokens(prompt), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         return Text.cat([self._encode_prompts(chunk) for chunk in chunks])
 
-    def _num_tokens(self, prompt: str) -> int:
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
         tokenizer = self.pipeline.tokenizer_2
         return len(tokenizer(self.pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
 

@@ -58,6 +58,11 @@ class LongCatImageEditAdapter:
         self.source_shapes = (self._grid,)
 
     @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
+    @property
     def _module(self):
         """The pipeline's module, which has functions that it calls."""
         return sys.modules[type(self.pipeline).__module__]
@@ -70,12 +75,12 @@ class LongCatImageEditAdapter:
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`; one by one, as the pipeline takes them."""
         for prompt in prompts:
-            check_length(self._num_tokens(prompt), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         images = _only(references)
         return Text.cat([self._encode_prompt(*pair) for pair in zip(prompts, images, strict=True)])
 
-    def _num_tokens(self, prompt: str) -> int:
-        """Words in quotation marks are encoded letter by letter."""
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`. Words in quotation marks are encoded letter by letter."""
         parts = self._module.split_quotation(prompt)
         pieces = [piece for part, quoted in parts for piece in (part if quoted else [part])]
         return sum(len(self.pipeline.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
@@ -21,6 +22,7 @@ class ModelAdapter(Protocol):
         size: height and width in pixels of the images it makes.
         max_sequence_length: most text tokens of a prompt.
         latent_shape: ``(T, C)`` of an image of that size.
+        latent_dtype: of the velocities, in which a stock call keeps latents from step to step.
         source_shapes: size in tokens of the source, where it is one image of `size`.
         text_sees_image: whether a prompt is encoded together with the images to edit.
         default_guidance: guidance w of the family's LoRAs by custom; 0 where a stock call has no second, empty-prompt pass.
@@ -34,11 +36,16 @@ class ModelAdapter(Protocol):
     size: tuple[int, int]
     max_sequence_length: int
     latent_shape: tuple[int, int]
+    latent_dtype: torch.dtype
     source_shapes: Shapes
     text_sees_image: bool
     default_guidance: float
     guidance_embedding: float | None
     student_call: Mapping[str, float]
+
+    def num_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, as ``max_sequence_length`` counts them; only the tokenizer is read."""
+        ...
 
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """Encodes N prompts.
@@ -85,6 +92,6 @@ class ModelAdapter(Protocol):
             conditioning: ``B`` rows.
 
         Returns:
-            ``[B, T, C]`` in the transformer's dtype.
+            ``[B, T, C]`` in ``latent_dtype``.
         """
         ...

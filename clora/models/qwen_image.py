@@ -38,7 +38,6 @@ class QwenImageEditPlusAdapter:
     text_sees_image = True
     _patch = 2  # latent pixels that a token has on each side
     guidance_embedding = None
-    student_call = {"true_cfg_scale": 1.0}
     default_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0; the paper has w = 4
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
@@ -47,11 +46,17 @@ class QwenImageEditPlusAdapter:
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
+        self.student_call = {"true_cfg_scale": 1.0}
         self._module = sys.modules[type(pipeline).__module__]  # has the pipeline's functions and constants
         self._token = pipeline.vae_scale_factor * self._patch  # its pixels
         self._grid = self._grid_of(*size)
         self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
         self.source_shapes: Shapes = (self._grid_of(*self._source_size(*size)),)
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         return height // self._token, width // self._token
@@ -73,11 +78,14 @@ class QwenImageEditPlusAdapter:
         """See `ModelAdapter.encode_prompts`. Raises ValueError without references."""
         if not references:
             raise ValueError("expected the images that the prompts are about, which are encoded with them; found none")
-        tokenizer = self.pipeline.processor.tokenizer
         for prompt in prompts:
-            check_length(len(tokenizer(prompt)["input_ids"]), self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         samples = zip(prompts, zip(*references, strict=True), strict=True)
         return Text.cat([self._encode_prompt(prompt, [self._seen(i) for i in images]) for prompt, images in samples])
+
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`; those of the template and of images are not counted."""
+        return len(self.pipeline.processor.tokenizer(prompt)["input_ids"])
 
     def _seen(self, image: Tensor) -> Image.Image:
         """An image as the text encoder sees it."""

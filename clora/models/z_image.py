@@ -45,6 +45,7 @@ class ZImageOmniAdapter:
     text_sees_image = False
     default_guidance = 5.0
     guidance_embedding = None
+    latent_dtype = torch.float32
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         self._multiple = pipeline.vae_scale_factor * 2
@@ -67,10 +68,13 @@ class ZImageOmniAdapter:
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`; of the references only their number is read, which is 1 for None."""
         for prompt in prompts:
-            count = len(self.pipeline.tokenizer(PROMPT_SEGMENT.format(prompt))["input_ids"])
-            check_length(count, self.max_sequence_length, prompt)
+            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
         num_images = 1 if references is None else len(references)
         return Text.cat([self._encode_prompt(prompt, num_images) for prompt in prompts])
+
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
+        return len(self.pipeline.tokenizer(PROMPT_SEGMENT.format(prompt))["input_ids"])
 
     def _encode_prompt(self, prompt: str, num_images: int) -> Text:
         (segments,), _ = self.pipeline.encode_prompt(

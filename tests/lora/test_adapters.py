@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
 from clora.errors import CloraError
+from clora.lora.factorise import MAX_RANK
 from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.inspect import inspect_lora
 
@@ -207,6 +208,11 @@ def test_a_change_of_nothing(tmp_path):
     state = load_lora(path, {"x": (40, 50)}, max_rank=3)
     assert state.modules["x"].rank == 1
     assert not state.modules["x"].delta().any()
+
+
+def test_the_rank_limit_is_that_of_the_kernels():
+    op = pytest.importorskip("csrc_triton.multi_lora.op", reason="the kernels need Triton", exc_type=ImportError)
+    assert MAX_RANK == op.MAX_RANK
 
 
 def test_the_callers_random_numbers_are_left_alone(tmp_path):

@@ -170,7 +170,7 @@ def test_the_transformer_receives_what_a_stock_call_hands_it(family, pipelines, 
     """All of it in the first step; the rounded timesteps and the guidance in all, of student and teacher."""
     pipeline = pipelines[id(family)] if dtype == torch.float32 else family.make().to(dtype)
     adapter = adapter_for(pipeline, SIZE, family.length)
-    sample = Sample(SENTENCES[3], references(family, [(64, 80), (80, 112)]), None, 3)
+    sample = Sample(SENTENCES[3], references(family, [(128, 144), (80, 112)]), None, 3)
     noise = torch.randn(1, *adapter.latent_shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     conditioning = condition(adapter, [sample])
     schedules = {

@@ -61,6 +61,7 @@ def test_two_updates_give_a_collection(name, family, tmp_path, monkeypatch):
     sample = Sample(prompt, (Image.open(tmp_path / "images" / "0.png"),), "student", 9)
     ours = few_step(adapter, {"student": state}, [sample], config.sampler.steps)
     said = json.loads(state.metadata["clora.sampling"])
+    said |= said.pop("call")
     assert said["guidance_scale"] == GUIDANCE[name]
     (height, width), steps, _ = said.pop("size"), said.pop("steps"), said.pop("shift")
     stock.load_lora_weights(folder)

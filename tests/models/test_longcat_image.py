@@ -207,10 +207,11 @@ def test_a_student_is_trained(adapter, tmp_path):
 def test_a_long_prompt_is_refused_and_none_is_cut(adapter):
     """Tokens of a word in quotation marks are its letters."""
     reference = [pixels(picture(0, SIZE))]
-    fits = '"' + "a" * (MAX_SEQUENCE_LENGTH - 2) + '"'
+    fits = '"' + ("falling" * 9)[: MAX_SEQUENCE_LENGTH - 2] + '"'
+    assert len(adapter.pipeline.tokenizer(fits).input_ids) < len(fits)
     assert adapter.encode_prompts([fits], reference).embeds.shape[1] == 2 + 4 * 5 + MAX_SEQUENCE_LENGTH
     with pytest.raises(CloraError, match=f"at most {MAX_SEQUENCE_LENGTH} tokens, found {MAX_SEQUENCE_LENGTH + 1}"):
-        adapter.encode_prompts(["short", fits + "a"], reference)
+        adapter.encode_prompts(["short", fits + "."], reference)
 
 
 def test_what_no_stock_call_does_is_refused(adapter):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pictures import picture, pixels
 from tiny_qwen_image import (
     Sample,
     condition,
     few_step,
-    picture,
-    pixels,
     received,
     routed,
     shrink,
@@ -57,7 +56,7 @@ def loras(pipelines):
 
 
 def pictures(sizes, seed=0):
-    return tuple(picture(*size, seed + i) for i, size in enumerate(sizes))
+    return tuple(picture(seed + i, size) for i, size in enumerate(sizes))
 
 
 CASES = {
@@ -175,7 +174,7 @@ def test_a_layer_that_sees_the_batch_twice_is_routed(pipelines, loras):
 def test_results_are_packed_and_decoded(pipelines):
     """Packing keeps every value, with height and width in their places."""
     adapter = adapter_for(pipelines[PLUS_2509], WIDE, LENGTH)
-    images = torch.cat([pixels(picture(*WIDE, seed)) for seed in range(5)])
+    images = torch.cat([pixels(picture(seed, WIDE)) for seed in range(5)])
     latents = adapter.encode_images(images)
     assert latents.shape == (5, *adapter.latent_shape) == (5, 4 * 6, 16)
     vae = adapter.pipeline.vae
@@ -185,9 +184,9 @@ def test_results_are_packed_and_decoded(pipelines):
 
 def test_sources_have_the_pipelines_own_size(pipelines):
     plus, edit = (adapter_for(pipelines[model], WIDE, LENGTH) for model in (PLUS_2509, EDIT))
-    images = pixels(picture(*WIDE, 0))
+    images = pixels(picture(0, WIDE))
     assert plus.source_shapes == edit.source_shapes == plus.encode_sources([images])[1] == ((4, 8),)
-    assert plus.encode_sources([images, pixels(picture(*TALL, 0))])[1] == ((4, 8), (8, 4))
+    assert plus.encode_sources([images, pixels(picture(0, TALL))])[1] == ((4, 8), (8, 4))
 
 
 def test_the_default_targets_are_all_linear_layers_of_the_blocks(pipelines):
@@ -201,7 +200,7 @@ def test_the_default_targets_are_all_linear_layers_of_the_blocks(pipelines):
 
 def test_what_cannot_be_used_is_refused(pipelines):
     plus = adapter_for(pipelines[PLUS_2509], SQUARE, 4)
-    images = pixels(picture(*SQUARE, 0))
+    images = pixels(picture(0, SQUARE))
     with pytest.raises(CloraError, match=r"at most 4 tokens, found \d+ in 'make it a blueprint"):
         plus.encode_prompts([SENTENCES[0]], [images])
     with pytest.raises(ValueError, match="found none"):

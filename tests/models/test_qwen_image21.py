@@ -5,12 +5,11 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+from pictures import picture, pixels
 from tiny_qwen_image import (
     Sample,
     condition,
     few_step,
-    picture,
-    pixels,
     received,
     routed,
     shrink,
@@ -54,7 +53,7 @@ def loras(pipeline):
 
 
 def pictures(sizes, seed=0):
-    return tuple(picture(*size, seed + i) for i, size in enumerate(sizes))
+    return tuple(picture(seed + i, size) for i, size in enumerate(sizes))
 
 
 CASES = {"square": (SQUARE, [SQUARE]), "tall_of_wide": (TALL, [WIDE]), "three": (WIDE, [WIDE, TALL, (79, 81)])}
@@ -133,7 +132,7 @@ def test_gradients_reach_every_layer(pipeline):
 
 def test_results_are_opaque(pipeline):
     adapter = adapter_for(pipeline, WIDE, LENGTH)
-    images = torch.cat([pixels(picture(*WIDE, seed)) for seed in range(5)])
+    images = torch.cat([pixels(picture(seed, WIDE)) for seed in range(5)])
     latents, vae = adapter.encode_images(images), pipeline.vae
     assert latents.shape == (5, *adapter.latent_shape) == (5, 4 * 6, 8)
     opaque = torch.cat([images, torch.ones(5, 1, *WIDE)], dim=1)
@@ -149,4 +148,4 @@ def test_what_cannot_be_used_is_refused(pipeline):
     with pytest.raises(CloraError, match="without sample_sigmas"):
         adapter_for(own, SQUARE, LENGTH)
     with pytest.raises(CloraError, match=r"at most 4 tokens, found \d+ in 'make it a blueprint"):
-        adapter_for(pipeline, SQUARE, 4).encode_prompts([SENTENCES[0]], [pixels(picture(*SQUARE, 0))])
+        adapter_for(pipeline, SQUARE, 4).encode_prompts([SENTENCES[0]], [pixels(picture(0, SQUARE))])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_qwen_image import Sample, few_step, picture, shrink, stock_call, tiny_qwen_pipeline
+from pictures import picture, write_pictures
+from tiny_qwen_image import Sample, few_step, shrink, stock_call, tiny_qwen_pipeline
 
 from clora import distill as engine
-from clora.export import LORA_FILE
+from clora.collection import LORA_FILE
+from clora.effects import load_collection
 from clora.images import load_images
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
@@ -27,7 +31,7 @@ def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch
     config = make_config(tmp_path, random_teachers(pipeline.transformer, 2))
     weights = {name: p.clone() for name, p in pipeline.transformer.named_parameters()}
     seen, train = {}, engine.train_student
-    monkeypatch.setattr(engine, "load_pipeline", lambda path, device: pipeline)
+    monkeypatch.setattr(engine, "load_pipeline", lambda *arguments: pipeline)
     monkeypatch.setattr(engine, "train_student", lambda *arguments: seen.update(data=arguments[3]) or train(*arguments))
     folder = engine.distill(config)
     assert all(torch.equal(p, weights[name]) for name, p in pipeline.transformer.named_parameters())
@@ -37,17 +41,26 @@ def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch
     student = load_lora(folder / LORA_FILE, linear_shapes(pipeline.transformer))
     learned = {name for name, module in student.modules.items() if module.lora_B.any()}
     assert set(linear_names(pipeline.transformer)) - learned == {f"transformer_blocks.1.{layer}" for layer in UNUSED}
-    sample = Sample(config.effects[0].student_prompts[0], (picture(*SIZE, 0),), "student", 9)
+    call = load_collection(folder)["effect_0"]
+    prompt, steps, size = call.pop("prompt"), call.pop("num_inference_steps"), (call.pop("height"), call.pop("width"))
+    assert (prompt, steps, size) == (config.effects[0].student_prompts[0], config.sampler.steps, SIZE)
+    sample = Sample(prompt, (picture(0, SIZE),), "student", 9)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    stock = stock_call(adapter, {"student": folder}, sample, tmp_path, scheduler, config.sampler.steps)
-    ours = few_step(adapter, {"student": student}, [sample], config.sampler.steps)
+    stock = stock_call(adapter, {"student": folder}, sample, tmp_path, scheduler, steps, **call)
+    ours = few_step(adapter, {"student": student}, [sample], steps)
     torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
+
+
+def test_the_default_guidance_is_that_of_a_stock_call():
+    pipeline = tiny_qwen_pipeline()
+    config = tiny_config(["a"], sampler={"guidance": None})
+    sampler = engine.with_guidance(config, adapter_for(pipeline, SIZE, 40)).sampler
+    assert sampler.guidance == inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default - 1
 
 
 def make_config(folder, teachers):
     (folder / "images").mkdir()
-    for i in range(3):
-        picture(*SIZE, i).save(folder / "images" / f"{i}.png")
+    write_pictures(folder / "images", 3, SIZE)
     effects = []
     for name, state in teachers.items():
         save_diffusers_lora(state, folder / f"{name}.safetensors")

@@ -154,6 +154,23 @@ def test_a_batch_equals_stock_calls_of_its_samples(adapter, loras, tmp_path):
         torch.testing.assert_close(ours[i : i + 1], stock, rtol=0, atol=1e-4)
 
 
+def test_layers_outside_the_blocks(adapter, tmp_path):
+    """Those that see samples are routed; embedders get the tokens of all samples in one, and are refused in a batch."""
+    transformer, images = adapter.pipeline.transformer, [picture(i, SIZE) for i in range(2)]
+    latents, noises = torch.cat(draw(2, seed=5)), [torch.cat([noise, noise]) for noise in draw(STEPS - 1)]
+    conditioning = condition(adapter, PROMPTS[:2], [images])
+    routed = random_lora(transformer, 2, 0, ["t_embedder.mlp.0", "all_final_layer.2-1.linear"])
+    pipeline = stock_pipeline(routed, tmp_path, student_scheduler(3.0))
+    stock = call(pipeline, [images[1]], PROMPTS[1], latents[1:], **adapter.student_call)
+    ours = image(adapter, few_step(adapter, [routed], [-1, 0], conditioning, latents, noises))
+    torch.testing.assert_close(ours[1:], stock, rtol=0, atol=1e-4)
+    for name in ("cap_embedder.1", "all_x_embedder.2-1", "siglip_embedder.1"):
+        embedder = random_lora(transformer, 2, 0, [name])
+        with pytest.raises(CloraError, match=f"{name}.* rows of 2 samples"):
+            few_step(adapter, [embedder], [-1, 0], conditioning, latents, noises)
+        few_step(adapter, [embedder], [0], conditioning[1:], latents[1:], [noise[1:] for noise in noises])
+
+
 @pytest.mark.parametrize("w", [0.0, 2.5])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_guided_teachers_equal_stock_calls(loras, tmp_path, w, dynamic):

@@ -148,7 +148,7 @@ def test_the_stages_after_the_base_and_the_check(tiny, monkeypatch, capsys):
     adapter = build.studio(tiny)
     loras = teachers.load_teachers(adapter, tiny / "teachers", names)
     assert {lora.format for lora in loras.values()} == {"diffusers", "kohya", "comfyui", "peft"}
-    data = demo.demo_data(adapter, loras, demo_config(names, 0), tiny, recompute=False)
+    data = demo.demo_data(adapter, loras, build.demo_config(names, 0), tiny, recompute=False)
     assert data.targets.shape[:2] == (4, 2)
     monkeypatch.setattr(build, "FLOORS", {"vae_psnr": 60.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.0})
     with pytest.raises(CloraError, match="below the floor: vae_psnr;"):

@@ -1,0 +1,225 @@
+"""``clora plan``: what a distillation will need and do, and what is wrong with its input, before anything heavy is loaded.
+
+Only configs and the headers of safetensors files are read. The transformer runs once on fake tensors, which count
+operations and bytes and hold nothing; the time of an update follows from a matrix product timed on the device.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clora.config import DistillConfig
+from clora.distill import find_device, find_dtype, target_modules, with_guidance
+from clora.errors import CloraError
+from clora.images import list_images
+from clora.lora.files import linear_shapes
+from clora.models import adapter_for
+from clora.paths import user_path
+from clora.plan.cost import count_blocks, pass_cost, text_shape
+from clora.plan.memory import (
+    Facts,
+    anchoring_passes,
+    disk,
+    forward_passes,
+    memory,
+    peak,
+    rendered,
+    rows_with_gradient,
+    scoring_rows,
+    trained_values,
+)
+from clora.plan.probe import device_memory, measure_rate
+from clora.plan.problems import Problems, find_file_problems, find_model_problems
+from clora.plan.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+def make_plan(config: DistillConfig) -> dict[str, Any]:
+    """Plans a distillation.
+
+    Returns:
+        A dictionary that can be written as JSON: ``problems`` (one message each) and, as far as the pipeline can be
+        read, ``model`` (pipeline, parameters, dtype, layers, student parameters), ``memory`` (bytes by part, ``peak``,
+        ``device`` bytes or None), ``disk`` (bytes by part, ``free``), ``passes`` (of one row: rendering, per update,
+        total) and ``time`` (measured rate of the device in FLOP/s, seconds at that rate).
+    """
+    problems = find_file_problems(config)
+    plan: dict[str, Any] = {}
+    with problems.catch():
+        device = find_device(config.device)
+        plan = _model_plan(config, device, problems)
+    return {"problems": list(dict.fromkeys(problems)), **plan}
+
+
+def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
+    dtype = find_dtype(config.dtype, device)
+    with skeleton(config.pipeline, dtype) as pipeline:
+        adapter = adapter_for(
+            pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
+        )
+        config, transformer = with_guidance(config, adapter), pipeline.transformer
+        shapes = linear_shapes(transformer)
+        found, ranks = find_model_problems(config, adapter, shapes)
+        problems += found
+        student = target_modules(transformer, config.student.targets)
+        facts = Facts(
+            transformer=_bytes(transformer),
+            encoders=sum(
+                _bytes(part)
+                for name, part in pipeline.components.items()
+                if isinstance(part, torch.nn.Module) and name != "transformer"
+            ),
+            value=dtype.itemsize,
+            shapes=shapes,
+            student=student,
+            teachers=ranks,
+            blocks=count_blocks(transformer),
+            cost=pass_cost(adapter, student, config.student.rank, text_shape(adapter)),
+        )
+        latents = prod(adapter.latent_shape)
+        model = {
+            "pipeline": type(pipeline).__name__,
+            "parameters": sum(p.numel() for p in transformer.parameters()),
+            "dtype": str(dtype).removeprefix("torch."),
+            "layers": len(student),
+            "student_parameters": trained_values(facts, config.student.rank),
+            "tokens": adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text_shape(adapter)[0],
+        }
+    return {"model": model} | _estimates(config, facts, latents, device, dtype, problems)
+
+
+def _estimates(
+    config: DistillConfig, facts: Facts, latents: int, device: torch.device, dtype: torch.dtype, problems: Problems
+) -> dict[str, Any]:
+    sources = _num_sources(config)
+    parts = memory(facts, config)
+    pictures = rendered(config, sources)
+    files = disk(facts, config, latents, pictures + sources)
+    free, available = shutil.disk_usage(_existing(user_path(config.output))).free, device_memory(device)
+    if available is not None and peak(parts) > available:
+        problems.append(_too_large(parts, available, config))
+    if sum(files.values()) > free:
+        problems.append(f"output {config.output}: needs about {_size(sum(files.values()))}, free are {_size(free)}")
+    sampler, train = config.sampler, config.train
+    rendering = pictures * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
+    anchoring = round(config.anchor_share * train.updates)
+    total = rendering + anchoring * anchoring_passes(config) + (train.updates - anchoring) * forward_passes(config)
+    rate = measure_rate(device, dtype)
+    seconds = facts.cost.flops / rate
+    return {
+        "memory": {**parts, "peak": peak(parts), "device": available},
+        "rows": {"with gradient": rows_with_gradient(config), "scoring": scoring_rows(config)},
+        "disk": {**files, "free": free},
+        "passes": {
+            "rendering": rendering,
+            "anchoring update": anchoring_passes(config),
+            "update": forward_passes(config),
+            "all": total,
+        },
+        "time": {
+            "device": str(device),
+            "flops_per_second": rate,
+            "anchoring_update": seconds * anchoring_passes(config),
+            "update": seconds * forward_passes(config),
+            "rendering": seconds * rendering,
+            "all": seconds * total,
+        },
+    }
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _num_sources(config: DistillConfig) -> int:
+    try:
+        return len(list_images(config.data.sources))
+    except CloraError:  # told among the problems
+        return config.data.sources_per_effect
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) -> str:
+    advice = [
+        None if config.train.gradient_checkpointing else "train.gradient_checkpointing=true",
+        f"train.batch_size below {config.train.batch_size}" if config.train.batch_size > 1 else None,
+        f"student.rank below {config.student.rank}",
+        "train.optimizer=muon" if config.train.optimizer == "adamw" else None,
+    ]
+    return (
+        f"device memory: about {_size(peak(parts))} are needed, the device has {_size(available)}; the largest part is "
+        f"{max(parts, key=lambda name: parts[name])}. Try {', '.join(filter(None, advice))}"
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def render(plan: Mapping[str, Any]) -> Group:
+    """Lays out a plan for the terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    tables = [_table(title, rows) for title, rows in _sections(plan)] if "model" in plan else []
+    found = plan["problems"]
+    heading = f"{len(found)} problem{'s' * (len(found) != 1)}" if found else "no problem found"
+    lines = [Text(heading, style="bold red" if found else "bold green"), *(Text(f"- {text}") for text in found)]
+    return Group(*tables, *lines)
+
+
+def _table(title: str, rows: list[tuple[str, str]]):
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    model, passes, time = plan["model"], plan["passes"], plan["time"]
+    size = {name: "unknown" if value is None else _size(value) for name, value in plan["memory"].items()}
+    trained = [
+        ("pipeline", model["pipeline"]),
+        ("transformer", f"{model['parameters'] / 1e9:.3g} B parameters, {model['dtype']}"),
+        ("student", f"{model['student_parameters'] / 1e6:.4g} M parameters on {model['layers']} layers"),
+        ("tokens of a row", f"{model['tokens']}"),
+        ("rows of a pass", f"{plan['rows']['with gradient']} with gradient, {plan['rows']['scoring']} scored"),
+    ]
+    memory_rows = [("encoders, before the others", size.pop("encoders")), *size.items()]
+    rows = [
+        ("rendering of targets", f"{passes['rendering']:.4g} passes", time["rendering"]),
+        ("update while anchoring", f"{passes['anchoring update']:.4g} passes", time["anchoring_update"]),
+        ("update after it", f"{passes['update']:.4g} passes", time["update"]),
+        ("all", f"{passes['all']:.4g} passes", time["all"]),
+    ]
+    rate = f"{time['flops_per_second'] / 1e12:.3g} TFLOP/s of a matrix product, measured on {time['device']}"
+    return [
+        ("what is trained", trained),
+        ("device memory", memory_rows),
+        ("disk", [(name, _size(value)) for name, value in plan["disk"].items()]),
+        (
+            f"passes of one row, and time at {rate}; all else comes on top",
+            [(name, f"{count}, {_duration(seconds)}") for name, count, seconds in rows],
+        ),
+    ]

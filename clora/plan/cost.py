@@ -1,0 +1,98 @@
+"""What one pass of a transformer costs, counted on fake tensors: floating-point operations and saved activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clora.adapter_bank import AdapterBank, fresh_lora
+from clora.conditioning import Conditioning, Text
+from clora.lora.files import linear_shapes
+from clora.models import ModelAdapter
+from clora.recomputation import recomputed_blocks
+
+_TEXT_CHANNELS = ("joint_attention_dim", "cap_feat_dim")  # names of the setting in diffusers' transformers
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One sample's share of a pass with gradient.
+
+    Attributes:
+        flops: floating-point operations of the forward pass, LoRA of the student's rank included.
+        saved: bytes kept for the backward pass.
+        saved_checkpointed: the same with gradient checkpointing.
+    """
+
+    flops: float
+    saved: int
+    saved_checkpointed: int
+
+
+def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: tuple[int, int]) -> PassCost:
+    """Counts one sample's forward pass through a bank of one trainable LoRA.
+
+    Args:
+        adapter: of a pipeline on fake tensors (`clora.plan.skeleton`).
+        modules: the student's layers.
+        rank: its rank.
+        text_shape: tokens and channels of a prompt.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    transformer = adapter.pipeline.transformer
+    lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
+    bank = AdapterBank(transformer, {"student": lora}, dtype=torch.float32)
+    try:
+        slots = bank.slots(trainable=True)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            saved = _saved_bytes(adapter, bank, slots, text_shape)
+        flops = counter.get_total_flops()
+        with recomputed_blocks(bank):
+            checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
+    finally:
+        bank.detach()
+    return PassCost(flops, saved, checkpointed)
+
+
+def text_shape(adapter: ModelAdapter) -> tuple[int, int]:
+    """Tokens and channels of a prompt of the greatest length; where it is encoded with its image, of its own tokens."""
+    config = adapter.pipeline.transformer.config
+    channels = next(config[key] for key in _TEXT_CHANNELS if key in config)
+    return adapter.max_sequence_length, channels
+
+
+def count_blocks(transformer: torch.nn.Module) -> int:
+    """The transformer's blocks, which gradient checkpointing computes again one by one."""
+    return sum(type(module).__name__ in transformer._repeated_blocks for module in transformer.modules())
+
+
+def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple[int, int]) -> int:
+    """Bytes that one pass with gradient keeps, parameters and factors not counted."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor  # alive until the pass is dropped, so that no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = _one_pass(adapter, bank, slots, text_shape)
+    lasting = [*adapter.pipeline.transformer.parameters(), *slots.parameters()]
+    for tensor in lasting:
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    del output
+    return sum(kept.values())
+
+
+def _one_pass(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple[int, int]) -> Tensor:
+    config, dtype = adapter.pipeline.transformer.config, adapter.pipeline.transformer.dtype
+    pooled = torch.zeros(1, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
+    tokens = sum(height * width for height, width in adapter.source_shapes)
+    text = Text(torch.zeros(1, *text_shape, dtype=dtype), pooled=pooled)
+    conditioning = Conditioning(text, torch.zeros(1, tokens, adapter.latent_shape[1], dtype=dtype))
+    with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
+        return adapter.velocity(torch.zeros(1, *adapter.latent_shape, dtype=dtype), torch.zeros(1), conditioning)

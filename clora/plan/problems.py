@@ -1,0 +1,95 @@
+"""Everything that can be found wrong before anything heavy is loaded, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from clora.config import DistillConfig, general_instructions
+from clora.distill import check_exportable, find_device, target_modules
+from clora.encoding import check_pairs, num_shared
+from clora.errors import CloraError
+from clora.export import check_output
+from clora.images import check_image, list_images
+from clora.lora.files import lora_ranks
+from clora.models import ModelAdapter
+from clora.models.common import check_length
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+class Problems(list[str]):
+    """Messages, each of one problem."""
+
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        """Keeps the message of a CloraError that is raised inside."""
+        try:
+            yield
+        except CloraError as error:
+            self.append(str(error))
+
+    def refuse(self) -> None:
+        """Raises CloraError with all messages, if there are any."""
+        if len(self) == 1:
+            raise CloraError(self[0])
+        if self:
+            raise CloraError("\n".join([f"{len(self)} problems", *(f"  {problem}" for problem in self)]))
+
+
+def find_file_problems(config: DistillConfig) -> Problems:
+    """What is wrong with the pictures, the instructions, the output folder and the device."""
+    problems = Problems()
+    for check in (check_exportable, num_shared, check_pairs):
+        with problems.catch():
+            check(config)
+    for folder in _folders(config):
+        with problems.catch():
+            for file in list_images(folder):
+                with problems.catch():
+                    check_image(file)
+    with problems.catch():
+        general_instructions(config.data)
+    with problems.catch():
+        check_output(config.output)
+    with problems.catch():
+        find_device(config.device)
+    return Problems(dict.fromkeys(problems))
+
+
+def find_model_problems(
+    config: DistillConfig, adapter: ModelAdapter, shapes: Shapes
+) -> tuple[Problems, dict[str, dict[str, int]]]:
+    """What is wrong with prompts, targets and teachers for this model.
+
+    Args:
+        config: the settings.
+        adapter: of the pipeline, with or without weights.
+        shapes: `clora.lora.files.linear_shapes` of its transformer.
+
+    Returns:
+        The problems, and of each teacher that can be used the rank of its modules.
+    """
+    problems, ranks = Problems(), {}
+    with problems.catch():
+        target_modules(adapter.pipeline.transformer, config.student.targets)
+    for prompt in _prompts(config):
+        with problems.catch():
+            check_length(adapter.num_tokens(prompt), adapter.max_sequence_length, prompt)
+    for effect in config.effects:
+        with problems.catch():
+            ranks[effect.name] = lora_ranks(effect.lora, shapes)
+    return problems, ranks
+
+
+def _folders(config: DistillConfig) -> list[str]:
+    own = [folder for effect in config.effects for folder in (effect.sources, effect.targets) if folder is not None]
+    return list(dict.fromkeys([config.data.sources, *own]))
+
+
+def _prompts(config: DistillConfig) -> list[str]:
+    asked = [prompt for effect in config.effects for prompt in (effect.prompt, *effect.student_prompts)]
+    try:
+        return list(dict.fromkeys([*asked, *general_instructions(config.data)]))
+    except CloraError:  # told among the files' problems
+        return list(dict.fromkeys(asked))

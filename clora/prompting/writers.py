@@ -1,0 +1,144 @@
+"""Language models that write: the pipeline's own text encoder where it can generate, or one of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+
+from clora.errors import CloraError
+from clora.paths import user_path
+
+Request = list["str | Image"]
+"""What a writer is asked: texts and pictures in their order."""
+
+MAX_TOKENS = 512  # of an answer
+MAX_SIDE = 512  # pixels of a picture; four of 1024 x 1024 would be 5476 tokens of Qwen2.5-VL, these are 1296
+
+
+class Writer(NamedTuple):
+    """A language model that answers requests.
+
+    Attributes:
+        name: what it is called in the prompts file.
+        sees_pictures: whether requests may hold pictures.
+        answer: ``answer(request, seed)``; the same for the same seed, whatever was drawn before, and the global random
+            numbers are left as they were.
+    """
+
+    name: str
+    sees_pictures: bool
+    answer: Callable[[Request, int], str]
+
+
+def pipeline_writer(pipeline) -> Writer | None:
+    """The pipeline's own text encoder as a writer; None where it is no language model that can generate.
+
+    Qwen2.5-VL in Qwen-Image-Edit (``processor``) and LongCat-Image-Edit (``text_processor``) and Mistral 3 in FLUX.2
+    [dev], whose ``tokenizer`` is a processor, see pictures; Qwen3 in FLUX.2 [klein] reads text only; CLIP and T5 of
+    FLUX.1 and models without a head cannot write.
+    """
+    model = getattr(pipeline, "text_encoder", None)
+    slots = (getattr(pipeline, name, None) for name in ("processor", "text_processor", "tokenizer"))
+    processor = next((slot for slot in slots if getattr(slot, "chat_template", None)), None)
+    if not _can_generate(model) or processor is None:
+        return None
+    return language_model_writer(f"{type(model).__name__} of the pipeline", model, processor)
+
+
+def load_writer(path: str, device: torch.device) -> Writer:
+    """A vision-language model of transformers, by folder or hub id, as a writer.
+
+    Raises:
+        CloraError: it cannot be loaded, or has no chat template.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = user_path(path)
+    source = folder if folder.exists() else path
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", use_safetensors=True)
+    except Exception as error:  # readers of damaged configs, processors and weights raise whatever they meet
+        where = "" if folder.exists() else "; there is no such folder, so it was taken for a hub id"
+        raise CloraError(
+            f"prompts.writer: {path!r} cannot be loaded as a vision-language model with its processor{where}: {error}"
+        ) from error
+    if not getattr(processor, "chat_template", None):
+        raise CloraError(f"prompts.writer: {path!r} has no chat template; use an instruction-tuned model")
+    return language_model_writer(Path(path).name if folder.exists() else path, model.eval().to(device), processor)
+
+
+def language_model_writer(name: str, model, processor) -> Writer:
+    """A writer from a transformers model that generates and its processor or tokenizer."""
+    sees = getattr(processor, "image_processor", None) is not None
+
+    def answer(request: Request, seed: int) -> str:
+        inputs = _to_model(_inputs(processor, request, sees), model)
+        return _decode(processor, model, _generate(model, processor, inputs, seed)[inputs["input_ids"].shape[1] :])
+
+    return Writer(name, sees, answer)
+
+
+def _can_generate(model: Any) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate and can_generate())
+
+
+def _inputs(processor, request: Request, sees: bool) -> Any:
+    """The request as one message of a chat; a tokenizer's template wants a text, a processor's a list of parts."""
+    if sees:
+        content: Any = [_part(part) for part in request]
+    else:
+        content = "\n".join(part for part in request if isinstance(part, str))
+    # Thinking would use up the answer; only a template that knows the word may be given it.
+    options = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
+    )
+
+
+def _part(part: str | Image) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    smaller = part.copy()
+    smaller.thumbnail((MAX_SIDE, MAX_SIDE))
+    return {"type": "image", "image": smaller}
+
+
+def _to_model(inputs: Any, model) -> dict[str, torch.Tensor]:
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None) for key, value in inputs.items()
+    }
+
+
+@torch.no_grad()
+def _generate(model, processor, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+    """Token ids of request and answer; sampled, since an answer that is of no use is asked for again."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.9,
+            max_new_tokens=MAX_TOKENS,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0]
+
+
+def _decode(processor, model, answer: torch.Tensor) -> str:
+    """The answer's text; where the model was cut off, without its last, unfinished line."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return text.rpartition("\n")[0] if len(answer) >= MAX_TOKENS else text

@@ -1,0 +1,119 @@
+"""What the engine does with any family: its encodings are cached, its blocks can be computed again, its base is bfloat16."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import tiny_flux
+import tiny_longcat
+import tiny_qwen_image
+import tiny_z_image
+import torch
+
+from clora.adapter_bank import AdapterBank
+from clora.cache import Cache
+from clora.conditioning import Conditioning
+from clora.encoders import Encoders
+from clora.fingerprint import component_fingerprints
+from clora.models import adapter_for
+from clora.recomputation import recomputed_blocks
+from clora.testing import random_lora
+
+PROMPTS = ["make it a blueprint with thin white lines", "snow", "turn it"]
+FAMILIES = {
+    "Flux2KleinPipeline": (tiny_flux.tiny_klein, (64, 80), 40),
+    "Flux2Pipeline": (tiny_flux.tiny_flux2, (64, 80), 96),
+    "FluxKontextPipeline": (tiny_flux.tiny_kontext, (64, 80), 60),
+    "QwenImageEditPipeline": (
+        lambda: tiny_qwen_image.tiny_qwen_pipeline("QwenImageEditPipeline", zero_cond_t=True),
+        (64, 96),
+        40,
+    ),
+    "QwenImageEditPlusPipeline": (tiny_qwen_image.tiny_qwen_pipeline, (64, 96), 40),
+    "QwenImage21Pipeline": (tiny_qwen_image.tiny_qwen21_pipeline, (64, 96), 40),
+    "LongCatImageEditPipeline": (tiny_longcat.tiny_pipeline, (64, 80), tiny_longcat.MAX_SEQUENCE_LENGTH),
+    "ZImageOmniPipeline": (tiny_z_image.tiny_pipeline, (64, 80), tiny_z_image.MAX_SEQUENCE_LENGTH),
+}
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if hasattr(diffusers, name)])
+def adapter(request):
+    make, size, length = FAMILIES[request.param]
+    pipeline = make()
+    with pytest.MonkeyPatch.context() as patch:
+        if "Qwen" in request.param:
+            tiny_qwen_image.shrink(patch, pipeline)
+        if "LongCat" in request.param:
+            tiny_longcat.shrink(patch)
+        yield adapter_for(pipeline, size, length)
+
+
+@pytest.fixture(scope="module")
+def pictures(adapter):
+    return torch.rand(3, 3, *adapter.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def conditioning(adapter, pictures):
+    return Conditioning(adapter.encode_prompts(PROMPTS, [pictures]), *adapter.encode_sources([pictures]))
+
+
+def velocity(adapter, conditioning):
+    x = torch.randn(3, *adapter.latent_shape, generator=torch.Generator().manual_seed(1))
+    return adapter.velocity(x.to(adapter.latent_dtype), torch.tensor([0.9, 0.5, 0.2]), conditioning)
+
+
+def test_encodings_that_are_read_again_give_the_same_velocity(adapter, pictures, conditioning, monkeypatch, tmp_path):
+    """Also where the prompts come from different batches: first two of them, then all three."""
+    seen = pictures if adapter.text_sees_image else None
+    before = component_fingerprints(adapter.pipeline)
+    Encoders(adapter, Cache(tmp_path), None).prompts(PROMPTS[:2], None if seen is None else seen[:2])
+    Encoders(adapter, Cache(tmp_path), None).prompts(PROMPTS, seen)
+    first = Encoders(adapter, Cache(tmp_path), None).sources(pictures)
+    assert component_fingerprints(adapter.pipeline) == before
+    for name in ("encode_prompts", "encode_sources"):
+        monkeypatch.setattr(adapter, name, None)
+    encoders = Encoders(adapter, Cache(tmp_path), None)
+    text, sources = encoders.prompts(PROMPTS, seen), encoders.sources(pictures)
+    assert torch.equal(sources, first)
+    with torch.no_grad():
+        expected = velocity(adapter, conditioning)
+        found = velocity(adapter, Conditioning(text, sources, conditioning.shapes))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_recomputed_blocks_give_the_same_gradients(adapter, conditioning):
+    transformer = adapter.pipeline.transformer
+    bank = AdapterBank(transformer, {str(seed): random_lora(transformer, 2, seed) for seed in range(2)})
+    slots, found = bank.slots(trainable=True), []
+
+    def gradients():
+        with bank.route(slots, torch.tensor([1, -1, 0])):
+            output = velocity(adapter, conditioning)
+        every = torch.autograd.grad(output.square().sum(), slots.parameters(), allow_unused=True)
+        return [gradient for gradient in every if gradient is not None]  # a last block's text goes nowhere
+
+    try:
+        found.append(gradients())
+        with recomputed_blocks(bank):
+            found.append(gradients())
+    finally:
+        bank.detach()
+    assert any(gradient.any() for gradient in found[0])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+def test_a_base_in_bfloat16_encodes_and_runs(adapter, pictures, conditioning):
+    """Last: it changes the pipeline."""
+    with torch.no_grad():
+        expected = velocity(adapter, conditioning)
+        for part in adapter.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(torch.bfloat16)
+        text = adapter.encode_prompts(PROMPTS, [pictures])
+        assert text.embeds.dtype == torch.bfloat16
+        found = velocity(adapter, Conditioning(text, *adapter.encode_sources([pictures])))
+        assert found.dtype == adapter.latent_dtype
+        assert adapter.encode_images(pictures).shape[1:] == adapter.latent_shape
+        assert torch.isfinite(adapter.decode(found)).all()
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()

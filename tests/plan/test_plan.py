@@ -1,0 +1,225 @@
+"""``clora plan``: its arithmetic against what small models really use, and its problems, all at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from pictures import write_images
+from trainers import make_trainer
+from typer.testing import CliRunner
+
+from clora.adapter_bank import AdapterBank
+from clora.cli import app
+from clora.conditioning import Conditioning, Text
+from clora.lora.files import linear_shapes
+from clora.lora.save import save_diffusers_lora
+from clora.models import linear_names
+from clora.models.flux2 import Flux2KleinAdapter
+from clora.plan import make_plan
+from clora.plan.cost import PassCost, count_blocks, pass_cost
+from clora.plan.memory import Facts, forward_passes, memory, rows_with_gradient, scoring_rows, slot_values
+from clora.plan.skeleton import skeleton
+from clora.recomputation import recomputed_blocks
+from clora.testing import MAX_SEQUENCE_LENGTH, SIZE, random_lora, random_teachers, tiny_config, tiny_pipeline
+
+RANK = 4
+
+
+@pytest.fixture
+def job(tmp_path, tiny_folder):
+    """Returns job(**sections): a config of two teachers whose files exist."""
+    transformer = tiny_pipeline().transformer
+    for name, rank in (("snow", 2), ("sepia", 8)):
+        save_diffusers_lora(random_lora(transformer, rank, rank), tmp_path / f"{name}.safetensors")
+    write_images(tmp_path / "images", 4)
+
+    def make(effects=None, **sections):
+        names = ("snow", "sepia")
+        listed = [{"name": n, "lora": str(tmp_path / f"{n}.safetensors"), "prompt": "make it snow"} for n in names]
+        data = {"sources": str(tmp_path / "images"), **sections.pop("data", {})}
+        defaults = {"pipeline": str(tiny_folder), "output": str(tmp_path / "out"), "student": {"rank": RANK}}
+        return tiny_config(effects or listed, data=data, **(defaults | sections))
+
+    return make
+
+
+def saved_bytes(transformer, run):
+    """Bytes that a real pass keeps for its gradient, weights not counted."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, lasting = run()
+    for tensor in (*transformer.parameters(), *lasting):
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    del output
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_pass_on_fake_tensors_keeps_what_a_real_one_keeps(tiny_folder, adapter, checkpointed):
+    with skeleton(str(tiny_folder), torch.float32) as pipeline:
+        bare = Flux2KleinAdapter(pipeline, SIZE, MAX_SEQUENCE_LENGTH)
+        assert count_blocks(pipeline.transformer) == 2
+        cost = pass_cost(bare, linear_names(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24))
+    transformer = adapter.pipeline.transformer
+    bank = AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)})
+
+    def run():
+        slots = bank.slots(trainable=True)
+        source = torch.zeros(1, *adapter.latent_shape)
+        conditioning = Conditioning(Text(torch.zeros(1, MAX_SEQUENCE_LENGTH, 24)), source)
+        with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
+            return adapter.velocity(source, torch.zeros(1), conditioning), slots.parameters()
+
+    try:
+        if checkpointed:
+            with recomputed_blocks(bank):
+                real = saved_bytes(transformer, run)
+        else:
+            real = saved_bytes(transformer, run)
+    finally:
+        bank.detach()
+    assert real == (cost.saved_checkpointed if checkpointed else cost.saved)
+    assert cost.saved_checkpointed < cost.saved / 3
+    tokens = MAX_SEQUENCE_LENGTH + 32
+    products = 2 * tokens * sum(p.numel() for p in transformer.parameters() if p.ndim == 2)
+    assert products / 3 < cost.flops < 2 * products
+
+
+def facts_of(transformer, teachers):
+    ranks = {name: {m: module.rank for m, module in state.modules.items()} for name, state in teachers.items()}
+    weights = sum(p.numel() * p.itemsize for p in transformer.parameters())
+    return Facts(weights, 0, 4, linear_shapes(transformer), linear_names(transformer), ranks, 1, PassCost(0.0, 0, 0))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_is_what_a_small_run_uses(adapter, optimizer):
+    transformer = adapter.pipeline.transformer
+    facts = facts_of(transformer, random_teachers(transformer, 3))
+    with make_trainer(adapter, train={"optimizer": optimizer, "updates": 1}) as trainer:
+        planned = memory(facts, trainer.config)
+        trainer.fit(lambda update, values: None)
+        optimizers = (trainer.student_optimizer, trainer.critic_optimizer)
+        states = [state for o in optimizers for state in o.state_dict()["state"].values()]
+        used = sum(t.numel() * t.itemsize for state in states for t in state.values() if torch.is_tensor(t) and t.ndim)
+        trained = sum(p.numel() * p.itemsize for p in (*trainer.student.parameters(), *trainer.critic.parameters()))
+        bank = trainer.bank.bytes()
+    assert planned["base"] == sum(p.numel() * p.itemsize for p in transformer.parameters())
+    assert planned["student and critic"] == trained
+    assert planned["optimizers"] == used
+    assert planned["gradients"] == trained // 2
+    assert planned["teachers"] == 3 * 4 * slot_values(facts, RANK) == 3 * planned["scoring critic"]
+    assert planned["teachers"] + planned["scoring critic"] == bank.device
+
+
+def test_memory_of_paged_teachers_and_optimizers_of_8_bits(adapter):
+    facts = facts_of(adapter.pipeline.transformer, random_teachers(adapter.pipeline.transformer, 3))
+    one = 4 * slot_values(facts, RANK)
+    train = {"teacher_memory_gb": 2.5 * one / 1e9, "optimizer_bits": 8}
+    planned, plain = (memory(facts, tiny_config(["a", "b", "c"], train=t)) for t in (train, {}))
+    assert planned["teachers"] == 2 * one
+    with make_trainer(adapter, pages=2) as trainer:
+        assert planned["teachers"] + planned["scoring critic"] == trainer.bank.bytes().device
+    assert 4 * planned["optimizers"] == plain["optimizers"]
+
+
+def rows_of(transformer, run):
+    """Rows of each pass of the transformer, without and with gradient."""
+    counted = {False: [], True: []}
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: counted[torch.is_grad_enabled()].append(len(kwargs["hidden_states"])),
+        with_kwargs=True,
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return counted
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_passes_and_rows_are_those_of_an_update(adapter, guidance):
+    """Nothing is simulated here and there is no general stream, so that nothing is left to chance."""
+    sections = {"sampler": {"steps": 4, "guidance": guidance}, "objective": {"dual_stream": False}}
+    with make_trainer(adapter, train={"updates": 1}, **sections) as trainer:
+        trainer.simulate = lambda batch: (trainer._noise(batch.target), trainer.sigmas[:1].expand(len(batch)))
+        counted = rows_of(adapter.pipeline.transformer, lambda: trainer.fit(lambda *_: None))
+        config = trainer.config
+    simulated = 1.5 * config.train.critic_ratio * config.train.batch_size  # what is expected of four steps
+    assert sum(counted[False]) + 2 * sum(counted[True]) + simulated == forward_passes(config)
+    assert max(counted[True]) == rows_with_gradient(config)
+    assert max(counted[False]) == scoring_rows(config)
+
+
+def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = make_plan(job(pipeline=str(bare)))
+    assert found["problems"] == []
+    assert found["model"]["pipeline"] == "Flux2KleinPipeline"
+    assert found["model"]["parameters"] == sum(p.numel() for p in tiny_pipeline().transformer.parameters())
+    assert found["model"]["tokens"] == 16 + 16 + MAX_SEQUENCE_LENGTH
+    assert found["passes"]["rendering"] == 2 * 4 * 2 * 2  # effects, pictures, steps, with and without the prompt
+    parts = found["memory"]
+    together = sum(size for name, size in parts.items() if name not in ("encoders", "peak", "device"))
+    assert parts["peak"] == max(parts["encoders"], together)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_problem_is_told_at_once(job, tmp_path):
+    (tmp_path / "images" / "empty.png").write_bytes(b"")
+    save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "good.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a safetensors file")
+    effects = [
+        {"name": "a", "lora": str(tmp_path / "missing.safetensors"), "prompt": "make it snow"},
+        {"name": "b", "lora": str(tmp_path / "broken.safetensors"), "prompt": "snow " * 60, "student_prompts": ["q"]},
+        {"name": "c", "lora": str(tmp_path / "good.safetensors"), "prompt": "p", "sources": str(tmp_path / "none")},
+    ]
+    config = job(effects, student={"rank": 4, "targets": ("to_nothing",)}, data={"general_instructions": "no.txt"})
+    problems = make_plan(config)["problems"]
+    for text in (
+        "empty.png is empty",
+        "missing.safetensors does not exist",
+        "broken.safetensors is not a readable safetensors file",
+        "expected a prompt of at most 40 tokens",
+        "none: expected a folder of images",
+        "no.txt cannot be read",
+        "to_nothing",
+    ):
+        assert sum(text in problem for problem in problems) == 1, (text, problems)
+    assert len(problems) == len(set(problems))
+
+
+def test_a_pipeline_that_cannot_be_read_is_a_problem_among_the_others(job, tmp_path):
+    (tmp_path / "broken").mkdir()
+    effects = [{"name": "a", "lora": "a", "prompt": "p", "sources": str(tmp_path / "none")}]
+    problems = make_plan(job(effects, pipeline=str(tmp_path / "broken")))["problems"]
+    assert any("is no diffusers pipeline" in problem for problem in problems)
+    assert any("none: expected a folder of images" in problem for problem in problems)
+
+
+def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
+    monkeypatch.setattr("clora.plan.device_memory", lambda device: 1000)
+    (problem,) = make_plan(job())["problems"]
+    assert "the device has 0.0 MB" in problem
+    assert "train.gradient_checkpointing=true" in problem
+
+
+def test_the_command(job, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(json.dumps(job().model_dump(mode="json")))
+    runner = CliRunner()
+    result = runner.invoke(app, ["plan", str(file), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["time"]["flops_per_second"] > 1e6
+    result = runner.invoke(app, ["plan", str(file), "effects.0.lora=nowhere.safetensors"])
+    assert result.exit_code == 1
+    assert "1 problem" in result.output
+    assert "device memory" in result.output
