@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from trainers import make_trainer, slots
 
 from clora.adapter_bank import AdapterBank
-from clora.models import Conditioning
+from clora.conditioning import Conditioning
 from clora.testing import random_data, random_teachers, tiny_adapter, tiny_pipeline
 from csrc_triton.coarse_to_fine import launch as loss_launch
 from csrc_triton.multi_lora import launch as linear_launch
