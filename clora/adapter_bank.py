@@ -281,8 +281,8 @@ def _ids_of_rows(adapter_ids: Tensor, count: int, module: str) -> Tensor:
     if num_samples == 1 or count in (num_samples, 2 * num_samples):
         return adapter_ids.repeat(count // num_samples)
     raise CloraError(
-        f"the layer {module!r} gets {count} rows of {num_samples} samples, so that a LoRA cannot be chosen for each; "
-        "route as many samples as the batch has, or leave this layer out of the LoRAs if its rows are no samples"
+        f"the layer {module!r} gets {count} rows of {num_samples} routed samples, so that a LoRA cannot be chosen for "
+        "each; route one adapter per sample, or, where its rows are no samples, leave this layer out of the LoRAs"
     )
 
 

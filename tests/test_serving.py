@@ -136,10 +136,7 @@ def test_names_and_batches_that_do_not_fit(loras):
     batch = batch_of(FAMILIES[0], tiny_transformer(FAMILIES[0]), 3)
     with pytest.raises(CloraError, match=r"unknown adapter 'mobius'.*did you mean 'moebius'"), bank.route(["mobius"]):
         pass
-    with (
-        pytest.raises(CloraError, match="gets 3 rows of 2 samples.*as many samples as the batch"),
-        bank.route(["a", "b"]),
-    ):
+    with pytest.raises(CloraError, match="3 rows of 2 routed samples"), bank.route(["a", "b"]):
         outputs(transformer, batch)
     with pytest.raises(RuntimeError, match="route"):
         outputs(transformer, batch)

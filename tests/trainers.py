@@ -22,8 +22,7 @@ def make_trainer(adapter, encoded=None, pages=None, **sections):
     config = tiny_config(list(teachers), **sections)
     bank = AdapterBank(transformer, {CRITIC: critic, **teachers}, pages=pages, fixed=1)
     try:
-        encoded = encoded or random_data(adapter, list(teachers))
-        yield DistillTrainer(config, adapter, bank, encoded, student, critic)
+        yield DistillTrainer(config, adapter, bank, encoded or random_data(adapter, list(teachers)), student, critic)
     finally:
         bank.detach()
 

@@ -77,7 +77,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
                 for name, part in pipeline.components.items()
                 if isinstance(part, torch.nn.Module) and name != "transformer"
             ),
-            value=dtype.itemsize,
+            dtype=dtype,
             shapes=shapes,
             student=student,
             teachers=ranks,
@@ -155,7 +155,8 @@ def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) 
         None if config.train.gradient_checkpointing else "train.gradient_checkpointing=true",
         f"train.batch_size below {config.train.batch_size}" if config.train.batch_size > 1 else None,
         f"student.rank below {config.student.rank}",
-        "train.optimizer=muon" if config.train.optimizer == "adamw" else None,
+        "train.teacher_memory_gb" if config.train.teacher_memory_gb is None else None,
+        "train.optimizer_bits=8" if config.train.optimizer_bits == 32 else None,
     ]
     return (
         f"device memory: about {_size(peak(parts))} are needed, the device has {_size(available)}; the largest part is "

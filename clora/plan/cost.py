@@ -44,7 +44,7 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
 
     transformer = adapter.pipeline.transformer
     lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
-    bank = AdapterBank(transformer, {"student": lora}, dtype=torch.float32)
+    bank = AdapterBank(transformer, {"student": lora})
     try:
         slots = bank.slots(trainable=True)
         counter = FlopCounterMode(display=False)

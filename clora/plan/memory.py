@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from clora.config import DistillConfig
+import torch
+
+from clora.config import DistillConfig, TrainConfig
 from clora.plan.cost import PassCost
-from clora.teacher_pages import pages_that_fit
+from clora.teacher_pages import module_ranks, page_bytes, pages_that_fit
 
 MASTER = GRADIENT = 4
 """Bytes of a trained value and of its gradient, float32 both."""
-OPTIMIZER = {("adamw", 32): 8, ("adamw", 8): 2, ("muon", 32): 4, ("muon", 8): 4}
-"""Bytes of an optimizer's state per trained value, by name and ``train.optimizer_bits``: two moments, or one of fp32."""
+MOMENTS = {"adamw": 2, "muon": 1}
+"""Values that an optimizer keeps of each trained one."""
 
 Shapes = Mapping[str, tuple[int, int]]
 Ranks = Mapping[str, Mapping[str, int]]
@@ -24,7 +26,7 @@ class Facts:
 
     Attributes:
         transformer, encoders: bytes of the weights of the transformer, and of text encoders and autoencoder.
-        value: bytes of a value in the transformer's dtype.
+        dtype: of the transformer's arithmetic, and so of the bank's slots.
         shapes: of the transformer's linear layers.
         student: the layers that student and critic adapt.
         teachers: effect to layer to rank.
@@ -34,7 +36,7 @@ class Facts:
 
     transformer: int
     encoders: int
-    value: int
+    dtype: torch.dtype
     shapes: Shapes
     student: Sequence[str]
     teachers: Ranks
@@ -47,43 +49,44 @@ def trained_values(facts: Facts, rank: int) -> int:
     return rank * sum(sum(facts.shapes[name]) for name in facts.student)
 
 
-def stack_ranks(facts: Facts, rank: int) -> dict[str, int]:
-    """The common rank of all slots of each layer: the student's, or a teacher's higher one."""
-    ranks = dict.fromkeys(facts.student, rank)
-    for teacher in facts.teachers.values():
-        for name, own in teacher.items():
-            ranks[name] = max(ranks.get(name, 0), own)
-    return ranks
+def slot_bytes(facts: Facts, rank: int) -> int:
+    """Bytes of one slot of the bank, whose ranks are the highest of any LoRA."""
+    student = dict.fromkeys(facts.student, rank)
+    return page_bytes(facts.shapes, module_ranks([student, *facts.teachers.values()]), facts.dtype)
 
 
-def slot_values(facts: Facts, rank: int) -> int:
-    """Values of one slot of the bank, padded to the common ranks."""
-    return sum(own * sum(facts.shapes[name]) for name, own in stack_ranks(facts, rank).items())
+def num_slots(facts: Facts, config: DistillConfig) -> int:
+    """The bank's slots on the device: the critic's, and the teachers' or as many as fit. Raises CloraError for too few."""
+    count, one = len(facts.teachers), slot_bytes(facts, config.student.rank)
+    pages = pages_that_fit(config.train.teacher_memory_gb, one, count)
+    return 1 + (count if pages is None else pages)
 
 
-def optimizer_bytes(config: DistillConfig) -> int:
-    """Of both optimizers' states, per value of the student's LoRA."""
-    train = config.train
-    return OPTIMIZER[train.optimizer, train.optimizer_bits] + OPTIMIZER["adamw", train.optimizer_bits]
+def state_bytes(train: TrainConfig) -> int:
+    """Bytes of both optimizers' states per trained value; Muon's stay in 32 bits."""
+    adamw = MOMENTS["adamw"] * train.optimizer_bits // 8
+    return adamw + (adamw if train.optimizer == "adamw" else 4 * MOMENTS[train.optimizer])
 
 
 def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
-    """Device memory by part, in bytes; ``encoders`` leave the device before the others come."""
+    """Device memory by part, in bytes; ``encoders`` leave the device before the others come.
+
+    Raises:
+        CloraError: ``train.teacher_memory_gb`` holds too few teachers.
+    """
     rank, train = config.student.rank, config.train
     values = trained_values(facts, rank)
     checkpointed = train.gradient_checkpointing
     block = facts.cost.saved // facts.blocks
     saved = facts.cost.saved_checkpointed if checkpointed else facts.cost.saved
-    slot = slot_values(facts, rank) * facts.value
     rows, scored = rows_with_gradient(config), scoring_rows(config)
     return {
         "encoders": facts.encoders,
         "base": facts.transformer,
-        "teachers": slot * (pages_that_fit(train.teacher_memory_gb, slot, len(facts.teachers)) or len(facts.teachers)),
-        "scoring critic": slot,
+        "teachers": slot_bytes(facts, rank) * num_slots(facts, config),
         "student and critic": 2 * values * MASTER,
         "gradients": values * GRADIENT,
-        "optimizers": values * optimizer_bytes(config),
+        "optimizers": values * state_bytes(train),
         "activations": max(rows * (saved + (block if checkpointed else 0)), scored * block),
     }
 
@@ -148,9 +151,9 @@ def disk(facts: Facts, config: DistillConfig, latents: int, pictures: int) -> di
         pictures: sources and results that are kept.
     """
     values = trained_values(facts, config.student.rank)
-    states = 2 * MASTER + optimizer_bytes(config)
+    states = 2 * MASTER + state_bytes(config.train)
     return {
-        "collection": values * facts.value,
+        "collection": values * facts.dtype.itemsize,
         "checkpoint while it trains": values * states,
         "encoded pictures while it trains": 4 * latents * pictures,
     }

@@ -166,7 +166,7 @@ def test_layers_outside_the_blocks(adapter, tmp_path):
     torch.testing.assert_close(ours[1:], stock, rtol=0, atol=1e-4)
     for name in ("cap_embedder.1", "all_x_embedder.2-1", "siglip_embedder.1"):
         embedder = random_lora(transformer, 2, 0, [name])
-        with pytest.raises(CloraError, match=f"{name}.* rows of 2 samples"):
+        with pytest.raises(CloraError, match=f"{name}.* rows of 2 routed samples"):
             few_step(adapter, [embedder], [-1, 0], conditioning, latents, noises)
         few_step(adapter, [embedder], [0], conditioning[1:], latents[1:], [noise[1:] for noise in noises])
 

@@ -20,7 +20,7 @@ from clora.models import linear_names
 from clora.models.flux2 import Flux2KleinAdapter
 from clora.plan import make_plan
 from clora.plan.cost import PassCost, count_blocks, pass_cost
-from clora.plan.memory import Facts, forward_passes, memory, rows_with_gradient, scoring_rows, slot_values
+from clora.plan.memory import Facts, forward_passes, memory, num_slots, rows_with_gradient, scoring_rows, slot_bytes
 from clora.plan.skeleton import skeleton
 from clora.recomputation import recomputed_blocks
 from clora.testing import MAX_SEQUENCE_LENGTH, SIZE, random_lora, random_teachers, tiny_config, tiny_pipeline
@@ -96,7 +96,9 @@ def test_a_pass_on_fake_tensors_keeps_what_a_real_one_keeps(tiny_folder, adapter
 def facts_of(transformer, teachers):
     ranks = {name: {m: module.rank for m, module in state.modules.items()} for name, state in teachers.items()}
     weights = sum(p.numel() * p.itemsize for p in transformer.parameters())
-    return Facts(weights, 0, 4, linear_shapes(transformer), linear_names(transformer), ranks, 1, PassCost(0.0, 0, 0))
+    return Facts(
+        weights, 0, torch.float32, linear_shapes(transformer), linear_names(transformer), ranks, 1, PassCost(0.0, 0, 0)
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -110,24 +112,18 @@ def test_memory_is_what_a_small_run_uses(adapter, optimizer):
         states = [state for o in optimizers for state in o.state_dict()["state"].values()]
         used = sum(t.numel() * t.itemsize for state in states for t in state.values() if torch.is_tensor(t) and t.ndim)
         trained = sum(p.numel() * p.itemsize for p in (*trainer.student.parameters(), *trainer.critic.parameters()))
-        bank = trainer.bank.bytes()
+        stacked = trainer.bank.bytes().device
     assert planned["base"] == sum(p.numel() * p.itemsize for p in transformer.parameters())
     assert planned["student and critic"] == trained
     assert planned["optimizers"] == used
     assert planned["gradients"] == trained // 2
-    assert planned["teachers"] == 3 * 4 * slot_values(facts, RANK) == 3 * planned["scoring critic"]
-    assert planned["teachers"] + planned["scoring critic"] == bank.device
-
-
-def test_memory_of_paged_teachers_and_optimizers_of_8_bits(adapter):
-    facts = facts_of(adapter.pipeline.transformer, random_teachers(adapter.pipeline.transformer, 3))
-    one = 4 * slot_values(facts, RANK)
-    train = {"teacher_memory_gb": 2.5 * one / 1e9, "optimizer_bits": 8}
-    planned, plain = (memory(facts, tiny_config(["a", "b", "c"], train=t)) for t in (train, {}))
-    assert planned["teachers"] == 2 * one
-    with make_trainer(adapter, pages=2) as trainer:
-        assert planned["teachers"] + planned["scoring critic"] == trainer.bank.bytes().device
-    assert 4 * planned["optimizers"] == plain["optimizers"]
+    assert planned["teachers"] == 4 * slot_bytes(facts, RANK) == stacked
+    paged = trainer.config.model_copy(
+        update={
+            "train": trainer.config.train.model_copy(update={"teacher_memory_gb": 2.5e-9 * slot_bytes(facts, RANK)})
+        }
+    )
+    assert num_slots(facts, paged) == 3
 
 
 def rows_of(transformer, run):
