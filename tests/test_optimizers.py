@@ -46,6 +46,8 @@ def test_a_restored_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, name, b
         parameter.data.copy_(tensors[str(i)])
     step(again, restored, 3)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, parameters, strict=True))
+    kinds = [[{k: type(v) for k, v in state.items()} for state in o.state.values()] for o in (optimizer, restored)]
+    assert kinds[0] == kinds[1], "a count is a number again, not a tensor"
     forgetful = start()
     other = make_optimizer(name, forgetful, 0.1, bits)
     for i, parameter in enumerate(forgetful):

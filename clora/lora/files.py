@@ -227,7 +227,11 @@ def _stacked_base(
     blocks = []
     for route in targets:
         weight = base_weights[route.module].detach()
-        if weight.shape != (route.stop - route.start, adapter.shape[1]) or weight.is_meta:
+        if (
+            weight.shape != (route.stop - route.start, adapter.shape[1])
+            or weight.is_meta
+            or not weight.is_floating_point()
+        ):
             found = f"those of {route.module} are {list(weight.shape)} {weight.dtype} on {weight.device}"
             raise CloraError(f"{reason}, but {found}; load a base that is not quantised")
         blocks.append(_swapped(weight.cpu().double(), route))

@@ -291,7 +291,8 @@ def test_dora_of_original_modules(tmp_path, models, family, stem, modules, swap)
 def test_dora_refuses_a_base_that_it_cannot_read(tmp_path):
     tensors = {"x.lora_A.weight": torch.ones(2, 6), "x.lora_B.weight": torch.ones(4, 2)}
     path = write(tmp_path / "a.safetensors", tensors | {"x.dora_scale": torch.ones(4, 1)})
-    for base in (torch.zeros(12, 1, dtype=torch.uint8), torch.zeros(4, 6, device="meta")):
+    packed, codes = torch.zeros(12, 1, dtype=torch.uint8), torch.zeros(4, 6, dtype=torch.int8)
+    for base in (packed, codes, torch.zeros(4, 6, device="meta")):
         with pytest.raises(CloraError, match="not quantised"):
             load_lora(path, {"x": (4, 6)}, {"x": base})
 
