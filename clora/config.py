@@ -40,6 +40,8 @@ class EffectConfig(_Model):
         name: what the effect is called; unique in a collection.
         lora: LoRA file or folder.
         prompt: the teacher's own training prompt.
+        max_error: the largest relative error that the factors of a change without low rank (DoRA, full-matrix LoKr) may
+            have in any layer.
         trigger: the student's unique word; by default made from the name (see `make_trigger`).
         student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
             by the teacher's prompt.
@@ -50,6 +52,7 @@ class EffectConfig(_Model):
     name: Text
     lora: Text
     prompt: Text
+    max_error: Share = 0.01
     trigger: Text = Field(default_factory=lambda data: make_trigger(data["name"]))
     student_prompts: tuple[Text, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
     sources: Text | None = None

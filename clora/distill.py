@@ -15,7 +15,7 @@ from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.atomic import check_writable
 from clora.cache import Cache
 from clora.checkpoint import load_values
-from clora.config import DEVICE_NAMES, DEVICES, DistillConfig, TrainConfig
+from clora.config import DEVICE_NAMES, DEVICES, DistillConfig, EffectConfig, TrainConfig
 from clora.data import DistillData
 from clora.encoders import move
 from clora.encoding import encode_data
@@ -140,7 +140,7 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
         )
         config = with_guidance(config, adapter)
         shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
-        teachers = {effect.name: load_lora(effect.lora, shapes, weights) for effect in config.effects}
+        teachers = {effect.name: load_teacher(effect, shapes, weights) for effect in config.effects}
         collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
@@ -157,6 +157,19 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     if repo_id is not None:
         say(f"uploaded to {upload(output, repo_id, COLLECTION_FILES)}")
     return output
+
+
+def load_teacher(
+    effect: EffectConfig, shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, torch.Tensor]
+) -> LoRAState:
+    """An effect's LoRA; says so where it is not exact. Raises CloraError as `clora.lora.files.load_lora`."""
+    state = load_lora(effect.lora, shapes, weights, max_error=effect.max_error)
+    if state.errors:
+        worst = max(state.errors.values())
+        say(
+            f"effect {effect.name}: {len(state.errors)} layers without low rank became factors, error {worst:.2%} at most"
+        )
+    return state
 
 
 def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig:

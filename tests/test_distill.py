@@ -17,10 +17,12 @@ from clora.distill import distill
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import LORA_FILE
+from clora.lora.factorise import factorise
 from clora.lora.families import FLUX2
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
+from clora.lora.state import LoRAState
 from clora.prompt_table import Pictures, PromptTable
 from clora.rendering import Samples, render_targets
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
@@ -411,3 +413,24 @@ def test_a_pipeline_saved_in_bfloat16_runs_in_one_type(tmp_path):
     loaded = engine.load_pipeline(str(tmp_path), "cpu")
     assert loaded.text_encoder.dtype == loaded.transformer.dtype == torch.float32
     assert loaded.encode_prompt("a red circle", max_sequence_length=40)[0].dtype == torch.float32
+
+
+def test_a_teacher_that_is_not_exact_is_told(monkeypatch, capsys):
+    """A full change of a layer may be taken as factors of a lower rank, as far as its effect allows."""
+    transformer = tiny_pipeline().transformer
+    shapes, module = linear_shapes(transformer), "transformer_blocks.0.attn.to_q"
+    delta = torch.randn(shapes[module], generator=torch.Generator().manual_seed(0))
+
+    def load(path, shapes, weights, max_error):
+        factors, error = factorise(delta, max_rank=16, max_error=max_error)
+        assert error <= max_error, "as load_lora checks"
+        return LoRAState({module: factors}, errors={module: error})
+
+    monkeypatch.setattr(engine, "load_lora", load)
+    effect = tiny_config([{"name": "full", "lora": "full", "prompt": "p", "max_error": 0.7}]).effects[0]
+    state = engine.load_teacher(effect, shapes, {})
+    error = float((state.modules[module].delta() - delta).norm() / delta.norm())
+    assert 0.1 < error <= 0.7
+    assert (
+        f"effect full: 1 layers without low rank became factors, error {error:.2%} at most" in capsys.readouterr().err
+    )

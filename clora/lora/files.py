@@ -175,8 +175,8 @@ def check_error(
         kind = f"DoRA on {adapter.kind}" if adapter.is_dora else adapter.kind
         raise CloraError(
             f"{source.file}: {adapter.stem} is a {kind} whose change of {name} is not of low rank: at rank "
-            f"{module.rank} an error of {error:.2%} is left, {max_error:.2%} is allowed. Allow a higher max_rank or "
-            "max_error"
+            f"{module.rank} an error of {error:.2%} is left, {max_error:.2%} is allowed. Allow a higher "
+            "max_error if that is good enough"
         )
 
 

@@ -148,7 +148,7 @@ def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -
     move(transformer, device)
     with stage("render examples", num_passes(config, NUM_PAIRS * len(missing))) as advance:
         for effect in missing:  # one teacher at a time: many would fill the memory
-            teacher = load_lora(effect.lora, shapes, weights)
+            teacher = load_lora(effect.lora, shapes, weights, max_error=effect.max_error)
             rendered[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
     move(transformer, torch.device("cpu"))
     return given | rendered
