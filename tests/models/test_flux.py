@@ -260,7 +260,7 @@ def test_a_prompt_of_too_many_tokens_is_an_error(family, pipelines):
     """One token too many; the longest prompt that fits is encoded."""
     pipeline = pipelines[id(family)]
     wide = adapter_for(pipeline, SIZE, 200)
-    length = wide._num_tokens(SENTENCES[0])
+    length = wide.num_tokens(SENTENCES[0])
     fits, short = adapter_for(pipeline, SIZE, length), adapter_for(pipeline, SIZE, length - 1)
     assert fits.encode_prompts([SENTENCES[0]]).embeds.shape[1] == length
     with pytest.raises(CloraError, match=f"at most {length - 1} tokens, found {length}"):
