@@ -15,7 +15,7 @@ import torch
 from bench.timing import Stopwatch, interleave
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("bench", "csrc_triton", "clora/adapter_bank.py", "clora/backend.py", "clora/ops.py")
+SOURCES = ("bench", "csrc_triton", *(f"clora/{name}.py" for name in ("adapter_bank", "backend", "ops", "slots")))
 NOT_SOURCES = (
     "bench/results",
     "bench/design_table.py",

@@ -153,7 +153,7 @@ def peft_switch(inputs: StackInputs) -> Call:
 
 
 def ours(inputs: StackInputs) -> Call:
-    """The trainer's own `AdapterBank` with fp32 factors, as those it trains are, around the stack; it computes q, k and v in one call."""
+    """The trainer's own `AdapterBank` around the stack, which computes q, k and v in one call; fp32 factors, as trained."""
 
     def state(e: int) -> LoRAState:
         return LoRAState({name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()})

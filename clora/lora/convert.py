@@ -21,11 +21,12 @@ from clora.lora.families import (
     Family,
     families_with,
     family_of,
+    is_original_only,
     original_part,
 )
 from clora.lora.files import load_lora
 from clora.lora.inspect import pipeline_shapes
-from clora.lora.keys import sort_keys, split_prefix
+from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
 from clora.lora.reduce import (
     balanced,
     energy_share,
@@ -54,10 +55,6 @@ _SHOWN_MODULES = 20
 
 # Metadata that stays true in another format: clora's own and the licence. Ranks and alphas of trainers do not.
 _KEPT_METADATA = re.compile(r"clora\..*|(modelspec\.)?license")
-# Module names of FLUX's original repository, which need the model to be understood.
-_ORIGINAL_NAME = re.compile(
-    r"(double_blocks|single_blocks|final_layer|time_in|vector_in|guidance_in)\b.*|\w+_stream_modulation(_img|_txt)?\.lin"
-)
 # How the pipelines' class names begin, the longer beginnings first.
 _PIPELINES = {"Flux2": FLUX2, "Flux": FLUX1, "QwenImage": QWEN_IMAGE, "ZImage": Z_IMAGE, "LongCatImage": LONGCAT_IMAGE}
 
@@ -158,7 +155,7 @@ def _shapes_in_file(source: LoRASource) -> dict[str, tuple[int, int]]:
     shapes = {}
     for stem, parts in sort_keys(source.shapes).modules.items():
         format_name, module = split_prefix(stem)
-        if format_name == "kohya" or _ORIGINAL_NAME.fullmatch(module):
+        if format_name in UNDERSCORED or is_original_only(module):
             raise CloraError(
                 f"{source.file}: {stem} does not show which layer of the model it changes; name the LoRA's base model "
                 "with --pipeline FOLDER (its transformer/config.json is enough)"

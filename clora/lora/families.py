@@ -212,6 +212,14 @@ def families_with(names: Iterable[str]) -> list[str]:
     return [family.name for family in FAMILIES if names and all(map(_any_name(family).fullmatch, names))]
 
 
+def is_original_only(name: str) -> bool:
+    """Whether a dotted name is that of a module in an original repository, and of none in diffusers."""
+    general = _general(name)[0]
+    return any(general in family.originals for family in FAMILIES) and not any(
+        general in family.diffusers_names() for family in FAMILIES
+    )
+
+
 def original_part(module: str, family: Family) -> Part:
     """Where a diffusers module stands in the original naming; itself where that naming has no such module."""
     general, number = _general(module)

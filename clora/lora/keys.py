@@ -31,6 +31,8 @@ PREFIXES = {
     "lycoris_": "lycoris",
     "lora_transformer_": "onetrainer",
 }
+UNDERSCORED = frozenset({"kohya", "lycoris", "onetrainer"})
+"""The formats whose module names have underscores for dots, so that the model alone tells the modules."""
 
 _KEY = re.compile(
     r"(?P<module>.+)\."

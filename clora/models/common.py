@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clora.errors import CloraError
+from clora.models.protocol import ModelAdapter
+
+One = TypeVar("One")
 
 
 def check_size(size: tuple[int, int], multiple: int) -> None:
@@ -19,13 +24,38 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
         raise CloraError(f"expected an image size in multiples of {multiple} pixels, found {size[0]}x{size[1]}")
 
 
-def check_length(count: int, limit: int, prompt: str) -> None:
-    """Raises CloraError for a prompt of more tokens than fit."""
-    if count > limit:
+def check_lengths(adapter: ModelAdapter, prompts: Sequence[str]) -> None:
+    """Raises CloraError for a prompt of more tokens than the adapter takes."""
+    for prompt in prompts:
+        count = adapter.num_tokens(prompt)
+        if count > adapter.max_sequence_length:
+            raise CloraError(
+                f"expected a prompt of at most {adapter.max_sequence_length} tokens, found {count} in {prompt!r}; "
+                "shorten it or raise max_sequence_length"
+            )
+
+
+def check_limit(pipeline, max_sequence_length: int, limit: int) -> None:
+    """Raises CloraError for a ``max_sequence_length`` above what the pipeline takes."""
+    if max_sequence_length > limit:
         raise CloraError(
-            f"expected a prompt of at most {limit} tokens, found {count} in {prompt!r}; "
-            "shorten it or raise max_sequence_length"
+            f"data.max_sequence_length: {type(pipeline).__name__} takes at most {limit} tokens, "
+            f"found {max_sequence_length}"
         )
+
+
+def only_image(pipeline, images: Sequence[One] | None) -> One:
+    """The one image of a sample, or of all samples. Raises CloraError where there is another number."""
+    if images is None or len(images) != 1:
+        raise CloraError(
+            f"expected one image to edit, which is what {type(pipeline).__name__} takes, found {len(images or ())}"
+        )
+    return images[0]
+
+
+def module_of(pipeline) -> ModuleType:
+    """The module of a pipeline's class, which has the functions and constants that its call uses."""
+    return sys.modules[type(pipeline).__module__]
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -87,7 +117,7 @@ def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
 def linear_mu(pipeline, num_tokens: int) -> float:
     """The time shift of pipelines that take it from a line through two image sizes (``calculate_shift``)."""
     config = pipeline.scheduler.config
-    return sys.modules[type(pipeline).__module__].calculate_shift(
+    return module_of(pipeline).calculate_shift(
         num_tokens,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor
 from clora.conditioning import Conditioning, Shapes, Text
 from clora.errors import CloraError
 from clora.models.common import (
-    check_length,
+    check_lengths,
     check_size,
     embedded_guidance,
     guidance_rows,
     in_chunks,
+    module_of,
     stock_schedule,
     timestep,
     to_pil,
@@ -64,8 +64,7 @@ class _Flux2:
         self, prompts: Sequence[str], references: Sequence[Tensor] | None = None, batch_size: int = 64
     ) -> Text:
         """See `ModelAdapter.encode_prompts`."""
-        for prompt in prompts:
-            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
+        check_lengths(self, prompts)
         chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         length = self.max_sequence_length
         return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
@@ -118,7 +117,7 @@ class _Flux2:
 
     def teacher_schedule(self, steps: int) -> Tensor:
         """See `ModelAdapter.teacher_schedule`."""
-        mu = sys.modules[type(self.pipeline).__module__].compute_empirical_mu(self.latent_shape[0], steps)
+        mu = module_of(self.pipeline).compute_empirical_mu(self.latent_shape[0], steps)
         return stock_schedule(self.pipeline.scheduler, steps, mu)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -193,8 +192,7 @@ class Flux2Adapter(_Flux2):
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`."""
-        module = sys.modules[type(self.pipeline).__module__]
-        messages = module.format_input(prompts=[prompt], system_message=self.pipeline.system_message)
+        messages = module_of(self.pipeline).format_input(prompts=[prompt], system_message=self.pipeline.system_message)
         template = self.pipeline.tokenizer.apply_chat_template
         tokens = template(messages, add_generation_prompt=False, tokenize=True, return_dict=True, return_tensors="pt")
         return tokens["input_ids"].shape[1]

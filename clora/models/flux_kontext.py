@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
-from clora.errors import CloraError
 from clora.models.common import (
-    check_length,
+    check_lengths,
+    check_limit,
     check_size,
     embedded_guidance,
     guidance_rows,
     in_chunks,
+    linear_mu,
+    module_of,
+    only_image,
     stock_schedule,
     timestep,
     to_pil,
@@ -50,16 +52,12 @@ class FluxKontextAdapter:
     ):
         self._multiple = pipeline.vae_scale_factor * 2
         check_size(size, self._multiple)
-        if max_sequence_length > MAX_SEQUENCE_LENGTH:
-            raise CloraError(
-                f"data.max_sequence_length: {type(pipeline).__name__} takes at most {MAX_SEQUENCE_LENGTH} tokens, "
-                f"found {max_sequence_length}"
-            )
+        check_limit(pipeline, max_sequence_length, MAX_SEQUENCE_LENGTH)
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
         self.guidance_embedding = embedded_guidance(pipeline, guidance_embedding)
-        self._module = sys.modules[type(pipeline).__module__]
+        self._module = module_of(pipeline)
         self._channels = pipeline.transformer.config.in_channels // 4
         self._grid = (size[0] // self._multiple, size[1] // self._multiple)
         self.latent_shape = (self._grid[0] * self._grid[1], 4 * self._channels)
@@ -104,8 +102,7 @@ class FluxKontextAdapter:
         self, prompts: Sequence[str], references: Sequence[Tensor] | None = None, batch_size: int = 64
     ) -> Text:
         """See `ModelAdapter.encode_prompts`."""
-        for prompt in prompts:
-            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
+        check_lengths(self, prompts)
         chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         return Text.cat([self._encode_prompts(chunk) for chunk in chunks])
 
@@ -121,12 +118,9 @@ class FluxKontextAdapter:
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`. Raises CloraError for more than one image: the pipeline takes one."""
-        if len(references) != 1:
-            raise CloraError(
-                f"expected one image to edit, found {len(references)}: {type(self.pipeline).__name__} takes no more"
-            )
-        size = self._fitting(references[0])
-        images = torch.cat([self._resize(image, size) for image in references[0]])
+        sources = only_image(self.pipeline, references)
+        size = self._fitting(sources)
+        images = torch.cat([self._resize(image, size) for image in sources])
         return self.encode_images(images), self._shapes_of(size)
 
     def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -156,12 +150,7 @@ class FluxKontextAdapter:
 
     def teacher_schedule(self, steps: int) -> Tensor:
         """See `ModelAdapter.teacher_schedule`."""
-        config = self.pipeline.scheduler.config
-        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        known = [config.get(name, default) for name, default in defaults.items()]
-        return stock_schedule(
-            self.pipeline.scheduler, steps, self._module.calculate_shift(self.latent_shape[0], *known)
-        )
+        return stock_schedule(self.pipeline.scheduler, steps, linear_mu(self.pipeline, self.latent_shape[0]))
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from math import prod
 
@@ -12,7 +11,18 @@ from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
 from clora.errors import CloraError
-from clora.models.common import check_length, check_size, in_chunks, linear_mu, stock_schedule, timestep, to_pil
+from clora.models.common import (
+    check_lengths,
+    check_limit,
+    check_size,
+    in_chunks,
+    linear_mu,
+    module_of,
+    only_image,
+    stock_schedule,
+    timestep,
+    to_pil,
+)
 
 AREA = 1024 * 1024  # pixels that the pipeline brings every picture to, keeping its proportions
 LATENT_CHANNELS = 16
@@ -45,11 +55,7 @@ class LongCatImageEditAdapter:
                 f"expected an image size that LongCat-Image-Edit makes, about a megapixel; found {size[0]}x{size[1]}, "
                 "for pictures of these proportions it makes {}x{}".format(*self._stock_size(size))
             )
-        if max_sequence_length > pipeline.tokenizer_max_length:
-            raise CloraError(
-                f"expected max_sequence_length of at most {pipeline.tokenizer_max_length}, the most that "
-                f"LongCat-Image-Edit takes, found {max_sequence_length}"
-            )
+        check_limit(pipeline, max_sequence_length, pipeline.tokenizer_max_length)
         self.size = size
         self.max_sequence_length = max_sequence_length
         self.student_call = {"guidance_scale": 1.0}
@@ -62,26 +68,20 @@ class LongCatImageEditAdapter:
         """See `ModelAdapter`."""
         return self.pipeline.transformer.dtype
 
-    @property
-    def _module(self):
-        """The pipeline's module, which has functions that it calls."""
-        return sys.modules[type(self.pipeline).__module__]
-
     def _stock_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        width, height = self._module.calculate_dimensions(AREA, size[1] / size[0])
+        width, height = module_of(self.pipeline).calculate_dimensions(AREA, size[1] / size[0])
         return height, width
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`; one by one, as the pipeline takes them."""
-        for prompt in prompts:
-            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
-        images = _only(references)
+        check_lengths(self, prompts)
+        images = only_image(self.pipeline, references)
         return Text.cat([self._encode_prompt(*pair) for pair in zip(prompts, images, strict=True)])
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`. Words in quotation marks are encoded letter by letter."""
-        parts = self._module.split_quotation(prompt)
+        parts = module_of(self.pipeline).split_quotation(prompt)
         pieces = [piece for part, quoted in parts for piece in (part if quoted else [part])]
         return sum(len(self.pipeline.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
 
@@ -105,7 +105,7 @@ class LongCatImageEditAdapter:
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`; one picture for each sample."""
         preprocess = self.pipeline.image_processor.preprocess
-        fitted = [preprocess(self._fit(image), *self.size) for image in _only(references)]
+        fitted = [preprocess(self._fit(image), *self.size) for image in only_image(self.pipeline, references)]
         return self.encode_images(torch.cat(fitted)), self.source_shapes
 
     @torch.no_grad()
@@ -152,13 +152,6 @@ class LongCatImageEditAdapter:
 
     def _position_ids(self, text_length: int) -> tuple[Tensor, Tensor]:
         """Of the text ``[L, 3]``, and of the latents and the source after them ``[2 T, 3]``, which begin at L both."""
-        ids, (height, width), start = self._module.prepare_pos_ids, self._grid, (text_length, text_length)
+        ids, (height, width), start = module_of(self.pipeline).prepare_pos_ids, self._grid, (text_length, text_length)
         latents, source = (ids(m, "image", start, height=height, width=width) for m in (1, 2))
         return ids(0, "text", num_token=text_length), torch.cat([latents, source])
-
-
-def _only(references: Sequence[Tensor] | None) -> Tensor:
-    """The pictures ``[N, 3, H, W]``, one for each sample. Raises CloraError where there are several for one."""
-    if references is None or len(references) != 1:
-        raise CloraError(f"LongCat-Image-Edit takes one picture, found {len(references or ())}")
-    return references[0]

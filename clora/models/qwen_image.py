@@ -8,7 +8,6 @@ Four of the last block (``add_q_proj``, ``to_add_out``, ``txt_mlp``) change noth
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
-from clora.errors import CloraError
-from clora.models.common import check_length, check_size, in_chunks, linear_mu, stock_schedule, timestep, to_pil
+from clora.models.common import (
+    check_lengths,
+    check_limit,
+    check_size,
+    in_chunks,
+    linear_mu,
+    module_of,
+    only_image,
+    stock_schedule,
+    timestep,
+    to_pil,
+)
 
 
 class QwenImageEditPlusAdapter:
@@ -42,12 +51,12 @@ class QwenImageEditPlusAdapter:
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         check_size(size, pipeline.vae_scale_factor * 2)
-        _check_limit(max_sequence_length, getattr(pipeline, "tokenizer_max_length", None))
+        check_limit(pipeline, max_sequence_length, getattr(pipeline, "tokenizer_max_length", max_sequence_length))
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
         self.student_call = {"true_cfg_scale": 1.0}
-        self._module = sys.modules[type(pipeline).__module__]  # has the pipeline's functions and constants
+        self._module = module_of(pipeline)
         self._token = pipeline.vae_scale_factor * self._patch  # its pixels
         self._grid = self._grid_of(*size)
         self.latent_shape = (self._grid[0] * self._grid[1], pipeline.transformer.config.in_channels)
@@ -78,8 +87,7 @@ class QwenImageEditPlusAdapter:
         """See `ModelAdapter.encode_prompts`. Raises ValueError without references."""
         if not references:
             raise ValueError("expected the images that the prompts are about, which are encoded with them; found none")
-        for prompt in prompts:
-            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
+        check_lengths(self, prompts)
         samples = zip(prompts, zip(*references, strict=True), strict=True)
         return Text.cat([self._encode_prompt(prompt, [self._seen(i) for i in images]) for prompt, images in samples])
 
@@ -165,25 +173,8 @@ class QwenImageEditAdapter(QwenImageEditPlusAdapter):
     _seen_size = _source_size
 
     def _pipeline_images(self, images: list[Image.Image]):
-        return _only(images)
+        return only_image(self.pipeline, images)
 
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`. Raises CloraError for several images per sample."""
-        return super().encode_sources([_only(references)])
-
-
-def _check_limit(max_sequence_length: int, limit: int | None) -> None:
-    if limit is not None and max_sequence_length > limit:
-        raise CloraError(
-            f"expected max_sequence_length of at most {limit}, which is what the pipeline takes, "
-            f"found {max_sequence_length}"
-        )
-
-
-def _only(images: Sequence):
-    if len(images) != 1:
-        raise CloraError(
-            f"expected one image to edit, which is what QwenImageEditPipeline takes, found {len(images)}; "
-            "Qwen-Image-Edit-2509 and later take several"
-        )
-    return images[0]
+        return super().encode_sources([only_image(self.pipeline, references)])

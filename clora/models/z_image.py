@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clora.conditioning import Conditioning, Shapes, Text
-from clora.models.common import check_length, check_size, in_chunks, linear_mu, stock_schedule, to_pil
+from clora.models.common import check_lengths, check_size, in_chunks, linear_mu, stock_schedule, to_pil
 
 MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline brings larger ones to the area of its result
 # The part of a caption that holds the prompt, to count its tokens.
@@ -67,8 +67,7 @@ class ZImageOmniAdapter:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`; of the references only their number is read, which is 1 for None."""
-        for prompt in prompts:
-            check_length(self.num_tokens(prompt), self.max_sequence_length, prompt)
+        check_lengths(self, prompts)
         num_images = 1 if references is None else len(references)
         return Text.cat([self._encode_prompt(prompt, num_images) for prompt in prompts])
 

@@ -14,7 +14,14 @@ from bench.machine import commit, describe, revision, slug
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with one source of each kind, and what is none."""
-    for file in ("bench/cases.py", "bench/report.py", "csrc_triton/op.py", "clora/ops.py", "README.md"):
+    for file in (
+        "bench/cases.py",
+        "bench/report.py",
+        "csrc_triton/op.py",
+        "clora/ops.py",
+        "clora/slots.py",
+        "README.md",
+    ):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("0\n")
     (tmp_path / "bench" / "results").mkdir()
@@ -26,7 +33,9 @@ def git(folder, *command):
     return subprocess.run(["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("file", ["csrc_triton/op.py", "csrc_triton/new.py", "clora/ops.py", "csrc_triton/tiles.json"])
+@pytest.mark.parametrize(
+    "file", ["csrc_triton/op.py", "csrc_triton/new.py", "clora/ops.py", "clora/slots.py", "csrc_triton/tiles.json"]
+)
 def test_a_change_of_a_source_is_another_revision(checkout, file):
     before = revision(checkout)
     (checkout / file).write_text("1\n")

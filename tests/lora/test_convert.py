@@ -9,7 +9,7 @@ import torch
 from collection_cases import describe
 from families import tiny_transformer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clora.cli import main
 from clora.collection import to_metadata
@@ -180,6 +180,27 @@ def test_fused_names_need_the_model(models, tmp_path, folder, save, assert_same_
         convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", pipeline=folder("Flux2KleinPipeline"))
     assert_same_deltas(load_lora(tmp_path / "out.safetensors", linear_shapes(model)), state, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "lycoris_transformer_blocks_0_attn_to_q",
+        "lora_transformer_transformer_blocks_0_attn_to_q",
+        "lora_unet_transformer_blocks_0_attn_to_q",
+        "diffusion_model.layers.3.attention.qkv",
+        "diffusion_model.noise_refiner.0.attention.out",
+        "single_blocks.7.linear1",
+        "double_stream_modulation_img.lin",
+    ],
+)
+def test_names_that_no_diffusers_model_has_need_the_model(tmp_path, stem):
+    """Written as they are, no loader would know them."""
+    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(24, 2)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(CloraError, match=f"{stem} does not show which layer.*--pipeline FOLDER"):
+        convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_names_that_two_families_share_need_the_model(models, tmp_path, folder):
