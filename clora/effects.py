@@ -62,12 +62,7 @@ def call_arguments(collection: Collection) -> dict[str, Any]:
     Raises:
         CloraError: the installed diffusers has no such pipeline.
     """
-    import diffusers
-
-    pipeline = getattr(diffusers, collection.pipeline, None)
-    if pipeline is None:
-        raise CloraError(f"diffusers {diffusers.__version__} has no {collection.pipeline}; a newer one may")
-    known = inspect.signature(pipeline.__call__).parameters
+    known = inspect.signature(pipeline_class(collection).__call__).parameters
     sampling = collection.sampling
     height, width = sampling.size
     arguments = {
@@ -77,6 +72,16 @@ def call_arguments(collection: Collection) -> dict[str, Any]:
         "width": width,
     }
     return {name: value for name, value in arguments.items() if name in known} | sampling.call
+
+
+def pipeline_class(collection: Collection) -> type:
+    """The class of the collection's pipeline. Raises CloraError where the installed diffusers has none."""
+    import diffusers
+
+    found = getattr(diffusers, collection.pipeline, None)
+    if found is None:
+        raise CloraError(f"diffusers {diffusers.__version__} has no {collection.pipeline}; a newer one may")
+    return found
 
 
 def load_collection(path: str | Path) -> Effects:
@@ -124,7 +129,7 @@ def _load_weights(pipeline, source: LoRASource, base_model: str) -> None:
     """Loads the file as a new adapter, all of it or nothing: diffusers only warns of what it passes over."""
     before = _adapters(pipeline)
     try:
-        pipeline.load_lora_weights(str(source.file))
+        _load_lora_file(pipeline, str(source.file))
     except (ValueError, RuntimeError, KeyError) as error:
         raise CloraError(f"{source.file} does not fit the pipeline, expected {base_model}: {error}") from error
     new = _adapters(pipeline) - before
@@ -135,11 +140,24 @@ def _load_weights(pipeline, source: LoRASource, base_model: str) -> None:
     }
     expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
     if {f"transformer.{name}" for name in loaded} != expected:
-        pipeline.delete_adapters(list(new))
+        pipeline.transformer.delete_adapters(list(new))
         raise CloraError(
             f"{source.file}: the pipeline has taken {len(loaded)} of {len(expected)} modules; expected {base_model} and "
             "a file in diffusers' format (clora export --format diffusers)"
         )
+
+
+def _load_lora_file(pipeline, file: str) -> None:
+    """Loads a LoRA the way that the pipeline has for it; raises what diffusers raises."""
+    if loads_lora_weights(type(pipeline)):
+        pipeline.load_lora_weights(file)
+    else:
+        pipeline.transformer.load_lora_adapter(file, prefix="transformer")
+
+
+def loads_lora_weights(pipeline_class: type) -> bool:
+    """Whether a pipeline loads LoRAs itself; LongCat-Image-Edit leaves that to its transformer."""
+    return hasattr(pipeline_class, "load_lora_weights")
 
 
 def _adapters(pipeline) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from clora.atomic import check_writable, write_atomic
 from clora.collection import LORA_FILE, CollectedEffect, Collection, Sampling, to_metadata
 from clora.config import DistillConfig
-from clora.effects import call_arguments
+from clora.effects import call_arguments, loads_lora_weights, pipeline_class
 from clora.errors import CloraError
 from clora.hub import is_repo_id
 from clora.lora.save import check_storable, save_diffusers_lora
@@ -167,6 +167,8 @@ def model_card(collection: Collection, hub_id: str | None = None) -> str:
         front_matter=_front_matter(collection),
         mark=CARD_MARK,
         location=hub_id or "path/to/this/folder",
+        loads_lora_weights=loads_lora_weights(pipeline_class(collection)),
+        file=LORA_FILE,
         call={"prompt": collection.effects[0].prompts[0], **call_arguments(collection)},
         metrics=_metric_rows(collection),
     )

@@ -7,15 +7,19 @@ from contextlib import contextmanager
 import pytest
 import tiny_longcat
 import torch
+from collection_cases import describe
 from pictures import picture, pixels, write_pictures
+from safetensors.torch import load_file, save_file
 from tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
+import clora
 from clora.adapter_bank import AdapterBank
+from clora.collection import read_collection, to_metadata
 from clora.conditioning import Conditioning
 from clora.distill import train_student
 from clora.encoding import encode_data
 from clora.errors import CloraError
-from clora.export import LORA_FILE, student_scheduler
+from clora.export import LORA_FILE, export_collection, model_card, student_scheduler
 from clora.flow_matching import student_schedule
 from clora.generation import Generator
 from clora.lora.save import save_diffusers_lora
@@ -91,6 +95,14 @@ def few_step(adapter, states, ids, conditioning, latents, noises=None, seed=0):
             )
     finally:
         bank.detach()
+
+
+def assert_carries(transformer, lora):
+    """Every delta is the LoRA's, and no other layer has one."""
+    loaded = {name: module for name, module in transformer.named_modules() if hasattr(module, "get_delta_weight")}
+    assert set(loaded) == set(lora.modules)
+    for name, layer in loaded.items():
+        torch.testing.assert_close(layer.get_delta_weight("default_0"), lora.modules[name].delta())
 
 
 def image(adapter, latents):
@@ -182,11 +194,44 @@ def test_a_collection_loads_whole(loras, tmp_path, name, kwargs):
     save_diffusers_lora(loras[0], tmp_path / LORA_FILE)
     transformer = tiny_pipeline().transformer
     transformer.load_lora_adapter(tmp_path / name, prefix="transformer", **kwargs)
-    for module, lora in loras[0].modules.items():
-        layer = transformer.get_submodule(module)
-        torch.testing.assert_close(layer.get_delta_weight("default_0"), lora.delta())
-    loaded = {n for n, m in transformer.named_modules() if hasattr(m, "get_delta_weight")}
-    assert loaded == set(loras[0].modules)
+    assert_carries(transformer, loras[0])
+
+
+@pytest.fixture
+def collection(loras, tmp_path):
+    """A collection of random weights, and its LoRA."""
+    described = describe(pipeline="LongCatImageEditPipeline", call={"guidance_scale": 1.0})
+    return export_collection(loras[0], described, tmp_path / "collection", torch.float32)
+
+
+def test_apply_loads_a_collection_into_the_transformer(loras, collection):
+    pipeline = tiny_pipeline()
+    effects = clora.apply(pipeline, collection)
+    assert_carries(pipeline.transformer, loras[0])
+    assert pipeline.scheduler.config.stochastic_sampling
+    assert effects["a"] == {"prompt": "p", "num_inference_steps": 8, "guidance_scale": 1.0}
+
+
+def test_apply_takes_all_of_a_file_or_nothing(collection):
+    tensors = load_file(collection / LORA_FILE)
+    tensors["transformer.nothing.lora_A.weight"] = torch.ones(2, 8)
+    tensors["transformer.nothing.lora_B.weight"] = torch.ones(8, 2)
+    save_file(tensors, collection / LORA_FILE, to_metadata(read_collection(collection)))
+    pipeline = tiny_pipeline()
+    with pytest.raises(CloraError, match="expected some/pipeline"):
+        clora.apply(pipeline, collection)
+    assert not getattr(pipeline.transformer, "peft_config", None)
+    assert not pipeline.scheduler.config.stochastic_sampling
+
+
+def test_the_card_loads_a_collection_into_the_transformer(loras, collection):
+    """The card's own line is run."""
+    (line,) = [
+        line for line in model_card(read_collection(collection), str(collection)).splitlines() if "load_lora" in line
+    ]
+    pipeline = tiny_pipeline()
+    exec(line, {"pipe": pipeline})
+    assert_carries(pipeline.transformer, loras[0])
 
 
 def test_a_student_is_trained(adapter, tmp_path):
