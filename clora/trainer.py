@@ -281,7 +281,6 @@ class DistillTrainer:
     def _step(
         self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str, source: Callable[[], str] = str
     ) -> None:
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(slots.parameters(), self.config.train.clip)
         if not torch.isfinite(norm):
@@ -289,6 +288,7 @@ class DistillTrainer:
                 f"update {self.update + 1}: the {name}'s gradient is not finite{source()}; lower its learning rate"
             )
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # else student and critic would hold theirs at the same time
 
     def _source(self, effect: int, kind: int | None) -> str:
         """A row's effect and term, for messages."""

@@ -64,6 +64,12 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+def num_seen_tokens(image_processor, height: int, width: int) -> int:
+    """Tokens that a Qwen-VL text encoder makes of a picture of this size, as the pipeline's processor cuts it."""
+    grid = image_processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["image_grid_thw"]
+    return int(grid.prod()) // image_processor.merge_size**2
+
+
 def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, chunk: int) -> Tensor:
     """``function`` over ``chunk`` rows at a time."""
     return torch.cat([function(part) for part in rows.split(chunk)])

@@ -29,6 +29,7 @@ class _Flux2:
     """What the FLUX.2 pipelines share; see `ModelAdapter`."""
 
     text_sees_image = False
+    image_tokens = 0
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int, guidance_embedding: float | None):
         self._multiple = pipeline.vae_scale_factor * 2

@@ -45,6 +45,7 @@ class FluxKontextAdapter:
     """
 
     text_sees_image = False
+    image_tokens = 0
     default_guidance = 0.0
 
     def __init__(

@@ -18,6 +18,7 @@ from clora.models.common import (
     in_chunks,
     linear_mu,
     module_of,
+    num_seen_tokens,
     only_image,
     stock_schedule,
     timestep,
@@ -67,6 +68,12 @@ class LongCatImageEditAdapter:
     def latent_dtype(self) -> torch.dtype:
         """See `ModelAdapter`."""
         return self.pipeline.transformer.dtype
+
+    @property
+    def image_tokens(self) -> int:
+        """See `ModelAdapter`."""
+        height, width = self.size
+        return num_seen_tokens(self.pipeline.text_processor.image_processor, height // 2, width // 2)
 
     def _stock_size(self, size: tuple[int, int]) -> tuple[int, int]:
         width, height = module_of(self.pipeline).calculate_dimensions(AREA, size[1] / size[0])

@@ -22,6 +22,7 @@ from clora.models.common import (
     in_chunks,
     linear_mu,
     module_of,
+    num_seen_tokens,
     only_image,
     stock_schedule,
     timestep,
@@ -66,6 +67,11 @@ class QwenImageEditPlusAdapter:
     def latent_dtype(self) -> torch.dtype:
         """See `ModelAdapter`."""
         return self.pipeline.transformer.dtype
+
+    @property
+    def image_tokens(self) -> int:
+        """See `ModelAdapter`."""
+        return num_seen_tokens(self.pipeline.processor.image_processor, *self._seen_size(*self.size))
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         return height // self._token, width // self._token

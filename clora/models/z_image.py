@@ -43,6 +43,7 @@ class ZImageOmniAdapter:
     """
 
     text_sees_image = False
+    image_tokens = 0
     default_guidance = 5.0
     guidance_embedding = None
     latent_dtype = torch.float32

@@ -16,8 +16,8 @@ import torch
 
 from clora.config import DistillConfig
 from clora.distill import find_device, find_dtype, target_modules, with_guidance
+from clora.encoding import num_shared
 from clora.errors import CloraError
-from clora.images import list_images
 from clora.lora.files import linear_shapes
 from clora.models import adapter_for
 from clora.paths import user_path
@@ -61,38 +61,38 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
     dtype = find_dtype(config.dtype, device)
-    with skeleton(config.pipeline, dtype) as pipeline:
-        adapter = adapter_for(
-            pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
-        )
-        config, transformer = with_guidance(config, adapter), pipeline.transformer
-        shapes = linear_shapes(transformer)
-        found, ranks = find_model_problems(config, adapter, shapes)
-        problems += found
-        student = target_modules(transformer, config.student.targets)
-        facts = Facts(
-            transformer=_bytes(transformer),
-            encoders=sum(
-                _bytes(part)
-                for name, part in pipeline.components.items()
-                if isinstance(part, torch.nn.Module) and name != "transformer"
-            ),
-            dtype=dtype,
-            shapes=shapes,
-            student=student,
-            teachers=ranks,
-            blocks=count_blocks(transformer),
-            cost=pass_cost(adapter, student, config.student.rank, text_shape(adapter)),
-        )
-        latents = prod(adapter.latent_shape)
-        model = {
-            "pipeline": type(pipeline).__name__,
-            "parameters": sum(p.numel() for p in transformer.parameters()),
-            "dtype": str(dtype).removeprefix("torch."),
-            "layers": len(student),
-            "student_parameters": trained_values(facts, config.student.rank),
-            "tokens": adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text_shape(adapter)[0],
-        }
+    pipeline = skeleton(config.pipeline, dtype)
+    adapter = adapter_for(
+        pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
+    )
+    config, transformer = with_guidance(config, adapter), pipeline.transformer
+    shapes = linear_shapes(transformer)
+    found, ranks = find_model_problems(config, adapter, shapes)
+    problems += found
+    student = target_modules(transformer, config.student.targets)
+    facts = Facts(
+        transformer=_bytes(transformer),
+        encoders=sum(
+            _bytes(part)
+            for name, part in pipeline.components.items()
+            if isinstance(part, torch.nn.Module) and name != "transformer"
+        ),
+        dtype=dtype,
+        shapes=shapes,
+        student=student,
+        teachers=ranks,
+        blocks=count_blocks(transformer),
+        cost=pass_cost(adapter, student, config.student.rank, text_shape(adapter)),
+    )
+    latents = prod(adapter.latent_shape)
+    model = {
+        "pipeline": type(pipeline).__name__,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": len(student),
+        "student_parameters": trained_values(facts, config.student.rank),
+        "tokens": adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text_shape(adapter)[0],
+    }
     return {"model": model} | _estimates(config, facts, latents, device, dtype, problems)
 
 
@@ -141,7 +141,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _num_sources(config: DistillConfig) -> int:
     try:
-        return len(list_images(config.data.sources))
+        return num_shared(config)
     except CloraError:  # told among the problems
         return config.data.sources_per_effect
 

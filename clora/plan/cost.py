@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.conditioning import Conditioning, Text
+from clora.errors import CloraError
 from clora.lora.files import linear_shapes
 from clora.models import ModelAdapter
 from clora.recomputation import recomputed_blocks
@@ -39,30 +40,48 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
         modules: the student's layers.
         rank: its rank.
         text_shape: tokens and channels of a prompt.
+
+    Raises:
+        CloraError: the family's pass cannot run on fake tensors.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     transformer = adapter.pipeline.transformer
-    lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
-    bank = AdapterBank(transformer, {"student": lora})
-    try:
-        slots = bank.trained("student", lora)
-        counter = FlopCounterMode(display=False)
-        with counter:
-            saved = _saved_bytes(adapter, bank, slots, text_shape)
-        flops = counter.get_total_flops()
-        with recomputed_blocks(bank):
-            checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
-    finally:
-        bank.detach()
-    return PassCost(flops, saved, checkpointed)
+    with next(transformer.parameters()).fake_mode:
+        lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
+        bank = AdapterBank(transformer, {"student": lora})
+        try:
+            slots = bank.trained("student", lora)
+            counter = FlopCounterMode(display=False)
+            with counter:
+                saved = _saved_bytes(adapter, bank, slots, text_shape)
+            with recomputed_blocks(bank):
+                checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
+        except Exception as error:  # a pass that reads values, or wants more than zeros, raises whatever it meets
+            raise _uncounted(adapter, error) from error
+        finally:
+            bank.detach()
+    return PassCost(counter.get_total_flops(), saved, checkpointed)
+
+
+def _uncounted(adapter: ModelAdapter, error: object) -> CloraError:
+    return CloraError(
+        f"clora plan cannot run {type(adapter.pipeline).__name__} without its weights ({error}): its memory, disk, passes "
+        "and time are unknown; all else was checked"
+    )
 
 
 def text_shape(adapter: ModelAdapter) -> tuple[int, int]:
-    """Tokens and channels of a prompt of the greatest length; where it is encoded with its image, of its own tokens."""
+    """Tokens and channels of a prompt of the greatest length, with those of its image; a template's few are left out.
+
+    Raises:
+        CloraError: the transformer's config does not state the channels.
+    """
     config = adapter.pipeline.transformer.config
-    channels = next(config[key] for key in _TEXT_CHANNELS if key in config)
-    return adapter.max_sequence_length, channels
+    channels = next((config[key] for key in _TEXT_CHANNELS if key in config), None)
+    if channels is None:
+        raise _uncounted(adapter, f"none of {', '.join(_TEXT_CHANNELS)} in its transformer's config")
+    return adapter.max_sequence_length + adapter.image_tokens, channels
 
 
 def count_blocks(transformer: torch.nn.Module) -> int:

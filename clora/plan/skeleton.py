@@ -1,4 +1,4 @@
-"""A pipeline without its weights: every model built from its config on fake tensors, tokenizers and schedulers whole."""
+"""A pipeline without its weights: every model built from its config, tokenizers and schedulers whole."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ def pipeline_folder(path: str) -> Path:
         ) from error
 
 
-@contextmanager
-def skeleton(path: str, dtype: torch.dtype) -> Iterator[Any]:
-    """Yields the pipeline of a folder or hub id without its weights; tensors made inside are fake and cost nothing.
+def skeleton(path: str, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder or hub id without its weights.
+
+    diffusers' models are on fake tensors, which cost nothing and can be computed with under their own ``fake_mode``; text
+    encoders are on the meta device, since transformers fills them by values that fake tensors lack.
 
     Args:
         path: folder or hub id; only configs and tokenizers are read.
@@ -60,47 +62,36 @@ def skeleton(path: str, dtype: torch.dtype) -> Iterator[Any]:
             f"pipeline {path!r} is no diffusers pipeline that is known here ({folder / 'model_index.json'}: {error!r}); "
             "expected a folder as save_pretrained writes it, or a newer diffusers"
         ) from error
-    parts = {name: value for name, value in index.items() if not name.startswith("_")}
-    settings = {name: value for name, value in parts.items() if not isinstance(value, list)}
-    named = {name: value for name, value in parts.items() if isinstance(value, list)}
-    whole = {name: _load(folder / name, *value) for name, value in named.items() if not _is_model(*value)}
-    with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
-        models = {name: _build(folder / name, *value) for name, value in named.items() if _is_model(*value)}
-        with _default_dtype(torch.float32):
-            yield pipeline_class(**whole, **models, **settings)
+    mode, parts = FakeTensorMode(allow_non_fake_inputs=True), {}
+    for name, value in index.items():
+        if not name.startswith("_"):
+            parts[name] = _component(folder / name, *value, dtype, mode) if isinstance(value, list) else value
+    return pipeline_class(**parts)
 
 
-def _class(library: str | None, name: str | None) -> Any:
-    return None if library is None else getattr(importlib.import_module(library), name)
-
-
-def _is_model(library: str | None, name: str | None) -> bool:
-    found = _class(library, name)
-    return isinstance(found, type) and issubclass(found, torch.nn.Module)
-
-
-def _load(folder: Path, library: str | None, name: str | None) -> Any:
-    """A tokenizer, processor or scheduler; None for a component that the pipeline does without."""
-    found = _class(library, name)
-    if found is None:
+def _component(folder: Path, library: str | None, name: str | None, dtype: torch.dtype, mode: Any) -> Any:
+    """A model from its config alone; a tokenizer, processor or scheduler; None for what the pipeline does without."""
+    if library is None or name is None:
         return None
     try:
-        return found.from_pretrained(folder)
+        found = getattr(importlib.import_module(library), name)
+        if not issubclass(found, torch.nn.Module):
+            return found.from_pretrained(folder)
+        with _default_dtype(dtype), mode if library == "diffusers" else torch.device("meta"):
+            return _build(found, folder, library).eval().requires_grad_(False)
     except Exception as error:  # readers of damaged configs raise whatever they meet
-        raise CloraError(f"{folder} cannot be loaded as {name}: {error}") from error
+        raise CloraError(f"{folder} cannot be loaded as {name}: {error}{_advice(str(error))}") from error
 
 
-def _build(folder: Path, library: str, name: str) -> torch.nn.Module:
-    """A model from its config alone."""
-    found = _class(library, name)
-    try:
-        if library == "diffusers":
-            model = found.from_config(found.load_config(folder))
-        else:
-            model = found(found.config_class.from_pretrained(folder))
-        return model.eval().requires_grad_(False)
-    except Exception as error:
-        raise CloraError(f"{folder} has no usable config of {name}: {error}") from error
+def _build(found: Any, folder: Path, library: str) -> torch.nn.Module:
+    if library == "diffusers":
+        return found.from_config(found.load_config(folder))
+    return found(found.config_class.from_pretrained(folder))
+
+
+def _advice(error: str) -> str:
+    """transformers reads pictures and videos by torchvision, and says so at length."""
+    return "\nTo do: pip install torchvision, of your torch's release" if "torchvision" in error.lower() else ""
 
 
 @contextmanager

@@ -6,6 +6,10 @@ import json
 import shutil
 
 import pytest
+import tiny_flux
+import tiny_longcat
+import tiny_qwen_image
+import tiny_z_image
 import torch
 from pictures import write_images
 from trainers import make_trainer
@@ -16,7 +20,7 @@ from clora.cli import app
 from clora.conditioning import Conditioning, Text
 from clora.lora.files import linear_shapes
 from clora.lora.save import save_diffusers_lora
-from clora.models import linear_names
+from clora.models import adapter_for, linear_names
 from clora.models.flux2 import Flux2KleinAdapter
 from clora.plan import make_plan
 from clora.plan.cost import PassCost, count_blocks, pass_cost
@@ -64,10 +68,10 @@ def saved_bytes(transformer, run):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_pass_on_fake_tensors_keeps_what_a_real_one_keeps(tiny_folder, adapter, checkpointed):
-    with skeleton(str(tiny_folder), torch.float32) as pipeline:
-        bare = Flux2KleinAdapter(pipeline, SIZE, MAX_SEQUENCE_LENGTH)
-        assert count_blocks(pipeline.transformer) == 2
-        cost = pass_cost(bare, linear_names(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24))
+    pipeline = skeleton(str(tiny_folder), torch.float32)
+    bare = Flux2KleinAdapter(pipeline, SIZE, MAX_SEQUENCE_LENGTH)
+    assert count_blocks(pipeline.transformer) == 2
+    cost = pass_cost(bare, linear_names(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24))
     transformer = adapter.pipeline.transformer
     bank = AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)})
 
@@ -101,12 +105,25 @@ def facts_of(transformer, teachers):
     )
 
 
+def gradients_at_each_step(trainer):
+    """A list that gets the bytes of all gradients, student's and critic's, at every step of an optimizer."""
+    held, factors = [], [*trainer.student.parameters(), *trainer.critic.parameters()]
+
+    def measure(*_):
+        held.append(sum(p.grad.numel() * p.grad.itemsize for p in factors if p.grad is not None))
+
+    for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
+        optimizer.register_step_pre_hook(measure)
+    return held
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_memory_is_what_a_small_run_uses(adapter, optimizer):
     transformer = adapter.pipeline.transformer
     facts = facts_of(transformer, random_teachers(transformer, 3))
     with make_trainer(adapter, train={"optimizer": optimizer, "updates": 1}) as trainer:
         planned = memory(facts, trainer.config)
+        held = gradients_at_each_step(trainer)
         trainer.fit(lambda update, values: None)
         optimizers = (trainer.student_optimizer, trainer.critic_optimizer)
         states = [state for o in optimizers for state in o.state_dict()["state"].values()]
@@ -116,7 +133,8 @@ def test_memory_is_what_a_small_run_uses(adapter, optimizer):
     assert planned["base"] == sum(p.numel() * p.itemsize for p in transformer.parameters())
     assert planned["student and critic"] == trained
     assert planned["optimizers"] == used
-    assert planned["gradients"] == trained // 2
+    assert planned["gradients"] == max(held)
+    assert len(held) == 1 + trainer.config.train.critic_ratio
     assert planned["teachers"] == 4 * slot_bytes(facts, RANK) == stacked
     paged = trainer.config.model_copy(
         update={
@@ -169,6 +187,10 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_that_are_held_out_are_not_rendered(job):
+    assert make_plan(job(data={"held_out": 3}))["passes"]["rendering"] == 2 * 1 * 2 * 2
+
+
 def test_every_problem_is_told_at_once(job, tmp_path):
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "good.safetensors")
@@ -199,6 +221,106 @@ def test_a_pipeline_that_cannot_be_read_is_a_problem_among_the_others(job, tmp_p
     problems = make_plan(job(effects, pipeline=str(tmp_path / "broken")))["problems"]
     assert any("is no diffusers pipeline" in problem for problem in problems)
     assert any("none: expected a folder of images" in problem for problem in problems)
+
+
+def test_a_component_of_an_unknown_class_is_a_problem(job, tmp_path, tiny_folder):
+    folder = tmp_path / "later"
+    shutil.copytree(tiny_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "LaterForCausalLM"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (problem,) = make_plan(job(pipeline=str(folder)))["problems"]
+    assert "text_encoder cannot be loaded as LaterForCausalLM" in problem
+
+
+def test_a_processor_without_torchvision_says_what_to_install(job, tmp_path, tiny_folder, monkeypatch):
+    def needs_torchvision(folder):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr("transformers.Qwen2VLProcessor.from_pretrained", needs_torchvision)
+    folder = tmp_path / "qwen"
+    shutil.copytree(tiny_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (problem,) = make_plan(job(pipeline=str(folder)))["problems"]
+    assert "tokenizer cannot be loaded as Qwen2VLProcessor" in problem
+    assert "pip install torchvision" in problem
+
+
+def save_for_plan(pipeline, folder, monkeypatch):
+    """Saves a pipeline; its processor, of a class of the tests', stands in for transformers' own, which needs torchvision."""
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in {"processor", "text_processor"} & set(index):
+        index[name] = ["transformers", "Qwen2VLProcessor"]
+        processor = getattr(pipeline, name)
+        monkeypatch.setattr(
+            "transformers.Qwen2VLProcessor.from_pretrained", lambda folder, processor=processor: processor
+        )
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def pipeline_of(family, monkeypatch):
+    if family == "LongCatImageEditPipeline":
+        tiny_longcat.shrink(monkeypatch)
+        return tiny_longcat.tiny_pipeline()
+    if family == "QwenImageEditPlusPipeline":
+        pipeline = tiny_qwen_image.tiny_qwen_pipeline()
+        tiny_qwen_image.shrink(monkeypatch, pipeline)
+        return pipeline
+    makers = {"Flux2Pipeline": tiny_flux.tiny_flux2, "FluxKontextPipeline": tiny_flux.tiny_kontext}
+    return makers.get(family, tiny_z_image.tiny_pipeline)()
+
+
+@pytest.fixture
+def job_of(tmp_path, monkeypatch):
+    """Returns job_of(family): a config of a saved tiny pipeline, and the pipeline."""
+
+    def make(family):
+        pipeline = pipeline_of(family, monkeypatch)
+        save_for_plan(pipeline, tmp_path / family, monkeypatch)
+        save_diffusers_lora(random_lora(pipeline.transformer, 2, 0), tmp_path / "a.safetensors")
+        write_images(tmp_path / "images", 1)
+        data = {"sources": str(tmp_path / "images"), "size": (64, 80), "max_sequence_length": 48}
+        effects = [{"name": "a", "lora": str(tmp_path / "a.safetensors"), "prompt": "p", "student_prompts": ["q"]}]
+        data["general_instructions"] = ("snow",)
+        return tiny_config(effects, pipeline=str(tmp_path / family), output=str(tmp_path / "o"), data=data), pipeline
+
+    return make
+
+
+TEMPLATE_TOKENS = {
+    "Flux2Pipeline": 0,
+    "FluxKontextPipeline": 0,
+    "LongCatImageEditPipeline": 2,
+    "QwenImageEditPlusPipeline": 23,  # in the tokenizer of these tests
+}
+"""Tokens that are encoded with a prompt besides it and its picture, which the plan leaves out."""
+
+
+@pytest.mark.parametrize("family", TEMPLATE_TOKENS)
+def test_a_row_has_the_tokens_that_are_encoded(job_of, family):
+    """The real pipeline encodes a picture and a prompt; what is left of the longest prompt is added."""
+    config, pipeline = job_of(family)
+    found = make_plan(config)
+    assert found["problems"] == []
+    adapter = adapter_for(pipeline, config.data.size, 48)
+    pixels = [torch.zeros(1, 3, 64, 80)]
+    text = adapter.encode_prompts(["snow"], pixels).embeds.shape[1]
+    if family == "QwenImageEditPlusPipeline":  # it alone pads no prompt
+        text += 48 - adapter.num_tokens("snow")
+    counted = adapter.latent_shape[0] + adapter.encode_sources(pixels)[0].shape[1] + text
+    assert counted - found["model"]["tokens"] == TEMPLATE_TOKENS[family]
+    assert found["memory"]["peak"] > found["memory"]["base"]
+
+
+def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of):
+    config, _ = job_of("ZImageOmniPipeline")
+    (problem,) = make_plan(config)["problems"]
+    assert "cannot run ZImageOmniPipeline without its weights" in problem
+    broken = config.model_copy(update={"student": config.student.model_copy(update={"targets": ("to_nothing",)})})
+    assert any("to_nothing" in problem for problem in make_plan(broken)["problems"])
 
 
 def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
