@@ -13,7 +13,7 @@ from clora.export import check_output
 from clora.images import check_image, list_images
 from clora.lora.files import lora_ranks
 from clora.models import ModelAdapter
-from clora.models.common import check_length
+from clora.models.common import check_lengths
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -75,7 +75,7 @@ def find_model_problems(
         target_modules(adapter.pipeline.transformer, config.student.targets)
     for prompt in _prompts(config):
         with problems.catch():
-            check_length(adapter.num_tokens(prompt), adapter.max_sequence_length, prompt)
+            check_lengths(adapter, [prompt])
     for effect in config.effects:
         with problems.catch():
             ranks[effect.name] = lora_ranks(effect.lora, shapes)
