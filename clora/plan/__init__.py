@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clora.config import DistillConfig
+from clora.config import DistillConfig, EffectConfig
 from clora.distill import find_device, find_dtype, target_modules, with_guidance
 from clora.encoding import num_shared
 from clora.errors import CloraError
+from clora.images import list_images
 from clora.lora.files import linear_shapes
 from clora.models import adapter_for
 from clora.paths import user_path
@@ -101,7 +102,7 @@ def _estimates(
 ) -> dict[str, Any]:
     sources = _num_sources(config)
     parts = memory(facts, config)
-    pictures = rendered(config, sources)
+    pictures = rendered(config, [_num_sources(config, effect) for effect in config.effects])
     files = disk(facts, config, latents, pictures + sources)
     free, available = shutil.disk_usage(_existing(user_path(config.output))).free, device_memory(device)
     if available is not None and peak(parts) > available:
@@ -139,9 +140,10 @@ def _bytes(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _num_sources(config: DistillConfig) -> int:
+def _num_sources(config: DistillConfig, effect: EffectConfig | None = None) -> int:
+    """Pictures of an effect to edit: its own, or those that effects without their own and the general stream share."""
     try:
-        return num_shared(config)
+        return num_shared(config) if effect is None or effect.sources is None else len(list_images(effect.sources))
     except CloraError:  # told among the problems
         return config.data.sources_per_effect
 

@@ -134,11 +134,17 @@ def anchoring_passes(config: DistillConfig) -> float:
     return config.train.batch_size * (3 if config.train.gradient_checkpointing else 2)
 
 
-def rendered(config: DistillConfig, sources: int) -> int:
-    """Pictures that teachers and base render, of so many sources."""
-    missing = sum(effect.targets is None for effect in config.effects)
-    general = config.data.general_targets if config.objective.dual_stream else 0
-    return missing * min(sources, config.data.sources_per_effect) + general
+def rendered(config: DistillConfig, sources: Sequence[int]) -> int:
+    """Pictures that teachers and base render.
+
+    Args:
+        config: the settings.
+        sources: pictures of each effect to edit; an effect with fewer than another renders its own more than once.
+    """
+    missing = [count for count, effect in zip(sources, config.effects, strict=True) if effect.targets is None]
+    each = min(max(missing, default=0), config.data.sources_per_effect)
+    general = config.objective.dual_stream and config.objective.trajectory_anchoring
+    return len(missing) * each + (config.data.general_targets if general else 0)
 
 
 def disk(facts: Facts, config: DistillConfig, latents: int, pictures: int) -> dict[str, int]:

@@ -24,7 +24,16 @@ from clora.models import adapter_for, linear_names
 from clora.models.flux2 import Flux2KleinAdapter
 from clora.plan import make_plan
 from clora.plan.cost import PassCost, count_blocks, pass_cost
-from clora.plan.memory import Facts, forward_passes, memory, num_slots, rows_with_gradient, scoring_rows, slot_bytes
+from clora.plan.memory import (
+    Facts,
+    forward_passes,
+    memory,
+    num_slots,
+    rendered,
+    rows_with_gradient,
+    scoring_rows,
+    slot_bytes,
+)
 from clora.plan.skeleton import skeleton
 from clora.recomputation import recomputed_blocks
 from clora.testing import MAX_SEQUENCE_LENGTH, SIZE, random_lora, random_teachers, tiny_config, tiny_pipeline
@@ -185,6 +194,23 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
     together = sum(size for name, size in parts.items() if name not in ("encoders", "peak", "device"))
     assert parts["peak"] == max(parts["encoders"], together)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_effects_own_pictures_are_rendered(job, tmp_path):
+    """Each teacher renders as many as the one with the most: 3 of its own, against 1 that the others share."""
+    write_images(tmp_path / "own", 3)
+    effects = [
+        {"name": name, "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow", "sources": sources}
+        for name, sources in (("a", None), ("b", str(tmp_path / "own")))
+    ]
+    assert make_plan(job(effects, data={"held_out": 3}))["passes"]["rendering"] == 2 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize("switched_off", [None, "dual_stream", "trajectory_anchoring"])
+def test_general_pairs_are_rendered_where_they_are_anchored(job, switched_off):
+    objective = {} if switched_off is None else {switched_off: False}
+    config = job(data={"general_targets": 5}, objective=objective)
+    assert rendered(config, [4, 4]) == 2 * 4 + (5 if switched_off is None else 0)
 
 
 def test_pictures_that_are_held_out_are_not_rendered(job):
