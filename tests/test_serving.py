@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, run, tiny_transformer
-from tiny_flux import picture, tiny_klein
+from pictures import picture
+from tiny_flux import tiny_klein
 
 import clora
 from clora.errors import CloraError
@@ -84,7 +85,7 @@ def test_a_stock_pipeline_makes_each_picture_with_its_own_lora(loras):
 
     def pictures(prompt, latents):
         return pipeline(
-            image=picture(64, 64, 0),
+            image=picture(0, (64, 64)),
             prompt=prompt,
             latents=latents,
             height=64,

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from edits import Sample, start_noise
 
-from clora.adapter_bank import AdapterBank
-from clora.conditioning import Conditioning
-from clora.flow_matching import student_schedule
 from clora.lora.save import save_diffusers_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.sampling import few_step_sample
 from clora.testing import SENTENCES, tiny_pipeline
 
 # What the published FLUX pipelines ship.
@@ -235,69 +230,6 @@ KONTEXT = Family(tiny_kontext, 60, False)
 FAMILIES = {"klein": KLEIN, "flux2": FLUX2, "kontext": KONTEXT}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A picture to make: prompt, references, name of a LoRA (None for the base) and seed of all its noise."""
-
-    prompt: str
-    images: tuple[Image.Image, ...]
-    lora: str | None
-    seed: int
-
-
-def picture(height: int, width: int, seed: int) -> Image.Image:
-    """A random picture, smooth enough that resizing keeps some of it."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """``[3, H, W]`` in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Decoded images as ``output_type="pt"`` gives them."""
-    return (images / 2 + 0.5).clamp(0, 1)
-
-
-def condition(adapter: ModelAdapter, samples: Sequence[Sample]) -> Conditioning:
-    """The samples' conditioning; all have references of the same sizes."""
-    references = [torch.stack([to_tensor(i) for i in each]) for each in zip(*(s.images for s in samples), strict=True)]
-    return Conditioning(adapter.encode_prompts([s.prompt for s in samples]), *adapter.encode_sources(references))
-
-
-def draws(adapter: ModelAdapter, sample: Sample, count: int) -> list[torch.Tensor]:
-    """What a stock call draws from the global generator, and noise ``[1, T, C]`` to start from as the last."""
-    torch.manual_seed(sample.seed)
-    drawn = [torch.randn(1, *adapter.latent_shape) for _ in range(count)]
-    return [*drawn, torch.randn(1, *adapter.latent_shape, generator=torch.Generator().manual_seed(sample.seed + 1))]
-
-
-@contextmanager
-def routed(adapter: ModelAdapter, loras: Mapping[str, LoRAState], samples: Sequence[Sample]):
-    """A bank of all LoRAs, with each sample on its own."""
-    bank = AdapterBank(adapter.pipeline.transformer, loras)
-    try:
-        yield bank, torch.tensor([-1 if s.lora is None else list(loras).index(s.lora) for s in samples])
-    finally:
-        bank.detach()
-
-
-@torch.no_grad()
-def few_step(
-    adapter: ModelAdapter, loras: Mapping[str, LoRAState], samples: Sequence[Sample], steps: int = 8
-) -> torch.Tensor:
-    """clora's few-step sampler on one batch: pixels ``[N, 3, H, W]``."""
-    conditioning = condition(adapter, samples)
-    *noises, start = (torch.cat(rows) for rows in zip(*(draws(adapter, s, steps - 1) for s in samples), strict=True))
-    with routed(adapter, loras, samples) as (bank, ids), bank.route(bank.slots(), ids):
-        latents = few_step_sample(
-            lambda x, sigma: adapter.velocity(x, sigma, conditioning), start, student_schedule(steps), noises=noises
-        )
-    return to_pixels(adapter.decode(latents))
-
-
 def stock_call(
     family: Family,
     adapter: ModelAdapter,
@@ -316,7 +248,7 @@ def stock_call(
         file = folder / f"{sample.lora}.safetensors"
         save_diffusers_lora(loras[sample.lora], file)
         pipeline.load_lora_weights(file)
-    noise = draws(adapter, sample, 0)[-1] if noise is None else noise
+    noise = start_noise(adapter, sample) if noise is None else noise
     arguments = {"num_inference_steps": 8, "output_type": "pt", "max_sequence_length": family.length, **kwargs}
     height, width = adapter.size
     try:

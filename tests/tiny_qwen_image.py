@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pictures import pixels
-from PIL import Image
-from torch import Tensor
+from edits import Sample, start_noise
 
-from clora.adapter_bank import AdapterBank
-from clora.conditioning import Conditioning
-from clora.flow_matching import student_schedule
 from clora.lora.save import save_diffusers_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.sampling import few_step_sample
 from clora.testing import SENTENCES
 
 VISION = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
@@ -115,63 +108,6 @@ def shrink(monkeypatch, pipeline) -> None:
     module = sys.modules[type(pipeline).__module__]
     calculate, areas = module.calculate_dimensions, {1024 * 1024: 96 * 96, 384 * 384: 80 * 80}
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: calculate(areas[area], ratio))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One edit: the seed is that of the noise, ``lora`` a name or None for the base."""
-
-    prompt: str
-    images: tuple[Image.Image, ...]
-    lora: str | None
-    seed: int
-
-
-def condition(adapter: ModelAdapter, samples: Sequence[Sample], prompt: str | None = None) -> Conditioning:
-    """The samples' conditioning, with another prompt where one is given."""
-    references = [
-        torch.cat([pixels(image) for image in images]) for images in zip(*(s.images for s in samples), strict=True)
-    ]
-    prompts = [sample.prompt if prompt is None else prompt for sample in samples]
-    return Conditioning(adapter.encode_prompts(prompts, references), *adapter.encode_sources(references))
-
-
-@contextmanager
-def routed(adapter: ModelAdapter, loras: Mapping[str, LoRAState], samples: Sequence[Sample]) -> Iterator:
-    """A bank of the LoRAs and the samples' rows in it."""
-    bank = AdapterBank(adapter.pipeline.transformer, loras)
-    names = list(loras)
-    try:
-        yield bank, torch.tensor([-1 if s.lora is None else names.index(s.lora) for s in samples])
-    finally:
-        bank.detach()
-
-
-def start_noise(adapter: ModelAdapter, sample: Sample) -> Tensor:
-    """Noise ``[1, T, C]`` that a stock call takes as latents."""
-    return torch.randn(1, *adapter.latent_shape, generator=torch.Generator().manual_seed(sample.seed + 1))
-
-
-def few_step(adapter: ModelAdapter, loras, samples: Sequence[Sample], steps: int = 8) -> Tensor:
-    """Images ``[B, 3, H, W]`` in [0, 1] of clora's few-step sampler, all samples in one batch."""
-    conditioning, noises = condition(adapter, samples), []
-    for sample in samples:
-        torch.manual_seed(sample.seed)  # as before a stock call, which draws a sample's noise at each step
-        noises.append([torch.randn(1, *adapter.latent_shape) for _ in range(steps - 1)])
-    start = torch.cat([start_noise(adapter, sample) for sample in samples])
-    with routed(adapter, loras, samples) as (bank, ids), torch.no_grad(), bank.route(bank.slots(), ids):
-        latents = few_step_sample(
-            lambda x, sigma: adapter.velocity(x, sigma, conditioning),
-            start,
-            student_schedule(steps),
-            noises=[torch.cat(draws) for draws in zip(*noises, strict=True)],
-        )
-    return to_images(adapter, latents)
-
-
-def to_images(adapter: ModelAdapter, latents: Tensor) -> Tensor:
-    """Images as pipelines return them."""
-    return (adapter.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
 def stock_call(adapter: ModelAdapter, loras, sample: Sample, folder, scheduler=None, steps: int = 8, **kwargs):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from edits import Sample, few_step
+from pictures import picture
 from PIL import Image
-from tiny_flux import FLUX2, KONTEXT, Sample, few_step, picture
+from tiny_flux import FLUX2, KONTEXT
 
 from clora.distill import distill
 from clora.export import LORA_FILE
@@ -30,7 +32,7 @@ def test_two_updates_give_a_collection(name, family, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "pipeline")
     (tmp_path / "images").mkdir()
     for i in range(3):
-        picture(70, 90, i).save(tmp_path / "images" / f"{i}.png")
+        picture(i, (70, 90)).save(tmp_path / "images" / f"{i}.png")
     effects = []
     for i, effect in enumerate(EFFECTS):
         save_diffusers_lora(random_lora(pipeline.transformer, 2 + i, i), tmp_path / f"{effect}.safetensors")

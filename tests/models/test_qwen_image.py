@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from edits import Sample, condition, few_step, routed, start_noise, to_images
 from pictures import picture, pixels
-from tiny_qwen_image import (
-    Sample,
-    condition,
-    few_step,
-    received,
-    routed,
-    shrink,
-    start_noise,
-    stock_call,
-    tiny_qwen_pipeline,
-    to_images,
-)
+from tiny_qwen_image import received, shrink, stock_call, tiny_qwen_pipeline
 
 from clora.errors import CloraError
 from clora.export import student_scheduler
@@ -125,14 +115,16 @@ def test_a_guided_teacher_equals_a_stock_call(pipelines, loras, model, size, ste
         stock = stock_call(
             adapter, loras, sample, tmp_path, steps=steps, latents=noise, true_cfg_scale=w + 1, negative_prompt=""
         )
-    torch.testing.assert_close(stock, to_images(adapter, latents), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(stock, to_images(adapter.decode(latents)), rtol=0, atol=TOLERANCE)
     ours = torch.stack([call["timestep"][0] for call in calls[:steps]])
     stocks = torch.cat([call["timestep"] for call in calls[steps:]])
     torch.testing.assert_close(ours.repeat_interleave(2), stocks, rtol=2e-7, atol=0)
     assert abs(float(ours[-1]) - 0.02) < 1e-6
     assert (ours - teacher_schedule(steps)[:-1]).abs().max() > 0.01, "nothing is shifted dynamically"
     plain = guided(adapter, loras, sample, conditioning, empty, steps, w, norm_rescale=False)[1]
-    assert (stock - to_images(adapter, plain)).abs().max() > 0.01, "rescaling changes nothing, so this shows nothing"
+    assert (stock - to_images(adapter.decode(plain))).abs().max() > 0.01, (
+        "rescaling changes nothing, so this shows nothing"
+    )
 
 
 def guided(adapter, loras, sample, conditioning, empty, steps, w, norm_rescale):

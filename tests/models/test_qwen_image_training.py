@@ -7,8 +7,9 @@ import inspect
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from edits import Sample, few_step
 from pictures import picture, write_pictures
-from tiny_qwen_image import Sample, few_step, shrink, stock_call, tiny_qwen_pipeline
+from tiny_qwen_image import shrink, stock_call, tiny_qwen_pipeline
 
 from clora import distill as engine
 from clora.collection import LORA_FILE
