@@ -44,7 +44,7 @@ setup(
     packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
     package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"], "csrc_triton": ["multi_lora/designs.json"]},
     install_requires=REQUIRES,
-    extras_require={"test": TEST, "bench": BENCH},
+    extras_require={"test": TEST, "bench": BENCH, "8bit": ["bitsandbytes>=0.45"]},  # train.optimizer_bits: 8
     entry_points={"console_scripts": ["clora = clora.cli:main"]},
     zip_safe=False,
 )

@@ -53,7 +53,9 @@ def imported_packages():
 def test_requirements_are_what_is_imported(metadata):
     required = {canonicalize_name(Requirement(line).name) for line in metadata["install_requires"]}
     imported = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported_packages()}
-    assert imported <= required
+    optional = {canonicalize_name(Requirement(line).name) for line in metadata["extras_require"]["8bit"]}
+    assert imported - optional <= required
+    assert optional <= imported
     assert required - imported <= NOT_IMPORTED
 
 

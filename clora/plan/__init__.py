@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clora.config import DistillConfig, EffectConfig
+from clora.config import DistillConfig, EffectConfig, general_instructions
 from clora.distill import find_device, find_dtype, target_modules, with_guidance
-from clora.encoding import num_shared
+from clora.encoding import MAX_PAIRS, num_shared
 from clora.errors import CloraError
 from clora.images import list_images
 from clora.lora.files import linear_shapes
@@ -30,6 +30,7 @@ from clora.plan.memory import (
     forward_passes,
     memory,
     peak,
+    prompt_rows,
     rendered,
     rows_with_gradient,
     scoring_rows,
@@ -85,7 +86,14 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         blocks=count_blocks(transformer),
         cost=pass_cost(adapter, student, config.student.rank, text_shape(adapter)),
     )
-    latents = prod(adapter.latent_shape)
+    sources = _num_sources(config)
+    general = config.data.general_targets or _num_instructions(config) * (sources if adapter.text_sees_image else 1)
+    prompts = prompt_rows(
+        config, sources, min(general, MAX_PAIRS) if adapter.text_sees_image else general, adapter.text_sees_image
+    )
+    pictures = rendered(config, [_num_sources(config, effect) for effect in config.effects])
+    source = adapter.latent_shape[1] * sum(map(prod, adapter.source_shapes))
+    encoded = prompts * prod(text_shape(adapter)) + pictures * prod(adapter.latent_shape) + sources * source
     model = {
         "pipeline": type(pipeline).__name__,
         "parameters": sum(p.numel() for p in transformer.parameters()),
@@ -94,16 +102,13 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         "student_parameters": trained_values(facts, config.student.rank),
         "tokens": adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text_shape(adapter)[0],
     }
-    return {"model": model} | _estimates(config, facts, latents, device, dtype, problems)
+    return {"model": model} | _estimates(config, facts, encoded, pictures, device, problems)
 
 
 def _estimates(
-    config: DistillConfig, facts: Facts, latents: int, device: torch.device, dtype: torch.dtype, problems: Problems
+    config: DistillConfig, facts: Facts, encoded: int, pictures: int, device: torch.device, problems: Problems
 ) -> dict[str, Any]:
-    sources = _num_sources(config)
-    parts = memory(facts, config)
-    pictures = rendered(config, [_num_sources(config, effect) for effect in config.effects])
-    files = disk(facts, config, latents, pictures + sources)
+    parts, files = memory(facts, config), disk(facts, config, encoded)
     free, available = shutil.disk_usage(_existing(user_path(config.output))).free, device_memory(device)
     if available is not None and peak(parts) > available:
         problems.append(_too_large(parts, available, config))
@@ -113,7 +118,7 @@ def _estimates(
     rendering = pictures * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
     anchoring = round(config.anchor_share * train.updates)
     total = rendering + anchoring * anchoring_passes(config) + (train.updates - anchoring) * forward_passes(config)
-    rate = measure_rate(device, dtype)
+    rate = measure_rate(device, facts.dtype)
     seconds = facts.cost.flops / rate
     return {
         "memory": {**parts, "peak": peak(parts), "device": available},
@@ -146,6 +151,13 @@ def _num_sources(config: DistillConfig, effect: EffectConfig | None = None) -> i
         return num_shared(config) if effect is None or effect.sources is None else len(list_images(effect.sources))
     except CloraError:  # told among the problems
         return config.data.sources_per_effect
+
+
+def _num_instructions(config: DistillConfig) -> int:
+    try:
+        return len(general_instructions(config.data)) if config.objective.dual_stream else 0
+    except CloraError:  # told among the problems
+        return 0
 
 
 def _existing(path: Path) -> Path:

@@ -147,19 +147,31 @@ def rendered(config: DistillConfig, sources: Sequence[int]) -> int:
     return len(missing) * each + (config.data.general_targets if general else 0)
 
 
-def disk(facts: Facts, config: DistillConfig, latents: int, pictures: int) -> dict[str, int]:
+def prompt_rows(config: DistillConfig, sources: int, general: int, sees_image: bool) -> int:
+    """Encoded prompts of a run: each once, or once with each picture where a family encodes them together.
+
+    Args:
+        config: the settings.
+        sources: pictures of an effect.
+        general: general instructions, or pairs of picture and instruction.
+        sees_image: `ModelAdapter.text_sees_image`.
+    """
+    asked = sum(1 + len(effect.student_prompts) for effect in config.effects)
+    return (asked + 1) * sources + general if sees_image else asked + 1 + general
+
+
+def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
     """Disk by part, in bytes.
 
     Args:
         facts: of the pipeline and its teachers.
         config: the settings.
-        latents: values of an encoded picture, source or result.
-        pictures: sources and results that are kept.
+        encoded: values of the encoded pictures and prompts, which are in the host's memory too.
     """
     values = trained_values(facts, config.student.rank)
     states = 2 * MASTER + state_bytes(config.train)
     return {
         "collection": values * facts.dtype.itemsize,
         "checkpoint while it trains": values * states,
-        "encoded pictures while it trains": 4 * latents * pictures,
+        "encoded while it trains, in memory too": encoded * facts.dtype.itemsize,
     }

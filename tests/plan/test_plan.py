@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from clora.adapter_bank import AdapterBank
 from clora.cli import app
 from clora.conditioning import Conditioning, Text
-from clora.lora.files import linear_shapes
+from clora.distill import load_pipeline, with_guidance
+from clora.encoding import encode_data
+from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.flux2 import Flux2KleinAdapter
@@ -36,7 +38,15 @@ from clora.plan.memory import (
 )
 from clora.plan.skeleton import skeleton
 from clora.recomputation import recomputed_blocks
-from clora.testing import MAX_SEQUENCE_LENGTH, SIZE, random_lora, random_teachers, tiny_config, tiny_pipeline
+from clora.testing import (
+    MAX_SEQUENCE_LENGTH,
+    SIZE,
+    random_lora,
+    random_teachers,
+    tiny_adapter,
+    tiny_config,
+    tiny_pipeline,
+)
 
 RANK = 4
 
@@ -215,6 +225,18 @@ def test_general_pairs_are_rendered_where_they_are_anchored(job, switched_off):
 
 def test_pictures_that_are_held_out_are_not_rendered(job):
     assert make_plan(job(data={"held_out": 3}))["passes"]["rendering"] == 2 * 1 * 2 * 2
+
+
+def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
+    """Its values, counted in the data that a run would train on."""
+    config = job(data={"general_targets": 3, "general_instructions": ("make it brighter", "keep the red circle")})
+    planned = make_plan(config)["disk"]["encoded while it trains, in memory too"]
+    adapter = tiny_adapter(load_pipeline(str(tiny_folder), "cpu"))
+    config = with_guidance(config, adapter)
+    shapes = linear_shapes(adapter.pipeline.transformer)
+    data = encode_data(config, adapter, {e.name: load_lora(e.lora, shapes) for e in config.effects})
+    different = [data.text.embeds, data.targets, data.general_sources, data.general_targets]
+    assert planned == pytest.approx(sum(4 * t.numel() for t in different), rel=0.2)  # a prompt given twice has one row
 
 
 def test_every_problem_is_told_at_once(job, tmp_path):
