@@ -189,7 +189,7 @@ def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig) ->
     if checkpoint.exists():
         say(f"going on from update {check_resumable(checkpoint, config)} of the run in {output}")
     elif (output / LORA_FILE).exists():
-        say(f"{output} holds a finished collection, which this run replaces at its end")
+        say(f"{output} holds a finished collection, which this run replaces at its end; name another output to keep it")
 
 
 @contextmanager

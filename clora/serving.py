@@ -31,7 +31,8 @@ class AttachedLoRAs:
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``, None for the base alone.
 
-        A batch twice as long repeats the names: prompts and negative prompts in one batch, one after the other.
+        A batch twice as long repeats the names: prompts and negative prompts in one batch, one after the other. A
+        single name is that of the whole batch.
 
         Raises:
             CloraError: a name is unknown (the nearest is suggested), or, from a pass, a batch does not fit the names.

@@ -12,6 +12,7 @@ from clora.errors import CloraError
 from clora.export import check_output
 from clora.images import check_image, list_images
 from clora.lora.files import lora_ranks
+from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
 
@@ -38,7 +39,7 @@ class Problems(list[str]):
 
 
 def find_file_problems(config: DistillConfig) -> Problems:
-    """What is wrong with the pictures, the instructions, the output folder and the device."""
+    """What is wrong with the pictures, the LoRA files as such, the instructions, the output folder and the device."""
     problems = Problems()
     for check in (check_exportable, num_shared, check_pairs):
         with problems.catch():
@@ -48,6 +49,9 @@ def find_file_problems(config: DistillConfig) -> Problems:
             for file in list_images(folder):
                 with problems.catch():
                     check_image(file)
+    for effect in config.effects:
+        with problems.catch():
+            open_lora(effect.lora)
     with problems.catch():
         general_instructions(config.data)
     with problems.catch():

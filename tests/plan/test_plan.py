@@ -389,3 +389,11 @@ def test_the_command(job, tmp_path):
     assert result.exit_code == 1
     assert "1 problem" in result.output
     assert "device memory" in result.output
+
+
+def test_files_are_checked_where_the_pipeline_cannot_be(job, tmp_path):
+    """Size and LoRA files are wrong: neither hides the other."""
+    effects = [{"name": "a", "lora": str(tmp_path / "gone.safetensors"), "prompt": "p"}]
+    problems = make_plan(job(effects, data={"size": (17, 16)}))["problems"]
+    assert any("expected an image size in multiples of 4" in problem for problem in problems), problems
+    assert sum("gone.safetensors does not exist" in problem for problem in problems) == 1
