@@ -91,6 +91,8 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         with stage("judge", len(outputs)) as advance:
             verdicts = judge_effects(outputs, advance)
         rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
+    measured = description.model_copy(update={"metrics": _metrics(summary(verdicts, general))})
+    export_collection(student, measured, collection, torch.float16)  # the same weights; now they say how good they are
     return _report(run, rows, outputs, folder, collection)
 
 
@@ -233,6 +235,11 @@ def _collection(config: DistillConfig, adapter, folder: Path) -> Collection:
     return make_collection(
         config, type(adapter.pipeline).__name__, adapter.student_call, "clora-studio", loras, licenses
     )
+
+
+def _metrics(measured: Mapping[str, object]) -> dict[str, object]:
+    """What `clora.collection.Collection` keeps of a row of the results."""
+    return {name: value for name, value in measured.items() if value is not None}
 
 
 def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:

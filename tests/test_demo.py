@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from clora import demo
+from clora.collection import read_collection
 from clora.distill import load_pipeline
 from clora.errors import CloraError
 from clora.export import export_collection, make_collection
@@ -64,6 +65,9 @@ def test_the_demo_writes_everything_it_promises(short, tmp_path):
     assert {"load", "targets", "train", "export", "evaluate"} <= metrics["seconds"].keys()
     assert 0 < metrics["peak_rss_mb"] < 6000
     rows = {row["method"]: row for row in metrics["rows"]}
+    stated = read_collection(report.parent / "collection").metrics
+    assert stated["per_effect"] == rows["clora"]["per_effect"]
+    assert stated["general_accuracy"] == rows["clora"]["general_accuracy"]
     assert rows.keys() == ROWS
     assert all(row.keys() >= COLUMNS and row["per_effect"].keys() == set(DEFAULT_EFFECTS) for row in rows.values())
     assert {name for name, row in rows.items() if not row["precomputed"]} == {"clora"}

@@ -22,7 +22,7 @@ from clora.images import list_images
 from clora.lora.files import linear_shapes
 from clora.models import adapter_for
 from clora.paths import user_path
-from clora.plan.cost import count_blocks, pass_cost, text_shape
+from clora.plan.cost import Uncounted, count_blocks, pass_cost, text_shape
 from clora.plan.memory import (
     Facts,
     anchoring_passes,
@@ -48,17 +48,21 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
     """Plans a distillation.
 
     Returns:
-        A dictionary that can be written as JSON: ``problems`` (one message each) and, as far as the pipeline can be
-        read, ``model`` (pipeline, parameters, dtype, layers, student parameters), ``memory`` (bytes by part, ``peak``,
+        A dictionary that can be written as JSON: ``problems`` (one message each), ``notes`` (likewise, no mistakes)
+        and, as far as the pipeline can be read and its passes counted, ``model`` (pipeline, parameters, dtype, layers, student parameters), ``memory`` (bytes by part, ``peak``,
         ``device`` bytes or None), ``disk`` (bytes by part, ``free``), ``passes`` (of one row: rendering, per update,
         total) and ``time`` (measured rate of the device in FLOP/s, seconds at that rate).
     """
     problems = find_file_problems(config)
     plan: dict[str, Any] = {}
+    notes: list[str] = []
     with problems.catch():
         device = find_device(config.device)
-        plan = _model_plan(config, device, problems)
-    return {"problems": list(dict.fromkeys(problems)), **plan}
+        try:
+            plan = _model_plan(config, device, problems)
+        except Uncounted as error:
+            notes.append(str(error))
+    return {"problems": list(dict.fromkeys(problems)), "notes": notes, **plan}
 
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
@@ -196,6 +200,7 @@ def render(plan: Mapping[str, Any]) -> Group:
     tables = [_table(title, rows) for title, rows in _sections(plan)] if "model" in plan else []
     found = plan["problems"]
     heading = f"{len(found)} problem{'s' * (len(found) != 1)}" if found else "no problem found"
+    tables += [Text(note, style="yellow") for note in plan["notes"]]
     lines = [Text(heading, style="bold red" if found else "bold green"), *(Text(f"- {text}") for text in found)]
     return Group(*tables, *lines)
 

@@ -64,8 +64,12 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
     return PassCost(counter.get_total_flops(), saved, checkpointed)
 
 
-def _uncounted(adapter: ModelAdapter, error: object) -> CloraError:
-    return CloraError(
+class Uncounted(CloraError):
+    """A pass that cannot be counted without weights: no mistake of the user's."""
+
+
+def _uncounted(adapter: ModelAdapter, error: object) -> Uncounted:
+    return Uncounted(
         f"clora plan cannot run {type(adapter.pipeline).__name__} without its weights ({error}): its memory, disk, passes "
         "and time are unknown; all else was checked"
     )
