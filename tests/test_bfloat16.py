@@ -119,8 +119,14 @@ def test_what_trains_and_what_is_measured_is_fp32(low):
         assert velocity.dtype == BF16
         scores = trainer._score(rows, velocity.detach())
         assert scores.renoised.dtype == BF16
+        stepped = []  # gradients are dropped after a step
+        for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
+            optimizer.register_step_pre_hook(
+                lambda optimizer, *_: stepped.append({p.grad.dtype for p in optimizer.param_groups[0]["params"]})
+            )
         trainer.critic_step(batch, (x, sigma))
         trainer.student_step(batch, (x, sigma))
+        assert stepped == [{torch.float32}] * 2
         for slots in (trainer.student, trainer.critic):
             assert all(p.dtype == torch.float32 for p in slots.parameters())
         for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
