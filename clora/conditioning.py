@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clora.transfer import send, take
+
 Shapes = tuple[tuple[int, int], ...]
 """Height and width in tokens of each reference image, then of what else a family reads of them."""
 
@@ -20,7 +22,7 @@ class Text:
     Attributes:
         embeds: ``[B, L, D]``.
         mask: ``[B, L]`` bool, false at padding and, in families that encode a prompt in segments, once after each
-            segment; None where every token counts.
+            segment; None where every token counts. Always on the CPU, where lengths are read from it.
         pooled: ``[B, P]`` embedding of the whole prompt, for the families that have one.
     """
 
@@ -31,15 +33,13 @@ class Text:
     def __len__(self) -> int:
         return len(self.embeds)
 
-    def __getitem__(self, rows) -> Text:
-        return self._map(lambda tensor: tensor[rows])
+    def __getitem__(self, rows: Tensor | slice | int) -> Text:
+        """Some prompts; ``rows`` as in `clora.transfer.take`."""
+        return Text(*(None if part is None else take(part, rows) for part in (self.embeds, self.mask, self.pooled)))
 
     def to(self, device: torch.device) -> Text:
-        """The same prompts on a device."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def _map(self, change) -> Text:
-        return Text(*(None if part is None else change(part) for part in (self.embeds, self.mask, self.pooled)))
+        """The same prompts on a device, but for their mask."""
+        return Text(send(self.embeds, device), self.mask, None if self.pooled is None else send(self.pooled, device))
 
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
@@ -56,7 +56,7 @@ class Text:
     def _full_mask(self) -> Tensor:
         if self.mask is not None:
             return self.mask
-        return torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
+        return torch.ones(self.embeds.shape[:2], dtype=torch.bool)
 
     def _padded(self, length: int) -> Text:
         extra = length - self.embeds.shape[1]
@@ -85,12 +85,13 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, rows) -> Conditioning:
-        return Conditioning(self.text[rows], self.source[rows], self.shapes)
+    def __getitem__(self, rows: Tensor | slice | int) -> Conditioning:
+        """Some samples; ``rows`` as in `clora.transfer.take`."""
+        return Conditioning(self.text[rows], take(self.source, rows), self.shapes)
 
     def to(self, device: torch.device) -> Conditioning:
         """The same on a device."""
-        return Conditioning(self.text.to(device), self.source.to(device), self.shapes)
+        return Conditioning(self.text.to(device), send(self.source, device), self.shapes)
 
     def with_text(self, text: Text) -> Conditioning:
         """The same images with other prompts."""

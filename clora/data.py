@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clora.conditioning import Conditioning, Text
 from clora.config import ObjectiveConfig
+from clora.transfer import send, take
 
 GENERAL = -1
 
@@ -87,7 +88,7 @@ class Batch:
             self.student[index],
             self.teacher[index],
             self.uncond[index],
-            self.target[index],
+            take(self.target, index),
             self.has_target[index],
         )
 
@@ -150,7 +151,7 @@ class BatchSampler:
             empty, where = torch.where(general, general_empty, empty), general[:, None, None]
             source = torch.where(where, data.general_sources[general_source], source)
             target = torch.where(where, self._general_target(pair), target)
-        source = source.to(self.device)
+        source = send(source, self.device)
 
         def conditioned(rows: Tensor) -> Conditioning:
             return Conditioning(data.text[rows].to(self.device), source)
@@ -161,7 +162,7 @@ class BatchSampler:
             conditioned(student),
             conditioned(teacher),
             conditioned(empty),
-            target.to(self.device, torch.float32),
+            send(target, self.device, torch.float32),
             has_target,
         )
 

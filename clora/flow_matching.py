@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from clora.transfer import send
+
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 
@@ -88,12 +90,12 @@ def flow_matching_losses(
     Returns:
         `[B]`.
     """
-    noise = torch.randn(x0.shape, generator=generator).to(x0)
-    sigma = sample_sigma(len(x0), shift, generator).to(x0)
+    noise = send(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
+    sigma = send(sample_sigma(len(x0), shift, generator), x0.device, x0.dtype)
     error = velocity(add_noise(x0, noise, sigma), sigma) - (noise - x0)
     return error.square().flatten(1).mean(1)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """`[B]` reshaped to broadcast over the other dimensions of `like` `[B, ...]`, in its dtype and on its device."""
-    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+    return send(values, like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -13,6 +13,7 @@ from clora.flow_matching import student_schedule
 from clora.models import ModelAdapter
 from clora.sampling import euler_sample, few_step_sample, guided
 from clora.slots import Slots
+from clora.transfer import send
 
 
 class Generator:
@@ -101,14 +102,14 @@ class Generator:
         self.report(len(x))
         if self.bank is None:
             return self.adapter.velocity(x, sigma, conditioning)
-        with self.bank.route(self.slots, ids.to(x.device)):
+        with self.bank.route(self.slots, send(ids, x.device)):
             return self.adapter.velocity(x, sigma, conditioning)
 
     def _noise(self, seeds: list[int], draw: int = 0) -> Tensor:
         def one(seed: int) -> Tensor:
             return torch.randn(self.adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * seed + draw))
 
-        return torch.stack([one(seed) for seed in seeds]).to(self.device, self.dtype)
+        return send(torch.stack([one(seed) for seed in seeds]), self.device, self.dtype)
 
     @torch.no_grad()
     def _batched(self, sample: Callable[[slice], Tensor], count: int) -> Tensor:

@@ -14,6 +14,7 @@ from clora.errors import CloraError
 from clora.flow_matching import flow_matching_losses
 from clora.models import ModelAdapter
 from clora.slots import Slots
+from clora.transfer import send
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def _losses(adapter, bank, slots: Slots, pairs: Pairs, ids: Tensor, shift: float
     """Flow-matching loss of each row, ``[B]``."""
     device = adapter.pipeline.transformer.device
     sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
-    x0 = pairs.targets[ids, sample].float().to(device)
+    x0 = send(pairs.targets[ids, sample].float(), device)
     conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float()).to(device)
-    with bank.route(slots, ids.to(device)):
+    with bank.route(slots, send(ids, device)):
         return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, shift, generator)
 
 

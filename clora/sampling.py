@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clora.flow_matching import add_noise, velocity_to_x0
+from clora.transfer import send, take
 
 
 def guided(velocity_cond: Tensor, velocity_uncond: Tensor, w: float, norm_rescale: bool = False) -> Tensor:
@@ -92,8 +93,8 @@ def simulate_to_step(
     whole batch at every step: a row's result depends on the seed and its own step, not on the other rows' steps.
 
     Args:
-        velocity: the network as `velocity(x, sigma, rows)`; rows (int64, on x's device) are the positions in the batch
-            of the rows of x, by which the network picks their conditioning.
+        velocity: the network as `velocity(x, sigma, rows)`; rows (int64, on the CPU) are the positions in the batch of
+            the rows of x, by which the network picks their conditioning.
         noise: `[B, ...]` start, returned unchanged for rows with step 0.
         sigmas: `[steps]` as in `few_step_sample`.
         stop_steps: `[B]` integers in [0, steps), on the CPU (elsewhere reading them synchronises).
@@ -110,10 +111,11 @@ def simulate_to_step(
         raise ValueError(f"stop_steps: expected {len(noise)} steps in [0, {len(sigmas)}), found {steps}")
     x, last = noise, max(steps, default=0)
     for k, eps in enumerate(_draw_noises(noise, last, generator)):
-        rows = torch.tensor([row for row, stop in enumerate(steps) if stop > k], device=x.device)
-        active = x[rows]
+        rows = torch.tensor([row for row, stop in enumerate(steps) if stop > k])
+        active = take(x, rows)
         v = velocity(active, _rows(sigmas[k], active), rows)
-        x = x.index_copy(0, rows, _step(v, active, sigmas[k], sigmas[k + 1], eps[rows]).to(x.dtype))
+        active = _step(v, active, sigmas[k], sigmas[k + 1], take(eps, rows))
+        x = x.index_copy(0, send(rows, x.device), active.to(x.dtype))
     return x
 
 
@@ -126,9 +128,9 @@ def _step(v: Tensor, x: Tensor, sigma: Tensor, following: Tensor, eps: Tensor) -
 def _draw_noises(like: Tensor, count: int, generator: torch.Generator | None) -> list[Tensor]:
     """`count` draws of the batch's shape as diffusers' `randn_tensor` makes them: fp32, on the generator's device."""
     device = like.device if generator is None else generator.device
-    return [torch.randn(like.shape, generator=generator, device=device).to(like.device) for _ in range(count)]
+    return [send(torch.randn(like.shape, generator=generator, device=device), like.device) for _ in range(count)]
 
 
 def _rows(sigma: Tensor, x: Tensor) -> Tensor:
     """Scalar sigma as `[B]` on x's device."""
-    return sigma.to(x.device).expand(len(x))
+    return send(sigma, x.device).expand(len(x))

@@ -31,9 +31,10 @@ class StudentRows:
     """The joined rows of one student forward, distribution-matching rows first.
 
     Attributes:
-        x, sigma, kind, weight, effect, conditioning: per student row.
+        x, conditioning: per student row.
+        sigma, kind, weight, effect: the same, on the CPU.
         teacher, uncond: the teachers' conditioning of the rows to be scored, with and without their prompts.
-        score_sigma: ``[D]`` noise level at which each of these is scored.
+        score_sigma: ``[D]`` noise level at which each of these is scored, on the CPU.
         anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
     """
 
@@ -50,18 +51,17 @@ class StudentRows:
 
     @staticmethod
     def join(parts: Sequence[Part], score_sigma: Tensor, anchor_target: Tensor | None) -> StudentRows:
-        """Joins the parts; what was drawn on the CPU moves to the latents' device, but ``effect``, which routes."""
-        x = torch.cat([part.x for part in parts])
+        """Joins the parts."""
         counts = torch.tensor([len(part.batch) for part in parts])
         return StudentRows(
-            x=x,
-            sigma=torch.cat([part.sigma for part in parts]).to(x.device),
-            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts).to(x.device),
-            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts).to(x.device),
+            x=torch.cat([part.x for part in parts]),
+            sigma=torch.cat([part.sigma for part in parts]),
+            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts),
+            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts),
             effect=torch.cat([part.batch.effect for part in parts]),
             conditioning=Conditioning.cat([part.batch.student for part in parts]),
             teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
             uncond=Conditioning.cat([part.batch.uncond for part in parts])[slice(len(score_sigma))],
-            score_sigma=score_sigma.to(x.device),
+            score_sigma=score_sigma,
             anchor_target=anchor_target,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -33,10 +33,12 @@ from clora.objective import (
 )
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
 from clora.optimizers import make_optimizer
+from clora.readings import Readings, Rows, step_faults
 from clora.recomputation import recomputed_blocks
 from clora.sampling import guided, simulate_to_step
 from clora.slots import Slots
 from clora.student_rows import Part, StudentRows
+from clora.transfer import send
 
 STUDENT, CRITIC = "student", "critic"
 Rollout = tuple[Tensor, Tensor]
@@ -109,7 +111,7 @@ class DistillTrainer:
         train, start = self.config.train, time.monotonic() - self.seconds
         while (progress := self._progress()) < 1:
             self._set_learning_rate(progress)
-            values = self._iterate(progress)
+            values = self._iterate(progress).read()
             self.update += 1
             self.seconds = time.monotonic() - start
             report(self.update, values)
@@ -122,7 +124,7 @@ class DistillTrainer:
         passed = 0.0 if train.minutes is None else self.seconds / (60 * train.minutes)
         return max(self.update / train.updates, passed)
 
-    def _iterate(self, progress: float) -> dict[str, float]:
+    def _iterate(self, progress: float) -> Readings:
         """One student update and the critic updates that precede it."""
         if progress < self.anchor_share:
             return self.student_step(self.sampler.draw_targets(self.update))
@@ -132,13 +134,14 @@ class DistillTrainer:
         objective, ratio = self.config.objective, self.config.train.critic_ratio
         if not (objective.backward_simulation or objective.target_simulation):  # nothing for a critic to score
             return self.student_step(self.sampler.draw(self.update))
+        readings = Readings({})
         for i in range(ratio):
             batch = self.sampler.draw(self.update * ratio + i)
             if i == ratio - 1:  # the student's batch: its teachers arrive while the student samples
                 self.bank.fetch(_teacher_ids(batch.effect))
             rollout = self.simulate(batch)
-            values = self.critic_step(batch, rollout)
-        return values | self.student_step(batch, rollout)  # the student has not changed since: a simulation saved
+            readings |= self.critic_step(batch, rollout)
+        return readings | self.student_step(batch, rollout)  # the student has not changed since: a simulation saved
 
     @torch.no_grad()
     def _start_critic(self) -> None:
@@ -147,7 +150,7 @@ class DistillTrainer:
             critic.copy_(student)
         self.bank.write(CRITIC, self.critic)
 
-    def student_step(self, batch: Batch, rollout: Rollout | None = None) -> dict[str, float]:
+    def student_step(self, batch: Batch, rollout: Rollout | None = None) -> Readings:
         """One update of the student by the coarse-to-fine objective (method.md section 4c).
 
         Args:
@@ -156,27 +159,24 @@ class DistillTrainer:
         """
         rows = self._student_rows(batch, rollout)
         velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
-        scores = self._score(rows, velocity.detach()) if len(rows.teacher) else None
         loss, terms = coarse_to_fine_loss(
             velocity,
             rows.x,
-            rows.sigma,
-            rows.kind,
-            rows.weight,
-            scores,
+            send(rows.sigma, velocity.device),
+            send(rows.kind, velocity.device),
+            send(rows.weight, velocity.device),
+            self._score(rows, velocity.detach()) if len(rows.teacher) else None,
             rows.anchor_target,
             self.config.sampler.guidance,
         )
-        self._check_finite(terms["nonfinite"], rows.effect, rows.kind, "student")
+        loss.backward()
+        norm = self._step(self.student_optimizer, self.student)
+        source = partial(self._source, rows.effect, rows.kind)
+        seen = Rows(terms["nonfinite"], terms["gradient_norm"], "strongest", source)
+        values = {name: terms[name] for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": loss.detach()}
+        return Readings(values, step_faults(f"update {self.update + 1}: the student", seen, norm))
 
-        def strongest() -> str:  # for an error alone: it reads from the device
-            row = int(terms["gradient_norm"].nan_to_num(torch.inf).argmax())
-            return f"; the strongest comes from {self._source(int(rows.effect[row]), int(rows.kind[row]))}"
-
-        self._step(self.student_optimizer, self.student, loss, "student", strongest)
-        return {name: float(terms[name]) for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": float(loss.detach())}
-
-    def critic_step(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
+    def critic_step(self, batch: Batch, rollout: Rollout) -> Readings:
         """One update of the critic by flow matching on fresh student samples (method.md section 4d)."""
         x, sigma = rollout
         with torch.no_grad():
@@ -184,15 +184,11 @@ class DistillTrainer:
         noise, sigma = self._noise(x0), sample_sigma(len(x0), self.config.sampler.shift, self.generator)
         velocity = self._velocity(self.critic, 0, add_noise(x0, noise, sigma), sigma, batch.student)
         loss, terms = critic_loss(velocity, noise, x0)
-        self._check_finite(terms["nonfinite"], batch.effect, None, "critic")
-
-        def worst() -> str:
-            row = int(terms["rows"].nan_to_num(torch.inf).argmax())
-            return f"; the largest loss comes from {self._source(int(batch.effect[row]), None)}"
-
-        self._step(self.critic_optimizer, self.critic, loss, "critic", worst)
+        loss.backward()
+        norm = self._step(self.critic_optimizer, self.critic)
         self.bank.write(CRITIC, self.critic)
-        return {"critic": float(loss.detach())}
+        seen = Rows(terms["nonfinite"], terms["rows"], "largest loss", partial(self._source, batch.effect, None))
+        return Readings({"critic": loss.detach()}, step_faults(f"update {self.update + 1}: the critic", seen, norm))
 
     def _student_rows(self, batch: Batch, rollout: Rollout | None) -> StudentRows:
         """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
@@ -258,7 +254,7 @@ class DistillTrainer:
         if self.config.objective.norm_rescale:
             w = self.config.sampler.guidance
             teacher = uncond = guided(teacher.float(), uncond.float(), w, norm_rescale=True)
-        return Scores(renoised, rows.score_sigma, critic, teacher, uncond)
+        return Scores(renoised, send(rows.score_sigma, x0.device), critic, teacher, uncond)
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One pass over the bank's LoRAs, split by ``train.scoring_rows`` and by the teachers that fit at once."""
@@ -272,38 +268,24 @@ class DistillTrainer:
         self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
         adapter_ids = torch.full((len(x),), ids) if isinstance(ids, int) else ids
-        with self.bank.route(slots, adapter_ids.to(x.device)):
-            return self.adapter.velocity(x, sigma.to(x.device), conditioning)
+        with self.bank.route(slots, send(adapter_ids, x.device)):
+            return self.adapter.velocity(x, send(sigma, x.device), conditioning)
 
     def _noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator).to(like)
+        return send(torch.randn(like.shape, generator=self.generator), like.device, like.dtype)
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, slots: Slots, loss: Tensor, name: str, source: Callable[[], str] = str
-    ) -> None:
-        loss.backward()
+    def _step(self, optimizer: torch.optim.Optimizer, slots: Slots) -> Tensor:
+        """Clips the gradients, makes a step and drops them; their norm ``[]`` before."""
         norm = torch.nn.utils.clip_grad_norm_(slots.parameters(), self.config.train.clip)
-        if not torch.isfinite(norm):
-            raise CloraError(
-                f"update {self.update + 1}: the {name}'s gradient is not finite{source()}; lower its learning rate"
-            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # else student and critic would hold theirs at the same time
+        return norm
 
-    def _source(self, effect: int, kind: int | None) -> str:
-        """A row's effect and term, for messages."""
+    def _source(self, effects: Tensor, kinds: Tensor | None, row: int) -> str:
+        """Effect and term of a row, for messages."""
+        effect = effects[row]
         name = repr(self.data.effects[effect]) if effect >= 0 else "of the general stream"
-        return f"effect {name}" + ("" if kind is None else f", term {('dmd_bs', 'dmd_ts', 'anchor')[kind]}")
-
-    def _check_finite(self, nonfinite: Tensor, effect: Tensor, kind: Tensor | None, name: str) -> None:
-        if not nonfinite.any():
-            return
-        row = int(nonfinite.nonzero()[0])
-        source = self._source(int(effect[row]), None if kind is None else int(kind[row]))
-        raise CloraError(
-            f"update {self.update + 1}: the {name}'s loss is not finite ({source}); "
-            "lower the learning rates, or check this effect's teacher"
-        )
+        return f"effect {name}" + ("" if kinds is None else f", term {('dmd_bs', 'dmd_ts', 'anchor')[kinds[row]]}")
 
     def _set_learning_rate(self, progress: float) -> None:
         """Falls linearly to a fiftieth over each phase, anchoring and what follows."""

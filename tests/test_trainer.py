@@ -49,7 +49,7 @@ def test_each_step_trains_its_own_slot(adapter):
 def test_a_part_switched_off_removes_its_term_alone(adapter, part):
     for objective in ({part: False}, {"weights": {part: 0.0}}):
         with make_trainer(adapter, objective=objective) as trainer:
-            values = trainer.student_step(*rolled(trainer))
+            values = trainer.student_step(*rolled(trainer)).read()
         for other, term in TERMS.items():
             assert (values[term] == 0) == (other == part), (objective, values)
 
@@ -58,7 +58,7 @@ def test_weights_scale_their_terms(adapter):
     values = []
     for weight in (1.0, 3.0):
         with make_trainer(adapter, objective={"weights": dict.fromkeys(TERMS, weight)}) as trainer:
-            values.append(trainer.student_step(*rolled(trainer)))
+            values.append(trainer.student_step(*rolled(trainer)).read())
     assert values[1] == pytest.approx({name: 3 * value for name, value in values[0].items()}, rel=1e-4)
 
 
@@ -141,7 +141,7 @@ def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, m
             return out
 
         monkeypatch.setattr(trainer, "_velocity", record)
-        values = trainer.critic_step(batch, trainer.simulate(batch))
+        values = trainer.critic_step(batch, trainer.simulate(batch)).read()
     assert {names for names, *_ in calls[:-1]} == {(STUDENT,)}
     _, x_student, sigma_student, _, v_student = calls[-2]
     names, x, sigma, text, v = calls[-1]
@@ -189,7 +189,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
 
 def test_released_anchor_noise_without_backward_simulation(adapter):
     with make_trainer(adapter, objective={"anchor_noise": "released", "backward_simulation": False}) as trainer:
-        assert trainer.student_step(*rolled(trainer))["anchor"] > 0
+        assert trainer.student_step(*rolled(trainer)).read()["anchor"] > 0
 
 
 def test_integer_timesteps(adapter):

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clora.conditioning import Text
 from clora.errors import CloraError
 from clora.models.protocol import ModelAdapter
+from clora.transfer import send
 
 One = TypeVar("One")
 
@@ -130,6 +132,11 @@ def linear_mu(pipeline, num_tokens: int) -> float:
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
+
+
+def attention_mask(text: Text, device: torch.device) -> Tensor | None:
+    """The prompts' mask ``[B, L]`` as a pipeline hands it to its transformer: None where every token counts."""
+    return None if text.mask is None or text.mask.all() else send(text.mask, device)
 
 
 def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from clora.models.common import (
     timestep,
     to_pil,
 )
+from clora.transfer import send
 
 MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline makes larger ones smaller
 
@@ -130,8 +131,8 @@ class _Flux2:
             hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
             encoder_hidden_states=conditioning.text.embeds.to(transformer.dtype),
             timestep=timestep(sigma, transformer.dtype),
-            img_ids=image_ids.to(x.device),
-            txt_ids=self._text_ids.to(x.device),
+            img_ids=send(image_ids, x.device),
+            txt_ids=send(self._text_ids, x.device),
             guidance=guidance_rows(self.guidance_embedding, x),
             return_dict=False,
         )[0]

@@ -22,6 +22,7 @@ from clora.models.common import (
     timestep,
     to_pil,
 )
+from clora.transfer import send
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline refuses more
 
@@ -163,8 +164,8 @@ class FluxKontextAdapter:
             pooled_projections=text.pooled.to(transformer.dtype),
             timestep=timestep(sigma, transformer.dtype),
             guidance=guidance_rows(self.guidance_embedding, x),
-            img_ids=image_ids.to(x.device),
-            txt_ids=self._text_ids.to(x.device),
+            img_ids=send(image_ids, x.device),
+            txt_ids=send(self._text_ids, x.device),
             return_dict=False,
         )[0]
         return output[:, : x.shape[1]]

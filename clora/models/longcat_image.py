@@ -24,6 +24,7 @@ from clora.models.common import (
     timestep,
     to_pil,
 )
+from clora.transfer import send
 
 AREA = 1024 * 1024  # pixels that the pipeline brings every picture to, keeping its proportions
 LATENT_CHANNELS = 16
@@ -150,8 +151,8 @@ class LongCatImageEditAdapter:
             hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
             encoder_hidden_states=text,
             timestep=timestep(sigma, transformer.dtype),
-            txt_ids=text_ids.to(x.device),
-            img_ids=image_ids.to(x.device),
+            txt_ids=send(text_ids, x.device),
+            img_ids=send(image_ids, x.device),
             guidance=None,
             return_dict=False,
         )[0]

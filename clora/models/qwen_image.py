@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clora.conditioning import Conditioning, Shapes, Text
 from clora.models.common import (
+    attention_mask,
     check_lengths,
     check_limit,
     check_size,
@@ -162,7 +163,7 @@ class QwenImageEditPlusAdapter:
         output = transformer(
             hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
             encoder_hidden_states=text.embeds.to(transformer.dtype),
-            encoder_hidden_states_mask=text.mask,
+            encoder_hidden_states_mask=attention_mask(text, x.device),
             timestep=timestep(sigma, transformer.dtype),
             img_shapes=[shapes] * len(x),
             return_dict=False,

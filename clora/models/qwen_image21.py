@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from clora.conditioning import Conditioning, Text
 from clora.errors import CloraError
-from clora.models.common import timestep
+from clora.models.common import attention_mask, timestep
 from clora.models.qwen_image import QwenImageEditPlusAdapter
 
 RESOLUTION = 1024  # the pipeline's default output_resolution: the side of a square image to edit
@@ -64,14 +64,14 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
         """See `ModelAdapter.velocity`."""
         transformer, text, num_tokens = self.pipeline.transformer, conditioning.text, x.shape[1]
         shapes = [(1, *shape) for shape in (*(conditioning.shapes or self.source_shapes), self._grid)]
-        places = (text.embeds[:1] == 0).all(-1)
-        if text.mask is not None:
-            places = places & text.mask[:1]
-        with _positions_without_padding(transformer.pos_embed, text.mask, num_tokens):
+        places, mask = (text.embeds[:1] == 0).all(-1), attention_mask(text, x.device)
+        if mask is not None:
+            places = places & mask[:1]
+        with _positions_without_padding(transformer.pos_embed, mask, num_tokens):
             output = transformer(
                 hidden_states=torch.cat([conditioning.source.to(x), x], dim=1).to(transformer.dtype),
                 encoder_hidden_states=text.embeds.to(transformer.dtype),
-                encoder_hidden_states_mask=text.mask,
+                encoder_hidden_states_mask=mask,
                 timestep=timestep(sigma, transformer.dtype),
                 img_shapes=[shapes] * len(x),
                 img_mask=functional.pad(places, (0, num_tokens // 4), value=True).expand(len(x), -1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import diffusers
 import pytest
 import tiny_flux
@@ -9,6 +11,7 @@ import tiny_longcat
 import tiny_qwen_image
 import tiny_z_image
 import torch
+from host_waits import DEVICE, host_waits
 
 from clora.adapter_bank import AdapterBank
 from clora.cache import Cache
@@ -101,6 +104,20 @@ def test_recomputed_blocks_give_the_same_gradients(adapter, conditioning):
         bank.detach()
     assert any(gradient.any() for gradient in found[0])
     assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+def test_a_pass_makes_the_host_wait_for_nothing_of_ours(adapter, conditioning):
+    """Transformers of Qwen-Image and Z-Image copy small tensors of their own."""
+    if type(adapter).__name__ == "QwenImage21Adapter":
+        pytest.skip("its transformer reads from the device how its sequence is made up")
+    on_device = copy.copy(adapter)
+    on_device.pipeline = copy.copy(adapter.pipeline)
+    on_device.pipeline.transformer = copy.deepcopy(adapter.pipeline.transformer).to(DEVICE)
+    x, sigma = torch.randn(3, *adapter.latent_shape, device=DEVICE), torch.rand(3, device=DEVICE)
+    with host_waits() as waits:
+        output = on_device.velocity(x, sigma, conditioning.to(DEVICE)[torch.tensor([2, 0, 1])])
+    assert output.device == DEVICE
+    assert [where for where in waits if "diffusers" not in where] == []
 
 
 def test_a_base_in_bfloat16_encodes_and_runs(adapter, pictures, conditioning):
