@@ -208,7 +208,9 @@ class TrainConfig(_Model):
         learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
-        scoring_rows: most samples in one scoring forward, to bound memory; None for no bound.
+        gradient_rows: most rows of one pass with gradients, to bound memory: an update adds up as many passes as it needs
+            (a sample is up to three rows of the student's, one of the critic's); None for no bound.
+        scoring_rows: most rows of one scoring pass, likewise.
         teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
             copied where they are needed, ahead of time as far as possible. None keeps all on the device.
         gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
@@ -227,6 +229,7 @@ class TrainConfig(_Model):
     learning_rate: PositiveFloat = 1e-4
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
+    gradient_rows: Positive | None = None
     scoring_rows: Positive | None = None
     teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False

@@ -98,7 +98,7 @@ def draw_anchor_sigma(n: int, shift: float, generator: torch.Generator | None, f
     return sample_sigma(n, shift, generator, low_u=0.0 if floor is None else floor)
 
 
-def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Flow-matching loss `mean((v - (noise - x0))^2)` of the critic on student samples x0.
 
     Args:
@@ -107,8 +107,7 @@ def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, di
         x0: `[B, ...]` student samples, without gradient.
 
     Returns:
-        Scalar loss (fp32, or fp64 for fp64 input), and detached terms `critic` (the loss), `rows` `[B]`
-        (each row's share) and `nonfinite` `[B]` (bool).
+        Scalar loss (fp32, or fp64 for fp64 input), and each row's, whose mean it is, detached `[B]`.
 
     Raises:
         ValueError: shapes differ.
@@ -118,8 +117,7 @@ def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, di
     dtype = torch.promote_types(velocity.dtype, torch.float32)
     error = velocity.to(dtype) - (noise.to(dtype) - x0.detach().to(dtype))
     rows = error.square().flatten(1).mean(1)
-    loss = rows.mean()
-    return loss, {"critic": loss.detach(), "rows": rows.detach(), "nonfinite": ~torch.isfinite(rows.detach())}
+    return rows.mean(), rows.detach()
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -6,7 +6,7 @@ Source: docs/method.md section 4(c).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class StudentRows:
         sigma, kind, weight, effect: the same, on the CPU.
         teacher, uncond: the teachers' conditioning of the rows to be scored, with and without their prompts.
         score_sigma: ``[D]`` noise level at which each of these is scored, on the CPU.
+        score_noise: ``[D, T, C]`` with which each of these is noised again for it.
         anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
     """
 
@@ -47,10 +48,13 @@ class StudentRows:
     teacher: Conditioning
     uncond: Conditioning
     score_sigma: Tensor
+    score_noise: Tensor
     anchor_target: Tensor | None
 
     @staticmethod
-    def join(parts: Sequence[Part], score_sigma: Tensor, anchor_target: Tensor | None) -> StudentRows:
+    def join(
+        parts: Sequence[Part], score_sigma: Tensor, score_noise: Tensor, anchor_target: Tensor | None
+    ) -> StudentRows:
         """Joins the parts."""
         counts = torch.tensor([len(part.batch) for part in parts])
         return StudentRows(
@@ -63,5 +67,36 @@ class StudentRows:
             teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
             uncond=Conditioning.cat([part.batch.uncond for part in parts])[slice(len(score_sigma))],
             score_sigma=score_sigma,
+            score_noise=score_noise,
             anchor_target=anchor_target,
         )
+
+    def split(self, limit: int | None) -> list[StudentRows]:
+        """Parts of at most ``limit`` rows whose losses add up to that of all rows; one part for None."""
+        parts = slices(len(self.x), limit)
+        return [self] if len(parts) == 1 else [self._part(rows) for rows in parts]
+
+    def _part(self, rows: slice) -> StudentRows:
+        kind, scored = self.kind[rows], len(self.teacher)
+        share = torch.bincount(kind, minlength=3) / torch.bincount(self.kind, minlength=3)  # a loss is a kind's mean
+        anchors = slice(max(rows.start - scored, 0), max(rows.stop - scored, 0))
+        return replace(
+            self,
+            x=self.x[rows],
+            sigma=self.sigma[rows],
+            kind=kind,
+            weight=self.weight[rows] * share[kind],
+            effect=self.effect[rows],
+            conditioning=self.conditioning[rows],
+            teacher=self.teacher[rows],
+            uncond=self.uncond[rows],
+            score_sigma=self.score_sigma[rows],
+            score_noise=self.score_noise[rows],
+            anchor_target=None if self.anchor_target is None else self.anchor_target[anchors],
+        )
+
+
+def slices(count: int, limit: int | None) -> list[slice]:
+    """``count`` rows in parts of at most ``limit``; one part for None."""
+    limit = limit or count
+    return [slice(i, min(i + limit, count)) for i in range(0, count, limit)]

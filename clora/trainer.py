@@ -37,7 +37,7 @@ from clora.readings import Readings, Rows, step_faults
 from clora.recomputation import recomputed_blocks
 from clora.sampling import guided, simulate_to_step
 from clora.slots import Slots
-from clora.student_rows import Part, StudentRows
+from clora.student_rows import Part, StudentRows, slices
 from clora.transfer import send
 
 STUDENT, CRITIC = "student", "critic"
@@ -158,6 +158,15 @@ class DistillTrainer:
             rollout: from `simulate` of this batch; None for trajectory anchoring alone.
         """
         rows = self._student_rows(batch, rollout)
+        parts = [self._learn(part) for part in rows.split(self.config.train.gradient_rows)]
+        norm = self._step(self.student_optimizer, self.student)
+        values = {name: sum(terms[name] for terms in parts) for name in ("dmd_bs", "dmd_ts", "anchor", "loss")}
+        nonfinite, strength = (torch.cat([terms[name] for terms in parts]) for name in ("nonfinite", "gradient_norm"))
+        seen = Rows(nonfinite, strength, "strongest", partial(self._source, rows.effect, rows.kind))
+        return Readings(values, step_faults(f"update {self.update + 1}: the student", seen, norm))
+
+    def _learn(self, rows: StudentRows) -> dict[str, Tensor]:
+        """Adds the gradient of some of an update's rows; the terms of their loss."""
         velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
         loss, terms = coarse_to_fine_loss(
             velocity,
@@ -170,11 +179,7 @@ class DistillTrainer:
             self.config.sampler.guidance,
         )
         loss.backward()
-        norm = self._step(self.student_optimizer, self.student)
-        source = partial(self._source, rows.effect, rows.kind)
-        seen = Rows(terms["nonfinite"], terms["gradient_norm"], "strongest", source)
-        values = {name: terms[name] for name in ("dmd_bs", "dmd_ts", "anchor")} | {"loss": loss.detach()}
-        return Readings(values, step_faults(f"update {self.update + 1}: the student", seen, norm))
+        return terms | {"loss": loss.detach()}
 
     def critic_step(self, batch: Batch, rollout: Rollout) -> Readings:
         """One update of the critic by flow matching on fresh student samples (method.md section 4d)."""
@@ -182,13 +187,17 @@ class DistillTrainer:
         with torch.no_grad():
             x0 = velocity_to_x0(x.float(), self._velocity(self.student, 0, x, sigma, batch.student), sigma)
         noise, sigma = self._noise(x0), sample_sigma(len(x0), self.config.sampler.shift, self.generator)
-        velocity = self._velocity(self.critic, 0, add_noise(x0, noise, sigma), sigma, batch.student)
-        loss, terms = critic_loss(velocity, noise, x0)
-        loss.backward()
+        x, parts = add_noise(x0, noise, sigma), []
+        for c in slices(len(x0), self.config.train.gradient_rows):
+            velocity = self._velocity(self.critic, 0, x[c], sigma[c], batch.student[c])
+            loss, losses = critic_loss(velocity, noise[c], x0[c])
+            (loss * (len(losses) / len(x0))).backward()
+            parts.append(losses)
         norm = self._step(self.critic_optimizer, self.critic)
         self.bank.write(CRITIC, self.critic)
-        seen = Rows(terms["nonfinite"], terms["rows"], "largest loss", partial(self._source, batch.effect, None))
-        return Readings({"critic": loss.detach()}, step_faults(f"update {self.update + 1}: the critic", seen, norm))
+        rows = torch.cat(parts)
+        seen = Rows(~torch.isfinite(rows), rows, "largest loss", partial(self._source, batch.effect, None))
+        return Readings({"critic": rows.mean()}, step_faults(f"update {self.update + 1}: the critic", seen, norm))
 
     def _student_rows(self, batch: Batch, rollout: Rollout | None) -> StudentRows:
         """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
@@ -212,7 +221,8 @@ class DistillTrainer:
             anchor_target = noise - anchored.target
             x = add_noise(anchored.target, noise, sigma).to(self.dtype)
             parts.append(Part(ANCHOR, anchored, x, sigma, objective.weights.trajectory_anchoring))
-        return StudentRows.join(parts, score_sigma, anchor_target)
+        score_noise = self._noise(batch.target.new_empty(len(kind), *batch.target.shape[1:]))
+        return StudentRows.join(parts, score_sigma, score_noise, anchor_target)
 
     def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
         """The released code's lower bound of the anchoring noise: the backward simulation's critic level per sample."""
@@ -242,7 +252,7 @@ class DistillTrainer:
         """
         n = len(rows.teacher)
         x0 = velocity_to_x0(rows.x[:n].float(), velocity[:n], rows.sigma[:n])
-        renoised = add_noise(x0, self._noise(x0), rows.score_sigma).to(self.dtype)
+        renoised = add_noise(x0, rows.score_noise, rows.score_sigma).to(self.dtype)
         parts = [rows.conditioning[slice(n)], rows.teacher, rows.uncond][
             : 2 if self.config.sampler.guidance == 0 else 3
         ]
@@ -347,7 +357,15 @@ def _teacher_ids(effect: Tensor) -> Tensor:
 
 
 FREE_TO_CHANGE = {
-    "train": {"updates", "minutes", "checkpoint_every", "scoring_rows", "teacher_memory_gb", "gradient_checkpointing"},
+    "train": {
+        "updates",
+        "minutes",
+        "checkpoint_every",
+        "gradient_rows",
+        "scoring_rows",
+        "teacher_memory_gb",
+        "gradient_checkpointing",
+    },
     "data": {"cache"},
 }
 

@@ -69,8 +69,7 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
     with make_trainer(adapter, train={"scoring_rows": scoring_rows}) as trainer:
         batch = mixed_batch(trainer)
         rows = trainer._student_rows(batch, trainer.simulate(batch))
-        velocity, state = torch.randn(rows.x.shape), trainer.generator.get_state()
-        sizes = []
+        velocity, sizes = torch.randn(rows.x.shape), []
         hook = adapter.pipeline.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
         )
@@ -81,10 +80,9 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
     n = len(rows.teacher)
     assert n == len(batch) + len(batch[batch.effect >= 0])
     assert sizes == ([3 * n] if scoring_rows is None else [5] * (3 * n // 5) + [3 * n % 5] * (3 * n % 5 > 0))
-    noise = torch.randn(scores.renoised.shape, generator=torch.Generator().set_state(state))
     sigma = scores.sigma.view(-1, 1, 1)
     x_g = rows.x[:n] - rows.sigma[:n].view(-1, 1, 1) * velocity[:n]
-    torch.testing.assert_close(scores.renoised, (1 - sigma) * x_g + sigma * noise)
+    torch.testing.assert_close(scores.renoised, (1 - sigma) * x_g + sigma * rows.score_noise)
     for i, effect in enumerate(rows.effect[:n].tolist()):
         x, s = scores.renoised[[i]], scores.sigma[[i]]
         teacher = base if effect == GENERAL else models[trainer.data.effects[effect]]
@@ -97,6 +95,42 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
         }
         for name, value in expected.items():
             torch.testing.assert_close(getattr(scores, name)[[i]], value, rtol=1e-4, atol=1e-5, msg=f"{name}, row {i}")
+
+
+@pytest.mark.parametrize("general_targets", [False, True])
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_an_update_in_several_passes_has_the_same_gradients(adapter, limit, general_targets):
+    """Parts with rows of one kind, of two and of three, and an update whose kinds have different numbers of rows."""
+    found, weights = [], {"backward_simulation": 0.7, "target_simulation": 1.3, "trajectory_anchoring": 2.0}
+    data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    if general_targets:
+        data = dataclasses.replace(data, general_targets=torch.randn(len(data.general_pairs), *adapter.latent_shape))
+    for rows in (None, limit):
+        train = {"gradient_rows": rows, "batch_size": 6}
+        with make_trainer(adapter, data, train=train, objective={"weights": weights}) as trainer:
+            gradients, sizes = [], []
+
+            def keep(optimizer, slots, gradients=gradients, step=trainer._step):
+                gradients.extend(p.grad.clone() for p in slots.parameters())
+                return step(optimizer, slots)
+
+            def count(module, args, kwargs, sizes=sizes):
+                sizes.extend([len(kwargs["hidden_states"])] * torch.is_grad_enabled())
+
+            trainer._step = keep
+            batch, rollout = rolled(trainer)
+            hook = adapter.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
+            readings = trainer.student_step(batch, rollout) | trainer.critic_step(batch, rollout)
+            hook.remove()
+            found.append((readings.read(), gradients))
+    num_anchors = len(batch if general_targets else batch[batch.effect >= 0])
+    num_rows = len(batch) + len(batch[batch.effect >= 0]) + num_anchors
+    assert len(sizes) == -(-num_rows // limit) + -(-len(batch) // limit)
+    assert max(sizes) == min(limit, num_rows)
+    (values, whole), (parts, added) = found
+    assert parts == pytest.approx(values, rel=1e-5)
+    for expected, gradient in zip(whole, added, strict=True):
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_without_guidance_no_empty_prompt_is_scored(adapter):

@@ -171,7 +171,7 @@ def _existing(path: Path) -> Path:
 def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) -> str:
     advice = [
         None if config.train.gradient_checkpointing else "train.gradient_checkpointing=true",
-        f"train.batch_size below {config.train.batch_size}" if config.train.batch_size > 1 else None,
+        f"train.gradient_rows below {rows}" if (rows := rows_with_gradient(config)) > 1 else None,
         f"student.rank below {config.student.rank}",
         "train.teacher_memory_gb" if config.train.teacher_memory_gb is None else None,
         "train.optimizer_bits=8" if config.train.optimizer_bits == 32 else None,

@@ -79,7 +79,7 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     checkpointed = train.gradient_checkpointing
     block = facts.cost.saved // facts.blocks
     saved = facts.cost.saved_checkpointed if checkpointed else facts.cost.saved
-    rows, scored = rows_with_gradient(config), scoring_rows(config)
+    rows, scored = rows_with_gradient(config), max(scoring_rows(config), train.batch_size)
     return {
         "encoders": facts.encoders,
         "base": facts.transformer,
@@ -97,17 +97,18 @@ def peak(parts: Mapping[str, int]) -> int:
 
 
 def rows_with_gradient(config: DistillConfig) -> int:
-    """Most rows of one pass with gradient: a student update whose rows are all of the effect stream."""
+    """Most rows of one pass with gradient: a student update whose samples are all of the effect stream."""
     objective = config.objective
     parts = (objective.backward_simulation, objective.target_simulation, objective.trajectory_anchoring)
-    return config.train.batch_size * max(1, sum(parts))
+    rows = config.train.batch_size * max(1, sum(parts))
+    return rows if config.train.gradient_rows is None else min(rows, config.train.gradient_rows)
 
 
 def scoring_rows(config: DistillConfig) -> int:
     """Most rows of one scoring pass: critic, teacher and, with guidance, teacher with the empty prompt."""
     objective = config.objective
     scored = config.train.batch_size * (objective.backward_simulation + objective.target_simulation)
-    rows = scored * (2 if config.sampler.guidance == 0 else 3)
+    rows = min(scored, rows_with_gradient(config)) * (2 if config.sampler.guidance == 0 else 3)
     return rows if config.train.scoring_rows is None else min(rows, config.train.scoring_rows)
 
 

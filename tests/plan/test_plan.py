@@ -177,11 +177,12 @@ def rows_of(transformer, run):
     return counted
 
 
+@pytest.mark.parametrize("gradient_rows", [None, 4])
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
-def test_passes_and_rows_are_those_of_an_update(adapter, guidance):
+def test_passes_and_rows_are_those_of_an_update(adapter, guidance, gradient_rows):
     """Nothing is simulated here and there is no general stream, so that nothing is left to chance."""
     sections = {"sampler": {"steps": 4, "guidance": guidance}, "objective": {"dual_stream": False}}
-    with make_trainer(adapter, train={"updates": 1}, **sections) as trainer:
+    with make_trainer(adapter, train={"updates": 1, "gradient_rows": gradient_rows}, **sections) as trainer:
         trainer.simulate = lambda batch: (trainer._noise(batch.target), trainer.sigmas[:1].expand(len(batch)))
         counted = rows_of(adapter.pipeline.transformer, lambda: trainer.fit(lambda *_: None))
         config = trainer.config
