@@ -138,6 +138,7 @@ def _loss_goals() -> list[Goal]:
     return [
         Goal("loss, fp64 eager over ours", None, fp32, ratio("paper_fp64", OURS), 10.0, at_most=False),
         Goal("loss, torch.compile over ours", None, fp32, ratio("compiled", OURS), 1.0, at_most=False),
+        Goal("loss, its gradient compiled too, over ours", None, fp32, ratio("compiled_returned", OURS), 1.0, False),
         Goal("loss, error of the gradient against fp64", None, fp32, gradient_error, GRADIENT_ERROR, at_most=True),
     ]
 

@@ -1,5 +1,8 @@
 """Inputs of a loss case, its result in fp64, and ways to compute it. Every call makes the loss and its gradient.
 
+Where the gradient comes from: the op returns it with the loss, and a training step takes it from there (`_returned`);
+losses of others have a backward pass (`_backward`).
+
 Legend: B rows, the first D of them scored (distribution matching), the rest anchors; `...` the latent's shape.
 """
 
@@ -66,27 +69,33 @@ def expected(inputs: LossInputs) -> Outputs:
     scores = Scores(*map(upcast, inputs.scores))
     exact = LossInputs(**arguments, scores=scores, guidance=inputs.guidance)
     exact.velocity.requires_grad_()
-    return _with_gradient(exact, partial(_of_ops, backend="eager"))
+    return eager(exact)
 
 
 def eager(inputs: LossInputs) -> Outputs:
-    """The result of the eager definition in fp32."""
-    return _with_gradient(inputs, partial(_of_ops, backend="eager"))
+    """The result of the eager definition, in fp32 but for fp64 inputs."""
+    return _backward(inputs, lambda inputs: _of_ops(inputs, backend="eager")[0])
 
 
 def providers(case: LossCase) -> dict[str, Builder]:
-    """Name to builder: the paper's fp64, eager fp32, that compiled, and ours."""
+    """Name to builder: the paper's fp64, eager fp32, that compiled (two ways), and ours."""
     return {
-        "paper_fp64": lambda inputs: partial(_with_gradient, inputs, partial(paper_loss, case=case)),
+        "paper_fp64": lambda inputs: partial(_backward, inputs, partial(paper_loss, case=case)),
         "eager": lambda inputs: partial(eager, inputs),
         "compiled": compiled_loss,
-        OURS: lambda inputs: partial(_with_gradient, inputs, _of_ops),
+        "compiled_returned": compiled_with_gradient,
+        OURS: lambda inputs: partial(_returned, inputs, _of_ops),
     }
 
 
 def compiled_loss(inputs: LossInputs) -> Call:
-    """The eager definition under torch.compile."""
-    return partial(_with_gradient, inputs, compiled(partial(_of_ops, backend="eager")))
+    """The eager definition under torch.compile, with its backward pass."""
+    return partial(_backward, inputs, compiled(lambda inputs: _of_ops(inputs, backend="eager")[0]))
+
+
+def compiled_with_gradient(inputs: LossInputs) -> Call:
+    """The same with the gradient that it returns: one graph, no backward pass."""
+    return partial(_returned, inputs, compiled(partial(_of_ops, backend="eager")))
 
 
 def paper_loss(inputs: LossInputs, case: LossCase) -> Tensor:
@@ -116,11 +125,18 @@ def _matching_rows(x_g: Tensor, scores: Scores, guidance: float) -> Tensor:
     return 0.5 * (x_g - target).square().flatten(1).mean(1)
 
 
-def _of_ops(inputs: LossInputs, backend: str | None = None) -> Tensor:
-    return coarse_to_fine_loss(**inputs.arguments(), backend=backend)[0]
+def _of_ops(inputs: LossInputs, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and gradient."""
+    loss, terms = coarse_to_fine_loss(**inputs.arguments(), backend=backend)
+    return loss, terms["velocity_gradient"]
 
 
-def _with_gradient(inputs: LossInputs, loss: Callable[[LossInputs], Tensor]) -> Outputs:
+def _returned(inputs: LossInputs, loss: Callable[[LossInputs], tuple[Tensor, Tensor]]) -> Outputs:
+    value, gradient = loss(inputs)
+    return {"loss": value.detach(), "gradient": gradient}
+
+
+def _backward(inputs: LossInputs, loss: Callable[[LossInputs], Tensor]) -> Outputs:
     value = loss(inputs)
     (gradient,) = torch.autograd.grad(value, inputs.velocity)
     return {"loss": value.detach(), "gradient": gradient}

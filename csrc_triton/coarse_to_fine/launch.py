@@ -1,4 +1,4 @@
-"""Tile sizes, workspaces and launches of the coarse-to-fine kernels: two launches forward, one backward."""
+"""Tile sizes, workspaces and launches of the coarse-to-fine kernels: two for the loss and its gradient together."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,17 @@ import torch
 import triton
 from torch import Tensor
 
-from csrc_triton.coarse_to_fine.kernels import finish_kernel, gradient_kernel, partials_kernel
+from csrc_triton.coarse_to_fine.kernels import finish_kernel, partials_kernel
+from csrc_triton.coarse_to_fine.reference import gradient_dtype
 from csrc_triton.registration import wrap_triton
 
-TILE = 1024
-"""Elements per loop iteration of the 128 threads of a program: 8 each, one 16-byte load of bf16 or two of fp32."""
-MAX_CHUNKS = 256
-"""Partial sums per row at most: `finish_kernel` holds a block of them at once."""
-ROWS = 16
-FINISH_WARPS = 8
-"""Rows that `finish_kernel` takes at a time, and its warps: 16 of 256 partials are 16 values a thread."""
+TILE = 2048
+WARPS = 8
+"""Elements per loop iteration of a program, and its warps: 8 a thread, one 16-byte load of bf16 or two of fp32."""
+MAX_CHUNKS = 128
+"""Chunks per row at most: each program of `finish_kernel` reads the partial sums of a whole row."""
+ROWS = 8
+"""Rows that the program of `finish_kernel` which makes the loss takes at a time, a warp each; 16 spilled on sm_90."""
 
 
 class Chunks(NamedTuple):
@@ -49,8 +50,8 @@ def loss_kernels(
     teacher_uncond: Tensor,
     anchor_target: Tensor,
     guidance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches both forward kernels.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches both kernels.
 
     Args:
         velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target: `[rows, ...]`, any float dtype.
@@ -58,8 +59,8 @@ def loss_kernels(
         guidance: w of the teacher.
 
     Returns:
-        loss `[]`, terms `[3]`, gradient_norm `[R]`, nonfinite `[R]` (bool), direction `[R, ...]`, coefficient `[R]`;
-        fp32 but for nonfinite. The gradient with respect to velocity is `coefficient * direction`.
+        loss `[]`, terms `[3]`, gradient_norm `[R]` (fp32), nonfinite `[R]` (bool) and the gradient with respect to
+        velocity `[R, ...]` in `gradient_dtype`.
     """
     latents = [_dense_rows(t) for t in (velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target)]
     sigma, kind, weight, score_sigma = (t.contiguous() for t in (sigma, kind, weight, score_sigma))
@@ -67,25 +68,27 @@ def loss_kernels(
     rows, scored, numel = velocity.shape[0], score_sigma.shape[0], velocity.shape[1:].numel()
     chunks = chunks_of(numel)
     outputs = loss_outputs(velocity)
-    loss, terms, gradient_norm, nonfinite, direction, coefficient = outputs
+    gradient = outputs[-1]
+    direction = gradient if gradient.dtype == torch.float32 else _empty(velocity, tuple(velocity.shape))
     pitch = _power_of_two(chunks.count)
     distance, square = (_empty(velocity, (rows, pitch)) for _ in range(2))
+    programs = rows * chunks.count
+    sizes = {"TILE": TILE, "TILES": chunks.tiles, "CHUNKS": pitch, "num_warps": WARPS}
     with torch.cuda.device_of(velocity):
-        if rows * chunks.count > 0:
-            wrap_triton(partials_kernel)[(rows * chunks.count,)](
+        if programs > 0:
+            wrap_triton(partials_kernel)[(programs,)](
                 velocity, x, sigma, renoised, score_sigma, critic, teacher, teacher_uncond, anchor_target,
                 direction, distance, square, *(t.stride(0) for t in latents),
-                scored, numel, chunks.count, guidance, TILE=TILE, TILES=chunks.tiles, CHUNKS=pitch,
+                scored, numel, chunks.count, guidance, **sizes,
             )  # fmt: skip
-        wrap_triton(finish_kernel)[(1,)](
-            distance, square, sigma, kind, weight, loss, terms, gradient_norm, nonfinite, coefficient,
-            rows, scored, numel, chunks.count,
-            ROWS=ROWS, BLOCKS=_power_of_two(triton.cdiv(rows, ROWS)), CHUNKS=pitch, num_warps=FINISH_WARPS,
+        wrap_triton(finish_kernel)[(1 + programs,)](
+            direction, distance, square, sigma, kind, weight, *outputs,
+            rows, scored, numel, chunks.count, ROWS=ROWS, BLOCKS=_power_of_two(triton.cdiv(rows, ROWS)), **sizes,
         )  # fmt: skip
     return outputs
 
 
-def loss_outputs(velocity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def loss_outputs(velocity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised outputs of `loss_kernels`."""
     rows = velocity.shape[0]
     return (
@@ -93,36 +96,8 @@ def loss_outputs(velocity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         _empty(velocity, (3,)),
         _empty(velocity, (rows,)),
         _empty(velocity, (rows,), torch.bool),
-        _empty(velocity, tuple(velocity.shape)),
-        _empty(velocity, (rows,)),
+        _empty(velocity, tuple(velocity.shape), gradient_dtype(velocity.dtype)),
     )
-
-
-def gradient_kernels(direction: Tensor, coefficient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """Launches the backward kernel.
-
-    Args:
-        direction, coefficient: from `loss_kernels`.
-        upstream: `[]` gradient of the loss.
-        dtype: velocity's.
-
-    Returns:
-        `upstream * coefficient * direction` in `dtype`, of direction's shape.
-    """
-    rows, numel = direction.shape[0], direction.shape[1:].numel()
-    chunks = chunks_of(numel)
-    gradient = gradient_output(direction, dtype)
-    with torch.cuda.device_of(direction):
-        if rows * chunks.count > 0:
-            wrap_triton(gradient_kernel)[(rows * chunks.count,)](
-                direction, coefficient, upstream, gradient, numel, chunks.count, TILE=TILE, TILES=chunks.tiles
-            )
-    return gradient
-
-
-def gradient_output(direction: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised output of `gradient_kernels`."""
-    return _empty(direction, tuple(direction.shape), dtype)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

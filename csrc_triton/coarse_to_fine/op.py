@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from csrc_triton.coarse_to_fine.launch import gradient_kernels, gradient_output, loss_kernels, loss_outputs
-from csrc_triton.coarse_to_fine.reference import Scores, complete
+from csrc_triton.coarse_to_fine.launch import loss_kernels, loss_outputs
+from csrc_triton.coarse_to_fine.reference import Scores, complete, scaled_gradient
 from csrc_triton.registration import kernel_op
 
 
@@ -18,11 +18,10 @@ def coarse_to_fine_loss_triton(
     anchor_target: Tensor | None,
     guidance: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`reference.coarse_to_fine_loss` in two kernels; arguments, results and errors are the same, except:
+    """`reference.coarse_to_fine_loss` and its gradient in two launches; arguments, results and errors are the same.
 
-    It computes in fp32 only, its gradient has no gradient itself, and a row whose mean|x_g - x0_real| overflows is
-    reported as non-finite. A row's results are the same to the bit in any batch, but that its gradient is divided by the
-    number of rows of its kind.
+    It computes in fp32 only. A row's results are the same to the bit in any batch, but that its gradient is divided by
+    the number of rows of its kind.
 
     Raises:
         ValueError: a shape is wrong, or `unsupported` gives a reason; then the reference computes it.
@@ -30,12 +29,10 @@ def coarse_to_fine_loss_triton(
     scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
     if reason := unsupported(velocity, x, sigma, kind, weight, scores, anchor_target, guidance):
         raise ValueError(f"the Triton kernels do not cover this call: {reason}")
-    loss, terms, gradient_norm, nonfinite, _, _ = loss_op(
-        velocity, x, sigma, kind, weight, *scores, anchor_target, guidance
-    )
-    dmd_bs, dmd_ts, anchor = terms.detach().unbind()
-    rows = {"gradient_norm": gradient_norm.detach(), "nonfinite": nonfinite}
-    return loss, {"dmd_bs": dmd_bs, "dmd_ts": dmd_ts, "anchor": anchor} | rows
+    loss, terms, *rows = loss_op(velocity, x, sigma, kind, weight, *scores, anchor_target, guidance)
+    values = (*terms.detach().unbind(), *(t.detach() for t in rows))
+    names = ("dmd_bs", "dmd_ts", "anchor", "gradient_norm", "nonfinite", "velocity_gradient")
+    return loss, dict(zip(names, values, strict=True))
 
 
 def unsupported(
@@ -63,15 +60,11 @@ def _loss_fake(velocity: Tensor, *others) -> tuple[Tensor, ...]:
     return loss_outputs(velocity)
 
 
-def _gradient_fake(direction: Tensor, coefficient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient_output(direction, dtype)
-
-
 def _setup(ctx, inputs, output) -> None:
-    _, terms, gradient_norm, nonfinite, direction, coefficient = output
-    ctx.mark_non_differentiable(terms, gradient_norm, nonfinite, direction, coefficient)
+    _, *others, gradient = output
+    ctx.mark_non_differentiable(*others, gradient)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(direction, coefficient)
+    ctx.save_for_backward(gradient)
     ctx.velocity_dtype = inputs[0].dtype
 
 
@@ -79,10 +72,9 @@ def _backward(ctx, upstream: Tensor | None, *others) -> tuple[Tensor | None, ...
     """Gradient of velocity; the other eleven inputs have none."""
     if upstream is None:
         return (None,) * 12
-    gradient = gradient_op(*ctx.saved_tensors, upstream, ctx.velocity_dtype)
-    return (gradient, *(None,) * 11)
+    (gradient,) = ctx.saved_tensors
+    return (scaled_gradient(gradient, upstream, ctx.velocity_dtype), *(None,) * 11)
 
 
 loss_op = kernel_op("clora::coarse_to_fine_loss", loss_kernels, _loss_fake)
-gradient_op = kernel_op("clora::coarse_to_fine_gradient", gradient_kernels, _gradient_fake)
 loss_op.register_autograd(_backward, setup_context=_setup)

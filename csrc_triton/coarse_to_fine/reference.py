@@ -58,6 +58,9 @@ def coarse_to_fine_loss(
     Works in fp32, or fp64 when velocity or x is fp64; never synchronises with the host. Non-finite rows are reported in
     `terms["nonfinite"]`, not hidden: the loss is non-finite as well.
 
+    The gradient comes with the loss: `velocity.backward(terms["velocity_gradient"])` is `loss.backward()` without the
+    multiplication by the gradient of the loss. It has no gradient itself.
+
     Args:
         velocity: `[R, ...]` student velocity, the only input that receives a gradient.
         x: `[R, ...]` input of the student.
@@ -71,8 +74,9 @@ def coarse_to_fine_loss(
 
     Returns:
         Scalar loss, and detached terms: `dmd_bs`, `dmd_ts`, `anchor` (scalars that sum to the loss), `gradient_norm`
-        `[R]` (L2 norm of d row / d velocity, before weight and mean, so independent of the batch) and `nonfinite`
-        `[R]` (bool: the row's weighted term is not finite).
+        `[R]` (L2 norm of d row / d velocity, before weight and mean, so independent of the batch), `nonfinite` `[R]`
+        (bool: the row's weighted term is not finite) and `velocity_gradient` `[R, ...]` (d loss / d velocity in
+        `gradient_dtype`: velocity's, but fp32 for fp16).
 
     Raises:
         ValueError: a shape is not as above.
@@ -80,42 +84,74 @@ def coarse_to_fine_loss(
     scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
     dtype = torch.promote_types(torch.promote_types(velocity.dtype, x.dtype), torch.float32)
     scores = Scores(*(t.detach().to(dtype) for t in scores))
-    x, sigma, weight, anchor_target = (t.detach().to(dtype) for t in (x, sigma, weight, anchor_target))
-    velocity = velocity.to(dtype)
+    v, x, sigma, weight, anchor_target = (t.detach().to(dtype) for t in (velocity, x, sigma, weight, anchor_target))
 
+    members = torch.stack([kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR)])
+    counts = members.sum(1, keepdim=True).clamp(min=1)
+    factor = (members.to(dtype) / counts).sum(0) * weight / v.shape[1:].numel()
     d = scores.sigma.shape[0]
-    dmd, dmd_norm = _dmd_rows(velocity[:d], x[:d], sigma[:d], scores, guidance)
-    anchor, anchor_norm = _anchor_rows(velocity[d:], anchor_target)
-    rows = weight * torch.cat([dmd, anchor])
-    norm = torch.cat([dmd_norm, anchor_norm])
+    dmd = _dmd_rows(v[:d], x[:d], sigma[:d], scores, guidance, factor[:d])
+    anchors = _anchor_rows(v[d:], anchor_target, factor[d:])
+    rows, norm, gradient = (torch.cat(parts) for parts in zip(dmd, anchors, strict=True))
+    rows = weight * rows
+    gradient = gradient.to(gradient_dtype(velocity.dtype))
 
-    members = [kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR)]
-    means = [torch.where(m, rows, 0.0).sum() / m.sum().clamp(min=1) for m in members]
-    terms = {name: t.detach() for name, t in zip(("dmd_bs", "dmd_ts", "anchor"), means, strict=True)}
-    terms |= {"gradient_norm": norm, "nonfinite": ~torch.isfinite(rows.detach())}
-    return means[0] + means[1] + means[2], terms
+    means = [torch.where(m, rows, 0.0).sum() / count for m, count in zip(members, counts.squeeze(1), strict=True)]
+    terms = dict(zip(("dmd_bs", "dmd_ts", "anchor"), means, strict=True))
+    terms |= {"gradient_norm": norm, "nonfinite": ~torch.isfinite(rows), "velocity_gradient": gradient}
+    return _WithGradient.apply(velocity, means[0] + means[1] + means[2], gradient), terms
 
 
-def _dmd_rows(v: Tensor, x: Tensor, sigma: Tensor, scores: Scores, guidance: float) -> tuple[Tensor, Tensor]:
-    """Term `[D]` and gradient norm `[D]` of the distribution-matching rows (see `coarse_to_fine_loss`)."""
+def gradient_dtype(velocity: torch.dtype) -> torch.dtype:
+    """Dtype of `velocity_gradient`: fp16 would lose such small numbers before a loss scale is applied to them."""
+    return torch.float32 if velocity == torch.float16 else velocity
+
+
+class _WithGradient(torch.autograd.Function):
+    """The loss as a function of velocity whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx, velocity: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = velocity.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return scaled_gradient(gradient, upstream, ctx.dtype), None, None
+
+
+def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of velocity (of `dtype`) from `velocity_gradient` and the gradient of the loss; has none itself."""
+    return (upstream.detach() * gradient).to(dtype)
+
+
+def _dmd_rows(
+    v: Tensor, x: Tensor, sigma: Tensor, scores: Scores, guidance: float, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the distribution-matching rows (see `coarse_to_fine_loss`): terms, gradient norms `[D]`, gradients `[D, ...]`.
+
+    Args:
+        factor: `[D]` d loss / d row, over the row's elements.
+    """
     x_g = x - _per_row(sigma, x) * v
     fake, cond, uncond = (
         scores.renoised - _per_row(scores.sigma, x) * u for u in (scores.critic, scores.teacher, scores.teacher_uncond)
     )
     real = cond + guidance * (cond - uncond)
-    normalizer = (x_g.detach() - real).abs().flatten(1).mean(1).clamp(min=MIN_NORMALIZER)
-    g = (fake - real) / _per_row(normalizer, x)
-    # Value 0.5 mean(g^2), gradient g / numel. The usual surrogate 0.5 mean((x_g - stopgrad(x_g - g))^2) rounds g to the
-    # precision of x_g; the inner product does not.
-    inner = (g * x_g).flatten(1).mean(1)
-    term = 0.5 * g.square().flatten(1).mean(1) + (inner - inner.detach())
-    return term, g.flatten(1).norm(dim=1) * sigma.abs() / x.shape[1:].numel()
+    normalizer = (x_g - real).abs().flatten(1).mean(1).clamp(min=MIN_NORMALIZER)
+    # Dividing by infinity would turn a non-finite row into a finite zero.
+    g = (fake - real) / _per_row(torch.where(normalizer.isinf(), torch.nan, normalizer), x)
+    norm = g.flatten(1).norm(dim=1) * sigma.abs() / x.shape[1:].numel()
+    return 0.5 * g.square().flatten(1).mean(1), norm, _per_row(factor, x) * g * _per_row(-sigma, x)
 
 
-def _anchor_rows(v: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Term `[A]` and gradient norm `[A]` of the flow-matching rows."""
-    error = (v - target).flatten(1)
-    return error.square().mean(1), error.detach().norm(dim=1) * (2 / error.shape[1])
+def _anchor_rows(v: Tensor, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms and gradient norms `[A]`, gradients `[A, ...]` of the flow-matching rows; factor as in `_dmd_rows`."""
+    error = v - target
+    norm = 2 * error.flatten(1).norm(dim=1) / error.shape[1:].numel()
+    return error.square().flatten(1).mean(1), norm, _per_row(factor, v) * (2 * error)
 
 
 def _per_row(values: Tensor, like: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def test_goal_over_the_base_layer(ours, met):
         ("student, forward and backward, PEFT over ours", linear(mode="student"), "peft", 1.20),
         ("loss, fp64 eager over ours", LossCase(samples=4), "paper_fp64", 10.0),
         ("loss, torch.compile over ours", LossCase(samples=4), "compiled", 1.0),
+        ("loss, its gradient compiled too, over ours", LossCase(samples=4), "compiled_returned", 1.0),
         ("stack, PEFT mixed over ours", StackCase(), "peft_mixed", 1.0),
         ("stack, PEFT switched per sample over ours", StackCase(), "peft_switch", 1.0),
     ],

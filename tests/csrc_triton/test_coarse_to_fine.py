@@ -45,11 +45,48 @@ def test_equals_loop_with_hand_derived_gradient(name, latent):
         torch.testing.assert_close(terms[term], value, **close)
     torch.testing.assert_close(loss.detach(), sum(expected), **close)
     loss.backward()
+    assert torch.equal(terms["velocity_gradient"], c["velocity"].grad)
     assert terms["gradient_norm"].shape == terms["nonfinite"].shape == c["kind"].shape
     assert not terms["nonfinite"].any()
     for row, (row_gradient, total) in enumerate(zip(row_gradients, gradient, strict=True)):
         torch.testing.assert_close(c["velocity"].grad[row], total, **close)
         torch.testing.assert_close(terms["gradient_norm"][row], row_gradient.norm(), **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_gradient_comes_with_the_loss(dtype):
+    c = make(CASES["all_kinds"], dtype=dtype)
+    loss, terms = coarse_to_fine_loss(**c)
+    assert terms["velocity_gradient"].dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    (expected,) = torch.autograd.grad(loss, c["velocity"])
+    c["velocity"].backward(terms["velocity_gradient"])
+    assert c["velocity"].grad.dtype == dtype
+    assert torch.equal(c["velocity"].grad, expected)
+    with torch.no_grad():
+        untracked_loss, untracked = coarse_to_fine_loss(**c)
+    assert not untracked_loss.requires_grad
+    assert torch.equal(untracked_loss, loss)
+    assert torch.equal(untracked["velocity_gradient"], terms["velocity_gradient"])
+
+
+def test_loss_scaling_saves_small_fp16_gradients():
+    """They are below the smallest fp16 number and stay fp32 until the scale has been applied."""
+    c = make(CASES["all_kinds"], dtype=torch.float16)
+    c["weight"] = c["weight"].float() * 1e-8
+    (plain,) = torch.autograd.grad(coarse_to_fine_loss(**c)[0], c["velocity"])
+    loss, terms = coarse_to_fine_loss(**c)
+    (scaled,) = torch.autograd.grad(loss * 2.0**20, c["velocity"])
+    assert not plain.any()
+    assert scaled.dtype == torch.float16
+    assert torch.equal(scaled, (terms["velocity_gradient"] * 2.0**20).half())
+
+
+def test_the_gradient_has_no_gradient():
+    c = make(CASES["all_kinds"])
+    loss, terms = coarse_to_fine_loss(**c)
+    assert not terms["velocity_gradient"].requires_grad
+    (gradient,) = torch.autograd.grad(loss.square(), c["velocity"], create_graph=True)
+    assert not gradient.requires_grad
 
 
 def test_gradcheck_of_anchor_rows():
@@ -139,6 +176,24 @@ def test_nonfinite_row_is_reported_and_stays_in_its_row(source, row, poison):
     assert torch.equal(terms["gradient_norm"][others], clean["gradient_norm"][others])
     for kind, name in enumerate(("dmd_bs", "dmd_ts", "anchor")):
         assert torch.isfinite(terms[name]) == (kind != c["kind"][row])
+
+
+def test_a_mean_too_large_for_fp32_is_reported():
+    """Dividing by it, though the differences of predictions are finite, would make a loss and a gradient of zero."""
+    c = make([0, 1], dtype=torch.float32)
+    c["x"][1] = 3e38
+    loss, terms = coarse_to_fine_loss(**c)
+    assert not torch.isfinite(loss)
+    assert terms["nonfinite"].tolist() == [False, True]
+    assert not torch.isfinite(terms["velocity_gradient"][1]).any()
+
+
+def test_latents_without_elements_are_reported():
+    c = make(CASES["all_kinds"], (0, 3))
+    loss, terms = coarse_to_fine_loss(**c)
+    assert torch.isnan(loss)
+    assert terms["nonfinite"].all()
+    assert terms["velocity_gradient"].shape == (7, 0, 3)
 
 
 def test_student_equal_to_its_teacher_stays_finite():

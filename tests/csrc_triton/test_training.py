@@ -86,11 +86,7 @@ def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
         step = (expected[key] - before).norm()
         assert (found[key] - expected[key]).norm() <= 1e-3 * step, key
     updates, backwards = 2, 2 + 2  # of the student and of the critic
-    assert {name: launched[name] for name in ("partials_kernel", "finish_kernel", "gradient_kernel")} == {
-        "partials_kernel": updates,
-        "finish_kernel": updates,
-        "gradient_kernel": updates,
-    }
+    assert launched["partials_kernel"] == launched["finish_kernel"] == updates
     layers = len({module for name, module, _ in start if name == "student"})
     inputs = layers - 4  # q, k and v share theirs, of the picture and of the text
     assert launched["shrink_kernel"] == launched["pass"] * inputs
