@@ -178,7 +178,7 @@ class DistillTrainer:
             rows.anchor_target,
             self.config.sampler.guidance,
         )
-        loss.backward()
+        velocity.backward(terms["velocity_gradient"])
         return terms | {"loss": loss.detach()}
 
     def critic_step(self, batch: Batch, rollout: Rollout) -> Readings:

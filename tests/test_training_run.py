@@ -125,9 +125,11 @@ def test_what_went_wrong_is_never_in_a_checkpoint(adapter, tmp_path, monkeypatch
 def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, loss_name, step, message):
     real = getattr(training, loss_name)
 
-    def infinite(*args):
-        loss, terms = real(*args)
-        return loss * torch.inf, terms
+    def infinite(velocity, *args):
+        loss, terms = real(velocity, *args)
+        if loss_name == "critic_loss":
+            return loss * torch.inf, terms
+        return loss, terms | {"velocity_gradient": torch.full_like(velocity, torch.inf)}
 
     monkeypatch.setattr(training, loss_name, infinite)
     with make_trainer(adapter) as trainer:
