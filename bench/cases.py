@@ -1,4 +1,4 @@
-"""What is measured: linear layers, losses and a transformer stack, the most telling cases first.
+"""What is measured: linear layers, their low-rank part alone, losses and a transformer stack, the most telling cases first.
 
 Legend: B samples, T tokens of a sample, M = B T rows, K inputs, N outputs, E adapters, R rank.
 """
@@ -13,7 +13,11 @@ QWEN_IMAGE = ((3072, 3072), (3072, 12288), (12288, 3072))
 FLUX2_KLEIN = ((3072, 27648), (3072, 18432), (9216, 3072))
 """(K, N) of FLUX.2 [klein] 4B: q, k, v, gate and up of a single block in one; the MLP of a double block. Its attention
 projections and the single block's output have the shapes of Qwen-Image's; its layers have no bias."""
+SHAPES = tuple([(k, n, True) for k, n in QWEN_IMAGE] + [(k, n, False) for k, n in FLUX2_KLEIN])
+"""(K, N, whether the layer has a bias)."""
 ROWS = (4096, 8192, 16384, 32768)
+TELLING_ROWS = {1: 8192, 4: 16384}
+"""By number of adapters, the rows of the cases that the goals name."""
 ADAPTERS = (1, 2, 4, 8)
 RANKS = (16, 64, 128)
 MAX_TOKENS = 4096
@@ -52,6 +56,19 @@ class LinearCase:
     def name(self) -> str:
         shape = f"{self.in_features}x{self.out_features}-b{self.samples}-t{self.tokens}"
         return f"linear-{self.mode}-{shape}-e{self.adapters}-r{self.rank}-{self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddCase(LinearCase):
+    """The low-rank part alone, added to what a quantised or offloaded layer gave; its mode "student" as that of the layer."""
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        return ()
+
+    @property
+    def name(self) -> str:
+        return "add" + super().name.removeprefix("linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +121,7 @@ class StackCase:
         return f"stack-{shape}-e{self.adapters}-r{self.rank}-{self.dtype}"
 
 
-Case = LinearCase | LossCase | StackCase
+Case = LinearCase | AddCase | LossCase | StackCase
 
 
 def adapter_of(case: LinearCase | StackCase) -> list[int]:
@@ -119,7 +136,7 @@ def telling_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """Every case of a full run in the order in which they are measured."""
-    others = [case for case in _linear_cases() if _distance(case) > 0]
+    others = [*(case for case in _linear_cases() if _distance(case) > 0), *_add_cases()]
     return [*telling_cases(), *_losses("bfloat16"), *sorted(others, key=_distance)]
 
 
@@ -132,6 +149,7 @@ def cpu_cases() -> list[Case]:
         forward,
         replace(forward, adapters=1),
         replace(forward, mode="student", adapters=1),
+        AddCase(**vars(forward)),
         LossCase(samples=4, latent=(16, 16, 16)),
         StackCase(blocks=2, heads=4, head_size=16, samples=4, tokens=16, adapters=3, rank=4, dtype="float32"),
     ]
@@ -142,12 +160,21 @@ def _losses(dtype: str) -> list[LossCase]:
 
 
 def _linear_cases() -> list[LinearCase]:
-    shapes = [(k, n, True) for k, n in QWEN_IMAGE] + [(k, n, False) for k, n in FLUX2_KLEIN]
     modes = [("forward", adapters) for adapters in ADAPTERS] + [("student", 1)]
     return [
         _linear_case(mode, shape, rows, adapters, rank)
-        for (mode, adapters), shape, rows, rank in product(modes, shapes, ROWS, RANKS)
+        for (mode, adapters), shape, rows, rank in product(modes, SHAPES, ROWS, RANKS)
     ]
+
+
+def _add_cases() -> list[AddCase]:
+    """Every shape and rank at the rows that the goals of the linear layer name."""
+    modes = (("forward", 1), ("forward", 4), ("student", 1))
+    linear = [
+        _linear_case(mode, shape, TELLING_ROWS[adapters], adapters, rank)
+        for (mode, adapters), shape, rank in product(modes, SHAPES, RANKS)
+    ]
+    return [AddCase(**vars(case)) for case in linear]
 
 
 def _linear_case(mode: str, shape: tuple[int, int, bool], rows: int, adapters: int, rank: int) -> LinearCase:
@@ -168,12 +195,11 @@ def _linear_case(mode: str, shape: tuple[int, int, bool], rows: int, adapters: i
 
 def _distance(case: LinearCase) -> int:
     """In how many respects a case differs from those that the goals name; measured in this order."""
-    telling_rows = {1: 8192, 4: 16384}
     return sum(
         [
             (case.in_features, case.out_features) not in QWEN_IMAGE,
             case.rank != 64,
-            case.adapters not in telling_rows,
-            case.rows != telling_rows.get(case.adapters, 16384),
+            case.adapters not in TELLING_ROWS,
+            case.rows != TELLING_ROWS.get(case.adapters, 16384),
         ]
     )

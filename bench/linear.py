@@ -7,7 +7,7 @@ Legend: B samples, T tokens, K inputs, N outputs, E adapters, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -57,6 +57,19 @@ class LinearInputs:
         """`[B]` int32 on x's device."""
         return torch.tensor(self.ids, dtype=torch.int32, device=self.x.device)
 
+    def base(self, x: Tensor) -> Tensor:
+        """What the layer without adapters makes of x, in a new tensor."""
+        return F.linear(x, self.weight, self.bias)
+
+    def layer(self) -> nn.Linear:
+        """The same as a frozen module, nothing copied."""
+        n, k = self.weight.shape
+        layer = nn.Linear(k, n, bias=self.bias is not None, device="meta")
+        layer.weight = _frozen(self.weight)
+        if self.bias is not None:
+            layer.bias = _frozen(self.bias)
+        return layer
+
 
 def make_inputs(case: LinearCase, device: torch.device, seed: int = 0) -> LinearInputs:
     """Random tensors; base and adapter contribute to y alike, so that an error of either shows.
@@ -96,18 +109,15 @@ def run(inputs: LinearInputs, forward: Forward) -> Outputs:
 
 
 def expected(inputs: LinearInputs) -> Outputs:
-    """The result in fp64: every sample on its own merged weight, and differentiated through it."""
-    trains = inputs.upstream is not None
-    x, a, b = (t.detach().double().requires_grad_(trains) for t in (inputs.x, inputs.lora_A, inputs.lora_B))
-    weight = inputs.weight.double()
-    bias = None if inputs.bias is None else inputs.bias.double()
-    with torch.set_grad_enabled(trains):
-        merged = [weight + scale * b[e] @ a[e] for e, scale in enumerate(inputs.scales)]
-        y = torch.stack([F.linear(x[i], merged[e], bias) for i, e in enumerate(inputs.ids)])
-    if not trains:
-        return {"y": y}
-    gradients = torch.autograd.grad(y, (x, a, b), inputs.upstream.double())
-    return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
+    """The result in fp64: every sample's base and its adapter's delta as one matrix, and differentiated through both."""
+    exact = _in_fp64(inputs)
+
+    def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        deltas = [scale * lora_B[e] @ lora_A[e] for e, scale in enumerate(inputs.scales)]
+        rows = zip(exact.base(x), x, inputs.ids, strict=True)
+        return torch.stack([y + F.linear(row, deltas[e]) for y, row, e in rows])
+
+    return run(exact, forward)
 
 
 def eager(inputs: LinearInputs) -> Outputs:
@@ -168,8 +178,12 @@ def ours_design(inputs: LinearInputs, design: str) -> Call:
 
 def ours_fp32_factors(inputs: LinearInputs) -> Call:
     """As dispatched, with fp32 factors and gradients over the 16-bit base: what the trainer has."""
+    return ours_dispatched(with_fp32_factors(inputs))
+
+
+def with_fp32_factors(inputs: LinearInputs) -> LinearInputs:
     a, b = (factor.detach().float().requires_grad_() for factor in (inputs.lora_A, inputs.lora_B))
-    return ours_dispatched(replace(inputs, lora_A=a, lora_B=b))
+    return replace(inputs, lora_A=a, lora_B=b)
 
 
 def peft(inputs: LinearInputs, compile: bool = False) -> Call:
@@ -209,7 +223,7 @@ def baddbmm(inputs: LinearInputs) -> Call:
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         a, b = (factor.index_select(0, ids) for factor in (lora_A, lora_B))
         low = torch.bmm(x, a.mT) * scale.index_select(0, ids)[:, None, None]
-        return F.linear(x, inputs.weight, inputs.bias).baddbmm_(low, b.mT)
+        return inputs.base(x).baddbmm_(low, b.mT)
 
     return partial(run, inputs, forward)
 
@@ -228,7 +242,7 @@ def grouped_mm(inputs: LinearInputs) -> Call:
     in_order = order == sorted(order)
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        y = F.linear(x, inputs.weight, inputs.bias)
+        y = inputs.base(x)
         rows = x if in_order else x.index_select(0, index)
         low = product(rows.flatten(0, 1), lora_A.mT, offs=ends).view(*x.shape[:2], -1) * scale
         delta = product(low.flatten(0, 1), lora_B.mT, offs=ends).view_as(y)
@@ -284,12 +298,8 @@ class InPlaceLoRA(torch.autograd.Function):
 def _peft_layer(inputs: LinearInputs) -> nn.Module:
     """PEFT's layer on the case's own tensors, nothing copied; its adapters are "a0", "a1", ..., the first active."""
     peft_module = need("peft")
-    n, k = inputs.weight.shape
     holder = nn.Module()
-    holder.linear = nn.Linear(k, n, bias=inputs.bias is not None, device="meta")
-    holder.linear.weight = _frozen(inputs.weight)
-    if inputs.bias is not None:
-        holder.linear.bias = _frozen(inputs.bias)
+    holder.linear = inputs.layer()
     config = peft_module.LoraConfig(r=inputs.case.rank, lora_alpha=inputs.case.rank, target_modules=["linear"])
     model = peft_module.get_peft_model(holder, config, adapter_name="a0", autocast_adapter_dtype=False)
     for e in range(1, len(inputs.scales)):
@@ -300,6 +310,16 @@ def _peft_layer(inputs: LinearInputs) -> nn.Module:
         holder.linear.lora_B[f"a{e}"].weight = nn.Parameter(inputs.lora_B[e].detach(), requires_grad=trains)
         holder.linear.scaling[f"a{e}"] = scale
     return holder.linear
+
+
+def _in_fp64(inputs: LinearInputs) -> LinearInputs:
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    upcast = {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+    }
+    return replace(inputs, **upcast)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from bench import gate, linear, loss, stack
-from bench.cases import Case, LinearCase, LossCase, StackCase
+from bench import add, gate, linear, loss, stack
+from bench.cases import AddCase, Case, LinearCase, LossCase, StackCase
 from bench.providers import BASE, Builder, Call, Outputs, Unavailable
 from bench.timing import Stopwatch, interleave
 from bench.work import floor_ms, work_of
 
-FAMILIES = {LinearCase: linear, LossCase: loss, StackCase: stack}
+FAMILIES = {LinearCase: linear, AddCase: add, LossCase: loss, StackCase: stack}
 MIB = 1 << 20
 
 

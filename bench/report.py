@@ -16,7 +16,12 @@ from bench.providers import BASE, OURS
 
 NAME = "RESULTS.md"
 TESTS = "gpu-tests.json"
-FAMILIES = {"LinearCase": "Linear layers", "LossCase": "Loss", "StackCase": "Transformer stack"}
+FAMILIES = {
+    "LinearCase": "Linear layers",
+    "AddCase": "Low-rank part alone",
+    "LossCase": "Loss",
+    "StackCase": "Transformer stack",
+}
 FAULTS = ("wrong", "failed", "unavailable")
 
 

@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from bench.cases import Case, LinearCase, LossCase, StackCase
+from bench.cases import AddCase, Case, LinearCase, LossCase, StackCase
 
 SCORED_ROW = (7, 20)
 """Latents moved and operations per element of a distribution-matching row: reads velocity, x, renoised, critic,
@@ -30,6 +30,8 @@ class Work:
 
 def work_of(case: Case, adapted: bool = True) -> Work:
     """The work of a case; without its adapters where not `adapted` (the loss has none)."""
+    if isinstance(case, AddCase):
+        return _add(case, adapted)
     if isinstance(case, LinearCase):
         return _linear(case, adapted)
     if isinstance(case, StackCase):
@@ -60,6 +62,20 @@ def _linear(case: LinearCase, adapted: bool) -> Work:
     # Reads dy, the weight and the factors, and x for the gradient of lora_A; writes the gradients of x and the factors.
     backward = m * (n + k) + n * k + m * k * adapted + 2 * factors
     return Work(2 * base + 3 * low_rank, (forward + backward) * _item_bytes(case))
+
+
+def _add(case: AddCase, adapted: bool) -> Work:
+    """Without its adapters a copy of y, which has no gradient."""
+    m, k, n, r = case.rows, case.in_features, case.out_features, case.rank
+    if not adapted:
+        return Work(0, 2 * m * n * _item_bytes(case))
+    low_rank, factors = 2 * m * r * (k + n), case.adapters * r * (k + n)
+    forward = m * (k + 2 * n) + factors
+    if case.mode == "forward":
+        return Work(low_rank, forward * _item_bytes(case))
+    # Reads dy, x and the factors; writes the gradients of x and the factors.
+    backward = m * (n + 2 * k) + 2 * factors
+    return Work(3 * low_rank, (forward + backward) * _item_bytes(case))
 
 
 def _loss(case: LossCase) -> Work:

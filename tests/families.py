@@ -42,17 +42,22 @@ def tiny_transformer(family):
 
 def run(family, transformer):
     """The transformer's output on a fixed input of four tokens and three of text."""
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    inputs = {"hidden_states": draw(1, 4, 16), "encoder_hidden_states": draw(1, 3, 24), "timestep": torch.tensor([0.5])}
-    if family == "QwenImageEditPlusPipeline":
-        inputs |= {"img_shapes": [[(1, 2, 2)]], "encoder_hidden_states_mask": torch.ones(1, 3, dtype=torch.long)}
-    else:
-        axes = 3 if family == "FluxKontextPipeline" else 4
-        grid = torch.cartesian_prod(torch.arange(2.0), torch.arange(2.0))
-        inputs |= {"img_ids": torch.nn.functional.pad(grid, (1, axes - 3)), "txt_ids": torch.zeros(3, axes)}
-        inputs["guidance"] = torch.ones(1) if family == "FluxKontextPipeline" else None
-        if family == "FluxKontextPipeline":
-            inputs["pooled_projections"] = draw(1, 12)
     with torch.no_grad():
-        return transformer(**inputs, return_dict=False)[0]
+        return transformer(**inputs_of(family), return_dict=False)[0]
+
+
+def inputs_of(family, samples=1, device="cpu"):
+    """The arguments of a pass: fixed random samples of four tokens and three of text."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(samples, *shape, generator=generator).to(device)  # noqa: E731
+    levels = torch.linspace(0.5, 0.9, samples, device=device)
+    inputs = {"hidden_states": draw(4, 16), "encoder_hidden_states": draw(3, 24), "timestep": levels}
+    if family == "QwenImageEditPlusPipeline":
+        mask = torch.ones(samples, 3, dtype=torch.long, device=device)
+        return inputs | {"img_shapes": [[(1, 2, 2)]] * samples, "encoder_hidden_states_mask": mask}
+    axes = 3 if family == "FluxKontextPipeline" else 4
+    grid = torch.nn.functional.pad(torch.cartesian_prod(torch.arange(2.0), torch.arange(2.0)), (1, axes - 3))
+    inputs |= {"img_ids": grid.to(device), "txt_ids": torch.zeros(3, axes, device=device), "guidance": None}
+    if family == "FluxKontextPipeline":
+        inputs |= {"guidance": torch.ones(samples, device=device), "pooled_projections": draw(12)}
+    return inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.cases import (
     FLUX2_KLEIN,
     QWEN_IMAGE,
+    AddCase,
     LinearCase,
     LossCase,
     adapter_of,
@@ -32,7 +33,7 @@ def test_the_goals_come_first():
 
 
 def test_every_combination_is_there():
-    linear = [case for case in gpu_cases() if isinstance(case, LinearCase)]
+    linear = [case for case in gpu_cases() if type(case) is LinearCase]
     assert {(c.mode, c.adapters) for c in linear} == {("forward", e) for e in (1, 2, 4, 8)} | {("student", 1)}
     assert {c.rows for c in linear} == {4096, 8192, 16384, 32768}
     assert {c.rank for c in linear} == {16, 64, 128}
@@ -41,6 +42,20 @@ def test_every_combination_is_there():
     for case in linear:
         assert case.samples * case.tokens == case.rows
         assert set(adapter_of(case)) == set(range(case.adapters))
+
+
+def test_the_low_rank_part_alone_comes_after_the_goals_and_by_the_same_order():
+    cases = gpu_cases()[len(telling_cases()) + 3 :]  # behind the losses in bf16
+    alone = [case for case in cases if isinstance(case, AddCase)]
+    assert cases[:9] == alone[:9]
+    telling = [(c.mode, c.adapters, c.rows, (c.in_features, c.out_features)) for c in alone[:9]]
+    settings = [("forward", 1, 8192), ("forward", 4, 16384), ("student", 1, 8192)]
+    assert telling == [(*setting, shape) for setting in settings for shape in QWEN_IMAGE]
+    assert {(c.mode, c.adapters, c.rows) for c in alone} == set(settings)
+    assert {c.rank for c in alone} == {16, 64, 128}
+    assert {(c.in_features, c.out_features) for c in alone} == {*QWEN_IMAGE, *FLUX2_KLEIN}
+    assert len(alone) == 3 * 6 * 3
+    assert {c.rank for c in alone[:9]} == {64}
 
 
 def test_kinds_of_a_loss_are_in_the_order_that_the_op_takes():

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import gate, linear, loss, stack
-from bench.cases import LinearCase, LossCase, StackCase
+from bench import add, gate, linear, loss, stack
+from bench.cases import AddCase, LinearCase, LossCase, StackCase
 from bench.measure import family_of
 from bench.providers import BASE, Unavailable
 
@@ -22,6 +22,9 @@ CASES = {
     "mixed_without_bias": replace(MIXED, bias=False),
     "one": ONE,
     "student": replace(ONE, mode="student"),
+    "add_mixed": AddCase(**vars(MIXED)),
+    "add_one": AddCase(**vars(ONE)),
+    "add_student": AddCase(**vars(replace(ONE, mode="student"))),
     "loss": LossCase(samples=5, latent=(3, 4, 5)),
     "loss_without_anchors": LossCase(samples=2, latent=(3, 4)),
     "stack": StackCase(blocks=2, heads=2, head_size=8, samples=3, tokens=5, adapters=2, rank=3, dtype="float32"),
@@ -57,7 +60,7 @@ def test_eager_definition_agrees_with_the_independent_truth(case):
     assert all(0 <= error < 1e-6 for error in found.values()), found
 
 
-@pytest.mark.parametrize("name", ["mixed", "student", "stack"])
+@pytest.mark.parametrize("name", ["mixed", "student", "add_mixed", "add_student", "stack"])
 def test_base_leaves_the_adapters_out(name):
     """So that the gate would stop a provider which did."""
     family = family_of(CASES[name])
@@ -77,7 +80,8 @@ def test_inputs_show_every_mistake_in_the_routing():
 
 
 @pytest.mark.parametrize(
-    ("case", "provider"), [(MIXED, "ours_fused"), (MIXED, "grouped_mm"), (CASES["stack"], "ours_shared")]
+    ("case", "provider"),
+    [(MIXED, "ours_fused"), (MIXED, "grouped_mm"), (CASES["add_mixed"], "grouped_mm"), (CASES["stack"], "ours_shared")],
 )
 def test_what_needs_a_gpu_says_so(case, provider):
     family = family_of(case)
@@ -91,6 +95,17 @@ def test_peft_copies_no_weight():
     assert layer.base_layer.weight.data_ptr() == inputs.weight.data_ptr()
     assert layer.lora_A["a2"].weight.data_ptr() == inputs.lora_A[2].data_ptr()
     assert [layer.scaling[f"a{e}"] for e in range(3)] == [1.0, 1.25, 1.5]
+
+
+@pytest.mark.parametrize("name", ["add_mixed", "add_one", "add_student"])
+def test_the_output_of_the_layer_is_given_and_stays(name):
+    inputs = replace(add.make_inputs(CASES[name], CPU), weight=torch.full((10, 12), torch.nan))
+    before = inputs.y.clone()
+    assert before.isfinite().all()
+    for provider in add.providers(CASES[name]):
+        if provider not in ON_GPU_ALONE and "compiled" not in provider:
+            assert add.providers(CASES[name])[provider](inputs)()["y"].isfinite().all()
+            assert torch.equal(inputs.y, before), provider
 
 
 def test_every_linear_layer_of_the_stack_is_adapted():

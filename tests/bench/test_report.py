@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import design_table, records
-from bench.cases import LinearCase, LossCase, StackCase
+from bench.cases import AddCase, LinearCase, LossCase, StackCase
 from bench.goals import goals, verdicts
 from bench.report import report, write_report
 from csrc_triton.multi_lora.designs import design_for
@@ -108,6 +108,20 @@ def test_memory_and_gradient_error():
     assert outcome(found, "peak memory over PEFT's") == (False, pytest.approx(1.1))
     off = {"median_ms": 1.0, "errors": {"gradient": 2e-5}}
     assert outcome([record(LossCase(samples=1), ours=off)], "loss, error of the gradient against fp64")[0] is False
+
+
+def test_the_low_rank_part_alone_has_goals_and_figures_of_its_own():
+    case = AddCase(**vars(linear()))
+    found = [record(case, base=0.5, ours=1.03, baddbmm=1.0, peft=2.0)]
+    found[0]["providers"]["peft"]["peak_mib"] = 9.0
+    assert outcome(found, "low-rank part alone, ours over the fastest other provider") == (False, pytest.approx(1.03))
+    assert outcome(found, "low-rank part alone, peak memory over PEFT's") == (False, pytest.approx(10 / 9))
+    assert outcome(found, "ours over the fastest other provider") == (None, None)
+    assert outcome(found, "forward, one adapter, PEFT over ours") == (None, None)
+    text = report(found)
+    assert row(text.partition("## Low-rank part alone")[2], "add-forward-3072x3072", "base", "0.5000")
+    assert row(text, "add-forward-3072x3072", "baddbmm 1.0000", "1.030")
+    assert designs_of(record(case, ours_fused=1.0, ours_split=2.0)) == []
 
 
 def test_report_tells_goals_losses_figures_and_faults(tmp_path):

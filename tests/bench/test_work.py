@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cases import LinearCase, LossCase, StackCase
+from bench.cases import AddCase, LinearCase, LossCase, StackCase
 from bench.work import Work, floor_ms, work_of
 
 CASE = LinearCase(mode="forward", in_features=10, out_features=20, samples=2, tokens=3, adapters=2, rank=4)
@@ -27,6 +27,17 @@ def test_student():
     case = replace(CASE, mode="student", adapters=1)
     assert work_of(case) == Work(4800 + 1440 + 1920 + 960, 2 * (520 + 680))
     assert work_of(case, adapted=False) == Work(4800, 2 * (400 + 380))
+
+
+def test_low_rank_part_alone():
+    # Forward: x 60, y 120 read and 120 written, factors 240. Without adapters y is copied.
+    case = AddCase(**vars(CASE))
+    assert work_of(case) == Work(480 + 960, 2 * 540)
+    assert work_of(case, adapted=False) == Work(0, 2 * 240)
+    # Student: forward 420; backward dy 120, x 60, dx 60, factors 120 read and their gradients 120 written.
+    case = replace(case, mode="student", adapters=1)
+    assert work_of(case) == Work(1440 + 1920 + 960, 2 * (420 + 480))
+    assert work_of(case, adapted=False) == Work(0, 2 * 240)
 
 
 def test_loss():
