@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clora.errors import CloraError, nearest
 from clora.lora.state import LoRAModule, LoRAState
+from clora.transfer import copies_later
 
 Factors = tuple[Tensor, Tensor]
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -99,9 +100,9 @@ def fill(slot: Mapping[str, Factors], lora: Mapping[str, Factors]) -> None:
             b.zero_()
             continue
         own_a, own_b = lora[module]
-        rank = len(own_a)
-        a[:rank].copy_(own_a, non_blocking=True)
-        b[:, :rank].copy_(own_b, non_blocking=True)
+        rank, later = len(own_a), copies_later(a.device)
+        a[:rank].copy_(own_a, non_blocking=later)
+        b[:, :rank].copy_(own_b, non_blocking=later)
         a[rank:].zero_()
         b[:, rank:].zero_()
 

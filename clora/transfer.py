@@ -1,7 +1,7 @@
 """Copies to a device that the host does not wait for.
 
 A plain ``tensor.to(device)`` waits until the device has done all of its work; a training step and a sampler have dozens of
-small tensors to send (noise levels, routes, indices).
+tensors to send, from noise levels and routes to encoded prompts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,22 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on a device (and in a dtype); from the CPU's ordinary memory this is safe to reuse at once."""
-    return tensor.to(device, dtype or tensor.dtype, non_blocking=torch.device(device).type != "cpu")
+    """The tensor on a device (and in a dtype); what comes from the CPU's ordinary memory may be changed at once."""
+    device, dtype = torch.device(device), dtype or tensor.dtype
+    if (
+        device.type == "cuda" and tensor.device.type == "cpu"
+    ):  # from ordinary memory the driver waits to copy over 64 KB
+        tensor = tensor.to(dtype).pin_memory()
+    return tensor.to(device, dtype, non_blocking=copies_later(device))
+
+
+def copies_later(device: torch.device) -> bool:
+    """Whether a copy to a device may be left to it.
+
+    Not on Apple GPUs: they read the source when they come to it, even where it has been freed since
+    (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return device.type not in ("cpu", "mps")
 
 
 def take(tensor: Tensor, rows: Tensor | slice | int) -> Tensor:
