@@ -103,11 +103,14 @@ def test_tests_get_their_share_of_the_time_together(tmp_path, monkeypatch):
     assert list(records.read(tmp_path / TESTS)["files"]) == ["a", "b"]
 
 
-def test_tests_of_kernels_come_first():
+def test_tests_of_kernels_come_first_and_those_that_need_no_gpu_last():
     files = bench.run._test_files()
-    first = [file.endswith("_triton.py") for file in files]
-    assert first == sorted(first, reverse=True)
-    assert "tests/csrc_triton/test_multi_lora_triton.py" in files
+    order = [file.endswith("_triton.py") - file.endswith("_compiled.py") for file in files]
+    assert order == sorted(order, reverse=True)
+    assert set(order) == {1, 0, -1}
+    assert files.index("tests/csrc_triton/test_training.py") < files.index(
+        "tests/csrc_triton/test_multi_lora_compiled.py"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import pytest
@@ -16,13 +15,12 @@ from trainers import make_trainer, slots
 
 from clora.adapter_bank import AdapterBank
 from clora.conditioning import Conditioning
-from clora.testing import random_data, random_teachers, tiny_adapter, tiny_pipeline
+from clora.testing import random_teachers, tiny_adapter, tiny_pipeline
 from csrc_triton.coarse_to_fine import launch as loss_launch
 from csrc_triton.multi_lora import launch as linear_launch
 from csrc_triton.registration import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-EFFECTS = ["effect_0", "effect_1", "effect_2"]  # of `random_teachers`
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,7 @@ def train(adapter, monkeypatch, backend):
     monkeypatch.setenv("CLORA_BACKEND", backend)
     launched, reports = count_launches(monkeypatch), []
     hook = adapter.pipeline.transformer.register_forward_hook(lambda *_: launched.update(["pass"]))
-    data = random_data(adapter, EFFECTS)
-    tensors = {name: value for name, value in vars(data).items() if isinstance(value, torch.Tensor)}
-    data = dataclasses.replace(data, **{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
-    with make_trainer(adapter, data, sampler={"steps": 3}, train={"critic_ratio": 1, "batch_size": 3}) as trainer:
+    with make_trainer(adapter, sampler={"steps": 3}, train={"critic_ratio": 1, "batch_size": 3}) as trainer:
         before = slots(trainer)
         trainer.fit(lambda update, values: reports.append(dict(values)))
         hook.remove()
@@ -92,6 +87,22 @@ def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
     assert launched["shrink_kernel"] == launched["pass"] * inputs
     assert launched["gradients_kernel"] == backwards * (layers + inputs)
     assert launched["reduce_kernel"] == backwards * 2 * layers
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("train", [{}, {"optimizer": "muon", "gradient_rows": 2, "scoring_rows": 3}], ids=str)
+@pytest.mark.parametrize("pages", [None, 2], ids=["resident", "paged"])
+def test_an_update_never_waits_for_the_gpu(device_adapter, monkeypatch, pages, train):
+    monkeypatch.setenv("CLORA_BACKEND", "triton")
+    with make_trainer(device_adapter, pages=pages, train=train) as trainer:
+        trainer._iterate(0.5).read()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            readings = trainer._iterate(0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        readings.read()
 
 
 def test_recomputed_activations_give_the_same_gradients(device_adapter, inputs, monkeypatch):
