@@ -1,8 +1,9 @@
 """Finds what would make the host wait for a GPU, on a machine without one.
 
 The device is ``meta``. Reading its values (``float``, ``if``, ``nonzero``, ``tolist``, ``.cpu()``) is an error anyway; the
-mode here also records copies from the CPU that wait: a plain ``.to``, indexing by indices on the CPU, ``torch.tensor``
-with a device.
+mode here also records copies from the CPU that wait: a plain ``.to``, indexing by indices on the CPU or in a list,
+``torch.tensor`` with a device. It does not see what only a GPU's kernels and optimizers do; there PyTorch's own check can
+(``test_an_update_never_waits_for_the_gpu`` of csrc_triton/test_training.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("meta")
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
+_SCALARS_COPIED = (torch.ops.aten.where.self,)
+"""Take a number in a tensor on the CPU by a copy; others as an argument."""
+_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 
 
 @contextmanager
@@ -40,9 +44,8 @@ class _Copies(TorchDispatchMode):
         if function in _COPIES:
             non_blocking = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
             waits = result.device == DEVICE and tensors[-1].device != DEVICE and not non_blocking
-        else:  # a number on the CPU is an argument, not a copy
-            mixed = {tensor.device for tensor in tensors if tensor.ndim}
-            waits = len(mixed) > 1
+        else:
+            waits = len({tensor.device for tensor in tensors if tensor.ndim or function in _SCALARS_COPIED}) > 1
         if waits:
             self.found.append(f"{_caller()} ({function})")
         return result
@@ -54,10 +57,18 @@ class _Makers(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in _MAKERS and kwargs.get("device") is not None and torch.device(kwargs["device"]) == DEVICE:
+        result = function(*args, **(kwargs or {}))
+        if function in _MAKERS:
+            waits = result.device == DEVICE and not (isinstance(args[0], torch.Tensor) and args[0] is result)
+        else:
+            waits = function in _INDEXING and args[0].device == DEVICE and _has_list(args[1])
+        if waits:
             self.found.append(f"{_caller()} ({function.__name__})")
-        return function(*args, **kwargs)
+        return result
+
+
+def _has_list(index) -> bool:
+    return any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def _caller() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -23,17 +24,31 @@ def parts(adapter):
 
 
 def test_what_waits_is_found():
-    table, rows = torch.zeros(3, 2, device=DEVICE), torch.tensor([0, 2])
-    with host_waits() as waits:
-        table[rows]
-        torch.zeros(3).to(DEVICE)
-        torch.zeros(3).to(table)
-        table.copy_(torch.zeros(3, 2))
-        torch.tensor([1], device=DEVICE)
-        table * torch.tensor(2.0)
-        torch.zeros(3).to(DEVICE, non_blocking=True)
-        torch.zeros(3, device=DEVICE)
-    assert len(waits) == 5, waits
+    table, rows, number = torch.zeros(3, 2, device=DEVICE), torch.tensor([0, 2]), torch.tensor(2.0)
+    waiting = (
+        lambda: table[rows],
+        lambda: table[torch.tensor([True, False, True])],
+        lambda: table[[0, 2]],
+        lambda: table[:, [1]].zero_(),
+        lambda: torch.zeros(3).to(DEVICE),
+        lambda: torch.zeros(3).to(table),
+        lambda: table.copy_(torch.zeros(3, 2)),
+        lambda: torch.tensor([1], device=DEVICE),
+        lambda: table.new_tensor([1]),
+        lambda: torch.where(table > 0, number, table),
+    )
+    free = (
+        lambda: table * number,
+        lambda: torch.where(table > 0, 2.0, table),
+        lambda: table[0],
+        lambda: torch.as_tensor(table),
+        lambda: torch.zeros(3).to(DEVICE, non_blocking=True),
+        lambda: torch.zeros(3, device=DEVICE),
+    )
+    for call, count in [*((call, 1) for call in waiting), *((call, 0) for call in free)]:
+        with host_waits() as waits:
+            call()
+        assert len(waits) == count, (inspect.getsource(call), waits)
     for read in (bool, float, torch.Tensor.tolist, torch.nonzero, torch.Tensor.cpu):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read(table[0, 0])
