@@ -178,7 +178,7 @@ class DistillTrainer:
             rows.anchor_target,
             self.config.sampler.guidance,
         )
-        velocity.backward(terms["velocity_gradient"])
+        velocity.backward(terms.pop("velocity_gradient"))
         return terms | {"loss": loss.detach()}
 
     def critic_step(self, batch: Batch, rollout: Rollout) -> Readings:
