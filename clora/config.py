@@ -343,8 +343,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: b
             wrong types, values out of range, two effects of one name or trigger; or a prompts file that cannot be
             read or is of other effects.
     """
+    overrides = tuple(overrides)
     tree = read_tree(path, overrides)
-    return validate(DistillConfig, _with_prompts(tree, path) if with_prompts else tree, str(path))
+    return validate(DistillConfig, _with_prompts(tree, path) if with_prompts else tree, str(path), overrides)
 
 
 def _with_prompts(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
