@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from clora.config import DistillConfig, general_instructions
 from clora.distill import check_exportable, find_device, target_modules
 from clora.encoding import check_pairs, num_shared
-from clora.errors import CloraError
+from clora.errors import CloraError, about
 from clora.export import check_output
 from clora.images import check_image, list_images
 from clora.lora.files import lora_ranks
@@ -44,13 +44,13 @@ def find_file_problems(config: DistillConfig) -> Problems:
     for check in (check_exportable, num_shared, check_pairs):
         with problems.catch():
             check(config)
-    for folder in _folders(config):
-        with problems.catch():
+    for folder, setting in _folders(config).items():
+        with problems.catch(), about(setting):
             for file in list_images(folder):
-                with problems.catch():
+                with problems.catch(), about(setting):
                     check_image(file)
-    for effect in config.effects:
-        with problems.catch():
+    for i, effect in enumerate(config.effects):
+        with problems.catch(), about(f"effects.{i}.lora"):
             open_lora(effect.lora)
     with problems.catch():
         general_instructions(config.data)
@@ -80,15 +80,20 @@ def find_model_problems(
     for prompt in _prompts(config):
         with problems.catch():
             check_lengths(adapter, [prompt])
-    for effect in config.effects:
-        with problems.catch():
+    for i, effect in enumerate(config.effects):
+        with problems.catch(), about(f"effects.{i}.lora"):
             ranks[effect.name] = lora_ranks(effect.lora, shapes)
     return problems, ranks
 
 
-def _folders(config: DistillConfig) -> list[str]:
-    own = [folder for effect in config.effects for folder in (effect.sources, effect.targets) if folder is not None]
-    return list(dict.fromkeys([config.data.sources, *own]))
+def _folders(config: DistillConfig) -> dict[str, str]:
+    """Each folder of pictures once, with the first setting that names it."""
+    folders = {config.data.sources: "data.sources"}
+    for i, effect in enumerate(config.effects):
+        for name, folder in (("sources", effect.sources), ("targets", effect.targets)):
+            if folder is not None:
+                folders.setdefault(folder, f"effects.{i}.{name}")
+    return folders
 
 
 def _prompts(config: DistillConfig) -> list[str]:

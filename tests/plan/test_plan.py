@@ -251,16 +251,27 @@ def test_every_problem_is_told_at_once(job, tmp_path):
     config = job(effects, student={"rank": 4, "targets": ("to_nothing",)}, data={"general_instructions": "no.txt"})
     problems = make_plan(config)["problems"]
     for text in (
-        "empty.png is empty",
-        "missing.safetensors does not exist",
+        f"data.sources: {tmp_path / 'images' / 'empty.png'} is empty",
+        f"effects.0.lora: {tmp_path / 'missing.safetensors'} does not exist",
         "broken.safetensors is not a readable safetensors file",
         "expected a prompt of at most 40 tokens",
-        "none: expected a folder of images",
+        f"effects.2.sources: {tmp_path / 'none'}: expected a folder of images",
         "no.txt cannot be read",
         "to_nothing",
     ):
         assert sum(text in problem for problem in problems) == 1, (text, problems)
     assert len(problems) == len(set(problems))
+
+
+def test_pictures_are_told_of_by_the_setting_that_names_them(job, tmp_path):
+    (tmp_path / "before").mkdir()
+    own = {"sources": str(tmp_path / "before"), "targets": str(tmp_path / "gone")}
+    effects = [{"name": "a", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow", **own}]
+    assert make_plan(job(effects, data={"sources": str(tmp_path / "nowhere")}))["problems"] == [
+        f"data.sources: {tmp_path / 'nowhere'}: expected a folder of images, found nothing",
+        f"effects.0.sources: {tmp_path / 'before'} holds no images; put at least one PNG, JPEG or WebP file in it",
+        f"effects.0.targets: {tmp_path / 'gone'}: expected a folder of images, found nothing",
+    ]
 
 
 def test_a_pipeline_that_cannot_be_read_is_a_problem_among_the_others(job, tmp_path):
