@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from clora.config import DistillConfig, general_instructions
 from clora.distill import check_exportable, find_device, target_modules
-from clora.encoding import check_pairs, num_shared
+from clora.encoding import check_pairs, num_shared, picture_folders
 from clora.errors import CloraError, about
 from clora.export import check_output
 from clora.images import check_image, list_images
@@ -44,7 +44,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
     for check in (check_exportable, num_shared, check_pairs):
         with problems.catch():
             check(config)
-    for folder, setting in _folders(config).items():
+    for folder, setting in picture_folders(config).items():
         with problems.catch(), about(setting):
             for file in list_images(folder):
                 with problems.catch(), about(setting):
@@ -84,16 +84,6 @@ def find_model_problems(
         with problems.catch(), about(f"effects.{i}.lora"):
             ranks[effect.name] = lora_ranks(effect.lora, shapes)
     return problems, ranks
-
-
-def _folders(config: DistillConfig) -> dict[str, str]:
-    """Each folder of pictures once, with the first setting that names it."""
-    folders = {config.data.sources: "data.sources"}
-    for i, effect in enumerate(config.effects):
-        for name, folder in (("sources", effect.sources), ("targets", effect.targets)):
-            if folder is not None:
-                folders.setdefault(folder, f"effects.{i}.{name}")
-    return folders
 
 
 def _prompts(config: DistillConfig) -> list[str]:
