@@ -22,7 +22,7 @@ from clora.images import list_images
 from clora.lora.files import linear_shapes
 from clora.models import adapter_for
 from clora.paths import user_path
-from clora.plan.cost import Uncounted, count_blocks, pass_cost, text_shape
+from clora.plan.cost import Uncounted, count_blocks, num_tokens, pass_cost, source_rows, text_shape
 from clora.plan.memory import (
     Facts,
     anchoring_passes,
@@ -96,7 +96,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         config, sources, min(general, MAX_PAIRS) if adapter.text_sees_image else general, adapter.text_sees_image
     )
     pictures = rendered(config, [_num_sources(config, effect) for effect in config.effects])
-    source = adapter.latent_shape[1] * sum(map(prod, adapter.source_shapes))
+    source = adapter.latent_shape[1] * source_rows(adapter)
     encoded = prompts * prod(text_shape(adapter)) + pictures * prod(adapter.latent_shape) + sources * source
     model = {
         "pipeline": type(pipeline).__name__,
@@ -104,7 +104,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         "dtype": str(dtype).removeprefix("torch."),
         "layers": len(student),
         "student_parameters": trained_values(facts, config.student.rank),
-        "tokens": adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text_shape(adapter)[0],
+        "tokens": num_tokens(adapter),
     }
     return {"model": model} | _estimates(config, facts, encoded, pictures, device, problems)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import prod
 
+import diffusers
 import pytest
 import tiny_flux
 import tiny_longcat
@@ -12,6 +14,7 @@ import tiny_qwen_image
 import tiny_z_image
 import torch
 from pictures import write_images
+from torch.utils.flop_counter import FlopCounterMode
 from trainers import make_trainer
 from typer.testing import CliRunner
 
@@ -25,7 +28,7 @@ from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.flux2 import Flux2KleinAdapter
 from clora.plan import make_plan
-from clora.plan.cost import PassCost, count_blocks, pass_cost
+from clora.plan.cost import PassCost, count_blocks, pass_cost, source_rows
 from clora.plan.memory import (
     Facts,
     forward_passes,
@@ -324,12 +327,18 @@ def pipeline_of(family, monkeypatch):
     if family == "LongCatImageEditPipeline":
         tiny_longcat.shrink(monkeypatch)
         return tiny_longcat.tiny_pipeline()
-    if family == "QwenImageEditPlusPipeline":
-        pipeline = tiny_qwen_image.tiny_qwen_pipeline()
+    if family.startswith("QwenImage"):
+        is_21 = family == "QwenImage21Pipeline"
+        pipeline = tiny_qwen_image.tiny_qwen21_pipeline() if is_21 else tiny_qwen_image.tiny_qwen_pipeline()
         tiny_qwen_image.shrink(monkeypatch, pipeline)
         return pipeline
     makers = {"Flux2Pipeline": tiny_flux.tiny_flux2, "FluxKontextPipeline": tiny_flux.tiny_kontext}
     return makers.get(family, tiny_z_image.tiny_pipeline)()
+
+
+def size_of(family):
+    """Height and width that a family takes."""
+    return (64, 96) if family == "QwenImage21Pipeline" else (64, 80)
 
 
 @pytest.fixture
@@ -337,11 +346,13 @@ def job_of(tmp_path, monkeypatch):
     """Returns job_of(family): a config of a saved tiny pipeline, and the pipeline."""
 
     def make(family):
+        if not hasattr(diffusers, family):
+            pytest.skip(f"this diffusers has no {family}")
         pipeline = pipeline_of(family, monkeypatch)
         save_for_plan(pipeline, tmp_path / family, monkeypatch)
         save_diffusers_lora(random_lora(pipeline.transformer, 2, 0), tmp_path / "a.safetensors")
         write_images(tmp_path / "images", 1)
-        data = {"sources": str(tmp_path / "images"), "size": (64, 80), "max_sequence_length": 48}
+        data = {"sources": str(tmp_path / "images"), "size": size_of(family), "max_sequence_length": 48}
         effects = [{"name": "a", "lora": str(tmp_path / "a.safetensors"), "prompt": "p", "student_prompts": ["q"]}]
         data["general_instructions"] = ("snow",)
         return tiny_config(effects, pipeline=str(tmp_path / family), output=str(tmp_path / "o"), data=data), pipeline
@@ -353,7 +364,9 @@ TEMPLATE_TOKENS = {
     "Flux2Pipeline": 0,
     "FluxKontextPipeline": 0,
     "LongCatImageEditPipeline": 2,
-    "QwenImageEditPlusPipeline": 23,  # in the tokenizer of these tests
+    "QwenImage21Pipeline": 21,  # in the tokenizer of these tests
+    "QwenImageEditPlusPipeline": 23,
+    "ZImageOmniPipeline": 8,
 }
 """Tokens that are encoded with a prompt besides it and its picture, which the plan leaves out."""
 
@@ -365,16 +378,49 @@ def test_a_row_has_the_tokens_that_are_encoded(job_of, family):
     found = make_plan(config)
     assert found["problems"] == []
     adapter = adapter_for(pipeline, config.data.size, 48)
-    pixels = [torch.zeros(1, 3, 64, 80)]
-    text = adapter.encode_prompts(["snow"], pixels).embeds.shape[1]
-    if family == "QwenImageEditPlusPipeline":  # it alone pads no prompt
-        text += 48 - adapter.num_tokens("snow")
-    counted = adapter.latent_shape[0] + adapter.encode_sources(pixels)[0].shape[1] + text
+    pixels = [torch.zeros(1, 3, *config.data.size)]
+    text = adapter.encode_prompts(["snow"], pixels)
+    tokens = int((text.embeds != 0).any(-1).sum())  # zeros are places of images, or ends of segments
+    if family.startswith(("QwenImage", "ZImage")):  # they pad no prompt
+        tokens += 48 - adapter.num_tokens("snow")
+    counted = adapter.latent_shape[0] + sum(map(prod, adapter.encode_sources(pixels)[1])) + tokens
     assert counted - found["model"]["tokens"] == TEMPLATE_TOKENS[family]
     assert found["memory"]["peak"] > found["memory"]["base"]
 
 
-def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of):
+@pytest.mark.parametrize("family", TEMPLATE_TOKENS)
+def test_a_familys_pass_is_counted_as_it_runs_on_what_is_encoded(job_of, family):
+    """Operations, and bytes kept for the gradient, of the real pipeline with a picture and a prompt."""
+    config, pipeline = job_of(family)
+    adapter, transformer = adapter_for(pipeline, config.data.size, 48), pipeline.transformer
+    pixels = [torch.rand(1, 3, *config.data.size)]
+    text = adapter.encode_prompts(["snow"], pixels)
+    source, shapes = adapter.encode_sources(pixels)
+    tokens = adapter.num_tokens("snow") if family == "ZImageOmniPipeline" else text.embeds.shape[1]
+    bare = adapter_for(skeleton(config.pipeline, torch.float32), config.data.size, 48)
+    cost = pass_cost(bare, linear_names(transformer), RANK, (tokens, text.embeds.shape[2]))
+    bank = AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)})
+    counter = FlopCounterMode(display=False)
+
+    def run():
+        slots = bank.slots(trainable=True)
+        with bank.route(slots, torch.zeros(1, dtype=torch.int64)), counter:
+            noise = torch.randn(1, *adapter.latent_shape)
+            return adapter.velocity(
+                noise, torch.full((1,), 0.5), Conditioning(text, source, shapes)
+            ), slots.parameters()
+
+    try:
+        assert saved_bytes(transformer, run) == pytest.approx(cost.saved, rel=0.01)
+    finally:
+        bank.detach()
+    assert counter.get_total_flops() == cost.flops
+    assert source.shape[1] == source_rows(bare)
+    assert count_blocks(bare.pipeline.transformer) >= 2
+
+
+def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of, monkeypatch):
+    monkeypatch.setattr("clora.plan.cost._TEXT_CHANNELS", ())
     config, _ = job_of("ZImageOmniPipeline")
     found = make_plan(config)
     assert found["problems"] == []
