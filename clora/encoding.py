@@ -189,16 +189,6 @@ def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, 
     return renders.of_base(Samples(latents[source], prompt, empty), pixel_digests(shared.pixels[source]))
 
 
-def picture_folders(config: DistillConfig) -> dict[str, str]:
-    """Each folder of pictures that a config names, with the first setting that names it."""
-    folders = {config.data.sources: "data.sources"}
-    for i, effect in enumerate(config.effects):
-        for name, folder in (("sources", effect.sources), ("targets", effect.targets)):
-            if folder is not None:
-                folders.setdefault(folder, f"effects.{i}.{name}")
-    return folders
-
-
 def check_pairs(config: DistillConfig) -> None:
     """Given targets must go by the names of their sources, else images would be paired with others' results."""
     for i, effect in enumerate(config.effects):

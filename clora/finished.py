@@ -7,8 +7,7 @@ from pathlib import Path
 
 from clora.cache import digest
 from clora.collection import Collection, read_collection
-from clora.config import DistillConfig, general_instructions
-from clora.encoding import picture_folders
+from clora.config import DistillConfig, general_instructions, named_files
 from clora.errors import CloraError
 from clora.export import COLLECTION_FILES
 from clora.fingerprint import component_fingerprints
@@ -28,11 +27,13 @@ def inputs_digest(config: DistillConfig, pipeline) -> str:
         CloraError: pictures or instructions cannot be read.
     """
     left_out = {"pipeline": True, "output": True, "device": True, "data": {"cache"}}
+    settings = config.model_dump(mode="json", exclude=left_out)
+    folders = [path for setting, path in named_files(settings).items() if not setting.endswith(".lora")]
     return digest(
         {
-            "settings": config.model_dump(mode="json", exclude=left_out),
+            "settings": settings,
             "instructions": general_instructions(config.data),
-            "pictures": {folder: _hashes(folder) for folder in picture_folders(config)},
+            "pictures": {folder: _hashes(folder) for folder in folders},
             "pipeline": component_fingerprints(pipeline),
         }
     )

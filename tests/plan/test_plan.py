@@ -14,6 +14,7 @@ import tiny_qwen_image
 import tiny_z_image
 import torch
 from pictures import write_images
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from trainers import make_trainer
 from typer.testing import CliRunner
@@ -27,7 +28,7 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.flux2 import Flux2KleinAdapter
-from clora.plan import make_plan
+from clora.plan import _parameters, make_plan
 from clora.plan.cost import PassCost, count_blocks, pass_cost, source_rows
 from clora.plan.memory import (
     Facts,
@@ -429,10 +430,26 @@ def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of, m
     assert any("to_nothing" in problem for problem in make_plan(broken)["problems"])
 
 
+def test_minutes_bound_the_training_but_not_the_rendering(job):
+    """At the rate of this machine, which is measured: one update of this model takes less than a minute anywhere."""
+    long = make_plan(job(train={"updates": 10**9, "minutes": 3}))["time"]
+    assert long["all"] == pytest.approx(3 * 60 + long["rendering"])
+    short = make_plan(job(train={"updates": 2, "minutes": 30}))
+    assert short["passes"]["all"] == short["passes"]["rendering"] + 2 * short["passes"]["update"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(20_430_000_000, "20.43 B"), (3_140_000, "3.1 M"), (999_000_000, "999.0 M"), (60_500, "60.5 K")],
+)
+def test_parameters_are_told_in_their_unit(count, shown):
+    assert _parameters(count) == f"{shown} parameters"
+
+
 def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
     monkeypatch.setattr("clora.plan.device_memory", lambda device: 1000)
     (problem,) = make_plan(job())["problems"]
-    assert "the device has 0.0 MB" in problem
+    assert "the device has 1.0 kB" in problem
     assert "train.gradient_checkpointing=true" in problem
 
 
@@ -449,9 +466,42 @@ def test_the_command(job, tmp_path):
     assert "device memory" in result.output
 
 
-def test_files_are_checked_where_the_pipeline_cannot_be(job, tmp_path):
-    """Size and LoRA files are wrong: neither hides the other."""
-    effects = [{"name": "a", "lora": str(tmp_path / "gone.safetensors"), "prompt": "p"}]
-    problems = make_plan(job(effects, data={"size": (17, 16)}))["problems"]
-    assert any("expected an image size in multiples of 4" in problem for problem in problems), problems
-    assert sum("gone.safetensors does not exist" in problem for problem in problems) == 1
+def test_files_and_layers_are_checked_where_the_size_is_wrong(job, tmp_path):
+    """Size, LoRA files, what these change and targets are wrong: none hides another."""
+    save_file(
+        {"other.lora_A.weight": torch.ones(2, 8), "other.lora_B.weight": torch.ones(8, 2)}, tmp_path / "o.safetensors"
+    )
+    effects = [
+        {"name": name, "lora": str(tmp_path / f"{name}.safetensors"), "prompt": "p", "student_prompts": [name]}
+        for name in ("gone", "o")
+    ]
+    student = {"rank": RANK, "targets": ("to_nothing",)}
+    problems = make_plan(job(effects, data={"size": (17, 16)}, student=student))["problems"]
+    for text in (
+        "expected an image size in multiples of 4",
+        f"effects.0.lora: {tmp_path / 'gone.safetensors'} does not exist",
+        "o.safetensors: no key fits the model",
+        "to_nothing",
+    ):
+        assert sum(text in problem for problem in problems) == 1, (text, problems)
+
+
+def test_files_are_checked_where_the_config_is_refused(job, tmp_path):
+    file = tmp_path / "my.yaml"
+    tree = job().model_dump(mode="json")
+    tree["effects"][1] |= {"lora": str(tmp_path / "gone.safetensors"), "sources": 3}
+    tree["effects"].append("nothing")
+    (tmp_path / "images" / "empty.png").write_bytes(b"")
+    file.write_text(json.dumps(tree | {"seed": "x"}))
+    result = CliRunner().invoke(app, ["plan", str(file), "train.updates=many"])
+    told = str(result.exception)
+    for text in (
+        f"{file}: seed: expected a whole number",
+        "override 'train.updates=many': train.updates: expected",
+        f"{file}: effects.1.sources: expected text",
+        f"effects.1.lora: {tmp_path / 'gone.safetensors'} does not exist",
+        f"data.sources: {tmp_path / 'images' / 'empty.png'} is empty",
+    ):
+        assert told.count(text) == 1, (text, told)
+    file.write_text("effects: [")
+    assert "not valid YAML" in str(CliRunner().invoke(app, ["plan", str(file)]).exception)
