@@ -169,7 +169,12 @@ def plan(
     """
     from clora.config import load_config
 
-    loaded = load_config(config, overrides or ())
+    try:
+        loaded = load_config(config, overrides or ())
+    except CloraError as error:
+        from clora.plan.problems import add_file_problems
+
+        raise add_file_problems(error, config, overrides or ()) from error
     from clora.plan import make_plan, render
 
     found = make_plan(loaded)

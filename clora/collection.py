@@ -71,7 +71,7 @@ class Collection(_Model):
     Attributes:
         version: of the clora that made it.
         pipeline: class name of the pipeline it is for.
-        base_model: hub id of the pipeline, or the name of its folder.
+        base_model: hub id of the pipeline, or what a local one is called.
         base_revision: its commit on the Hub where it came from there.
         effects: the effects.
         sampling: how to sample.

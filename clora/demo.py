@@ -101,7 +101,7 @@ def check_effects(names: Sequence[str]) -> list[str]:
     known = [spec.effect for spec in teachers.SPECS]
     for name in names:
         if name not in known:
-            raise CloraError(f"unknown effect {name!r}{nearest(name, known)}; the studio has teachers for {known}")
+            raise CloraError(f"unknown effect {name!r}; the studio has teachers for {known}{nearest(name, known)}")
     return list(dict.fromkeys(names))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -21,13 +22,14 @@ from clora.encoders import move
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.flow_matching import student_schedule
+from clora.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
 from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.merge import sum_svd
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, adapter_for, linear_names
 from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
-from clora.progress import say, stage, up_to
+from clora.progress import quiet_libraries, say, stage, up_to
 from clora.teacher_pages import teacher_pages
 from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumable
 
@@ -116,6 +118,8 @@ def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
 def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     """The whole job on the user's own pipeline, LoRA files and images; returns the collection's folder.
 
+    Where that holds the finished collection of the same settings and inputs, nothing is trained again.
+
     Args:
         config: the settings.
         push_to_hub: repository on the Hub that the collection is uploaded to; it is created before training.
@@ -123,8 +127,8 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
-    from clora.export import COLLECTION_FILES, check_output, export_collection
-    from clora.hub import check_repo, create_repo, upload
+    from clora.export import COLLECTION_FILES, check_output, export_collection, name_repository
+    from clora.finished import is_finished
     from clora.plan.problems import find_file_problems
 
     find_file_problems(config).refuse()
@@ -144,16 +148,20 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
         collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
     checkpoint = output / ".checkpoint.safetensors"
     target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
-    _say_what_is_there(output, checkpoint, config)
+    is_done = not checkpoint.exists() and is_finished(output, collection)
+    _say_what_is_there(output, checkpoint, config, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)
-    with _told_when_stopped(checkpoint):
-        data = encode_data(config, adapter, teachers, cache, device)
-        with training_bar(f"distil into {output.name}", config.train) as report:
-            student = train_student(config, adapter, teachers, data, report, checkpoint)
-    export_collection(student, collection, output, pipeline.transformer.dtype, repo_id)
-    checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
-    if config.data.cache is None:
-        shutil.rmtree(cache.folder, ignore_errors=True)
+    if not is_done:
+        with _told_when_stopped(checkpoint):
+            data = encode_data(config, adapter, teachers, cache, device)
+            with training_bar(f"distil into {output.name}", config.train) as report:
+                student = train_student(config, adapter, teachers, data, report, checkpoint)
+        export_collection(student, collection, output, pipeline.transformer.dtype, repo_id)
+        checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
+        if config.data.cache is None:
+            shutil.rmtree(cache.folder, ignore_errors=True)
+    elif repo_id is not None:
+        name_repository(output, repo_id)
     if repo_id is not None:
         say(f"uploaded to {upload(output, repo_id, COLLECTION_FILES)}")
     return output
@@ -182,14 +190,26 @@ def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig
     return config.model_copy(update={"sampler": config.sampler.model_copy(update=guidance)})
 
 
-def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig) -> None:
-    """Tells of a run that goes on and of a collection that is replaced. Raises CloraError for another run's checkpoint."""
+def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig, is_done: bool) -> None:
+    """Tells of a run that is done or goes on, and of a collection that is replaced.
+
+    Raises:
+        CloraError: the checkpoint is another run's.
+    """
     from clora.export import LORA_FILE
 
-    if checkpoint.exists():
+    if is_done:
+        say(
+            f"{output} holds the finished collection of these settings and inputs: nothing is trained. To train it "
+            "again, remove that folder, or name another output"
+        )
+    elif checkpoint.exists():
         say(f"going on from update {check_resumable(checkpoint, config)} of the run in {output}")
     elif (output / LORA_FILE).exists():
-        say(f"{output} holds a finished collection, which this run replaces at its end; name another output to keep it")
+        say(
+            f"{output} holds a finished collection of other settings or inputs, which this run replaces at its end; name "
+            "another output to keep it"
+        )
 
 
 @contextmanager
@@ -280,7 +300,8 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
     if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
         raise CloraError(f"pipeline {path!r}: no such folder; expected a pipeline's folder or a hub id")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path, **_dtype_argument(dtype))
+        with quiet_libraries():
+            pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path, **_dtype_argument(dtype))
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval().requires_grad_(False)
@@ -312,18 +333,28 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
     from clora.export import make_collection
-    from clora.hub import cached_revision
+    from clora.finished import inputs_digest
 
     is_folder = user_path(config.pipeline).exists()
-    return make_collection(
+    collection = make_collection(
         config,
         pipeline=type(adapter.pipeline).__name__,
         call=adapter.student_call,
-        base_model=Path(config.pipeline).name if is_folder else config.pipeline,
+        base_model=_name_of_base(adapter.pipeline, user_path(config.pipeline)) if is_folder else config.pipeline,
         loras={effect.name: Path(effect.lora) for effect in config.effects},
         licenses={name: _license(lora.metadata) for name, lora in teachers.items()},
         base_revision=None if is_folder else cached_revision(config.pipeline),
     )
+    inputs = {"inputs_sha256": inputs_digest(config, adapter.pipeline)}
+    return collection.model_copy(update={"provenance": {**collection.provenance, **inputs}})
+
+
+def _name_of_base(pipeline, folder: Path) -> str:
+    """What a local pipeline is called: the hub id that it was once loaded from, where its folder states one."""
+    stated = json.loads((folder / "model_index.json").read_text("utf-8")).get("_name_or_path")
+    if isinstance(stated, str) and is_repo_id(stated) and not user_path(stated).exists():
+        return stated
+    return f"a local {type(pipeline).__name__} (folder {folder.resolve().name})"
 
 
 def _license(metadata: Mapping[str, str]) -> str | None:

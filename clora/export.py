@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from clora.atomic import check_writable, write_atomic
-from clora.collection import LORA_FILE, CollectedEffect, Collection, Sampling, to_metadata
+from clora.collection import LORA_FILE, CollectedEffect, Collection, Sampling, read_collection, to_metadata
 from clora.config import DistillConfig
 from clora.effects import call_arguments, loads_lora_weights, pipeline_class
 from clora.errors import CloraError
@@ -44,7 +44,7 @@ def make_collection(
         config: of the distillation.
         pipeline: class name of the pipeline.
         call: what the family needs in a call (`clora.models.ModelAdapter.student_call`).
-        base_model: its hub id, or the name of its folder.
+        base_model: its hub id, or what a local one is called.
         loras: effect name to its teacher's file or folder, which is hashed.
         licenses: effect name to its teacher's licence, None where it is not known.
         base_revision: commit of the base model on the Hub.
@@ -131,6 +131,17 @@ def export_collection(
     return folder
 
 
+def name_repository(folder: Path, hub_id: str) -> None:
+    """Lets the model card of a finished collection say where it will be on the Hub; one that was edited is left as it is.
+
+    Raises:
+        CloraError: no collection is there, or the card cannot be written.
+    """
+    collection, card = read_collection(folder), folder / "README.md"
+    if card.read_text("utf-8", errors="replace") == model_card(collection):
+        write_atomic(card, model_card(collection, hub_id))
+
+
 def student_scheduler(shift: float):
     """diffusers' scheduler that is the few-step sampler: static shift, fresh noise at every step."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -169,6 +180,7 @@ def model_card(collection: Collection, hub_id: str | None = None) -> str:
         location=hub_id or "path/to/this/folder",
         loads_lora_weights=loads_lora_weights(pipeline_class(collection)),
         file=LORA_FILE,
+        is_on_hub=is_repo_id(collection.base_model),
         call={"prompt": collection.effects[0].prompts[0], **call_arguments(collection)},
         metrics=_metric_rows(collection),
     )

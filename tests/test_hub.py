@@ -118,6 +118,23 @@ def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatc
     assert "load_lora_weights('me/collection')" in (folder / "README.md").read_text("utf-8")
 
 
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_finished_collection_is_uploaded_without_training_again(hub, config, monkeypatch, is_edited):
+    monkeypatch.setattr(engine, "encode_data", lambda *arguments: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_student", lambda config, adapter, teachers, *rest: teachers["snow"])
+        card = distill(config) / "README.md"
+    assert "load_lora_weights('path/to/this/folder')" in card.read_text("utf-8")
+    if is_edited:
+        card.write_text(card.read_text("utf-8") + "\nMine.\n", "utf-8")
+    before = card.read_text("utf-8")
+    monkeypatch.setattr(engine, "train_student", None)
+    distill(config, "collection")
+    assert [repo_id for repo_id, _ in hub.uploaded] == ["me/collection"]
+    named = before.replace("path/to/this/folder", "me/collection")
+    assert card.read_text("utf-8") == (before if is_edited else named)
+
+
 def test_a_bad_id_stops_before_the_pipeline_is_loaded(hub, config, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "load_pipeline", None)
     monkeypatch.setattr(engine, "encode_data", None)

@@ -56,6 +56,7 @@ LAYERS = (
         "clora.effects",
         "clora.encoding",
         "clora.export",
+        "clora.finished",
         "clora.lora_training",
         "clora.plan",
         "clora.prompting",
