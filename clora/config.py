@@ -210,7 +210,7 @@ class TrainConfig(_Model):
         clip: largest norm of a gradient.
         gradient_rows: most rows of one pass with gradients, to bound memory: an update adds up as many passes as it needs
             (a sample is up to three rows of the student's, one of the critic's); None for no bound.
-        scoring_rows: most rows of one scoring pass, likewise.
+        forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
         teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
             copied where they are needed, ahead of time as far as possible. None keeps all on the device.
         gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
@@ -230,7 +230,7 @@ class TrainConfig(_Model):
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
     gradient_rows: Positive | None = None
-    scoring_rows: Positive | None = None
+    forward_rows: Positive | None = None
     teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500

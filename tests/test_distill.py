@@ -23,6 +23,7 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
+from clora.plan.memory import rendering_rows
 from clora.prompt_table import Pictures, PromptTable
 from clora.rendering import Samples, render_targets
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
@@ -129,12 +130,20 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     base = adapter.pipeline.transformer
     teachers = random_teachers(base, 2)
     data = random_data(adapter, list(teachers), sources=2)
-    config = tiny_config(list(teachers), sampler={"teacher_steps": 3, "guidance": 2.0})
+    config = tiny_config(
+        list(teachers),
+        sampler={"teacher_steps": 3, "guidance": 2.0},
+        train={"forward_rows": 6},
+        data={"general_targets": 0},
+    )
     passes = []
     samples = Samples(data.sources, data.teacher_text, data.empty_text)
-    out = render_targets(adapter, teachers, samples, data.text, config, passes.append, 3)
+    out = render_targets(adapter, teachers, samples, data.text, config, passes.append)
     assert out.shape == data.sources.shape
-    assert sum(passes) == 2 * 3 * 4
+    assert passes == [6] * 3 + [2] * 3
+    assert rendering_rows(config) == 6
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 0.0}, train={"forward_rows": 1})) == 1
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 1.0})) == 2 * 16
     merged = merge_lora(base, list(teachers.values())[1])
     u = torch.tensor([1, 2 / 3, 1 / 3])
     sigmas = [*(3 * u / (1 + 2 * u)).tolist(), 0.0]

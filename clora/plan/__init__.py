@@ -32,6 +32,7 @@ from clora.plan.memory import (
     peak,
     prompt_rows,
     rendered,
+    rendering_rows,
     rows_with_gradient,
     scoring_rows,
     trained_values,
@@ -130,7 +131,11 @@ def _estimates(
     total = rendering + (training if train.minutes is None else min(training, 60 * train.minutes / seconds))
     return {
         "memory": {**parts, "peak": peak(parts), "device": available},
-        "rows": {"with gradient": rows_with_gradient(config), "scoring": scoring_rows(config)},
+        "rows": {
+            "with gradient": rows_with_gradient(config),
+            "scoring": scoring_rows(config),
+            "rendering": rendering_rows(config),
+        },
         "disk": {**files, "free": free},
         "passes": {
             "rendering": rendering,
@@ -177,6 +182,7 @@ def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) 
     advice = [
         None if config.train.gradient_checkpointing else "train.gradient_checkpointing=true",
         f"train.gradient_rows below {rows}" if (rows := rows_with_gradient(config)) > 1 else None,
+        f"train.forward_rows below {rows}" if (rows := max(scoring_rows(config), rendering_rows(config))) > 2 else None,
         f"student.rank below {config.student.rank}",
         "train.teacher_memory_gb" if config.train.teacher_memory_gb is None else None,
         "train.optimizer_bits=8" if config.train.optimizer_bits == 32 else None,
@@ -242,9 +248,10 @@ def _sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         ("transformer", f"{_parameters(model['parameters'])}, {model['dtype']}"),
         ("student", f"{_parameters(model['student_parameters'])} on {model['layers']} layers"),
         ("tokens of a row", f"{model['tokens']}"),
-        ("rows of a pass", f"{plan['rows']['with gradient']} with gradient, {plan['rows']['scoring']} scored"),
+        ("rows of a pass", ", ".join(f"{count} {what}" for what, count in plan["rows"].items())),
     ]
-    memory_rows = [("encoders, before the others", size.pop("encoders")), *size.items()]
+    before = ("encoders", "rendering")
+    memory_rows = [(f"{name}, before the others", size.pop(name)) for name in before] + list(size.items())
     rows = [
         ("rendering of targets", f"{passes['rendering']:.4g} passes", time["rendering"]),
         ("update while anchoring", f"{passes['anchoring update']:.4g} passes", time["anchoring_update"]),

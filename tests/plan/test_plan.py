@@ -206,8 +206,9 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
     assert found["model"]["tokens"] == 16 + 16 + MAX_SEQUENCE_LENGTH
     assert found["passes"]["rendering"] == 2 * 4 * 2 * 2  # effects, pictures, steps, with and without the prompt
     parts = found["memory"]
-    together = sum(size for name, size in parts.items() if name not in ("encoders", "peak", "device"))
-    assert parts["peak"] == max(parts["encoders"], together)
+    together = sum(size for name, size in parts.items() if name not in ("encoders", "rendering", "peak", "device"))
+    assert parts["peak"] == max(parts["encoders"], parts["rendering"], together)
+    assert parts["rendering"] > parts["base"] + parts["teachers"]
     assert not (tmp_path / "out").exists()
 
 
