@@ -208,7 +208,7 @@ def inspect(
     else:
         from rich.console import Console
 
-        Console().print(render(info))
+        Console().print(render(info), crop=False)  # a long path stays one line
     _refuse_unusable(info)
 
 
@@ -256,7 +256,7 @@ def export(
     else:
         from rich.console import Console
 
-        Console().print(render(report))
+        Console().print(render(report), crop=False)  # a long path stays one line
 
 
 @studio.command()

@@ -149,7 +149,7 @@ def render(report: Mapping[str, Any]) -> Group:
             str(entry["rank"]) if entry["rank"] == entry["rank_before"] else f"{entry['rank_before']} > {entry['rank']}"
         )
         table.add_row(Text(entry["name"]), ranks, f"{entry['energy']:.2%}", f"{entry['error']:.2e}")
-    return Group(Text(report["output"], style="bold", overflow="fold"), table, *map(Text, lines))
+    return Group(Text(report["output"], style="bold", no_wrap=True, overflow="ignore"), table, *map(Text, lines))
 
 
 def _check_choices(format: str, dtype: str | None, rank: int | None, energy: float | None) -> None:

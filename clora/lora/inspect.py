@@ -82,7 +82,7 @@ def render(info: Mapping[str, Any]) -> Group:
     for label, value in _rows(info):
         # Text, not str: names from a file must not be read as markup.
         table.add_row(label, Text(value))
-    return Group(Text(info["file"], style="bold", overflow="fold"), table)
+    return Group(Text(info["file"], style="bold", no_wrap=True, overflow="ignore"), table)
 
 
 def _whole_modules(source: LoRASource, keys: FileKeys) -> tuple[list[tuple[Adapter, Strength]], list[str]]:
