@@ -36,10 +36,11 @@ from clora.plan.memory import (
     rows_with_gradient,
     scoring_rows,
     trained_values,
+    weight_bytes,
 )
 from clora.plan.probe import device_memory, measure_rate
 from clora.plan.problems import Problems, find_file_problems, find_layer_problems, find_prompt_problems
-from clora.plan.skeleton import skeleton
+from clora.plan.skeleton import pipeline_folder, skeleton
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -68,7 +69,8 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
     dtype = find_dtype(config.dtype, device)
-    pipeline = skeleton(config.pipeline, dtype)
+    folder = pipeline_folder(config.pipeline)
+    pipeline = skeleton(str(folder), dtype)
     transformer = getattr(pipeline, "transformer", None)
     if getattr(transformer, "_repeated_blocks", None):  # before the adapter, which may refuse a size
         shapes = linear_shapes(transformer)
@@ -81,9 +83,9 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
     problems += find_prompt_problems(config, adapter)
     student = target_modules(transformer, config.student.targets)
     facts = Facts(
-        transformer=_bytes(transformer),
+        transformer=weight_bytes(transformer, folder / "transformer"),
         encoders=sum(
-            _bytes(part)
+            weight_bytes(part, folder / name)
             for name, part in pipeline.components.items()
             if isinstance(part, torch.nn.Module) and name != "transformer"
         ),
@@ -153,10 +155,6 @@ def _estimates(
             "all": seconds * total,
         },
     }
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _num_sources(config: DistillConfig, effect: EffectConfig | None = None) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,28 @@ class Facts:
     teachers: Ranks
     blocks: int
     cost: PassCost
+
+
+def weight_bytes(module: torch.nn.Module, folder: Path) -> int:
+    """Bytes of a component's weights: of its dtype, or what its own configuration quantises them to.
+
+    Args:
+        module: without its weights.
+        folder: it was saved in. A quantised one takes as much as its files; where these are not there, bitsandbytes' 4
+            or 8 bits are counted for the weights of linear layers but the last of a language model, without their scales.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    full = sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
+    quantised = config.get("quantization_config") or {}
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    bits = 4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
+    if quantised and stored:
+        return stored
+    if bits is None:
+        return full
+    head = getattr(module, "get_output_embeddings", lambda: None)()  # transformers leaves it as it is
+    linear = [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return full - sum(weight.numel() * (8 * weight.itemsize - bits) // 8 for weight in linear)
 
 
 def trained_values(facts: Facts, rank: int) -> int:

@@ -432,6 +432,28 @@ def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of, m
     assert any("to_nothing" in problem for problem in make_plan(broken)["problems"])
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_part_takes_what_its_files_or_its_bits_take(job, tmp_path, tiny_folder, bits, part):
+    folder, name = tmp_path / "quantised", "base" if part == "transformer" else "encoders"
+    shutil.copytree(tiny_folder, folder)
+    full = make_plan(job(pipeline=str(folder)))["memory"][name]
+    config = json.loads((folder / part / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (folder / part / "config.json").write_text(json.dumps(config), "utf-8")
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file({"packed": torch.zeros(5000, dtype=torch.uint8)}, file)
+    whole = getattr(tiny_pipeline(), part)
+    unquantised = sum(t.numel() * t.itemsize for t in (*whole.parameters(), *whole.buffers()))
+    found = make_plan(job(pipeline=str(folder)))
+    assert found["problems"] == []
+    assert found["memory"][name] == full - unquantised + file.stat().st_size
+    file.unlink()
+    layers = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    linear = sum(layer.weight.numel() for layer in layers.values())
+    assert make_plan(job(pipeline=str(folder)))["memory"][name] == full - linear * (32 - bits) // 8
+
+
 def test_minutes_bound_the_training_but_not_the_rendering(job):
     """At the rate of this machine, which is measured: one update of this model takes less than a minute anywhere."""
     long = make_plan(job(train={"updates": 10**9, "minutes": 3}))["time"]
