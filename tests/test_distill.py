@@ -62,7 +62,7 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
     config = make_config()
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "scheduler"} == {p.name for p in folder.iterdir()}
+    assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {p.name for p in folder.iterdir()}
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     state = load_lora(folder, linear_shapes(pipeline.transformer))
     assert state.max_rank == config.student.rank

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clora.config import DistillConfig, EffectConfig, general_instructions
-from clora.distill import find_device, find_dtype, target_modules, with_guidance
+from clora.distill import find_device, find_dtype, with_guidance
 from clora.encoding import MAX_PAIRS, num_shared
 from clora.errors import CloraError
 from clora.images import list_images
@@ -41,6 +41,7 @@ from clora.plan.memory import (
 from clora.plan.probe import device_memory, measure_rate
 from clora.plan.problems import Problems, find_file_problems, find_layer_problems, find_prompt_problems
 from clora.plan.skeleton import pipeline_folder, skeleton
+from clora.student import target_modules
 
 if TYPE_CHECKING:
     from rich.console import Group
