@@ -15,6 +15,7 @@ from clora.lora.source import find_weights, open_lora
 from clora.paths import user_path
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+SAMPLES_FILE = "samples.png"
 PREFIX = (
     "clora."  # of every entry; diffusers and sglang give meanings to others, such as lora_adapter_metadata and alpha
 )
@@ -71,7 +72,7 @@ class Collection(_Model):
     Attributes:
         version: of the clora that made it.
         pipeline: class name of the pipeline it is for.
-        base_model: hub id of the pipeline, or the name of its folder.
+        base_model: hub id of the pipeline, or what a local one is called.
         base_revision: its commit on the Hub where it came from there.
         effects: the effects.
         sampling: how to sample.

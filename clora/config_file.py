@@ -63,13 +63,14 @@ def parse_tree(text: str, where: str) -> dict[str, Any]:
     return tree
 
 
-def validate(model: type[ModelType], tree: Mapping[str, Any], where: str) -> ModelType:
+def validate(model: type[ModelType], tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) -> ModelType:
     """Checks a tree strictly: a number written as text, or true for 1, is a wrong type.
 
     Args:
         model: the model at the root.
         tree: values as YAML gives them.
         where: the file, for messages.
+        overrides: those that are in the tree; a problem with one's value is told as the override's, not the file's.
 
     Raises:
         CloraError: every problem, one on each line.
@@ -79,12 +80,29 @@ def validate(model: type[ModelType], tree: Mapping[str, Any], where: str) -> Mod
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         details = [detail for detail in error.errors() if not _follows_from_another(detail)]
-        problems = _merge_alternatives([_describe(model, detail) for detail in details])
+        problems = _merge_alternatives(
+            [_origin(detail, where, tuple(overrides)) + _describe(model, detail) for detail in details]
+        )
     except (TypeError, ValueError, RecursionError) as error:
         raise CloraError(f"{where}: not a plain tree of values ({error})") from error
     if len(problems) == 1:
-        raise CloraError(f"{where}: {problems[0]}")
-    raise CloraError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise CloraError(problems[0])
+    if all(problem.startswith(f"{where}: ") for problem in problems):
+        lines = [f"{where}: {len(problems)} problems", *(problem.removeprefix(f"{where}: ") for problem in problems)]
+    else:
+        lines = [f"{len(problems)} problems", *problems]
+    raise CloraError("\n  ".join(lines))
+
+
+def _origin(detail: Mapping[str, Any], where: str, overrides: Sequence[str]) -> str:
+    """Whose mistake it is: an override's that sets the value, or the file's, with the overrides that a check read."""
+    location = [str(part) for part in detail["loc"]]
+    paths = {override: override.partition("=")[0].strip().split(".") for override in overrides}
+    own = [override for override, path in paths.items() if location[: len(path)] == path]
+    if own:
+        return f"override {own[-1]!r}: "
+    read = [o for o, path in paths.items() if detail["type"] == "value_error" and path[: len(location)] == location]
+    return f"{where} with {' '.join(read)}: " if read else f"{where}: "
 
 
 def _follows_from_another(detail: Mapping[str, Any]) -> bool:

@@ -41,7 +41,7 @@ class Effects:
         for effect in self.collection.effects:
             if effect.name == name:
                 return effect
-        raise CloraError(f"unknown effect {name!r}{nearest(name, self)}; the collection has {', '.join(self)}")
+        raise CloraError(f"unknown effect {name!r}; the collection has {', '.join(self)}{nearest(name, self)}")
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)

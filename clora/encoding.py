@@ -13,7 +13,7 @@ from clora.cache import Cache
 from clora.config import DistillConfig, EffectConfig, general_instructions
 from clora.data import DistillData, general_pair
 from clora.encoders import Encoders, move, pixel_digests
-from clora.errors import CloraError
+from clora.errors import CloraError, about
 from clora.images import list_images, load_images
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -103,7 +103,8 @@ def _shared_images(config: DistillConfig) -> Tensor:
 
 def num_shared(config: DistillConfig) -> int:
     """How many images of ``data.sources`` are trained on. Raises CloraError where none is left."""
-    count = len(list_images(config.data.sources))
+    with about("data.sources"):
+        count = len(list_images(config.data.sources))
     if count <= config.data.held_out:
         raise CloraError(
             f"data.held_out = {config.data.held_out} leaves none of the {count} images in "
@@ -190,10 +191,10 @@ def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, 
 
 def check_pairs(config: DistillConfig) -> None:
     """Given targets must go by the names of their sources, else images would be paired with others' results."""
-    for effect in config.effects:
+    for i, effect in enumerate(config.effects):
         if effect.targets is None or effect.sources is None:
             continue
-        names = [Counter(file.stem for file in list_images(folder)) for folder in (effect.sources, effect.targets)]
+        names = [_stems(effect.sources, f"effects.{i}.sources"), _stems(effect.targets, f"effects.{i}.targets")]
         if names[0] != names[1] or max(names[0].values()) > 1:
             odd = sorted(
                 (names[0] - names[1]) + (names[1] - names[0]) + Counter(k for k in names[0] if names[0][k] > 1)
@@ -202,6 +203,11 @@ def check_pairs(config: DistillConfig) -> None:
                 f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold one image of each name, "
                 f"found no pair for {odd[:5]}"
             )
+
+
+def _stems(folder: str, setting: str) -> Counter[str]:
+    with about(setting):
+        return Counter(file.stem for file in list_images(folder))
 
 
 def _in_turn(rows: Tensor, count: int) -> Tensor:

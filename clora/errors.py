@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CloraError(ValueError):
@@ -12,6 +13,15 @@ class CloraError(ValueError):
     The message names what was expected, what was found (file, key, shape) and what to do. The command line prints it
     without a traceback.
     """
+
+
+@contextmanager
+def about(setting: str) -> Iterator[None]:
+    """Begins the message of a CloraError that is raised inside with the setting that it is about."""
+    try:
+        yield
+    except CloraError as error:
+        raise CloraError(f"{setting}: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +53,29 @@ def stage(title: str, total: int | None, console: Console | None = None) -> Iter
 def say(text: str) -> None:
     """Shows a line on standard error, between stages."""
     Console(stderr=True).print(Text(text), soft_wrap=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, diffusers and transformers show neither loading bars nor warnings, which would mix with a stage's own bar.
+
+    Errors are raised and logged as ever, and downloads keep their bars. Afterwards all is as it was.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    shows_downloads = not are_progress_bars_disabled()
+    with ExitStack() as restored:
+        for library in (of_diffusers, of_transformers):
+            restored.callback(library.set_verbosity, library.get_verbosity())
+            if library.is_progress_bar_enabled():
+                restored.callback(library.enable_progress_bar)
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        if shows_downloads:
+            enable_progress_bars()  # transformers has switched these off too
+        yield
 
 
 def up_to(advance: Advance) -> Callable[[int, Mapping[str, Any]], None]:

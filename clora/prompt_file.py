@@ -107,7 +107,9 @@ def fill_prompts(tree: dict[str, Any], prompts: PromptsFile, path: str) -> dict[
     entries = tree.get("effects")
     entries = entries if isinstance(entries, list) else []
     effects = [entry for entry in entries if isinstance(entry, dict)]
-    if len(effects) == len(entries) > 0:  # else the config's own check says what is wrong
+    is_whole = len(effects) == len(entries) > 0
+    if is_whole and len({str(entry.get("name")) for entry in effects}) == len(effects):
+        # else the config's own check says what is wrong
         _check_names(effects, prompts, path)
     written = {effect.name: effect for effect in prompts.effects}
     filled = {**tree, "effects": [_fill_effect(entry, written) for entry in entries]} if entries else dict(tree)
@@ -130,7 +132,7 @@ def _check_names(effects: Iterable[Mapping[str, Any]], prompts: PromptsFile, pat
     written = {effect.name for effect in prompts.effects}
     for name in written - set(stated):
         raise CloraError(
-            f"{path}: the config has no effect {name!r}{nearest(name, stated)}; rename it as in the config or remove it"
+            f"{path}: the config has no effect {name!r}; rename it as in the config or remove it{nearest(name, stated)}"
         )
     missing = [name for name, has_prompts in stated.items() if name not in written and not has_prompts]
     if missing:

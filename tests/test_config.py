@@ -127,11 +127,38 @@ def test_all_parts_off(load):
 
 
 def test_every_problem_is_listed(load):
+    wrong = TEXT.replace("updates", "updats").replace("rank: 8", "rank: x").replace("name: snow fall", "name: ")
     with pytest.raises(CloraError) as caught:
-        load("train.updats=4", "student.rank=x", "effects.0.name=")
-    assert "3 problems" in str(caught.value)
-    for path in ("train.updats", "student.rank", "effects.0.name"):
-        assert f"  {path}: " in str(caught.value)
+        load(text=wrong)
+    heading, *problems = str(caught.value).splitlines()
+    assert heading.endswith("c.yaml: 4 problems")
+    for path in ("train.updats", "train.updates", "student.rank", "effects.0.name"):
+        assert sum(problem.startswith(f"  {path}: ") for problem in problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heading"),
+    [
+        (["train.updates=x"], "override 'train.updates=x': train.updates: expected"),
+        (["train={}"], "override 'train={}': train.updates: missing"),
+        (["data.size=[1, 2]", "data.size=[a, 1]"], "override 'data.size=[a, 1]': data.size.0: expected"),
+        (["device=gpu"], "FILE with device=gpu: device: expected"),
+        (["effects.0.targets=t", "seed=1"], "FILE with effects.0.targets=t: effects.0: targets needs sources"),
+    ],
+)
+def test_a_mistake_in_an_override_is_not_the_files(load, tmp_path, overrides, heading):
+    with pytest.raises(CloraError) as caught:
+        load(*overrides)
+    assert str(caught.value).startswith(heading.replace("FILE", str(tmp_path / "c.yaml")))
+
+
+def test_mistakes_of_the_file_and_of_overrides_are_told_apart(load, tmp_path):
+    with pytest.raises(CloraError) as caught:
+        load("train.updats=4", "seed=5", text=TEXT.replace("rank: 8", "rank: x"))
+    heading, *problems = str(caught.value).splitlines()
+    assert heading == "2 problems"
+    assert any(problem.startswith("  override 'train.updats=4': train.updats: unknown key") for problem in problems)
+    assert any(problem.startswith(f"  {tmp_path / 'c.yaml'}: student.rank: expected") for problem in problems)
 
 
 @pytest.mark.parametrize(

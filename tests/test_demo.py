@@ -115,7 +115,7 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
 
 
 def test_an_unknown_effect_is_told_before_anything_is_written(tmp_path):
-    with pytest.raises(CloraError, match=r"unknown effect 'sno'.*snow"):
+    with pytest.raises(CloraError, match=r"unknown effect 'sno'; .*; did you mean 'snow'.*\?$"):
         demo.run_demo(tmp_path / "out", 0, ["sno"], full=False)
     assert not (tmp_path / "out").exists()
 

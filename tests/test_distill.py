@@ -23,6 +23,7 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
+from clora.plan.memory import rendering_rows
 from clora.prompt_table import Pictures, PromptTable
 from clora.rendering import Samples, render_targets
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
@@ -61,7 +62,7 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
     config = make_config()
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "scheduler"} == {p.name for p in folder.iterdir()}
+    assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {p.name for p in folder.iterdir()}
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     state = load_lora(folder, linear_shapes(pipeline.transformer))
     assert state.max_rank == config.student.rank
@@ -76,9 +77,27 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
         assert stated[name]["prompts"] == list(next(e for e in config.effects if e.name == name).student_prompts)
     sampling = json.loads(state.metadata["clora.sampling"])
     assert (sampling["steps"], sampling["shift"], sampling["size"]) == (config.sampler.steps, 3.0, list(SIZE))
-    assert state.metadata["clora.base_model"] == tiny_folder.name
+    assert state.metadata["clora.base_model"] == f"a local Flux2KleinPipeline (folder {tiny_folder.name})"
     assert json.loads(state.metadata["clora.provenance"])["train"]["updates"] == config.train.updates
     assert str(tmp_path) not in json.dumps(state.metadata), "paths of the machine"
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ("me/klein", "me/klein"),
+        ("tests/lora", "a local Flux2KleinPipeline (folder base)"),  # a folder here
+        ("/somewhere/else", "a local Flux2KleinPipeline (folder base)"),
+        (None, "a local Flux2KleinPipeline (folder base)"),
+    ],
+)
+def test_the_base_is_called_as_its_folder_says(tiny_folder, adapter, tmp_path, monkeypatch, stated, expected):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "tests" / "lora").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    index = json.loads((tiny_folder / "model_index.json").read_text("utf-8")) | {"_name_or_path": stated}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index), "utf-8")
+    assert engine._name_of_base(adapter.pipeline, tmp_path / "base") == expected
 
 
 def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
@@ -111,12 +130,20 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     base = adapter.pipeline.transformer
     teachers = random_teachers(base, 2)
     data = random_data(adapter, list(teachers), sources=2)
-    config = tiny_config(list(teachers), sampler={"teacher_steps": 3, "guidance": 2.0})
+    config = tiny_config(
+        list(teachers),
+        sampler={"teacher_steps": 3, "guidance": 2.0},
+        train={"forward_rows": 6},
+        data={"general_targets": 0},
+    )
     passes = []
     samples = Samples(data.sources, data.teacher_text, data.empty_text)
-    out = render_targets(adapter, teachers, samples, data.text, config, passes.append, 3)
+    out = render_targets(adapter, teachers, samples, data.text, config, passes.append)
     assert out.shape == data.sources.shape
-    assert sum(passes) == 2 * 3 * 4
+    assert passes == [6] * 3 + [2] * 3
+    assert rendering_rows(config) == 6
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 0.0}, train={"forward_rows": 1})) == 1
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 1.0})) == 2 * 16
     merged = merge_lora(base, list(teachers.values())[1])
     u = torch.tensor([1, 2 / 3, 1 / 3])
     sigmas = [*(3 * u / (1 + 2 * u)).tolist(), 0.0]
@@ -339,8 +366,75 @@ def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, 
     stop_after = None
     distill(config)
     assert "going on from update 2 of" in capsys.readouterr().err
+    distill(config.model_copy(update={"seed": 1}))
+    assert "finished collection of other settings or inputs, which this run replaces" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(make_config, monkeypatch):
+    """A config whose collection is finished, and the list of the configs that are trained from then on."""
+    config, trained, train = make_config(), [], engine.train_student
     distill(config)
-    assert "holds a finished collection, which this run replaces" in capsys.readouterr().err
+    monkeypatch.setattr(engine, "train_student", lambda config, *rest: trained.append(config) or train(config, *rest))
+    return config, trained
+
+
+def files_of(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_finished_collection_is_not_trained_again(finished, tmp_path, capsys):
+    config, trained = finished
+    before = files_of(tmp_path / "out")
+    elsewhere = {"device": "auto", "data": config.data.model_copy(update={"cache": str(tmp_path / "kept")})}
+    for again in (config, config.model_copy(update=elsewhere)):
+        assert distill(again) == tmp_path / "out"
+        assert "nothing is trained. To train it again, remove that folder" in capsys.readouterr().err
+    assert not trained
+    assert files_of(tmp_path / "out") == before
+
+
+def changed_setting(config, images, out):
+    return config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
+
+
+def changed_teacher_prompt(config, images, out):
+    effects = (config.effects[0].model_copy(update={"prompt": "make it a drawing"}), *config.effects[1:])
+    return config.model_copy(update={"effects": effects})
+
+
+def changed_picture(config, images, out):
+    (images / "0.png").write_bytes((images / "1.png").read_bytes())
+    return config
+
+
+def damaged_weights(config, images, out):
+    (out / LORA_FILE).write_bytes((out / LORA_FILE).read_bytes()[:-8])
+    return config
+
+
+def lost_scheduler(config, images, out):
+    (out / "scheduler" / "scheduler_config.json").unlink()
+    return config
+
+
+def another_base(config, images, out):
+    pipeline = tiny_pipeline(seed=1)
+    pipeline.save_pretrained(out.parent / "pipeline")
+    return config.model_copy(update={"pipeline": str(out.parent / "pipeline")})
+
+
+CHANGES = (changed_setting, changed_teacher_prompt, changed_picture, damaged_weights, lost_scheduler, another_base)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_trained_again(make_config, monkeypatch, tmp_path, change):
+    images = write_images(tmp_path / "own", 4)
+    config = make_config(data={"sources": str(images)})
+    distill(config)
+    monkeypatch.setattr(engine, "train_student", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill(change(config, images, tmp_path / "out"))
 
 
 def test_what_was_encoded_and_rendered_is_kept_until_the_collection_is_written(

@@ -103,7 +103,7 @@ def test_two_effects_in_one_prompt():
 
 def test_unknown_effects_and_pipelines():
     effects = clora.Effects(describe(SNOW, MOEBIUS))
-    with pytest.raises(CloraError, match="unknown effect 'moebus'; did you mean 'moebius'.*has snow, moebius"):
+    with pytest.raises(CloraError, match=r"unknown effect 'moebus'; .* has snow, moebius; did you mean 'moebius'\?$"):
         effects["moebus"]
     with pytest.raises(CloraError, match="unknown effect 'rain'"):
         effects.compose("snow", "rain")

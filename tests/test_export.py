@@ -336,6 +336,10 @@ def test_quotes_in_a_prompt_do_not_break_the_card():
 
 
 def test_a_prompt_with_table_marks_stays_in_its_cell():
+    local = model_card(describe(base_model="a local Flux2KleinPipeline (folder x)"))
+    assert "effect LoRAs for a local Flux2KleinPipeline (folder x)." in local
+    assert 'from_pretrained("path/to/the/base/model", ' in local, "what is no hub id cannot be loaded"
+    assert "from_pretrained('some/pipeline', " in model_card(describe())
     card = model_card(describe(effect("a|b", ("one | two\nthree",))))
     assert "| a\\|b | `one \\| two three` | a\\|b.safetensors `abababababab` | not stated in its file |" in card
 

@@ -90,11 +90,12 @@ def test_the_revision_of_a_pipeline_in_the_cache(monkeypatch):
 
 
 @pytest.fixture
-def config(tiny_folder, tmp_path):
+def config(tiny_folder, tmp_path, monkeypatch):
     """A job whose only slow parts are replaced by the test."""
     from clora.lora.save import save_diffusers_lora
     from clora.testing import tiny_pipeline
 
+    monkeypatch.setattr("clora.samples.draw_samples", lambda *arguments: b"a picture")
     save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "snow.safetensors")
     effects = [{"name": "snow", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow"}]
     sources = {"sources": str(write_images(tmp_path / "images", 1))}
@@ -113,9 +114,26 @@ def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatc
     monkeypatch.setattr(engine, "encode_data", encode)
     monkeypatch.setattr(engine, "train_student", train)
     folder = distill(config, "collection")
-    files = ["README.md", LORA_FILE, "scheduler/scheduler_config.json"]
+    files = ["README.md", LORA_FILE, "samples.png", "scheduler/scheduler_config.json"]
     assert hub.uploaded == [("me/collection", files)]
     assert "load_lora_weights('me/collection')" in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_finished_collection_is_uploaded_without_training_again(hub, config, monkeypatch, is_edited):
+    monkeypatch.setattr(engine, "encode_data", lambda *arguments: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_student", lambda config, adapter, teachers, *rest: teachers["snow"])
+        card = distill(config) / "README.md"
+    assert "load_lora_weights('path/to/this/folder')" in card.read_text("utf-8")
+    if is_edited:
+        card.write_text(card.read_text("utf-8") + "\nMine.\n", "utf-8")
+    before = card.read_text("utf-8")
+    monkeypatch.setattr(engine, "train_student", None)
+    distill(config, "collection")
+    assert [repo_id for repo_id, _ in hub.uploaded] == ["me/collection"]
+    named = before.replace("path/to/this/folder", "me/collection")
+    assert card.read_text("utf-8") == (before if is_edited else named)
 
 
 def test_a_bad_id_stops_before_the_pipeline_is_loaded(hub, config, monkeypatch, tmp_path):

@@ -100,7 +100,10 @@ def test_an_effect_may_be_missing_where_the_config_states_its_prompts(load):
     [
         (None, r"my\.yaml: prompts\.file: my\.prompts\.yaml does not exist; write it with: clora prompts my\.yaml"),
         (without("snow"), r"my\.prompts\.yaml: lacks the effects \['snow'\]"),
-        (PROMPTS.replace("name: snow", "name: snou"), "the config has no effect 'snou'; did you mean 'snow'"),
+        (
+            PROMPTS.replace("name: snow", "name: snou"),
+            r"the config has no effect 'snou'; rename .* remove it; did you mean 'snow'\?$",
+        ),
         (PROMPTS.replace("name: comic strip", "name: snow"), "the effect 'snow' is there twice"),
         (PROMPTS.replace("<c> thin", "thin"), r"effects\.1: student_prompts: 'thin ink' lacks the trigger '<c>'"),
         (PROMPTS.replace("[<c> thin ink]", "[]"), r"effects\.1\.student_prompts: expected at least 1 item"),
@@ -127,8 +130,14 @@ def test_wrong_section(load, override):
 
 def test_a_malformed_config_is_told_of_by_its_own_check(load):
     for override in ("effects=3", "effects=[3]", "data=3"):
-        with pytest.raises(CloraError, match=rf"my\.yaml.*{override[:4]}"):
+        with pytest.raises(CloraError, match=f"^override '{override[:4]}.*: {override[:4]}"):
             load(override)
+
+
+def test_an_effect_that_the_config_has_twice_is_told_of(load):
+    """Not of the prompts file, which has one effect that the config then lacks."""
+    with pytest.raises(CloraError, match=r"my\.yaml.*two effects have the name 'snow'"):
+        load("effects.1.name=snow")
 
 
 def test_round_trip(tmp_path):

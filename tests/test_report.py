@@ -13,7 +13,7 @@ from PIL import Image
 from clora.drawing import smooth
 from clora.errors import CloraError
 from clora.images import encode_png
-from clora.progress import stage
+from clora.progress import quiet_libraries, stage
 from clora.report import GridData, method_name, write_report
 
 EFFECTS = ["snow", "a<b>&c"]
@@ -171,3 +171,31 @@ def test_progress_in_a_terminal():
         advance(4, loss=0.25)
     assert "100%" in console.file.getvalue()
     assert "loss 0.25" in console.file.getvalue()
+
+
+def test_libraries_are_quiet_while_a_pipeline_loads_and_as_before_afterwards(tiny_folder, capfd):
+    """Their bars would mix with the stage's own."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    from clora.distill import load_pipeline
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+
+    def state():
+        return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+
+    before = state()
+    assert all(shown for _, shown in before), "else this test shows nothing"
+    load_pipeline(str(tiny_folder), "cpu")
+    assert capfd.readouterr() == ("", "")
+    assert state() == before
+    with quiet_libraries():
+        for library in libraries:
+            library.get_logger(f"{library.__name__.partition('.')[0]}.some").warning("careful")
+        assert not huggingface_hub.utils.are_progress_bars_disabled(), "a download is long"
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(CloraError), quiet_libraries():
+        raise CloraError
+    assert state() == before

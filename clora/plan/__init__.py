@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clora.config import DistillConfig, EffectConfig, general_instructions
-from clora.distill import find_device, find_dtype, target_modules, with_guidance
+from clora.distill import find_device, find_dtype, with_guidance
 from clora.encoding import MAX_PAIRS, num_shared
 from clora.errors import CloraError
 from clora.images import list_images
 from clora.lora.files import linear_shapes
 from clora.models import adapter_for
 from clora.paths import user_path
-from clora.plan.cost import Uncounted, count_blocks, pass_cost, text_shape
+from clora.plan.cost import Uncounted, count_blocks, num_tokens, pass_cost, source_rows, text_shape
 from clora.plan.memory import (
     Facts,
     anchoring_passes,
@@ -32,13 +32,16 @@ from clora.plan.memory import (
     peak,
     prompt_rows,
     rendered,
+    rendering_rows,
     rows_with_gradient,
     scoring_rows,
     trained_values,
+    weight_bytes,
 )
 from clora.plan.probe import device_memory, measure_rate
-from clora.plan.problems import Problems, find_file_problems, find_model_problems
-from clora.plan.skeleton import skeleton
+from clora.plan.problems import Problems, find_file_problems, find_layer_problems, find_prompt_problems
+from clora.plan.skeleton import pipeline_folder, skeleton
+from clora.student import target_modules
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,7 +54,7 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
         A dictionary that can be written as JSON: ``problems`` (one message each), ``notes`` (likewise, no mistakes)
         and, as far as the pipeline can be read and its passes counted, ``model`` (pipeline, parameters, dtype, layers, student parameters), ``memory`` (bytes by part, ``peak``,
         ``device`` bytes or None), ``disk`` (bytes by part, ``free``), ``passes`` (of one row: rendering, per update,
-        total) and ``time`` (measured rate of the device in FLOP/s, seconds at that rate).
+        total) and ``time`` (measured rate of the device in FLOP/s, seconds at that rate; ``train.minutes`` bounds training).
     """
     problems = find_file_problems(config)
     plan: dict[str, Any] = {}
@@ -67,19 +70,23 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
     dtype = find_dtype(config.dtype, device)
-    pipeline = skeleton(config.pipeline, dtype)
+    folder = pipeline_folder(config.pipeline)
+    pipeline = skeleton(str(folder), dtype)
+    transformer = getattr(pipeline, "transformer", None)
+    if getattr(transformer, "_repeated_blocks", None):  # before the adapter, which may refuse a size
+        shapes = linear_shapes(transformer)
+        found, ranks = find_layer_problems(config, transformer, shapes)
+        problems += found
     adapter = adapter_for(
         pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
     )
-    config, transformer = with_guidance(config, adapter), pipeline.transformer
-    shapes = linear_shapes(transformer)
-    found, ranks = find_model_problems(config, adapter, shapes)
-    problems += found
+    config = with_guidance(config, adapter)
+    problems += find_prompt_problems(config, adapter)
     student = target_modules(transformer, config.student.targets)
     facts = Facts(
-        transformer=_bytes(transformer),
+        transformer=weight_bytes(transformer, folder / "transformer"),
         encoders=sum(
-            _bytes(part)
+            weight_bytes(part, folder / name)
             for name, part in pipeline.components.items()
             if isinstance(part, torch.nn.Module) and name != "transformer"
         ),
@@ -96,7 +103,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         config, sources, min(general, MAX_PAIRS) if adapter.text_sees_image else general, adapter.text_sees_image
     )
     pictures = rendered(config, [_num_sources(config, effect) for effect in config.effects])
-    source = adapter.latent_shape[1] * sum(map(prod, adapter.source_shapes))
+    source = adapter.latent_shape[1] * source_rows(adapter)
     encoded = prompts * prod(text_shape(adapter)) + pictures * prod(adapter.latent_shape) + sources * source
     model = {
         "pipeline": type(pipeline).__name__,
@@ -104,7 +111,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         "dtype": str(dtype).removeprefix("torch."),
         "layers": len(student),
         "student_parameters": trained_values(facts, config.student.rank),
-        "tokens": adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text_shape(adapter)[0],
+        "tokens": num_tokens(adapter),
     }
     return {"model": model} | _estimates(config, facts, encoded, pictures, device, problems)
 
@@ -121,12 +128,17 @@ def _estimates(
     sampler, train = config.sampler, config.train
     rendering = pictures * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
     anchoring = round(config.anchor_share * train.updates)
-    total = rendering + anchoring * anchoring_passes(config) + (train.updates - anchoring) * forward_passes(config)
+    training = anchoring * anchoring_passes(config) + (train.updates - anchoring) * forward_passes(config)
     rate = measure_rate(device, facts.dtype)
     seconds = facts.cost.flops / rate
+    total = rendering + (training if train.minutes is None else min(training, 60 * train.minutes / seconds))
     return {
         "memory": {**parts, "peak": peak(parts), "device": available},
-        "rows": {"with gradient": rows_with_gradient(config), "scoring": scoring_rows(config)},
+        "rows": {
+            "with gradient": rows_with_gradient(config),
+            "scoring": scoring_rows(config),
+            "rendering": rendering_rows(config),
+        },
         "disk": {**files, "free": free},
         "passes": {
             "rendering": rendering,
@@ -140,13 +152,10 @@ def _estimates(
             "anchoring_update": seconds * anchoring_passes(config),
             "update": seconds * forward_passes(config),
             "rendering": seconds * rendering,
+            "minutes": train.minutes,
             "all": seconds * total,
         },
     }
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _num_sources(config: DistillConfig, effect: EffectConfig | None = None) -> int:
@@ -172,6 +181,7 @@ def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) 
     advice = [
         None if config.train.gradient_checkpointing else "train.gradient_checkpointing=true",
         f"train.gradient_rows below {rows}" if (rows := rows_with_gradient(config)) > 1 else None,
+        f"train.forward_rows below {rows}" if (rows := max(scoring_rows(config), rendering_rows(config))) > 2 else None,
         f"student.rank below {config.student.rank}",
         "train.teacher_memory_gb" if config.train.teacher_memory_gb is None else None,
         "train.optimizer_bits=8" if config.train.optimizer_bits == 32 else None,
@@ -183,7 +193,15 @@ def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) 
 
 
 def _size(count: float) -> str:
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _parameters(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B parameters"
+    return f"{count / 1e6:.1f} M parameters" if count >= 1e6 else f"{count / 1e3:.1f} K parameters"
 
 
 def _duration(seconds: float) -> str:
@@ -205,6 +223,11 @@ def render(plan: Mapping[str, Any]) -> Group:
     return Group(*tables, *lines)
 
 
+def _all_of(time: Mapping[str, Any]) -> str:
+    """What bounds the training: its updates, or its minutes."""
+    return "all" if time["minutes"] is None else f"all, train.minutes = {time['minutes']:g}"
+
+
 def _table(title: str, rows: list[tuple[str, str]]):
     from rich.table import Table
 
@@ -221,17 +244,18 @@ def _sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
     size = {name: "unknown" if value is None else _size(value) for name, value in plan["memory"].items()}
     trained = [
         ("pipeline", model["pipeline"]),
-        ("transformer", f"{model['parameters'] / 1e9:.3g} B parameters, {model['dtype']}"),
-        ("student", f"{model['student_parameters'] / 1e6:.4g} M parameters on {model['layers']} layers"),
+        ("transformer", f"{_parameters(model['parameters'])}, {model['dtype']}"),
+        ("student", f"{_parameters(model['student_parameters'])} on {model['layers']} layers"),
         ("tokens of a row", f"{model['tokens']}"),
-        ("rows of a pass", f"{plan['rows']['with gradient']} with gradient, {plan['rows']['scoring']} scored"),
+        ("rows of a pass", ", ".join(f"{count} {what}" for what, count in plan["rows"].items())),
     ]
-    memory_rows = [("encoders, before the others", size.pop("encoders")), *size.items()]
+    before = ("encoders", "rendering")
+    memory_rows = [(f"{name}, before the others", size.pop(name)) for name in before] + list(size.items())
     rows = [
         ("rendering of targets", f"{passes['rendering']:.4g} passes", time["rendering"]),
         ("update while anchoring", f"{passes['anchoring update']:.4g} passes", time["anchoring_update"]),
         ("update after it", f"{passes['update']:.4g} passes", time["update"]),
-        ("all", f"{passes['all']:.4g} passes", time["all"]),
+        (_all_of(time), f"{passes['all']:.4g} passes", time["all"]),
     ]
     rate = f"{time['flops_per_second'] / 1e12:.3g} TFLOP/s of a matrix product, measured on {time['device']}"
     return [

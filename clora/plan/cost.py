@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.conditioning import Conditioning, Text
@@ -14,7 +19,8 @@ from clora.lora.files import linear_shapes
 from clora.models import ModelAdapter
 from clora.recomputation import recomputed_blocks
 
-_TEXT_CHANNELS = ("joint_attention_dim", "cap_feat_dim")  # names of the setting in diffusers' transformers
+# Names of the setting in diffusers' transformers.
+_TEXT_CHANNELS = ("joint_attention_dim", "cap_feat_dim", "context_in_dim")
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,52 @@ def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tu
 
 
 def _one_pass(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple[int, int]) -> Tensor:
+    dtype = adapter.pipeline.transformer.dtype
+    with _RealInputs():
+        source = torch.zeros(1, source_rows(adapter), adapter.latent_shape[1], dtype=dtype)
+        conditioning = Conditioning(_text(adapter, text_shape), source)
+        with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
+            return adapter.velocity(torch.zeros(1, *adapter.latent_shape, dtype=dtype), torch.zeros(1), conditioning)
+
+
+def source_rows(adapter: ModelAdapter) -> int:
+    """Rows of a source (`clora.conditioning.Conditioning`); one of Z-Image's features, wider than latents, takes several."""
+    shapes, config = adapter.source_shapes, adapter.pipeline.transformer.config
+    if "siglip_feat_dim" not in config:
+        return sum(map(prod, shapes))
+    latents, features = shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :]
+    return sum(map(prod, latents)) + sum(map(prod, features)) * config.siglip_feat_dim // adapter.latent_shape[1]
+
+
+def num_tokens(adapter: ModelAdapter) -> int:
+    """Tokens of a row; Qwen-Image 2.1 puts the images to edit into the places that its text has for them."""
+    text = text_shape(adapter)[0]
+    if "context_in_dim" in adapter.pipeline.transformer.config:
+        text -= adapter.image_tokens
+    return adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text
+
+
+def _text(adapter: ModelAdapter, shape: tuple[int, int]) -> Text:
+    """A prompt of this many tokens and channels, laid out as the family reads it."""
     config, dtype = adapter.pipeline.transformer.config, adapter.pipeline.transformer.dtype
+    embeds, mask = torch.ones(1, *shape, dtype=dtype), None
+    if "context_in_dim" in config:  # Qwen-Image 2.1 finds its images' places by their zeros
+        embeds[:, : adapter.image_tokens] = 0
+    if (
+        "cap_feat_dim" in config
+    ):  # Z-Image has short segments before and after that of the prompt, a masked row after each
+        embeds, mask = torch.ones(1, shape[0] + 5, shape[1], dtype=dtype), torch.ones(1, shape[0] + 5, dtype=torch.bool)
+        mask[:, [1, -3, -1]] = False
     pooled = torch.zeros(1, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
-    tokens = sum(height * width for height, width in adapter.source_shapes)
-    text = Text(torch.zeros(1, *text_shape, dtype=dtype), pooled=pooled)
-    conditioning = Conditioning(text, torch.zeros(1, tokens, adapter.latent_shape[1], dtype=dtype))
-    with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
-        return adapter.velocity(torch.zeros(1, *adapter.latent_shape, dtype=dtype), torch.zeros(1), conditioning)
+    return Text(embeds, mask, pooled)
+
+
+class _RealInputs(TorchDispatchMode):
+    """Inside, what depends on no fake tensor is computed: masks and positions, by whose values a transformer goes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from clora.config import DistillConfig, general_instructions
-from clora.distill import check_exportable, find_device, target_modules
+from clora.config import DistillConfig, general_instructions, named_files
+from clora.config_file import read_tree
+from clora.distill import check_exportable, find_device
 from clora.encoding import check_pairs, num_shared
-from clora.errors import CloraError
+from clora.errors import CloraError, about
 from clora.export import check_output
 from clora.images import check_image, list_images
 from clora.lora.files import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
+from clora.student import target_modules
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -44,14 +48,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
     for check in (check_exportable, num_shared, check_pairs):
         with problems.catch():
             check(config)
-    for folder in _folders(config):
-        with problems.catch():
-            for file in list_images(folder):
-                with problems.catch():
-                    check_image(file)
-    for effect in config.effects:
-        with problems.catch():
-            open_lora(effect.lora)
+    problems += _named_problems(config.model_dump(mode="json"))
     with problems.catch():
         general_instructions(config.data)
     with problems.catch():
@@ -61,34 +58,60 @@ def find_file_problems(config: DistillConfig) -> Problems:
     return Problems(dict.fromkeys(problems))
 
 
-def find_model_problems(
-    config: DistillConfig, adapter: ModelAdapter, shapes: Shapes
+def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[str]) -> CloraError:
+    """What is wrong with a config that is refused, and with the pictures and LoRA files that it names all the same."""
+    try:
+        found = _named_problems(read_tree(path, overrides))
+    except CloraError:  # nothing can be read of it, as the error says
+        return error
+    heading = ["and of the files that it names:"] if found else []
+    return CloraError("\n".join([str(error), *heading, *(f"  {problem}" for problem in found)]))
+
+
+def _named_problems(tree: Mapping[str, Any]) -> Problems:
+    """What is wrong with the pictures and LoRA files that a config's tree names, each folder told of once."""
+    problems, seen = Problems(), set()
+    for setting, path in named_files(tree).items():
+        is_lora = setting.endswith(".lora")
+        with problems.catch(), about(setting):
+            if is_lora:
+                open_lora(path)
+            for file in [] if is_lora or path in seen else list_images(path):
+                with problems.catch(), about(setting):
+                    check_image(file)
+        seen.add(path)
+    return problems
+
+
+def find_prompt_problems(config: DistillConfig, adapter: ModelAdapter) -> Problems:
+    """What is wrong with prompts for this model, with or without weights."""
+    problems = Problems()
+    for prompt in _prompts(config):
+        with problems.catch():
+            check_lengths(adapter, [prompt])
+    return problems
+
+
+def find_layer_problems(
+    config: DistillConfig, transformer: Any, shapes: Shapes
 ) -> tuple[Problems, dict[str, dict[str, int]]]:
-    """What is wrong with prompts, targets and teachers for this model.
+    """What is wrong with targets and teachers for this model.
 
     Args:
         config: the settings.
-        adapter: of the pipeline, with or without weights.
-        shapes: `clora.lora.files.linear_shapes` of its transformer.
+        transformer: with or without weights.
+        shapes: its `clora.lora.files.linear_shapes`.
 
     Returns:
         The problems, and of each teacher that can be used the rank of its modules.
     """
     problems, ranks = Problems(), {}
     with problems.catch():
-        target_modules(adapter.pipeline.transformer, config.student.targets)
-    for prompt in _prompts(config):
-        with problems.catch():
-            check_lengths(adapter, [prompt])
-    for effect in config.effects:
-        with problems.catch():
+        target_modules(transformer, config.student.targets)
+    for i, effect in enumerate(config.effects):
+        with problems.catch(), about(f"effects.{i}.lora"):
             ranks[effect.name] = lora_ranks(effect.lora, shapes)
     return problems, ranks
-
-
-def _folders(config: DistillConfig) -> list[str]:
-    own = [folder for effect in config.effects for folder in (effect.sources, effect.targets) if folder is not None]
-    return list(dict.fromkeys([config.data.sources, *own]))
 
 
 def _prompts(config: DistillConfig) -> list[str]:

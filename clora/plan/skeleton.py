@@ -13,6 +13,7 @@ import torch
 
 from clora.errors import CloraError
 from clora.paths import user_path
+from clora.progress import quiet_libraries
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*", "*.gguf")
 
@@ -63,10 +64,11 @@ def skeleton(path: str, dtype: torch.dtype) -> Any:
             "expected a folder as save_pretrained writes it, or a newer diffusers"
         ) from error
     mode, parts = FakeTensorMode(allow_non_fake_inputs=True), {}
-    for name, value in index.items():
-        if not name.startswith("_"):
-            parts[name] = _component(folder / name, *value, dtype, mode) if isinstance(value, list) else value
-    return pipeline_class(**parts)
+    with quiet_libraries():
+        for name, value in index.items():
+            if not name.startswith("_"):
+                parts[name] = _component(folder / name, *value, dtype, mode) if isinstance(value, list) else value
+        return pipeline_class(**parts)
 
 
 def _component(folder: Path, library: str | None, name: str | None, dtype: torch.dtype, mode: Any) -> Any:

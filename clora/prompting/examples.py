@@ -7,7 +7,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from clora.config import DistillConfig, EffectConfig
-from clora.errors import CloraError
+from clora.errors import CloraError, about
 from clora.images import list_images, load_image
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -24,8 +24,10 @@ def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
     Raises:
         CloraError: a picture without its result, or one that cannot be read.
     """
-    results = {file.stem: file for file in list_images(effect.targets or "")}
-    files = list_images(effect.sources or "")[:NUM_PAIRS]
+    with about(f"effect {effect.name!r}: targets"):
+        results = {file.stem: file for file in list_images(effect.targets or "")}
+    with about(f"effect {effect.name!r}: sources"):
+        files = list_images(effect.sources or "")[:NUM_PAIRS]
     alone = [file.name for file in files if file.stem not in results]
     if alone:
         raise CloraError(
@@ -51,7 +53,8 @@ def rendered_pairs(
     Raises:
         CloraError: a picture that cannot be read.
     """
-    pixels = _first_sources(effect.sources or config.data.sources, config.data.size)
+    with about("data.sources" if effect.sources is None else f"effect {effect.name!r}: sources"):
+        pixels = _first_sources(effect.sources or config.data.sources, config.data.size)
     shown = [torch.cat([pixels, pixels])] if adapter.text_sees_image else None
     text = adapter.encode_prompts([effect.prompt] * NUM_PAIRS + [""] * NUM_PAIRS, shown)
     rows = torch.arange(2 * NUM_PAIRS).view(2, 1, NUM_PAIRS)

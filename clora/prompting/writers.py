@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from clora.errors import CloraError
 from clora.paths import user_path
+from clora.progress import quiet_libraries
 
 Request = list["str | Image"]
 """What a writer is asked: texts and pictures in their order."""
@@ -60,8 +61,9 @@ def load_writer(path: str, device: torch.device) -> Writer:
     folder = user_path(path)
     source = folder if folder.exists() else path
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", use_safetensors=True)
+        with quiet_libraries():
+            processor = AutoProcessor.from_pretrained(source)
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", use_safetensors=True)
     except Exception as error:  # readers of damaged configs, processors and weights raise whatever they meet
         where = "" if folder.exists() else "; there is no such folder, so it was taken for a hub id"
         raise CloraError(
@@ -77,8 +79,10 @@ def language_model_writer(name: str, model, processor) -> Writer:
     sees = getattr(processor, "image_processor", None) is not None
 
     def answer(request: Request, seed: int) -> str:
-        inputs = _to_model(_inputs(processor, request, sees), model)
-        return _decode(processor, model, _generate(model, processor, inputs, seed)[inputs["input_ids"].shape[1] :])
+        with quiet_libraries():
+            inputs = _to_model(_inputs(processor, request, sees), model)
+            answered = _generate(model, processor, inputs, seed)[inputs["input_ids"].shape[1] :]
+        return _decode(processor, model, answered)
 
     return Writer(name, sees, answer)
 

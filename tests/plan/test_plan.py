@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import prod
 
+import diffusers
 import pytest
 import tiny_flux
 import tiny_longcat
@@ -12,6 +14,8 @@ import tiny_qwen_image
 import tiny_z_image
 import torch
 from pictures import write_images
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 from trainers import make_trainer
 from typer.testing import CliRunner
 
@@ -24,8 +28,8 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.flux2 import Flux2KleinAdapter
-from clora.plan import make_plan
-from clora.plan.cost import PassCost, count_blocks, pass_cost
+from clora.plan import _parameters, make_plan
+from clora.plan.cost import PassCost, count_blocks, pass_cost, source_rows
 from clora.plan.memory import (
     Facts,
     forward_passes,
@@ -202,8 +206,9 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
     assert found["model"]["tokens"] == 16 + 16 + MAX_SEQUENCE_LENGTH
     assert found["passes"]["rendering"] == 2 * 4 * 2 * 2  # effects, pictures, steps, with and without the prompt
     parts = found["memory"]
-    together = sum(size for name, size in parts.items() if name not in ("encoders", "peak", "device"))
-    assert parts["peak"] == max(parts["encoders"], together)
+    together = sum(size for name, size in parts.items() if name not in ("encoders", "rendering", "peak", "device"))
+    assert parts["peak"] == max(parts["encoders"], parts["rendering"], together)
+    assert parts["rendering"] > parts["base"] + parts["teachers"]
     assert not (tmp_path / "out").exists()
 
 
@@ -252,16 +257,27 @@ def test_every_problem_is_told_at_once(job, tmp_path):
     config = job(effects, student={"rank": 4, "targets": ("to_nothing",)}, data={"general_instructions": "no.txt"})
     problems = make_plan(config)["problems"]
     for text in (
-        "empty.png is empty",
-        "missing.safetensors does not exist",
+        f"data.sources: {tmp_path / 'images' / 'empty.png'} is empty",
+        f"effects.0.lora: {tmp_path / 'missing.safetensors'} does not exist",
         "broken.safetensors is not a readable safetensors file",
         "expected a prompt of at most 40 tokens",
-        "none: expected a folder of images",
+        f"effects.2.sources: {tmp_path / 'none'}: expected a folder of images",
         "no.txt cannot be read",
         "to_nothing",
     ):
         assert sum(text in problem for problem in problems) == 1, (text, problems)
     assert len(problems) == len(set(problems))
+
+
+def test_pictures_are_told_of_by_the_setting_that_names_them(job, tmp_path):
+    (tmp_path / "before").mkdir()
+    own = {"sources": str(tmp_path / "before"), "targets": str(tmp_path / "gone")}
+    effects = [{"name": "a", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow", **own}]
+    assert make_plan(job(effects, data={"sources": str(tmp_path / "nowhere")}))["problems"] == [
+        f"data.sources: {tmp_path / 'nowhere'}: expected a folder of images, found nothing",
+        f"effects.0.sources: {tmp_path / 'before'} holds no images; put at least one PNG, JPEG or WebP file in it",
+        f"effects.0.targets: {tmp_path / 'gone'}: expected a folder of images, found nothing",
+    ]
 
 
 def test_a_pipeline_that_cannot_be_read_is_a_problem_among_the_others(job, tmp_path):
@@ -314,12 +330,18 @@ def pipeline_of(family, monkeypatch):
     if family == "LongCatImageEditPipeline":
         tiny_longcat.shrink(monkeypatch)
         return tiny_longcat.tiny_pipeline()
-    if family == "QwenImageEditPlusPipeline":
-        pipeline = tiny_qwen_image.tiny_qwen_pipeline()
+    if family.startswith("QwenImage"):
+        is_21 = family == "QwenImage21Pipeline"
+        pipeline = tiny_qwen_image.tiny_qwen21_pipeline() if is_21 else tiny_qwen_image.tiny_qwen_pipeline()
         tiny_qwen_image.shrink(monkeypatch, pipeline)
         return pipeline
     makers = {"Flux2Pipeline": tiny_flux.tiny_flux2, "FluxKontextPipeline": tiny_flux.tiny_kontext}
     return makers.get(family, tiny_z_image.tiny_pipeline)()
+
+
+def size_of(family):
+    """Height and width that a family takes."""
+    return (64, 96) if family == "QwenImage21Pipeline" else (64, 80)
 
 
 @pytest.fixture
@@ -327,11 +349,13 @@ def job_of(tmp_path, monkeypatch):
     """Returns job_of(family): a config of a saved tiny pipeline, and the pipeline."""
 
     def make(family):
+        if not hasattr(diffusers, family):
+            pytest.skip(f"this diffusers has no {family}")
         pipeline = pipeline_of(family, monkeypatch)
         save_for_plan(pipeline, tmp_path / family, monkeypatch)
         save_diffusers_lora(random_lora(pipeline.transformer, 2, 0), tmp_path / "a.safetensors")
         write_images(tmp_path / "images", 1)
-        data = {"sources": str(tmp_path / "images"), "size": (64, 80), "max_sequence_length": 48}
+        data = {"sources": str(tmp_path / "images"), "size": size_of(family), "max_sequence_length": 48}
         effects = [{"name": "a", "lora": str(tmp_path / "a.safetensors"), "prompt": "p", "student_prompts": ["q"]}]
         data["general_instructions"] = ("snow",)
         return tiny_config(effects, pipeline=str(tmp_path / family), output=str(tmp_path / "o"), data=data), pipeline
@@ -343,7 +367,9 @@ TEMPLATE_TOKENS = {
     "Flux2Pipeline": 0,
     "FluxKontextPipeline": 0,
     "LongCatImageEditPipeline": 2,
-    "QwenImageEditPlusPipeline": 23,  # in the tokenizer of these tests
+    "QwenImage21Pipeline": 21,  # in the tokenizer of these tests
+    "QwenImageEditPlusPipeline": 23,
+    "ZImageOmniPipeline": 8,
 }
 """Tokens that are encoded with a prompt besides it and its picture, which the plan leaves out."""
 
@@ -355,16 +381,49 @@ def test_a_row_has_the_tokens_that_are_encoded(job_of, family):
     found = make_plan(config)
     assert found["problems"] == []
     adapter = adapter_for(pipeline, config.data.size, 48)
-    pixels = [torch.zeros(1, 3, 64, 80)]
-    text = adapter.encode_prompts(["snow"], pixels).embeds.shape[1]
-    if family == "QwenImageEditPlusPipeline":  # it alone pads no prompt
-        text += 48 - adapter.num_tokens("snow")
-    counted = adapter.latent_shape[0] + adapter.encode_sources(pixels)[0].shape[1] + text
+    pixels = [torch.zeros(1, 3, *config.data.size)]
+    text = adapter.encode_prompts(["snow"], pixels)
+    tokens = int((text.embeds != 0).any(-1).sum())  # zeros are places of images, or ends of segments
+    if family.startswith(("QwenImage", "ZImage")):  # they pad no prompt
+        tokens += 48 - adapter.num_tokens("snow")
+    counted = adapter.latent_shape[0] + sum(map(prod, adapter.encode_sources(pixels)[1])) + tokens
     assert counted - found["model"]["tokens"] == TEMPLATE_TOKENS[family]
     assert found["memory"]["peak"] > found["memory"]["base"]
 
 
-def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of):
+@pytest.mark.parametrize("family", TEMPLATE_TOKENS)
+def test_a_familys_pass_is_counted_as_it_runs_on_what_is_encoded(job_of, family):
+    """Operations, and bytes kept for the gradient, of the real pipeline with a picture and a prompt."""
+    config, pipeline = job_of(family)
+    adapter, transformer = adapter_for(pipeline, config.data.size, 48), pipeline.transformer
+    pixels = [torch.rand(1, 3, *config.data.size)]
+    text = adapter.encode_prompts(["snow"], pixels)
+    source, shapes = adapter.encode_sources(pixels)
+    tokens = adapter.num_tokens("snow") if family == "ZImageOmniPipeline" else text.embeds.shape[1]
+    bare = adapter_for(skeleton(config.pipeline, torch.float32), config.data.size, 48)
+    cost = pass_cost(bare, linear_names(transformer), RANK, (tokens, text.embeds.shape[2]))
+    bank = AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)})
+    counter = FlopCounterMode(display=False)
+
+    def run():
+        slots = bank.slots(trainable=True)
+        with bank.route(slots, torch.zeros(1, dtype=torch.int64)), counter:
+            noise = torch.randn(1, *adapter.latent_shape)
+            return adapter.velocity(
+                noise, torch.full((1,), 0.5), Conditioning(text, source, shapes)
+            ), slots.parameters()
+
+    try:
+        assert saved_bytes(transformer, run) == pytest.approx(cost.saved, rel=0.01)
+    finally:
+        bank.detach()
+    assert counter.get_total_flops() == cost.flops
+    assert source.shape[1] == source_rows(bare)
+    assert count_blocks(bare.pipeline.transformer) >= 2
+
+
+def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of, monkeypatch):
+    monkeypatch.setattr("clora.plan.cost._TEXT_CHANNELS", ())
     config, _ = job_of("ZImageOmniPipeline")
     found = make_plan(config)
     assert found["problems"] == []
@@ -373,10 +432,48 @@ def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of):
     assert any("to_nothing" in problem for problem in make_plan(broken)["problems"])
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_part_takes_what_its_files_or_its_bits_take(job, tmp_path, tiny_folder, bits, part):
+    folder, name = tmp_path / "quantised", "base" if part == "transformer" else "encoders"
+    shutil.copytree(tiny_folder, folder)
+    full = make_plan(job(pipeline=str(folder)))["memory"][name]
+    config = json.loads((folder / part / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (folder / part / "config.json").write_text(json.dumps(config), "utf-8")
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file({"packed": torch.zeros(5000, dtype=torch.uint8)}, file)
+    whole = getattr(tiny_pipeline(), part)
+    unquantised = sum(t.numel() * t.itemsize for t in (*whole.parameters(), *whole.buffers()))
+    found = make_plan(job(pipeline=str(folder)))
+    assert found["problems"] == []
+    assert found["memory"][name] == full - unquantised + file.stat().st_size
+    file.unlink()
+    layers = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    linear = sum(layer.weight.numel() for layer in layers.values())
+    assert make_plan(job(pipeline=str(folder)))["memory"][name] == full - linear * (32 - bits) // 8
+
+
+def test_minutes_bound_the_training_but_not_the_rendering(job):
+    """At the rate of this machine, which is measured: one update of this model takes less than a minute anywhere."""
+    long = make_plan(job(train={"updates": 10**9, "minutes": 3}))["time"]
+    assert long["all"] == pytest.approx(3 * 60 + long["rendering"])
+    short = make_plan(job(train={"updates": 2, "minutes": 30}))
+    assert short["passes"]["all"] == short["passes"]["rendering"] + 2 * short["passes"]["update"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(20_430_000_000, "20.43 B"), (3_140_000, "3.1 M"), (999_000_000, "999.0 M"), (60_500, "60.5 K")],
+)
+def test_parameters_are_told_in_their_unit(count, shown):
+    assert _parameters(count) == f"{shown} parameters"
+
+
 def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
     monkeypatch.setattr("clora.plan.device_memory", lambda device: 1000)
     (problem,) = make_plan(job())["problems"]
-    assert "the device has 0.0 MB" in problem
+    assert "the device has 1.0 kB" in problem
     assert "train.gradient_checkpointing=true" in problem
 
 
@@ -393,9 +490,42 @@ def test_the_command(job, tmp_path):
     assert "device memory" in result.output
 
 
-def test_files_are_checked_where_the_pipeline_cannot_be(job, tmp_path):
-    """Size and LoRA files are wrong: neither hides the other."""
-    effects = [{"name": "a", "lora": str(tmp_path / "gone.safetensors"), "prompt": "p"}]
-    problems = make_plan(job(effects, data={"size": (17, 16)}))["problems"]
-    assert any("expected an image size in multiples of 4" in problem for problem in problems), problems
-    assert sum("gone.safetensors does not exist" in problem for problem in problems) == 1
+def test_files_and_layers_are_checked_where_the_size_is_wrong(job, tmp_path):
+    """Size, LoRA files, what these change and targets are wrong: none hides another."""
+    save_file(
+        {"other.lora_A.weight": torch.ones(2, 8), "other.lora_B.weight": torch.ones(8, 2)}, tmp_path / "o.safetensors"
+    )
+    effects = [
+        {"name": name, "lora": str(tmp_path / f"{name}.safetensors"), "prompt": "p", "student_prompts": [name]}
+        for name in ("gone", "o")
+    ]
+    student = {"rank": RANK, "targets": ("to_nothing",)}
+    problems = make_plan(job(effects, data={"size": (17, 16)}, student=student))["problems"]
+    for text in (
+        "expected an image size in multiples of 4",
+        f"effects.0.lora: {tmp_path / 'gone.safetensors'} does not exist",
+        "o.safetensors: no key fits the model",
+        "to_nothing",
+    ):
+        assert sum(text in problem for problem in problems) == 1, (text, problems)
+
+
+def test_files_are_checked_where_the_config_is_refused(job, tmp_path):
+    file = tmp_path / "my.yaml"
+    tree = job().model_dump(mode="json")
+    tree["effects"][1] |= {"lora": str(tmp_path / "gone.safetensors"), "sources": 3}
+    tree["effects"].append("nothing")
+    (tmp_path / "images" / "empty.png").write_bytes(b"")
+    file.write_text(json.dumps(tree | {"seed": "x"}))
+    result = CliRunner().invoke(app, ["plan", str(file), "train.updates=many"])
+    told = str(result.exception)
+    for text in (
+        f"{file}: seed: expected a whole number",
+        "override 'train.updates=many': train.updates: expected",
+        f"{file}: effects.1.sources: expected text",
+        f"effects.1.lora: {tmp_path / 'gone.safetensors'} does not exist",
+        f"data.sources: {tmp_path / 'images' / 'empty.png'} is empty",
+    ):
+        assert told.count(text) == 1, (text, told)
+    file.write_text("effects: [")
+    assert "not valid YAML" in str(CliRunner().invoke(app, ["plan", str(file)]).exception)
