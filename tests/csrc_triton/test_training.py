@@ -91,7 +91,7 @@ def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("train", [{}, {"optimizer": "muon", "gradient_rows": 2, "scoring_rows": 3}], ids=str)
+@pytest.mark.parametrize("train", [{}, {"optimizer": "muon", "gradient_rows": 2, "forward_rows": 3}], ids=str)
 @pytest.mark.parametrize("pages", [None, 2], ids=["resident", "paged"])
 def test_an_update_never_waits_for_the_gpu(device_adapter, monkeypatch, pages, train):
     monkeypatch.setenv("CLORA_BACKEND", "triton")
