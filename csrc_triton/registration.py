@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: then its kernels run in NumPy, on CPU tensors too."""
@@ -29,3 +32,11 @@ def kernel_op(name: str, launch: Callable, fake: Callable) -> torch.library.Cust
     op = make(name, launch, mutates_args=())
     op.register_fake(fake)
     return op
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether someone watches the operators: torch.compile, fake tensors, selective checkpointing, a profiler of flops.
+
+    Where nobody does, launching without the operator saves most of the host's time of a call.
+    """
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)

@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
 
 from csrc_triton.coarse_to_fine.launch import loss_kernels, loss_outputs
 from csrc_triton.coarse_to_fine.reference import Scores, complete, scaled_gradient
-from csrc_triton.registration import kernel_op
+from csrc_triton.registration import is_traced, kernel_op
 
 
 def coarse_to_fine_loss_triton(
@@ -29,7 +30,8 @@ def coarse_to_fine_loss_triton(
     scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
     if reason := unsupported(velocity, x, sigma, kind, weight, scores, anchor_target, guidance):
         raise ValueError(f"the Triton kernels do not cover this call: {reason}")
-    loss, terms, *rows = loss_op(velocity, x, sigma, kind, weight, *scores, anchor_target, guidance)
+    compute = loss_op if is_traced(velocity) else _Untraced.apply
+    loss, terms, *rows = compute(velocity, x, sigma, kind, weight, *scores, anchor_target, guidance)
     values = (*terms.detach().unbind(), *(t.detach() for t in rows))
     names = ("dmd_bs", "dmd_ts", "anchor", "gradient_norm", "nonfinite", "velocity_gradient")
     return loss, dict(zip(names, values, strict=True))
@@ -74,6 +76,19 @@ def _backward(ctx, upstream: Tensor | None, *others) -> tuple[Tensor | None, ...
         return (None,) * 12
     (gradient,) = ctx.saved_tensors
     return (scaled_gradient(gradient, upstream, ctx.velocity_dtype), *(None,) * 11)
+
+
+class _Untraced(torch.autograd.Function):
+    """`loss_op` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with set_wrap_triton_enabled(False):
+            outputs = loss_kernels(*arguments)
+        _setup(ctx, arguments, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
 
 
 loss_op = kernel_op("clora::coarse_to_fine_loss", loss_kernels, _loss_fake)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from csrc_triton.multi_lora import op
 from csrc_triton.multi_lora.launch import expand_add, gradients, reduce, shrink
 from csrc_triton.multi_lora.reference import check_add_shapes
-from csrc_triton.registration import kernel_op
+from csrc_triton.registration import is_traced, kernel_op
 
 
 def multi_lora_add_triton(
@@ -25,7 +25,7 @@ def multi_lora_add_triton(
         raise ValueError(f"the Triton kernels do not cover this call: {reason}")
     if 0 in lora_A.shape[:2]:
         return y.clone()
-    if op.is_traced(x):
+    if is_traced(x):
         return forward_op(y, x, lora_A, lora_B, scale, adapter_ids)[0]
     return _Untraced.apply(y, x, lora_A, lora_B, scale, adapter_ids)
 
@@ -104,7 +104,7 @@ def _gradients(ctx, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: under checkpointing a second reading raises
     if upstream is None or not any(ctx.needs):
         return upstream, None, None, None, None, None
-    if op.is_traced(upstream):
+    if is_traced(upstream):
         found = iter(backward_op(upstream, *saved, *ctx.needs))
     else:
         with set_wrap_triton_enabled(False):

@@ -10,13 +10,11 @@ import triton
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from csrc_triton.multi_lora.designs import DEFAULT, DESIGNS, design_for
 from csrc_triton.multi_lora.launch import expand_add, gradients, linear, reduce, shrink
 from csrc_triton.multi_lora.reference import check_shapes
-from csrc_triton.registration import INTERPRETED, kernel_op
+from csrc_triton.registration import INTERPRETED, is_traced, kernel_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256
@@ -340,11 +338,6 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, l
         for i in used if needed else ():
             grads[i] = next(given)
     return dx, dA, dB
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether someone watches the operators: torch.compile, fake tensors, selective checkpointing, a profiler of flops."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
 
 
 def _any_requires_grad(tensors: Sequence[Tensor]) -> bool:

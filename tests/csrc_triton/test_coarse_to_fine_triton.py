@@ -346,6 +346,24 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(loss_op, (c["velocity"], *others, *c["scores"], c["anchor_target"], GUIDANCE))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_watched_operator_equals_the_direct_path(dtype):
+    """The path that torch.compile takes, without it."""
+    c, names = case(CASES["all_kinds"], dtype=dtype), []
+    expected = run(coarse_to_fine_loss_triton, c, 3.0)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        found = run(coarse_to_fine_loss_triton, c, 3.0)
+    assert "clora::coarse_to_fine_loss" in names
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
     c = case(CASES["all_kinds"])
