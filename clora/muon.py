@@ -40,7 +40,9 @@ class Muon(torch.optim.Optimizer):
 
 def _direction(parameter: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
     """The gradient with Nesterov's momentum, whose running mean is kept in ``state``."""
-    buffer = state.setdefault("momentum", torch.zeros_like(parameter))
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(parameter)
+    buffer = state["momentum"]
     buffer.lerp_(parameter.grad, 1 - momentum)
     return parameter.grad.lerp(buffer, momentum)
 

@@ -13,10 +13,9 @@ from torch import Tensor
 def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on a device (and in a dtype); what comes from the CPU's ordinary memory may be changed at once."""
     device, dtype = torch.device(device), dtype or tensor.dtype
-    if (
-        device.type == "cuda" and tensor.device.type == "cpu"
-    ):  # from ordinary memory the driver waits to copy over 64 KB
-        tensor = tensor.to(dtype).pin_memory()
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From ordinary memory the driver may wait for the device first. Expanded tensors cannot be pinned.
+        tensor = tensor.to(dtype).contiguous().pin_memory()
     return tensor.to(device, dtype, non_blocking=copies_later(device))
 
 

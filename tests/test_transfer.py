@@ -14,12 +14,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.mark.parametrize(("device", "later"), [("cuda", True), ("meta", True), ("mps", False), ("cpu", False)])
 def test_a_source_that_is_dropped_is_copied_at_once_where_the_device_reads_it_late(device, later, monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    calls, pinned = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.stride()) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append(kwargs) or self)
-    send(torch.zeros(3), device)
+    send(torch.zeros(1).expand(3), device)
     assert copies_later(torch.device(device)) is later
     assert calls[-1] == {"non_blocking": later}
+    assert pinned == ([(1,)] if device == "cuda" else []), "an expanded tensor cannot be pinned"
 
 
 def test_what_is_sent_has_the_dtype_that_was_asked_for():
