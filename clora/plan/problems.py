@@ -9,6 +9,7 @@ from typing import Any
 
 from clora.config import DistillConfig, general_instructions
 from clora.config_file import named_files, read_tree
+from clora.distill import check_exportable, find_device
 from clora.encoding import check_pairs, num_shared
 from clora.errors import CloraError, about
 from clora.export import check_output
