@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -360,22 +360,6 @@ def _with_prompts(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if not user_path(file).exists():
         raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
     return fill_prompts(tree, read_prompts(file), file)
-
-
-def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The LoRA files and folders of pictures that a config's tree names, by setting: ``effects.0.lora``, ``data.sources``.
-
-    The tree may be wrong elsewhere; what is no text is passed over.
-    """
-    effects = tree.get("effects")
-    entries = list(effects) if isinstance(effects, list | tuple) else []
-    sections = {"data": tree.get("data"), **{f"effects.{i}": entry for i, entry in enumerate(entries)}}
-    return {
-        f"{section}.{key}": values[key]
-        for section, values in sections.items()
-        for key in ("lora", "sources", "targets")
-        if isinstance(values, dict) and isinstance(values.get(key), str)
-    }
 
 
 def general_instructions(data: DataConfig) -> tuple[str, ...]:

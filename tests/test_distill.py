@@ -12,6 +12,7 @@ from pictures import write_images
 from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
+from clora import images as images_module
 from clora import targets as targets_module
 from clora.distill import distill
 from clora.encoding import encode_data
@@ -123,6 +124,16 @@ def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
     for stacked in (data.sources[1], data.targets[1]):  # two rendered samples, repeated in turn
         assert torch.equal(stacked[2], stacked[0])
         assert not torch.equal(stacked[1], stacked[0])
+
+
+def test_pictures_that_no_teacher_renders_are_not_read(make_config, adapter, loras, monkeypatch, tmp_path):
+    own, read = write_images(tmp_path / "own", 5), []
+    load = images_module.load_image
+    monkeypatch.setattr(images_module, "load_image", lambda file, size: read.append(file) or load(file, size))
+    config, shapes = make_config({"sources": str(own)}), linear_shapes(adapter.pipeline.transformer)
+    teachers = {name: load_lora(file, shapes) for name, file in loras.items()}
+    data = encode_data(config, adapter, teachers)
+    assert sum(file.parent == own for file in read) == data.sources.shape[1] == 2
 
 
 def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clora.config import DistillConfig, general_instructions, named_files
-from clora.config_file import read_tree
+from clora.config import DistillConfig, general_instructions
+from clora.config_file import named_files, read_tree
 from clora.distill import check_exportable, find_device
 from clora.encoding import check_pairs, num_shared
 from clora.errors import CloraError, about
