@@ -106,7 +106,9 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     checkpointed = train.gradient_checkpointing
     block = facts.cost.saved // facts.blocks
     saved = facts.cost.saved_checkpointed if checkpointed else facts.cost.saved
-    rows, forward = rows_with_gradient(config), max(scoring_rows(config), train.batch_size)
+    rows = rows_with_gradient(config)
+    recomputed = rows if checkpointed else 0
+    learning = rows * saved + max(recomputed, scoring_rows(config)) * block  # scored while the student's pass is kept
     slots = slot_bytes(facts, rank) * num_slots(facts, config)
     return {
         "encoders": facts.encoders,
@@ -116,7 +118,7 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
         "student and critic": 2 * values * MASTER,
         "gradients": values * GRADIENT,
         "optimizers": values * state_bytes(train),
-        "activations": max(rows * (saved + (block if checkpointed else 0)), forward * block),
+        "activations": max(learning, train.batch_size * block),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from math import prod
@@ -126,6 +127,17 @@ def facts_of(transformer, teachers):
     return Facts(
         weights, 0, torch.float32, linear_shapes(transformer), linear_names(transformer), ranks, 1, PassCost(0.0, 0, 0)
     )
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_activations_are_those_of_scoring_while_the_students_pass_is_kept(adapter, checkpointed):
+    teachers = random_teachers(adapter.pipeline.transformer, 2)
+    train = {"batch_size": 2, "gradient_checkpointing": checkpointed}
+    config = tiny_config(list(teachers), train=train, sampler={"guidance": 1.0})
+    cost = PassCost(flops=0.0, saved=6000, saved_checkpointed=100)
+    facts = dataclasses.replace(facts_of(adapter.pipeline.transformer, teachers), cost=cost, blocks=3)
+    kept, one_block = (100 if checkpointed else 6000), 2000
+    assert memory(facts, config)["activations"] == 3 * 2 * kept + 3 * 2 * 2 * one_block
 
 
 def gradients_at_each_step(trainer):
