@@ -24,6 +24,7 @@ from clora.cli import app
 from clora.conditioning import Conditioning, Text
 from clora.distill import load_pipeline, with_guidance
 from clora.encoding import encode_data
+from clora.errors import CloraError
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
@@ -308,8 +309,11 @@ def test_a_processor_without_torchvision_says_what_to_install(job, tmp_path, tin
     index["tokenizer"] = ["transformers", "Qwen2VLProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
     (problem,) = make_plan(job(pipeline=str(folder)))["problems"]
-    assert "tokenizer cannot be loaded as Qwen2VLProcessor" in problem
-    assert "pip install torchvision" in problem
+    assert "tokenizer cannot be loaded as Qwen2VLProcessor: it needs torchvision; pip install torchvision" in problem
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
+    with pytest.raises(CloraError) as told:
+        load_pipeline(str(folder), "cpu")
+    assert str(told.value) == problem
 
 
 def save_for_plan(pipeline, folder, monkeypatch):
