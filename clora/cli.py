@@ -208,7 +208,7 @@ def inspect(
     else:
         from rich.console import Console
 
-        Console().print(render(info))
+        Console().print(render(info), crop=False)  # a long path stays one line
     _refuse_unusable(info)
 
 
@@ -235,8 +235,13 @@ def export(
         ),
     ] = None,
     pipeline: Annotated[
-        Path | None, typer.Option(help="Folder of the LoRA's base model, where its names do not tell.")
+        Path | None,
+        typer.Option(help="Folder of the LoRA's base model, where its names do not tell; for DoRA with the weights."),
     ] = None,
+    max_error: Annotated[
+        float,
+        typer.Option(help="Largest relative error of factors for changes without low rank (DoRA, full-matrix LoKr)."),
+    ] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a LoRA in another format, at a lower rank or in another type; shows the error of every module.
@@ -245,13 +250,13 @@ def export(
     """
     from clora.lora.convert import convert_lora, render
 
-    report = convert_lora(path, output, format, rank, energy, dtype, pipeline)
+    report = convert_lora(path, output, format, rank, energy, dtype, pipeline, max_error)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         from rich.console import Console
 
-        Console().print(render(report))
+        Console().print(render(report), crop=False)  # a long path stays one line
 
 
 @studio.command()

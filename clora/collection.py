@@ -15,6 +15,7 @@ from clora.lora.source import find_weights, open_lora
 from clora.paths import user_path
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+SAMPLES_FILE = "samples.png"
 PREFIX = (
     "clora."  # of every entry; diffusers and sglang give meanings to others, such as lora_adapter_metadata and alpha
 )

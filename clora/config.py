@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,7 +210,7 @@ class TrainConfig(_Model):
         clip: largest norm of a gradient.
         gradient_rows: most rows of one pass with gradients, to bound memory: an update adds up as many passes as it needs
             (a sample is up to three rows of the student's, one of the critic's); None for no bound.
-        scoring_rows: most rows of one scoring pass, likewise.
+        forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
         teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
             copied where they are needed, ahead of time as far as possible. None keeps all on the device.
         gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
@@ -230,7 +230,7 @@ class TrainConfig(_Model):
     critic_learning_rate: PositiveFloat = 1e-4
     clip: PositiveFloat = 10.0
     gradient_rows: Positive | None = None
-    scoring_rows: Positive | None = None
+    forward_rows: Positive | None = None
     teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
@@ -360,22 +360,6 @@ def _with_prompts(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if not user_path(file).exists():
         raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
     return fill_prompts(tree, read_prompts(file), file)
-
-
-def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The LoRA files and folders of pictures that a config's tree names, by setting: ``effects.0.lora``, ``data.sources``.
-
-    The tree may be wrong elsewhere; what is no text is passed over.
-    """
-    effects = tree.get("effects")
-    entries = list(effects) if isinstance(effects, list | tuple) else []
-    sections = {"data": tree.get("data"), **{f"effects.{i}": entry for i, entry in enumerate(entries)}}
-    return {
-        f"{section}.{key}": values[key]
-        for section, values in sections.items()
-        for key in ("lora", "sources", "targets")
-        if isinstance(values, dict) and isinstance(values.get(key), str)
-    }
 
 
 def general_instructions(data: DataConfig) -> tuple[str, ...]:

@@ -63,6 +63,22 @@ def parse_tree(text: str, where: str) -> dict[str, Any]:
     return tree
 
 
+def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The LoRA files and folders of pictures that a config's tree names, by setting: ``effects.0.lora``, ``data.sources``.
+
+    The tree may be wrong elsewhere; what is no text is passed over.
+    """
+    effects = tree.get("effects")
+    entries = list(effects) if isinstance(effects, list | tuple) else []
+    sections = {"data": tree.get("data"), **{f"effects.{i}": entry for i, entry in enumerate(entries)}}
+    return {
+        f"{section}.{key}": values[key]
+        for section, values in sections.items()
+        for key in ("lora", "sources", "targets")
+        if isinstance(values, dict) and isinstance(values.get(key), str)
+    }
+
+
 def validate(model: type[ModelType], tree: Mapping[str, Any], where: str, overrides: Iterable[str] = ()) -> ModelType:
     """Checks a tree strictly: a number written as text, or true for 1, is a wrong type.
 

@@ -19,12 +19,13 @@ from clora.collection import Collection
 from clora.conditioning import Text
 from clora.config import DistillConfig
 from clora.data import DistillData
-from clora.distill import find_device, load_pipeline, train_student, training_bar
+from clora.distill import find_device, load_pipeline, training_bar
 from clora.errors import CloraError, nearest
 from clora.export import check_output, export_collection, make_collection
 from clora.lora.state import LoRAState
 from clora.progress import stage
 from clora.report import GridData, write_report
+from clora.student import train_student
 from clora.studio import assets, baselines, build, teachers
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.effects import EFFECTS

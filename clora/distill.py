@@ -1,4 +1,4 @@
-"""The engine: teachers and encoded data in, one student LoRA out; and the same for the user's own files."""
+"""The whole job on the user's own pipeline, LoRA files and images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from clora.adapter_bank import AdapterBank, fresh_lora
 from clora.atomic import check_writable
 from clora.cache import Cache
 from clora.checkpoint import load_values
+from clora.collection import LORA_FILE, SAMPLES_FILE, Collection
 from clora.config import DEVICE_NAMES, DEVICES, DistillConfig, EffectConfig, TrainConfig
 from clora.data import DistillData
 from clora.encoders import move
@@ -24,95 +24,16 @@ from clora.errors import CloraError
 from clora.flow_matching import student_schedule
 from clora.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
 from clora.lora.files import linear_shapes, linear_weights, load_lora
-from clora.lora.merge import sum_svd
-from clora.lora.state import LoRAModule, LoRAState
-from clora.models import ModelAdapter, adapter_for, linear_names
+from clora.lora.state import LoRAState
+from clora.models import ModelAdapter, adapter_for
 from clora.objective import TAU_BOUNDS, target_simulation_steps
 from clora.paths import user_path
 from clora.progress import quiet_libraries, say, stage, up_to
-from clora.teacher_pages import teacher_pages
-from clora.trainer import CRITIC, STUDENT, DistillTrainer, Report, check_resumable
+from clora.student import target_modules, train_student
+from clora.trainer import Report, check_resumable
 
+CHECKPOINT = ".checkpoint.safetensors"
 CACHE = ".clora-cache"  # in the output folder; its .cache is huggingface_hub's, where it came from there
-
-
-def train_student(
-    config: DistillConfig,
-    adapter: ModelAdapter,
-    teachers: Mapping[str, LoRAState],
-    data: DistillData,
-    report: Report,
-    checkpoint: Path | None = None,
-) -> LoRAState:
-    """Distils the teachers into one LoRA of rank ``config.student.rank``; the transformer is left as it was.
-
-    Args:
-        config: the settings.
-        adapter: the model family.
-        teachers: effect name to LoRA, in the order of ``data.effects``.
-        data: encoded training data.
-        report: called after every student update.
-        checkpoint: where to resume from and to write to.
-
-    Raises:
-        CloraError: training diverged; names update, effect and term.
-    """
-    transformer = adapter.pipeline.transformer
-    student = initial_student(config, transformer, list(teachers.values()))
-    bank = AdapterBank(
-        transformer,
-        {CRITIC: student, **teachers},
-        pages=teacher_pages(config.train.teacher_memory_gb, transformer, [student, *teachers.values()], len(teachers)),
-        fixed=1,
-    )
-    try:
-        trainer = DistillTrainer(config, adapter, bank, data, student, student)
-        trainer.fit(report, checkpoint)
-    finally:
-        bank.detach()
-    return trainer.student.state(STUDENT)
-
-
-def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState]) -> LoRAState:
-    """The student before training: a zero delta, or the truncated mean of the teachers' deltas.
-
-    Ranks that the mean leaves empty get a random ``lora_A``, else they would never learn.
-    """
-    shapes = linear_shapes(transformer)
-    generator = torch.Generator().manual_seed(config.seed)
-    targets = target_modules(transformer, config.student.targets)
-    fresh = fresh_lora(shapes, config.student.rank, generator, targets)
-    if config.student.init == "zero":
-        return fresh
-    merged = sum_svd(teachers, config.student.rank, [1 / len(teachers)] * len(teachers))
-    return LoRAState({name: _fill(module, merged.modules.get(name)) for name, module in fresh.modules.items()})
-
-
-def _fill(fresh: LoRAModule, merged: LoRAModule | None) -> LoRAModule:
-    if merged is None:
-        return fresh
-    norms = merged.lora_A.norm(dim=1)  # square roots of the singular values; padded teachers give some that are 0
-    alive = int((norms > 1e-5 * norms.max()).sum())
-    a = torch.cat([merged.lora_A[:alive], fresh.lora_A[alive:]])
-    b = torch.cat([merged.lora_B[:, :alive], fresh.lora_B[:, alive:]], dim=1)
-    return LoRAModule(a, b)
-
-
-def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
-    """The linear layers of the blocks whose names end in one of ``suffixes``; all of them for None.
-
-    Raises:
-        CloraError: a suffix fits no layer.
-    """
-    names = linear_names(transformer)
-    if suffixes is None:
-        return names
-    unused = [suffix for suffix in suffixes if not any(name.endswith(suffix) for name in names)]
-    if unused:
-        raise CloraError(
-            f"student.targets: no linear layer of the blocks ends in {unused}; they are called {names[:6]}..."
-        )
-    return [name for name in names if name.endswith(tuple(suffixes))]
 
 
 def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
@@ -127,7 +48,7 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
-    from clora.export import COLLECTION_FILES, check_output, export_collection, name_repository
+    from clora.export import UPLOADED_FILES, check_output, name_repository
     from clora.finished import is_finished
     from clora.plan.problems import find_file_problems
 
@@ -137,34 +58,67 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     if push_to_hub is not None:
         check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
-        device = find_device(config.device)
-        pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
-        adapter = adapter_for(
-            pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
-        )
-        config = with_guidance(config, adapter)
-        shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
-        teachers = {effect.name: load_teacher(effect, shapes, weights) for effect in config.effects}
+        config, adapter, teachers = _load(config)
         collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
-    checkpoint = output / ".checkpoint.safetensors"
-    target_modules(pipeline.transformer, config.student.targets)  # both before hours of rendering
-    is_done = not checkpoint.exists() and is_finished(output, collection)
-    _say_what_is_there(output, checkpoint, config, is_done)
+    target_modules(adapter.pipeline.transformer, config.student.targets)  # both before hours of rendering
+    is_done = not (output / CHECKPOINT).exists() and is_finished(output, collection)
+    _say_what_is_there(output, config, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     if not is_done:
-        with _told_when_stopped(checkpoint):
-            data = encode_data(config, adapter, teachers, cache, device)
-            with training_bar(f"distil into {output.name}", config.train) as report:
-                student = train_student(config, adapter, teachers, data, report, checkpoint)
-        export_collection(student, collection, output, pipeline.transformer.dtype, repo_id)
-        checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
-        if config.data.cache is None:
-            shutil.rmtree(cache.folder, ignore_errors=True)
+        _make(config, adapter, teachers, cache, collection, output, repo_id)
     elif repo_id is not None:
         name_repository(output, repo_id)
     if repo_id is not None:
-        say(f"uploaded to {upload(output, repo_id, COLLECTION_FILES)}")
+        say(f"uploaded to {upload(output, repo_id, UPLOADED_FILES)}")
     return output
+
+
+def _load(config: DistillConfig) -> tuple[DistillConfig, ModelAdapter, dict[str, LoRAState]]:
+    """The config with its family's defaults, the pipeline on the CPU, and the teachers."""
+    pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, find_device(config.device)))
+    adapter = adapter_for(
+        pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
+    )
+    shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
+    teachers = {effect.name: load_teacher(effect, shapes, weights) for effect in config.effects}
+    return with_guidance(config, adapter), adapter, teachers
+
+
+def _make(
+    config: DistillConfig,
+    adapter: ModelAdapter,
+    teachers: Mapping[str, LoRAState],
+    cache: Cache,
+    collection: Collection,
+    output: Path,
+    repo_id: str | None,
+) -> None:
+    """Trains and writes the collection, and removes what only its making needed."""
+    from clora.export import export_collection
+
+    device, checkpoint = find_device(config.device), output / CHECKPOINT
+    with _told_when_stopped(checkpoint):
+        data = encode_data(config, adapter, teachers, cache, device)
+        with training_bar(f"distil into {output.name}", config.train) as report:
+            student = train_student(config, adapter, teachers, data, report, checkpoint)
+        samples = _samples(config, adapter, student, data, device)
+    export_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
+    checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
+    if config.data.cache is None:
+        shutil.rmtree(cache.folder, ignore_errors=True)
+
+
+def _samples(
+    config: DistillConfig, adapter: ModelAdapter, student: LoRAState, data: DistillData, device: torch.device
+) -> bytes | None:
+    """`draw_samples`, or None where the memory does not suffice: pictures are not worth a training."""
+    from clora.samples import draw_samples
+
+    try:
+        return draw_samples(config, adapter, student, data, device)
+    except RuntimeError as error:
+        say(f"no {SAMPLES_FILE} is made: {str(error).splitlines()[0]}")
+        return None
 
 
 def load_teacher(
@@ -190,14 +144,13 @@ def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig
     return config.model_copy(update={"sampler": config.sampler.model_copy(update=guidance)})
 
 
-def _say_what_is_there(output: Path, checkpoint: Path, config: DistillConfig, is_done: bool) -> None:
+def _say_what_is_there(output: Path, config: DistillConfig, is_done: bool) -> None:
     """Tells of a run that is done or goes on, and of a collection that is replaced.
 
     Raises:
         CloraError: the checkpoint is another run's.
     """
-    from clora.export import LORA_FILE
-
+    checkpoint = output / CHECKPOINT
     if is_done:
         say(
             f"{output} holds the finished collection of these settings and inputs: nothing is trained. To train it "

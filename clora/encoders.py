@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,17 @@ def move(model: nn.Module, device: torch.device) -> None:
     """Moves a model to a device; one in 8 bits by bitsandbytes cannot be moved and stays where it was loaded."""
     if not getattr(model, "is_loaded_in_8bit", False):
         model.to(device)
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, a model is on a device; then it goes back to where it was."""
+    home = model.device
+    move(model, device)
+    try:
+        yield
+    finally:
+        move(model, home)
 
 
 def pixel_digests(pixels: Tensor) -> list[str]:

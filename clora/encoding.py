@@ -139,7 +139,11 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable) ->
 
 
 def _own_pictures(effect: EffectConfig, config: DistillConfig) -> Pictures | None:
-    return None if effect.sources is None else Pictures(effect.name, load_images(effect.sources, config.data.size)[1])
+    """An effect's pictures, no more than its teacher renders where no results are given with them."""
+    if effect.sources is None:
+        return None
+    limit = config.data.sources_per_effect if effect.targets is None else None
+    return Pictures(effect.name, load_images(effect.sources, config.data.size, limit)[1])
 
 
 def _given_targets(effect: EffectConfig, config: DistillConfig, encoders: Encoders) -> Tensor | None:

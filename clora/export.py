@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 
 from clora.atomic import check_writable, write_atomic
-from clora.collection import LORA_FILE, CollectedEffect, Collection, Sampling, read_collection, to_metadata
+from clora.collection import (
+    LORA_FILE,
+    SAMPLES_FILE,
+    CollectedEffect,
+    Collection,
+    Sampling,
+    read_collection,
+    to_metadata,
+)
 from clora.config import DistillConfig
 from clora.effects import call_arguments, loads_lora_weights, pipeline_class
 from clora.errors import CloraError
@@ -19,8 +27,9 @@ from clora.lora.save import check_storable, save_diffusers_lora
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
 
-# What belongs to a collection, as patterns for an upload.
+# What belongs to a collection, as patterns; and what is uploaded.
 COLLECTION_FILES = ("README.md", LORA_FILE, "scheduler/*")
+UPLOADED_FILES = (*COLLECTION_FILES, SAMPLES_FILE)
 CARD_MARK = "Distilled with clora"  # in every model card
 SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # no paths of the machine
 # Licences that the Hub knows by these names; it takes any other as "other" with a name.
@@ -104,6 +113,7 @@ def export_collection(
     folder: Path,
     dtype: torch.dtype,
     hub_id: str | None = None,
+    samples: bytes | None = None,
 ) -> Path:
     """Writes the folder; returns it.
 
@@ -118,6 +128,7 @@ def export_collection(
         folder: created where missing.
         dtype: stored type.
         hub_id: where it will be on the Hub, for the model card.
+        samples: a PNG for the model card (`clora.samples.draw_samples`); None leaves or makes a folder without.
 
     Raises:
         CloraError: the folder cannot be written, a weight is not finite, or something is not read back as it was meant.
@@ -125,7 +136,8 @@ def export_collection(
     check_output(folder)
     check_storable(student, folder / LORA_FILE, dtype)
     metadata = to_metadata(collection)
-    write_atomic(folder / "README.md", model_card(collection, hub_id))
+    _write_samples(folder / SAMPLES_FILE, samples)
+    write_atomic(folder / "README.md", model_card(collection, hub_id, samples is not None))
     _save_scheduler(collection, folder / "scheduler")
     save_diffusers_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
     return folder
@@ -138,8 +150,17 @@ def name_repository(folder: Path, hub_id: str) -> None:
         CloraError: no collection is there, or the card cannot be written.
     """
     collection, card = read_collection(folder), folder / "README.md"
-    if card.read_text("utf-8", errors="replace") == model_card(collection):
-        write_atomic(card, model_card(collection, hub_id))
+    has_samples = (folder / SAMPLES_FILE).exists()
+    if card.read_text("utf-8", errors="replace") == model_card(collection, has_samples=has_samples):
+        write_atomic(card, model_card(collection, hub_id, has_samples))
+
+
+def _write_samples(file: Path, samples: bytes | None) -> None:
+    """Those of a collection that is replaced go."""
+    if samples is None:
+        file.unlink(missing_ok=True)
+    else:
+        write_atomic(file, samples)
 
 
 def student_scheduler(shift: float):
@@ -166,8 +187,8 @@ def _save_scheduler(collection: Collection, folder: Path) -> None:
         raise CloraError(f"{folder} cannot be written: {error}") from error
 
 
-def model_card(collection: Collection, hub_id: str | None = None) -> str:
-    """The folder's README: what it is, how to call it in diffusers and ComfyUI, effects, prompts, licences, metrics."""
+def model_card(collection: Collection, hub_id: str | None = None, has_samples: bool = False) -> str:
+    """The folder's README: what it is, samples, how to call it in diffusers and ComfyUI, effects, prompts, licences, metrics."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
@@ -180,6 +201,7 @@ def model_card(collection: Collection, hub_id: str | None = None) -> str:
         location=hub_id or "path/to/this/folder",
         loads_lora_weights=loads_lora_weights(pipeline_class(collection)),
         file=LORA_FILE,
+        samples=SAMPLES_FILE if has_samples else None,
         is_on_hub=is_repo_id(collection.base_model),
         call={"prompt": collection.effects[0].prompts[0], **call_arguments(collection)},
         metrics=_metric_rows(collection),

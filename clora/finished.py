@@ -7,7 +7,8 @@ from pathlib import Path
 
 from clora.cache import digest
 from clora.collection import Collection, read_collection
-from clora.config import DistillConfig, general_instructions, named_files
+from clora.config import DistillConfig, general_instructions
+from clora.config_file import named_files
 from clora.errors import CloraError
 from clora.export import COLLECTION_FILES
 from clora.fingerprint import component_fingerprints

@@ -20,12 +20,13 @@ MAX_PIXELS = 64_000_000
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 
 
-def load_images(folder: str | Path, size: tuple[int, int]) -> tuple[list[str], Tensor]:
-    """Reads every image of a folder, cropped around its centre to the wanted shape and resized.
+def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = None) -> tuple[list[str], Tensor]:
+    """Reads the images of a folder, cropped around their centre to the wanted shape and resized.
 
     Args:
         folder: a folder of images and nothing else; hidden files and subfolders are passed over.
         size: height and width.
+        limit: the first so many; None for all.
 
     Returns:
         File names in order, and fp32 images ``[N, 3, H, W]`` in [-1, 1].
@@ -33,7 +34,7 @@ def load_images(folder: str | Path, size: tuple[int, int]) -> tuple[list[str], T
     Raises:
         CloraError: a missing or empty folder, or a file that is empty, damaged, enormous or no image.
     """
-    files = list_images(folder)
+    files = list_images(folder)[:limit]
     return [file.name for file in files], torch.stack([load_image(file, size) for file in files])
 
 

@@ -17,6 +17,7 @@ from clora.models import ModelAdapter
 from clora.teacher_pages import teacher_pages
 
 FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
+TEACHERS_AT_ONCE, GENERAL_AT_ONCE = 16, 24  # samples of a batch, where ``train.forward_rows`` allows as many
 
 Report = Callable[[int], None]
 
@@ -43,6 +44,12 @@ def num_passes(config: DistillConfig, samples: int) -> int:
     return samples * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
 
 
+def samples_at_once(config: DistillConfig, most: int) -> int:
+    """Samples of one batch, at most so many: of two rows each where there is guidance."""
+    rows = config.train.forward_rows
+    return most if rows is None else max(1, min(most, rows // (1 if config.sampler.guidance == 0 else 2)))
+
+
 def target_seeds(config: DistillConfig, samples: int) -> list[int]:
     """The seeds of the teachers' renders, one for each of ``[E, M]`` in order."""
     return [config.seed + i for i in range(samples)]
@@ -60,7 +67,6 @@ def render_targets(
     text: Text,
     config: DistillConfig,
     report: Report,
-    batch_size: int = 16,
 ) -> Tensor:
     """What every teacher makes of its own sources (the paper's y): guided Euler sampling with its own prompt.
 
@@ -71,13 +77,12 @@ def render_targets(
         text: the encoded prompts.
         config: sampler settings and seed.
         report: called as ``report(passes)``.
-        batch_size: samples per batch (two rows each).
 
     Returns:
         ``[E, M, T, C]``.
     """
     every = range(samples.prompt.numel())
-    rendered = render_some_targets(every, adapter, teachers, samples, text, config, report, batch_size)
+    rendered = render_some_targets(every, adapter, teachers, samples, text, config, report)
     return torch.stack([latents for _, latents in rendered]).unflatten(0, samples.prompt.shape)
 
 
@@ -89,7 +94,6 @@ def render_some_targets(
     text: Text,
     config: DistillConfig,
     report: Report,
-    batch_size: int = 16,
 ) -> Iterator[tuple[int, Tensor]]:
     """`render_targets` for some of ``[E, M]``, counted row by row: yields each with its latents when its batch is done."""
     effect = torch.arange(len(teachers)).repeat_interleave(samples.prompt.shape[1])
@@ -100,9 +104,10 @@ def render_some_targets(
     pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
     bank = AdapterBank(transformer, states, pages=pages)
     try:
-        generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, batch_size, report)
+        count = samples_at_once(config, TEACHERS_AT_ONCE)
+        generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, count, report)
         seeds = target_seeds(config, len(effect))
-        chunks = [list(wanted[c]) for c in bank.chunks(ids[list(wanted)], batch_size)]
+        chunks = [list(wanted[c]) for c in bank.chunks(ids[list(wanted)], count)]
         for rows, following in zip(chunks, [*chunks[1:], []], strict=True):
             with bank.placed(ids[rows]) as slots:
                 bank.fetch(ids[following])
@@ -134,7 +139,8 @@ def render_some_general_targets(
     wanted: Sequence[int], adapter: ModelAdapter, samples: Samples, text: Text, config: DistillConfig, report: Report
 ) -> Iterator[tuple[int, Tensor]]:
     """`render_general_targets` for some of ``[Q]``: yields each with its latents when its batch is done."""
-    generator = Generator(adapter, None, None, config.sampler.shift, report=report)
+    count = samples_at_once(config, GENERAL_AT_ONCE)
+    generator = Generator(adapter, None, None, config.sampler.shift, count, report)
     seeds = general_seeds(config, len(samples.prompt))
     for start in range(0, len(wanted), generator.batch_size):
         rows = list(wanted[start : start + generator.batch_size])

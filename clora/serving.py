@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clora.adapter_bank import AdapterBank, BankBytes
+from clora.lora.factorise import MAX_ERROR
 from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.state import LoRAState
 from clora.slots import index_of
@@ -50,7 +51,9 @@ class AttachedLoRAs:
         self._bank.detach()
 
 
-def attach(transformer: nn.Module, adapters: Mapping[str, str | Path | LoRAState]) -> AttachedLoRAs:
+def attach(
+    transformer: nn.Module, adapters: Mapping[str, str | Path | LoRAState], *, max_error: float = MAX_ERROR
+) -> AttachedLoRAs:
     """Puts LoRAs beside a transformer's layers, ready for batches that mix them.
 
     ::
@@ -66,13 +69,14 @@ def attach(transformer: nn.Module, adapters: Mapping[str, str | Path | LoRAState
         transformer: a diffusers transformer, also with quantised weights.
         adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or what it returned. They
             are stored in the transformer's dtype.
+        max_error: as in `clora.load_lora`, of files whose changes are not of low rank.
 
     Raises:
         CloraError: a LoRA cannot be read or does not fit, or there is none.
     """
     shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     states = {
-        name: lora if isinstance(lora, LoRAState) else load_lora(lora, shapes, weights)
+        name: lora if isinstance(lora, LoRAState) else load_lora(lora, shapes, weights, max_error=max_error)
         for name, lora in adapters.items()
     }
     return AttachedLoRAs(transformer, states)

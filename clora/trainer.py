@@ -267,9 +267,9 @@ class DistillTrainer:
         return Scores(renoised, send(rows.score_sigma, x0.device), critic, teacher, uncond)
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """One pass over the bank's LoRAs, split by ``train.scoring_rows`` and by the teachers that fit at once."""
+        """One pass over the bank's LoRAs, split by ``train.forward_rows`` and by the teachers that fit at once."""
         velocities = []
-        for c in self.bank.chunks(ids, self.config.train.scoring_rows or len(ids)):
+        for c in self.bank.chunks(ids, self.config.train.forward_rows or len(ids)):
             with self.bank.placed(ids[c]) as slots:
                 velocities.append(self._velocity(self.scorers, slots, x[c], sigma[c], conditioning[c]))
         return torch.cat(velocities)
@@ -362,7 +362,7 @@ FREE_TO_CHANGE = {
         "minutes",
         "checkpoint_every",
         "gradient_rows",
-        "scoring_rows",
+        "forward_rows",
         "teacher_memory_gb",
         "gradient_checkpointing",
     },

@@ -14,7 +14,6 @@ from clora.cache import Cache
 from clora.conditioning import Text
 from clora.encoders import Encoders
 from clora.encoding import encode_data
-from clora.rendering import render_some_targets
 from clora.targets import lora_digest
 from clora.testing import random_lora, tiny_adapter, tiny_config, tiny_pipeline
 
@@ -145,8 +144,7 @@ def test_another_lora_or_transformer_renders_again(encode, adapter, teachers, wo
 
 def test_a_stop_while_rendering_loses_one_batch(encode, adapter, work, monkeypatch, tmp_path):
     velocity, cache = adapter.velocity, Cache(tmp_path / "c")
-    sections = {"data": {"sources_per_effect": 4, "general_targets": 0}}
-    monkeypatch.setattr(render_some_targets, "__defaults__", (3,))
+    sections = {"data": {"sources_per_effect": 4, "general_targets": 0}, "train": {"forward_rows": 6}}
 
     def stopping(x, *rest):
         if work.get("velocity", 0) == 6 * 2 * 2:  # two batches of three samples, of eight

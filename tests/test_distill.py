@@ -12,6 +12,7 @@ from pictures import write_images
 from safetensors.torch import load_file, save_file
 
 from clora import distill as engine
+from clora import images as images_module
 from clora import targets as targets_module
 from clora.distill import distill
 from clora.encoding import encode_data
@@ -23,6 +24,7 @@ from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
+from clora.plan.memory import rendering_rows
 from clora.prompt_table import Pictures, PromptTable
 from clora.rendering import Samples, render_targets
 from clora.testing import SIZE, merge_lora, random_data, random_lora, random_teachers, tiny_config, tiny_pipeline
@@ -61,7 +63,7 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
     config = make_config()
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "scheduler"} == {p.name for p in folder.iterdir()}
+    assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {p.name for p in folder.iterdir()}
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     state = load_lora(folder, linear_shapes(pipeline.transformer))
     assert state.max_rank == config.student.rank
@@ -124,17 +126,35 @@ def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
         assert not torch.equal(stacked[1], stacked[0])
 
 
+def test_pictures_that_no_teacher_renders_are_not_read(make_config, adapter, loras, monkeypatch, tmp_path):
+    own, read = write_images(tmp_path / "own", 5), []
+    load = images_module.load_image
+    monkeypatch.setattr(images_module, "load_image", lambda file, size: read.append(file) or load(file, size))
+    config, shapes = make_config({"sources": str(own)}), linear_shapes(adapter.pipeline.transformer)
+    teachers = {name: load_lora(file, shapes) for name, file in loras.items()}
+    data = encode_data(config, adapter, teachers)
+    assert sum(file.parent == own for file in read) == data.sources.shape[1] == 2
+
+
 def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     """Guided Euler by hand, on a plain transformer with the teacher merged in."""
     base = adapter.pipeline.transformer
     teachers = random_teachers(base, 2)
     data = random_data(adapter, list(teachers), sources=2)
-    config = tiny_config(list(teachers), sampler={"teacher_steps": 3, "guidance": 2.0})
+    config = tiny_config(
+        list(teachers),
+        sampler={"teacher_steps": 3, "guidance": 2.0},
+        train={"forward_rows": 6},
+        data={"general_targets": 0},
+    )
     passes = []
     samples = Samples(data.sources, data.teacher_text, data.empty_text)
-    out = render_targets(adapter, teachers, samples, data.text, config, passes.append, 3)
+    out = render_targets(adapter, teachers, samples, data.text, config, passes.append)
     assert out.shape == data.sources.shape
-    assert sum(passes) == 2 * 3 * 4
+    assert passes == [6] * 3 + [2] * 3
+    assert rendering_rows(config) == 6
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 0.0}, train={"forward_rows": 1})) == 1
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 1.0})) == 2 * 16
     merged = merge_lora(base, list(teachers.values())[1])
     u = torch.tensor([1, 2 / 3, 1 / 3])
     sigmas = [*(3 * u / (1 + 2 * u)).tolist(), 0.0]

@@ -40,7 +40,7 @@ def test_what_waits_is_found():
 
 
 @pytest.mark.parametrize(
-    ("pages", "train"), [(None, {}), (2, {"optimizer": "muon", "scoring_rows": 3})], ids=["resident", "paged"]
+    ("pages", "train"), [(None, {}), (2, {"optimizer": "muon", "forward_rows": 3})], ids=["resident", "paged"]
 )
 def test_an_update(parts, pages, train):
     adapter, data = parts

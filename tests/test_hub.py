@@ -90,11 +90,12 @@ def test_the_revision_of_a_pipeline_in_the_cache(monkeypatch):
 
 
 @pytest.fixture
-def config(tiny_folder, tmp_path):
+def config(tiny_folder, tmp_path, monkeypatch):
     """A job whose only slow parts are replaced by the test."""
     from clora.lora.save import save_diffusers_lora
     from clora.testing import tiny_pipeline
 
+    monkeypatch.setattr("clora.samples.draw_samples", lambda *arguments: b"a picture")
     save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "snow.safetensors")
     effects = [{"name": "snow", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow"}]
     sources = {"sources": str(write_images(tmp_path / "images", 1))}
@@ -113,7 +114,7 @@ def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatc
     monkeypatch.setattr(engine, "encode_data", encode)
     monkeypatch.setattr(engine, "train_student", train)
     folder = distill(config, "collection")
-    files = ["README.md", LORA_FILE, "scheduler/scheduler_config.json"]
+    files = ["README.md", LORA_FILE, "samples.png", "scheduler/scheduler_config.json"]
     assert hub.uploaded == [("me/collection", files)]
     assert "load_lora_weights('me/collection')" in (folder / "README.md").read_text("utf-8")
 

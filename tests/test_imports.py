@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up; a name stands for the module and everything in it.
 LAYERS = (
-    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths"},
+    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths", "clora.transfer"},
     {
         "clora.atomic",
         "clora.cache",
@@ -22,6 +22,7 @@ LAYERS = (
         "clora.muon",
         "clora.optimizers",
         "clora.progress",
+        "clora.readings",
     },
     {
         "clora.collection",
@@ -60,6 +61,8 @@ LAYERS = (
         "clora.lora_training",
         "clora.plan",
         "clora.prompting",
+        "clora.samples",
+        "clora.student",
         "clora.student_rows",
         "clora.trainer",
     },
@@ -71,7 +74,7 @@ BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.baselines"
 UNORDERED = {"clora", "clora.testing"}  # the lazy names, and what only tests use
 # Tensors and callables only: these never see a model, a bank or a config.
 PURE = ("clora.flow_matching", "clora.objective", "clora.sampling")
-PURE_MAY_USE = {"clora.errors", "clora.ops", "clora.flow_matching"}
+PURE_MAY_USE = {"clora.errors", "clora.ops", "clora.flow_matching", "clora.transfer"}
 
 
 def module_name(file):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, run, tiny_transformer
 from pictures import picture
+from safetensors.torch import load_file, save_file
 from tiny_flux import tiny_klein
 
 import clora
@@ -145,3 +146,31 @@ def test_names_and_batches_that_do_not_fit(loras):
         one = outputs(transformer, batch)
     with bank.route(["a"] * 3):
         torch.testing.assert_close(outputs(transformer, batch), one, rtol=0, atol=1e-6)
+
+
+def test_a_change_without_low_rank_is_attached_as_far_as_it_is_allowed(tmp_path):
+    """DoRA that scales a whole weight: the larger error needs fewer ranks."""
+    transformer = tiny_transformer("Flux2KleinPipeline")
+    name = "transformer_blocks.0.ff.linear_in"
+    weight = transformer.get_submodule(name).weight.detach()
+    save_diffusers_lora(random_lora(transformer, 2, 0, [name]), tmp_path / "lora.safetensors")
+    scale = {f"transformer.{name}.dora_scale": 1.5 * weight.norm(dim=1, keepdim=True)}
+    save_file(load_file(tmp_path / "lora.safetensors") | scale, tmp_path / "dora.safetensors")
+    needed = []
+    for options in ({}, {"max_error": 0.5}):
+        bank = clora.attach(transformer, {"dora": tmp_path / "dora.safetensors"}, **options)
+        needed.append(bank.bytes().device)
+        bank.detach()
+    values = torch.linalg.svdvals(dora_delta(weight, tmp_path / "lora.safetensors", name))
+    lost = (values.square().flip(0).cumsum(0).flip(0) / values.square().sum()).sqrt()
+    ranks = [int((lost > error).sum()) for error in (0.01, 0.5)]
+    assert ranks[1] < ranks[0]
+    assert needed == [4 * rank * sum(weight.shape) for rank in ranks]
+
+
+def dora_delta(weight, file, name):
+    """The change that the DoRA above means, by its formula."""
+    factors = load_file(file)
+    pair = [factors[f"transformer.{name}.lora_{x}.weight"] for x in "BA"]
+    merged = weight + pair[0] @ pair[1]
+    return 1.5 * weight.norm(dim=1, keepdim=True) * merged / merged.norm(dim=1, keepdim=True) - weight

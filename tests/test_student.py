@@ -9,9 +9,9 @@ import torch
 from trainers import same
 
 from clora.adapter_bank import RoutedLinear
-from clora.distill import initial_student, train_student
 from clora.errors import CloraError
 from clora.lora.merge import sum_svd
+from clora.student import initial_student, train_student
 from clora.testing import random_data, random_lora, random_teachers, tiny_config
 
 

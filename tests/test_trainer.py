@@ -62,11 +62,11 @@ def test_weights_scale_their_terms(adapter):
     assert values[1] == pytest.approx({name: 3 * value for name, value in values[0].items()}, rel=1e-4)
 
 
-@pytest.mark.parametrize("scoring_rows", [None, 5])
-def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
+@pytest.mark.parametrize("forward_rows", [None, 5])
+def test_the_scoring_pass_equals_separate_plain_passes(adapter, forward_rows):
     """Critic, teacher and unconditional teacher of every row, each by its own merged copy of the transformer."""
     base = copy.deepcopy(adapter.pipeline.transformer)
-    with make_trainer(adapter, train={"scoring_rows": scoring_rows}) as trainer:
+    with make_trainer(adapter, train={"forward_rows": forward_rows}) as trainer:
         batch = mixed_batch(trainer)
         rows = trainer._student_rows(batch, trainer.simulate(batch))
         velocity, sizes = torch.randn(rows.x.shape), []
@@ -79,7 +79,7 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, scoring_rows):
 
     n = len(rows.teacher)
     assert n == len(batch) + len(batch[batch.effect >= 0])
-    assert sizes == ([3 * n] if scoring_rows is None else [5] * (3 * n // 5) + [3 * n % 5] * (3 * n % 5 > 0))
+    assert sizes == ([3 * n] if forward_rows is None else [5] * (3 * n // 5) + [3 * n % 5] * (3 * n % 5 > 0))
     sigma = scores.sigma.view(-1, 1, 1)
     x_g = rows.x[:n] - rows.sigma[:n].view(-1, 1, 1) * velocity[:n]
     torch.testing.assert_close(scores.renoised, (1 - sigma) * x_g + sigma * rows.score_noise)

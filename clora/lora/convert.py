@@ -11,6 +11,7 @@ import torch
 
 from clora.errors import CloraError, nearest
 from clora.lora.adapters import read_adapter
+from clora.lora.factorise import MAX_ERROR
 from clora.lora.families import (
     FAMILIES,
     FLUX1,
@@ -25,7 +26,7 @@ from clora.lora.families import (
     original_part,
 )
 from clora.lora.files import load_lora
-from clora.lora.inspect import pipeline_shapes
+from clora.lora.inspect import pipeline_shapes, pipeline_weights
 from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
 from clora.lora.reduce import (
     balanced,
@@ -41,7 +42,7 @@ from clora.lora.state import LoRAModule, LoRAState
 from clora.paths import user_path
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 DTYPES = {
@@ -67,6 +68,7 @@ def convert_lora(
     energy: float | None = None,
     dtype: str | None = None,
     pipeline: str | Path | None = None,
+    max_error: float = MAX_ERROR,
 ) -> dict[str, Any]:
     """Writes a LoRA in another format.
 
@@ -77,12 +79,15 @@ def convert_lora(
         rank: the largest rank to keep.
         energy: instead, the share of every module's energy to keep (`clora.lora.reduce.reduce_to_energy`).
         dtype: one of `DTYPES`; by default the type that the file is stored in.
-        pipeline: folder of the pipeline that the LoRA is for, where the file's names do not tell.
+        pipeline: folder of the pipeline that the LoRA is for, where the file's names do not tell, and with its weights
+            where the file holds DoRA, which depends on them.
+        max_error: as in `clora.lora.files.load_lora`.
 
     Returns:
         A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank`` (the largest),
-        ``max_error`` and ``modules``, one entry each: ``name, rank_before, rank, energy`` (the share kept) and
-        ``error``, the relative error of the update that a reader of the new file gets.
+        ``max_error``, ``load_error`` and ``modules``, one entry each: ``name, rank_before, rank, energy`` (the share
+        kept), ``error``, the relative error of the update that a reader of the new file gets, and ``load_error``, by which
+        the factors that were read had missed the file's own change before, 0 but for changes without low rank.
 
     Raises:
         CloraError: an unknown format or type, both `rank` and `energy`, a file that cannot be read or written, or
@@ -92,7 +97,8 @@ def convert_lora(
     source = open_lora(path)
     output = _checked_output(source.file, output)
     shapes = None if pipeline is None else pipeline_shapes(pipeline)
-    state = load_lora(path, shapes or _shapes_in_file(source))
+    weights = None if pipeline is None else pipeline_weights(pipeline)
+    state = load_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
     dtype = dtype or _stored_dtype(source)
     smaller = state
     if rank is not None:
@@ -102,7 +108,10 @@ def convert_lora(
     if dtype == "fp8":
         smaller = LoRAState({name: balanced(module) for name, module in smaller.modules.items()}, state.metadata)
     _write(smaller, output, format, DTYPES[dtype], shapes)
-    modules = [_describe(name, module, smaller.modules[name], DTYPES[dtype]) for name, module in state.modules.items()]
+    modules = [
+        _describe(name, module, smaller.modules[name], DTYPES[dtype]) | {"load_error": state.errors.get(name, 0.0)}
+        for name, module in state.modules.items()
+    ]
     return {
         "file": str(source.file),
         "output": str(output),
@@ -111,28 +120,36 @@ def convert_lora(
         "bytes": _size(output),
         "rank": smaller.max_rank,
         "max_error": max(entry["error"] for entry in modules),
+        "load_error": max(entry["load_error"] for entry in modules),
         "modules": modules,
     }
 
 
-def render(report: Mapping[str, Any]) -> Table:
-    """Lays out the result of `convert_lora` as a table for the terminal, the largest errors first."""
+def render(report: Mapping[str, Any]) -> Group:
+    """Lays out the result of `convert_lora` for the terminal, the largest errors first; names fit into 80 columns."""
+    from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     modules = sorted(report["modules"], key=lambda entry: -entry["error"])
     hidden = len(modules) - _SHOWN_MODULES
     more = f"; {hidden} more modules, all below these, are in --json" if hidden > 0 else ""
-    caption = f"{report['format']}, {report['dtype']}, rank {report['rank']}, {report['bytes'] / 1e6:.2f} MB{more}"
-    table = Table(title=Text(report["output"]), caption=Text(caption))
-    for column in ("module", "rank", "energy kept", "relative error"):
+    lines = [f"{report['format']}, {report['dtype']}, rank {report['rank']}, {report['bytes'] / 1e6:.2f} MB{more}"]
+    dense = sum(entry["load_error"] > 0 for entry in modules)
+    if dense:
+        lines.append(
+            f"{dense} modules of the file are not of low rank: read as factors, error {report['load_error']:.2%}"
+        )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("module", "rank", "energy\nkept", "relative\nerror"):
         table.add_column(column, overflow="fold", justify="left" if column == "module" else "right")
     for entry in modules[:_SHOWN_MODULES]:
         ranks = (
             str(entry["rank"]) if entry["rank"] == entry["rank_before"] else f"{entry['rank_before']} > {entry['rank']}"
         )
         table.add_row(Text(entry["name"]), ranks, f"{entry['energy']:.2%}", f"{entry['error']:.2e}")
-    return table
+    return Group(Text(report["output"], style="bold", no_wrap=True, overflow="ignore"), table, *map(Text, lines))
 
 
 def _check_choices(format: str, dtype: str | None, rank: int | None, energy: float | None) -> None:

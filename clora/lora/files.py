@@ -223,9 +223,14 @@ def _stacked_base(
     """The base's weights in the order of the file's rows, ``[out, in]`` fp64. Raises CloraError where there are none."""
     reason = f"{source.file}: {adapter.stem} is DoRA, whose update depends on the weights of the base"
     if base_weights is None:
-        raise CloraError(f"{reason}; load it beside its base model (base_weights)")
+        raise CloraError(
+            f"{reason}; load it beside its base model (base_weights), or for clora export name the base's folder, weights "
+            "included, with --pipeline"
+        )
     blocks = []
     for route in targets:
+        if route.module not in base_weights:
+            raise CloraError(f"{reason}, but those of {route.module} are not there; expected the whole base")
         weight = base_weights[route.module].detach()
         if (
             weight.shape != (route.stop - route.start, adapter.shape[1])

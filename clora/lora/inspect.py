@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from clora.errors import CloraError
 from clora.lora.adapters import Adapter, read_adapter
@@ -20,7 +23,7 @@ from clora.lora.strength import Strength, find_strength
 from clora.paths import user_path
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _SHOWN_KEYS = 5
 
@@ -67,18 +70,19 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
     }
 
 
-def render(info: Mapping[str, Any]) -> Table:
-    """Lays out the result of `inspect_lora` as a table for the terminal."""
+def render(info: Mapping[str, Any]) -> Group:
+    """Lays out the result of `inspect_lora` for the terminal; a hash fits into 80 columns whole."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(info["file"]), show_header=False)
-    table.add_column("what", style="bold")
+    table = Table.grid(padding=(0, 1))
+    table.add_column("what", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
     for label, value in _rows(info):
         # Text, not str: names from a file must not be read as markup.
         table.add_row(label, Text(value))
-    return table
+    return Group(Text(info["file"], style="bold", no_wrap=True, overflow="ignore"), table)
 
 
 def _whole_modules(source: LoRASource, keys: FileKeys) -> tuple[list[tuple[Adapter, Strength]], list[str]]:
@@ -223,11 +227,11 @@ def _rows(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     for label, names in (
         ("not supported", [f"{len(keys)} key(s) {reason} ({keys[0]})" for reason, keys in info["unsupported"].items()]),
-        ("not in the model", info["unmatched"]),
+        ("not in model", info["unmatched"]),
         ("problems", info["problems"]),
         ("notes", info["notes"]),
         ("unknown keys", info["unknown_keys"]),
-        ("metadata", [f"{key} = {value[:80]}" for key, value in info["metadata"].items()]),
+        ("metadata", [f"{key} = {_start(value)}" for key, value in info["metadata"].items()]),
     ):
         if names:
             more = f"\n... {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
@@ -235,11 +239,51 @@ def _rows(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _start(value: str) -> str:
+    return value if len(value) <= 80 else f"{value[:80]} ..."
+
+
 def _by_count(counts: Mapping[str, int]) -> str:
     """``"8"``, or ``"4 (2 modules), 8 (6 modules)"`` where they differ."""
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{value} ({count})" for value, count in counts.items()) or "-"
+
+
+class _StoredWeights(Mapping[str, Tensor]):
+    """Weights of a saved model by module path, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]):
+        self._files = {key.removesuffix(".weight"): file for file in files for key in _keys(file)}
+
+    def __getitem__(self, module: str) -> Tensor:
+        with safe_open(self._files[module], framework="pt") as opened:
+            return opened.get_tensor(f"{module}.weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return [key for key in opened.keys() if key.endswith(".weight")]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CloraError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def pipeline_weights(folder: str | Path) -> Mapping[str, Tensor] | None:
+    """The weights of a pipeline folder's transformer, for `clora.lora.files.load_lora`; None where none are stored.
+
+    Raises:
+        CloraError: a file of them that cannot be read.
+    """
+    # Sorted, so that the plain file comes after its variants (diffusion_pytorch_model.fp16.safetensors) and is taken.
+    files = sorted((user_path(folder) / "transformer").glob("*.safetensors"))
+    return _StoredWeights(files) if files else None
 
 
 def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:

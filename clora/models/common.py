@@ -19,6 +19,11 @@ from clora.transfer import send
 
 One = TypeVar("One")
 
+MAX_IMAGES, MAX_PIXELS = 32, 4 * 1024 * 1024
+"""Of a batch for an autoencoder."""
+MAX_PROMPTS, MAX_TOKENS = 64, 4096
+"""Of a batch for a text encoder."""
+
 
 def check_size(size: tuple[int, int], multiple: int) -> None:
     """Raises CloraError for an image size that is no multiple of the pipeline's patches."""
@@ -72,9 +77,22 @@ def num_seen_tokens(image_processor, height: int, width: int) -> int:
     return int(grid.prod()) // image_processor.merge_size**2
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, chunk: int) -> Tensor:
-    """``function`` over ``chunk`` rows at a time."""
-    return torch.cat([function(part) for part in rows.split(chunk)])
+def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """An autoencoder's ``function`` over as many rows at a time as its memory allows, which grows with their pixels.
+
+    Args:
+        function: encodes or decodes.
+        rows: images ``[N, 3, H, W]`` or their latents.
+        size: height and width of the images.
+    """
+    at_once = max(1, min(MAX_IMAGES, MAX_PIXELS // (size[0] * size[1])))
+    return torch.cat([function(part) for part in rows.split(at_once)])
+
+
+def prompt_chunks(prompts: Sequence[str], max_sequence_length: int) -> list[list[str]]:
+    """Prompts in parts that a text encoder takes at once; one that is a language model makes logits of every token."""
+    at_once = max(1, min(MAX_PROMPTS, MAX_TOKENS // max_sequence_length))
+    return [list(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
 
 
 def embedded_guidance(pipeline, wanted: float | None) -> float | None:

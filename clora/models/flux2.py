@@ -17,6 +17,7 @@ from clora.models.common import (
     guidance_rows,
     in_chunks,
     module_of,
+    prompt_chunks,
     stock_schedule,
     timestep,
     to_pil,
@@ -62,13 +63,11 @@ class _Flux2:
         return torch.cat([latents, references])
 
     @torch.no_grad()
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Tensor] | None = None, batch_size: int = 64
-    ) -> Text:
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`."""
         check_lengths(self, prompts)
-        chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
         length = self.max_sequence_length
+        chunks = prompt_chunks(prompts, length)
         return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
 
     def num_tokens(self, prompt: str) -> int:
@@ -98,17 +97,17 @@ class _Flux2:
         return processor.preprocess(image, height=height, width=width, resize_mode="crop")
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
         encode, pack, vae = self.pipeline._encode_vae_image, self.pipeline._pack_latents, self.pipeline.vae
         images = images.to(vae.device, vae.dtype)
-        return in_chunks(lambda part: pack(encode(part, generator=None)), images, batch_size).float().cpu()
+        return in_chunks(lambda part: pack(encode(part, generator=None)), images, images.shape[-2:]).float().cpu()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """See `ModelAdapter.decode`."""
         vae = self.pipeline.vae
-        return in_chunks(self._decode, latents.to(vae.device, vae.dtype), batch_size).float().cpu()
+        return in_chunks(self._decode, latents.to(vae.device, vae.dtype), self.size).float().cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

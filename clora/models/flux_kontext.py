@@ -18,6 +18,7 @@ from clora.models.common import (
     linear_mu,
     module_of,
     only_image,
+    prompt_chunks,
     stock_schedule,
     timestep,
     to_pil,
@@ -100,12 +101,10 @@ class FluxKontextAdapter:
         return torch.cat(ids)
 
     @torch.no_grad()
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Tensor] | None = None, batch_size: int = 64
-    ) -> Text:
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`."""
         check_lengths(self, prompts)
-        chunks = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+        chunks = prompt_chunks(prompts, self.max_sequence_length)
         return Text.cat([self._encode_prompts(chunk) for chunk in chunks])
 
     def num_tokens(self, prompt: str) -> int:
@@ -130,20 +129,20 @@ class FluxKontextAdapter:
         return processor.preprocess(processor.resize(to_pil(image), *size), *size)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
         vae = self.pipeline.vae
-        return in_chunks(self._encode, images.to(vae.device, vae.dtype), batch_size).float().cpu()
+        return in_chunks(self._encode, images.to(vae.device, vae.dtype), images.shape[-2:]).float().cpu()
 
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.pipeline._encode_vae_image(images, generator=None)
         return self.pipeline._pack_latents(latents, *latents.shape)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """See `ModelAdapter.decode`."""
         vae = self.pipeline.vae
-        return in_chunks(self._decode, latents.to(vae.device, vae.dtype), batch_size).float().cpu()
+        return in_chunks(self._decode, latents.to(vae.device, vae.dtype), self.size).float().cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

@@ -117,10 +117,10 @@ class LongCatImageEditAdapter:
         return self.encode_images(torch.cat(fitted)), self.source_shapes
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See `ModelAdapter.encode_images`."""
         vae = self.pipeline.vae
-        return in_chunks(self._encode, images.to(vae.device, vae.dtype), batch_size).cpu()
+        return in_chunks(self._encode, images.to(vae.device, vae.dtype), images.shape[-2:]).cpu()
 
     def _encode(self, images: Tensor) -> Tensor:
         height, width = (2 * side for side in self._grid)
@@ -128,9 +128,9 @@ class LongCatImageEditAdapter:
         return self.pipeline._pack_latents(latents, len(images), LATENT_CHANNELS, height, width)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), batch_size).cpu()
+        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), self.size).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

@@ -128,9 +128,9 @@ class QwenImageEditPlusAdapter:
         return self.pipeline.image_processor.preprocess(self._to_pil(image), *self._source_size(*image.shape[-2:]))
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 4) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
-        return in_chunks(self._encode, images, batch_size)
+        return in_chunks(self._encode, images, images.shape[-2:])
 
     def _encode(self, images: Tensor) -> Tensor:
         frames = images.unsqueeze(2).to(self.pipeline.vae.device, self.pipeline.vae.dtype)
@@ -139,9 +139,9 @@ class QwenImageEditPlusAdapter:
         return self.pipeline._pack_latents(latents, count, channels, height, width).cpu()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 4) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents, batch_size)
+        return in_chunks(self._decode, latents, self.size)
 
     def _decode(self, latents: Tensor) -> Tensor:
         pipeline, vae = self.pipeline, self.pipeline.vae

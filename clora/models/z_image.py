@@ -116,9 +116,9 @@ class ZImageOmniAdapter:
         return torch.stack(features).cpu()
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 32) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
-        return in_chunks(self._encode, images.to(self.pipeline.vae.device), batch_size).cpu()
+        return in_chunks(self._encode, images.to(self.pipeline.vae.device), images.shape[-2:]).cpu()
 
     def _encode(self, images: Tensor) -> Tensor:
         """Latents in fp32. The pipeline rounds pixels to bfloat16 and so takes a bfloat16 VAE only; this takes any."""
@@ -127,9 +127,9 @@ class ZImageOmniAdapter:
         return _pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).float()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 32) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), batch_size).cpu()
+        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), self.size).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae

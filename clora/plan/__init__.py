@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clora.config import DistillConfig, EffectConfig, general_instructions
-from clora.distill import find_device, find_dtype, target_modules, with_guidance
+from clora.distill import find_device, find_dtype, with_guidance
 from clora.encoding import MAX_PAIRS, num_shared
 from clora.errors import CloraError
 from clora.images import list_images
@@ -32,13 +32,16 @@ from clora.plan.memory import (
     peak,
     prompt_rows,
     rendered,
+    rendering_rows,
     rows_with_gradient,
     scoring_rows,
     trained_values,
+    weight_bytes,
 )
 from clora.plan.probe import device_memory, measure_rate
 from clora.plan.problems import Problems, find_file_problems, find_layer_problems, find_prompt_problems
-from clora.plan.skeleton import skeleton
+from clora.plan.skeleton import pipeline_folder, skeleton
+from clora.student import target_modules
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -67,7 +70,8 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
     dtype = find_dtype(config.dtype, device)
-    pipeline = skeleton(config.pipeline, dtype)
+    folder = pipeline_folder(config.pipeline)
+    pipeline = skeleton(str(folder), dtype)
     transformer = getattr(pipeline, "transformer", None)
     if getattr(transformer, "_repeated_blocks", None):  # before the adapter, which may refuse a size
         shapes = linear_shapes(transformer)
@@ -80,9 +84,9 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
     problems += find_prompt_problems(config, adapter)
     student = target_modules(transformer, config.student.targets)
     facts = Facts(
-        transformer=_bytes(transformer),
+        transformer=weight_bytes(transformer, folder / "transformer"),
         encoders=sum(
-            _bytes(part)
+            weight_bytes(part, folder / name)
             for name, part in pipeline.components.items()
             if isinstance(part, torch.nn.Module) and name != "transformer"
         ),
@@ -130,7 +134,11 @@ def _estimates(
     total = rendering + (training if train.minutes is None else min(training, 60 * train.minutes / seconds))
     return {
         "memory": {**parts, "peak": peak(parts), "device": available},
-        "rows": {"with gradient": rows_with_gradient(config), "scoring": scoring_rows(config)},
+        "rows": {
+            "with gradient": rows_with_gradient(config),
+            "scoring": scoring_rows(config),
+            "rendering": rendering_rows(config),
+        },
         "disk": {**files, "free": free},
         "passes": {
             "rendering": rendering,
@@ -148,10 +156,6 @@ def _estimates(
             "all": seconds * total,
         },
     }
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _num_sources(config: DistillConfig, effect: EffectConfig | None = None) -> int:
@@ -177,6 +181,7 @@ def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) 
     advice = [
         None if config.train.gradient_checkpointing else "train.gradient_checkpointing=true",
         f"train.gradient_rows below {rows}" if (rows := rows_with_gradient(config)) > 1 else None,
+        f"train.forward_rows below {rows}" if (rows := max(scoring_rows(config), rendering_rows(config))) > 2 else None,
         f"student.rank below {config.student.rank}",
         "train.teacher_memory_gb" if config.train.teacher_memory_gb is None else None,
         "train.optimizer_bits=8" if config.train.optimizer_bits == 32 else None,
@@ -242,9 +247,10 @@ def _sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         ("transformer", f"{_parameters(model['parameters'])}, {model['dtype']}"),
         ("student", f"{_parameters(model['student_parameters'])} on {model['layers']} layers"),
         ("tokens of a row", f"{model['tokens']}"),
-        ("rows of a pass", f"{plan['rows']['with gradient']} with gradient, {plan['rows']['scoring']} scored"),
+        ("rows of a pass", ", ".join(f"{count} {what}" for what, count in plan["rows"].items())),
     ]
-    memory_rows = [("encoders, before the others", size.pop("encoders")), *size.items()]
+    before = ("encoders", "rendering")
+    memory_rows = [(f"{name}, before the others", size.pop(name)) for name in before] + list(size.items())
     rows = [
         ("rendering of targets", f"{passes['rendering']:.4g} passes", time["rendering"]),
         ("update while anchoring", f"{passes['anchoring update']:.4g} passes", time["anchoring_update"]),

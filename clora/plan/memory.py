@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from clora.config import DistillConfig, TrainConfig
 from clora.plan.cost import PassCost
+from clora.rendering import GENERAL_AT_ONCE, TEACHERS_AT_ONCE, samples_at_once
 from clora.teacher_pages import module_ranks, page_bytes, pages_that_fit
 
 MASTER = GRADIENT = 4
@@ -44,6 +47,28 @@ class Facts:
     cost: PassCost
 
 
+def weight_bytes(module: torch.nn.Module, folder: Path) -> int:
+    """Bytes of a component's weights: of its dtype, or what its own configuration quantises them to.
+
+    Args:
+        module: without its weights.
+        folder: it was saved in. A quantised one takes as much as its files; where these are not there, bitsandbytes' 4
+            or 8 bits are counted for the weights of linear layers but the last of a language model, without their scales.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    full = sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
+    quantised = config.get("quantization_config") or {}
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    bits = 4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
+    if quantised and stored:
+        return stored
+    if bits is None:
+        return full
+    head = getattr(module, "get_output_embeddings", lambda: None)()  # transformers leaves it as it is
+    linear = [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return full - sum(weight.numel() * (8 * weight.itemsize - bits) // 8 for weight in linear)
+
+
 def trained_values(facts: Facts, rank: int) -> int:
     """Values of the student's LoRA."""
     return rank * sum(sum(facts.shapes[name]) for name in facts.student)
@@ -71,6 +96,8 @@ def state_bytes(train: TrainConfig) -> int:
 def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     """Device memory by part, in bytes; ``encoders`` leave the device before the others come.
 
+    ``rendering`` is all that is there while targets are rendered.
+
     Raises:
         CloraError: ``train.teacher_memory_gb`` holds too few teachers.
     """
@@ -79,21 +106,24 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     checkpointed = train.gradient_checkpointing
     block = facts.cost.saved // facts.blocks
     saved = facts.cost.saved_checkpointed if checkpointed else facts.cost.saved
-    rows, scored = rows_with_gradient(config), max(scoring_rows(config), train.batch_size)
+    rows, forward = rows_with_gradient(config), max(scoring_rows(config), train.batch_size)
+    slots = slot_bytes(facts, rank) * num_slots(facts, config)
     return {
         "encoders": facts.encoders,
+        "rendering": facts.transformer + slots + rendering_rows(config) * block,
         "base": facts.transformer,
-        "teachers": slot_bytes(facts, rank) * num_slots(facts, config),
+        "teachers": slots,
         "student and critic": 2 * values * MASTER,
         "gradients": values * GRADIENT,
         "optimizers": values * state_bytes(train),
-        "activations": max(rows * (saved + (block if checkpointed else 0)), scored * block),
+        "activations": max(rows * (saved + (block if checkpointed else 0)), forward * block),
     }
 
 
 def peak(parts: Mapping[str, int]) -> int:
-    """The most memory at once: encoding, or training."""
-    return max(parts["encoders"], sum(size for name, size in parts.items() if name != "encoders"))
+    """The most memory at once: encoding, rendering, or training."""
+    before = ("encoders", "rendering")
+    return max(*(parts[name] for name in before), sum(size for name, size in parts.items() if name not in before))
 
 
 def rows_with_gradient(config: DistillConfig) -> int:
@@ -109,7 +139,16 @@ def scoring_rows(config: DistillConfig) -> int:
     objective = config.objective
     scored = config.train.batch_size * (objective.backward_simulation + objective.target_simulation)
     rows = min(scored, rows_with_gradient(config)) * (2 if config.sampler.guidance == 0 else 3)
-    return rows if config.train.scoring_rows is None else min(rows, config.train.scoring_rows)
+    return rows if config.train.forward_rows is None else min(rows, config.train.forward_rows)
+
+
+def rendering_rows(config: DistillConfig) -> int:
+    """Most rows of one pass while targets are rendered; 0 where all are given."""
+    most = max(
+        GENERAL_AT_ONCE if renders_general(config) else 0,
+        TEACHERS_AT_ONCE if any(effect.targets is None for effect in config.effects) else 0,
+    )
+    return most and samples_at_once(config, most) * (1 if config.sampler.guidance == 0 else 2)
 
 
 def forward_passes(config: DistillConfig) -> float:
@@ -144,8 +183,12 @@ def rendered(config: DistillConfig, sources: Sequence[int]) -> int:
     """
     missing = [count for count, effect in zip(sources, config.effects, strict=True) if effect.targets is None]
     each = min(max(missing, default=0), config.data.sources_per_effect)
-    general = config.objective.dual_stream and config.objective.trajectory_anchoring
-    return len(missing) * each + (config.data.general_targets if general else 0)
+    return len(missing) * each + (config.data.general_targets if renders_general(config) else 0)
+
+
+def renders_general(config: DistillConfig) -> bool:
+    """Whether the base renders targets of the general stream."""
+    return bool(config.data.general_targets) and config.objective.dual_stream and config.objective.trajectory_anchoring
 
 
 def prompt_rows(config: DistillConfig, sources: int, general: int, sees_image: bool) -> int:

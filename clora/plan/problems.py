@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clora.config import DistillConfig, general_instructions, named_files
-from clora.config_file import read_tree
-from clora.distill import check_exportable, find_device, target_modules
+from clora.config import DistillConfig, general_instructions
+from clora.config_file import named_files, read_tree
+from clora.distill import check_exportable, find_device
 from clora.encoding import check_pairs, num_shared
 from clora.errors import CloraError, about
 from clora.export import check_output
@@ -18,6 +18,7 @@ from clora.lora.files import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
+from clora.student import target_modules
 
 Shapes = Mapping[str, tuple[int, int]]
 

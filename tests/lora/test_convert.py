@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 
 import pytest
 import torch
 from collection_cases import describe
 from families import tiny_transformer
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,9 +18,9 @@ from clora.cli import main
 from clora.collection import to_metadata
 from clora.effects import load_collection
 from clora.errors import CloraError
-from clora.lora.convert import FORMATS, convert_lora
+from clora.lora.convert import FORMATS, convert_lora, render
 from clora.lora.families import FLUX2
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState
 from clora.testing import random_lora
@@ -241,6 +244,62 @@ def test_bad_requests_write_nothing(models, tmp_path, options, message):
     assert (tmp_path / "in.safetensors").read_bytes() == before
 
 
+def test_dora_is_exported_beside_its_base_and_what_its_factors_miss_is_told(models, tmp_path, assert_same_deltas):
+    """The base's weights are read from the pipeline's folder, in shards and of another type than fp32."""
+    model = copy.deepcopy(models[FAMILIES[0]]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base" / "transformer", max_shard_size="30kB")
+    model.save_pretrained(tmp_path / "config" / "transformer")
+    (tmp_path / "config" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert len(list((tmp_path / "base" / "transformer").glob("*.safetensors"))) > 1
+    save_diffusers_lora(random_lora(model, 3, 0, ATTENTION), tmp_path / "lora.safetensors")
+    name = f"transformer.{ATTENTION[0]}"
+    scale = {
+        f"{name}.dora_scale": 1.5 * model.get_submodule(ATTENTION[0]).weight.detach().float().norm(dim=1, keepdim=True)
+    }
+    save_file(load_file(tmp_path / "lora.safetensors") | scale, tmp_path / "dora.safetensors")
+    expected = load_lora(tmp_path / "dora.safetensors", linear_shapes(model), linear_weights(model), max_error=0.2)
+    assert 0 < expected.errors[ATTENTION[0]] < 0.2
+    out = tmp_path / "out.safetensors"
+    report = convert_lora(tmp_path / "dora.safetensors", out, pipeline=tmp_path / "base", max_error=0.2)
+    assert_same_deltas(reduced_to(load_lora(out, linear_shapes(model)), expected), expected, atol=1e-6)
+    errors = {entry["name"]: entry["load_error"] for entry in report["modules"]}
+    assert errors == {ATTENTION[0]: expected.errors[ATTENTION[0]], ATTENTION[1]: 0.0}
+    assert report["load_error"] == errors[ATTENTION[0]]
+    assert f"1 modules of the file are not of low rank: read as factors, error {report['load_error']:.2%}" in shown(
+        report
+    )
+    for options in ({}, {"pipeline": tmp_path / "config"}):
+        with pytest.raises(CloraError, match="DoRA, .* name the base's folder, weights included, with --pipeline"):
+            convert_lora(tmp_path / "dora.safetensors", tmp_path / "none.safetensors", **options)
+
+
+def shown(report):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render(report), crop=False)
+    return console.file.getvalue()
+
+
+def test_module_names_are_whole_in_80_columns():
+    name, output = (
+        "single_transformer_blocks.19.attn.to_qkv_mlp_proj",
+        f"/home/me/{'long_name_of_a_folder/' * 4}a.safetensors",
+    )
+    entry = {"name": name, "rank": 32, "rank_before": 128, "energy": 0.5, "error": 0.1, "load_error": 0.0}
+    report = {
+        "output": output,
+        "format": "peft",
+        "dtype": "fp32",
+        "rank": 32,
+        "bytes": 1,
+        "load_error": 0.0,
+        "modules": [entry],
+    }
+    lines = shown(report).splitlines()
+    assert any(line.startswith(f"{name} ") for line in lines), lines
+    assert lines[0] == output, "which can be copied whole"
+    assert "low rank" not in shown(report)
+
+
 def test_the_command(models, tmp_path, monkeypatch, capsys):
     save_diffusers_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors")
     arguments = ["clora", "export", str(tmp_path / "in.safetensors"), "--output", str(tmp_path / "out.safetensors")]
@@ -255,5 +314,5 @@ def test_the_command(models, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     shown = capsys.readouterr().out
-    assert "relative error" in shown
+    assert "relative" in shown
     assert "transformer_blocks.0.attn.to_q" in shown

@@ -24,6 +24,20 @@ def text(info):
     return console.file.getvalue()
 
 
+def test_names_and_hashes_are_whole_in_80_columns(tmp_path, targets, random_state):
+    file = tmp_path / f"{'a_file_name_of_a_length_that_is_found_on_hubs_' * 2}.safetensors"
+    save_kohya(random_state(), file, family=FLUX2)
+    console = Console(file=io.StringIO(), width=80)
+    info = inspect_lora(file) | {"unmatched": ["some.module"], "metadata": {"ss_tag": "x" * 81, "other": "y" * 80}}
+    console.print(render(info), crop=False)
+    path, *lines = console.file.getvalue().splitlines()
+    assert path == str(file), "which can be copied whole"
+    assert max(map(len, lines)) <= 80
+    assert any(info["sha256"] in line for line in lines)
+    values = "".join(line[16:] for line in lines).replace(" ", "")
+    assert values.endswith(f"ss_tag={'x' * 80}...other={'y' * 80}")
+
+
 def test_kohya_with_a_model(tmp_path, targets, random_state):
     save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
     info = inspect_lora(tmp_path, targets)

@@ -18,7 +18,7 @@ from clora.cache import Cache
 from clora.conditioning import Conditioning
 from clora.encoders import Encoders
 from clora.fingerprint import component_fingerprints
-from clora.models import adapter_for
+from clora.models import adapter_for, common
 from clora.recomputation import recomputed_blocks
 from clora.testing import random_lora
 
@@ -118,6 +118,29 @@ def test_a_pass_makes_the_host_wait_for_nothing_of_ours(adapter, conditioning):
         output = on_device.velocity(x, sigma, conditioning.to(DEVICE)[torch.tensor([2, 0, 1])])
     assert output.device == DEVICE
     assert [where for where in waits if "diffusers" not in where] == []
+
+
+def test_pictures_and_prompts_go_through_the_encoders_in_parts(adapter, pictures, monkeypatch):
+    """As many as their pixels and tokens allow."""
+    vae, sizes = adapter.pipeline.vae, []
+    with torch.no_grad():
+        whole = adapter.encode_images(pictures)
+        expected = adapter.decode(whole)
+        monkeypatch.setattr(common, "MAX_PIXELS", 2 * adapter.size[0] * adapter.size[1])
+        encode, decode = vae.encode, vae.decode
+        monkeypatch.setattr(
+            vae, "encode", lambda x, *args, **kwargs: sizes.append(len(x)) or encode(x, *args, **kwargs)
+        )
+        monkeypatch.setattr(
+            vae, "decode", lambda x, *args, **kwargs: sizes.append(len(x)) or decode(x, *args, **kwargs)
+        )
+        latents = adapter.encode_images(pictures)
+        found = adapter.decode(whole)
+    assert sizes == [2, 1, 2, 1]
+    torch.testing.assert_close(latents, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert [len(part) for part in common.prompt_chunks("abcde", common.MAX_TOKENS // 2)] == [2, 2, 1]
+    assert len(common.prompt_chunks("ab", 2 * common.MAX_TOKENS)) == 2
 
 
 def test_a_base_in_bfloat16_encodes_and_runs(adapter, pictures, conditioning):

@@ -16,7 +16,6 @@ import clora
 from clora.adapter_bank import AdapterBank
 from clora.collection import read_collection, to_metadata
 from clora.conditioning import Conditioning
-from clora.distill import train_student
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import LORA_FILE, export_collection, model_card, student_scheduler
@@ -26,6 +25,7 @@ from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.longcat_image import LongCatImageEditAdapter
 from clora.sampling import few_step_sample
+from clora.student import train_student
 from clora.testing import random_lora, random_teachers, tiny_config
 
 SIZE = (64, 80)

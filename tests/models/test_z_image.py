@@ -11,7 +11,6 @@ from tiny_z_image import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
 from clora.adapter_bank import AdapterBank
 from clora.conditioning import Conditioning
-from clora.distill import train_student
 from clora.encoding import encode_data
 from clora.errors import CloraError
 from clora.export import student_scheduler
@@ -21,6 +20,7 @@ from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.z_image import ZImageOmniAdapter, _pack, _unpack
 from clora.sampling import few_step_sample
+from clora.student import train_student
 from clora.testing import random_lora, random_teachers, tiny_config
 
 SIZE = (64, 80)

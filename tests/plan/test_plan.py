@@ -207,8 +207,9 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
     assert found["model"]["tokens"] == 16 + 16 + MAX_SEQUENCE_LENGTH
     assert found["passes"]["rendering"] == 2 * 4 * 2 * 2  # effects, pictures, steps, with and without the prompt
     parts = found["memory"]
-    together = sum(size for name, size in parts.items() if name not in ("encoders", "peak", "device"))
-    assert parts["peak"] == max(parts["encoders"], together)
+    together = sum(size for name, size in parts.items() if name not in ("encoders", "rendering", "peak", "device"))
+    assert parts["peak"] == max(parts["encoders"], parts["rendering"], together)
+    assert parts["rendering"] > parts["base"] + parts["teachers"]
     assert not (tmp_path / "out").exists()
 
 
@@ -433,6 +434,28 @@ def test_a_family_whose_pass_cannot_be_counted_is_checked_all_the_same(job_of, m
     assert "cannot run ZImageOmniPipeline without its weights" in found["notes"][0]
     broken = config.model_copy(update={"student": config.student.model_copy(update={"targets": ("to_nothing",)})})
     assert any("to_nothing" in problem for problem in make_plan(broken)["problems"])
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_part_takes_what_its_files_or_its_bits_take(job, tmp_path, tiny_folder, bits, part):
+    folder, name = tmp_path / "quantised", "base" if part == "transformer" else "encoders"
+    shutil.copytree(tiny_folder, folder)
+    full = make_plan(job(pipeline=str(folder)))["memory"][name]
+    config = json.loads((folder / part / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (folder / part / "config.json").write_text(json.dumps(config), "utf-8")
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file({"packed": torch.zeros(5000, dtype=torch.uint8)}, file)
+    whole = getattr(tiny_pipeline(), part)
+    unquantised = sum(t.numel() * t.itemsize for t in (*whole.parameters(), *whole.buffers()))
+    found = make_plan(job(pipeline=str(folder)))
+    assert found["problems"] == []
+    assert found["memory"][name] == full - unquantised + file.stat().st_size
+    file.unlink()
+    layers = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    linear = sum(layer.weight.numel() for layer in layers.values())
+    assert make_plan(job(pipeline=str(folder)))["memory"][name] == full - linear * (32 - bits) // 8
 
 
 def test_minutes_bound_the_training_but_not_the_rendering(job):
