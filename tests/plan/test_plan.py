@@ -333,7 +333,9 @@ def save_for_plan(pipeline, folder, monkeypatch):
 def pipeline_of(family, monkeypatch):
     if family == "LongCatImageEditPipeline":
         tiny_longcat.shrink(monkeypatch)
-        return tiny_longcat.tiny_pipeline()
+        pipeline = tiny_longcat.tiny_pipeline()
+        pipeline.tokenizer_max_length = 512  # of every loaded pipeline: it is not saved
+        return pipeline
     if family.startswith("QwenImage"):
         is_21 = family == "QwenImage21Pipeline"
         pipeline = tiny_qwen_image.tiny_qwen21_pipeline() if is_21 else tiny_qwen_image.tiny_qwen_pipeline()
