@@ -247,11 +247,12 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
     """
     from diffusers import DiffusionPipeline
 
+    from clora.plan.skeleton import check_processors
+
     target = find_device(device)
     folder = user_path(path)
     _refuse_pickles(folder)
-    if not folder.exists() and (folder.is_absolute() or path.startswith((".", "~"))):
-        raise CloraError(f"pipeline {path!r}: no such folder; expected a pipeline's folder or a hub id")
+    check_processors(path)
     try:
         with quiet_libraries():
             pipeline = DiffusionPipeline.from_pretrained(folder if folder.exists() else path, **_dtype_argument(dtype))
@@ -261,8 +262,7 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
                 move(component, target)
         return pipeline
     except Exception as error:  # readers of damaged configs, tokenizers and weights raise whatever they meet
-        what = "" if folder.exists() else "; there is no such folder, so it was taken for a hub id"
-        raise CloraError(f"pipeline {path!r} cannot be loaded{what}: {error}") from error
+        raise CloraError(f"pipeline {path!r} cannot be loaded: {error}") from error
 
 
 def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -5,6 +5,7 @@ Nothing here uses clora: the updates are computed from the tensors that go into 
 
 from __future__ import annotations
 
+import diffusers
 import torch
 from safetensors.torch import save_file
 
@@ -71,6 +72,18 @@ def z_image():
     )
 
 
+def qwen_image21():
+    return diffusers.QwenImage21Transformer2DModel(
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        context_in_dim=12,
+        in_channels=4,
+        out_channels=4,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
 def longcat_image():
     from diffusers import LongCatImageTransformer2DModel
 
@@ -93,6 +106,8 @@ TRANSFORMERS = {
     "Z-Image": z_image,
     "LongCat-Image": longcat_image,
 }
+if hasattr(diffusers, "QwenImage21Transformer2DModel"):
+    TRANSFORMERS["Qwen-Image-2.1"] = qwen_image21
 
 
 class Random:

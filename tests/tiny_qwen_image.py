@@ -230,11 +230,18 @@ def _sizes(tokenizer, vision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processor(tokenizer, name: str = "Qwen2VLProcessor", patch_size: int = 14):
+    """The stock processor; where there is no torchvision, which its part for videos needs, without that part."""
     import transformers
+    from transformers.utils import is_torchvision_available
 
-    class WithoutVideos(getattr(transformers, name)):
-        """The stock processor without its part for videos, which needs torchvision."""
+    limits = {"min_pixels": 28 * 28, "max_pixels": 128 * 128}
+    images = transformers.Qwen2VLImageProcessor(patch_size=patch_size, **limits)
+    kind = getattr(transformers, name)
+    if is_torchvision_available():
+        videos = getattr(transformers, name.replace("Processor", "VideoProcessor"))(patch_size=patch_size)
+        return kind(images, tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE)
 
+    class WithoutVideos(kind):
         def check_argument_for_proper_class(self, name, argument):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
 
@@ -242,6 +249,4 @@ def _processor(tokenizer, name: str = "Qwen2VLProcessor", patch_size: int = 14):
             self.tokenizer.save_pretrained(folder)
             self.image_processor.save_pretrained(folder)
 
-    limits = {"min_pixels": 28 * 28, "max_pixels": 128 * 128}
-    images = transformers.Qwen2VLImageProcessor(patch_size=patch_size, **limits)
     return WithoutVideos(images, tokenizer, video_processor=None, chat_template=CHAT_TEMPLATE)

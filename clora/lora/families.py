@@ -158,6 +158,24 @@ QWEN_IMAGE = Family(
     ),
 )
 
+QWEN_IMAGE21 = Family(
+    "Qwen-Image-2.1",
+    ("txt_in.in_layer", "modulation.1"),
+    {},
+    (
+        "img_in",
+        "txt_in.in_layer",
+        "txt_in.out_layer",
+        "modulation.1",
+        "norm_out.linear",
+        "proj_out",
+        "time_text_embed.timestep_embedder.linear_1",
+        "time_text_embed.timestep_embedder.linear_2",
+        *(f"transformer_blocks.N.attn.to_{name}" for name in ("q", "k", "v", "out.0")),
+        *(f"transformer_blocks.N.img_mlp.{name}" for name in ("proj", "gate_layer", "out")),
+    ),
+)
+
 _Z_MODULATED = ("layers.N", "noise_refiner.N")
 _Z_BLOCKS = (*_Z_MODULATED, "context_refiner.N", "siglip_refiner.N")
 
@@ -193,7 +211,7 @@ LONGCAT_IMAGE = Family(
     ),
 )
 
-FAMILIES = (QWEN_IMAGE, FLUX1, FLUX2, Z_IMAGE, LONGCAT_IMAGE)
+FAMILIES = (QWEN_IMAGE, QWEN_IMAGE21, FLUX1, FLUX2, Z_IMAGE, LONGCAT_IMAGE)
 
 
 def family_of(target_modules: Iterable[str]) -> Family | None:

@@ -72,9 +72,10 @@ class LongCatImageEditAdapter:
 
     @property
     def image_tokens(self) -> int:
-        """See `ModelAdapter`."""
+        """See `ModelAdapter`. The pipeline pads every prompt to its own limit."""
         height, width = self.size
-        return num_seen_tokens(self.pipeline.text_processor.image_processor, height // 2, width // 2)
+        seen = num_seen_tokens(self.pipeline.text_processor.image_processor, height // 2, width // 2)
+        return seen + self.pipeline.tokenizer_max_length - self.max_sequence_length
 
     def _stock_size(self, size: tuple[int, int]) -> tuple[int, int]:
         width, height = module_of(self.pipeline).calculate_dimensions(AREA, size[1] / size[0])

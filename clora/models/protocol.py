@@ -25,7 +25,8 @@ class ModelAdapter(Protocol):
         latent_dtype: of the velocities, in which a stock call keeps latents from step to step.
         source_shapes: size in tokens of the source, where it is one image of `size`.
         text_sees_image: whether a prompt is encoded together with the images to edit.
-        image_tokens: rows that the image to edit adds to an encoded prompt, where it is one image of `size`.
+        image_tokens: rows of an encoded prompt beyond `max_sequence_length`: those of the image to edit, where it is one
+            image of `size`, and padding.
         default_guidance: guidance w of the family's LoRAs by custom; 0 where a stock call has no second, empty-prompt pass.
         guidance_embedding: guidance scale embedded in every pass, of student, critic and teachers alike; None for a
             family without guidance embedding.

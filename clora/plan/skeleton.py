@@ -55,20 +55,41 @@ def skeleton(path: str, dtype: torch.dtype) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     folder = pipeline_folder(path)
-    try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
-        pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CloraError(
-            f"pipeline {path!r} is no diffusers pipeline that is known here ({folder / 'model_index.json'}: {error!r}); "
-            "expected a folder as save_pretrained writes it, or a newer diffusers"
-        ) from error
+    index, pipeline_class = _read_index(path, folder)
     mode, parts = FakeTensorMode(allow_non_fake_inputs=True), {}
     with quiet_libraries():
         for name, value in index.items():
             if not name.startswith("_"):
                 parts[name] = _component(folder / name, *value, dtype, mode) if isinstance(value, list) else value
         return pipeline_class(**parts)
+
+
+def check_processors(path: str) -> None:
+    """Loads what prepares pictures for a pipeline's models, and drops it: what it lacks is told before weights are loaded.
+
+    Args:
+        path: folder or hub id; no weights are downloaded.
+
+    Raises:
+        CloraError: no diffusers pipeline, or a processor that cannot be loaded.
+    """
+    folder = pipeline_folder(path)
+    with quiet_libraries():
+        for name, value in _read_index(path, folder)[0].items():
+            if isinstance(value, list) and "Processor" in (value[1] or ""):
+                _component(folder / name, *value, torch.float32, None)
+
+
+def _read_index(path: str, folder: Path) -> tuple[dict[str, Any], Any]:
+    """A pipeline's model_index.json, and the class that it names."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        return index, getattr(importlib.import_module("diffusers"), index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CloraError(
+            f"pipeline {path!r} is no diffusers pipeline that is known here ({folder / 'model_index.json'}: {error!r}); "
+            "expected a folder as save_pretrained writes it, or a newer diffusers"
+        ) from error
 
 
 def _component(folder: Path, library: str | None, name: str | None, dtype: torch.dtype, mode: Any) -> Any:
@@ -82,7 +103,7 @@ def _component(folder: Path, library: str | None, name: str | None, dtype: torch
         with _default_dtype(dtype), mode if library == "diffusers" else torch.device("meta"):
             return _build(found, folder, library).eval().requires_grad_(False)
     except Exception as error:  # readers of damaged configs raise whatever they meet
-        raise CloraError(f"{folder} cannot be loaded as {name}: {error}{_advice(str(error))}") from error
+        raise CloraError(f"{folder} cannot be loaded as {name}: {_reason(error)}") from error
 
 
 def _build(found: Any, folder: Path, library: str) -> torch.nn.Module:
@@ -91,9 +112,11 @@ def _build(found: Any, folder: Path, library: str) -> torch.nn.Module:
     return found(found.config_class.from_pretrained(folder))
 
 
-def _advice(error: str) -> str:
+def _reason(error: Exception) -> str:
     """transformers reads pictures and videos by torchvision, and says so at length."""
-    return "\nTo do: pip install torchvision, of your torch's release" if "torchvision" in error.lower() else ""
+    if "torchvision" in str(error).lower():
+        return f"it needs torchvision; pip install torchvision, the release for torch {torch.__version__}"
+    return str(error)
 
 
 @contextmanager

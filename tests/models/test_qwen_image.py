@@ -97,6 +97,21 @@ def test_a_batch_equals_calls_of_one_sample(pipelines, loras, model, sizes, tmp_
     assert min((a - b).abs().max() for i, a in enumerate(batch) for b in batch[:i]) > 0.01
 
 
+def test_a_mask_is_passed_only_where_something_is_padded(pipelines, loras, tmp_path):
+    """As in stock calls, whose one prompt has no padding."""
+    adapter = adapter_for(pipelines[PLUS_2511], SQUARE, LENGTH)
+    samples = [Sample(prompt, pictures([SQUARE]), None, 0) for prompt in ("snow", SENTENCES[0])]
+    conditioning = condition(adapter, samples)
+    noise, sigma = start_noise(adapter, samples[0]), torch.tensor([0.5])
+    with received(adapter) as calls, torch.no_grad():
+        padded, longest = (adapter.velocity(noise, sigma, conditioning[i : i + 1]) for i in range(2))
+        alone = adapter.velocity(noise, sigma, condition(adapter, samples[:1]))
+        stock_call(adapter, loras, samples[1], tmp_path, steps=2)
+    assert [call["encoder_hidden_states_mask"] is None for call in calls] == [False, True, True, True, True]
+    torch.testing.assert_close(padded, alone)
+    assert (longest - alone).abs().max() > 1e-3
+
+
 TEACHERS = {
     "edit": (EDIT, WIDE, 6, 1.5),
     "2509": (PLUS_2509, WIDE, 40, 3.0),

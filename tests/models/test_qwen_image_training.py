@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from edits import Sample, few_step
 from pictures import picture, write_pictures
-from tiny_qwen_image import shrink, stock_call, tiny_qwen_pipeline
+from tiny_qwen_image import shrink, stock_call, tiny_qwen21_pipeline, tiny_qwen_pipeline
 
 from clora import distill as engine
 from clora.collection import LORA_FILE
@@ -18,6 +19,7 @@ from clora.images import load_images
 from clora.lora.files import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
+from clora.plan import make_plan
 from clora.testing import random_teachers, tiny_config
 
 SIZE = (64, 96)
@@ -42,14 +44,30 @@ def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch
     student = load_lora(folder / LORA_FILE, linear_shapes(pipeline.transformer))
     learned = {name for name, module in student.modules.items() if module.lora_B.any()}
     assert set(linear_names(pipeline.transformer)) - learned == {f"transformer_blocks.1.{layer}" for layer in UNUSED}
-    call = load_collection(folder)["effect_0"]
-    prompt, steps, size = call.pop("prompt"), call.pop("num_inference_steps"), (call.pop("height"), call.pop("width"))
-    assert (prompt, steps, size) == (config.effects[0].student_prompts[0], config.sampler.steps, SIZE)
-    sample = Sample(prompt, (picture(0, SIZE),), "student", 9)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    stock = stock_call(adapter, {"student": folder}, sample, tmp_path, scheduler, steps, **call)
-    ours = few_step(adapter, {"student": student}, [sample], steps)
-    torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
+    check_stock_call(adapter, folder, config)
+
+
+SAVED = {
+    "edit": lambda: tiny_qwen_pipeline("QwenImageEditPipeline"),
+    "2511": lambda: tiny_qwen_pipeline(zero_cond_t=True),
+    "2.1": tiny_qwen21_pipeline,
+}
+
+
+@pytest.mark.parametrize("model", SAVED)
+def test_a_saved_pipeline_is_distilled_and_takes_the_result(model, monkeypatch, tmp_path):
+    """With the stock processor, which is loaded with the rest."""
+    pytest.importorskip("torchvision")
+    if model == "2.1" and not hasattr(diffusers, "QwenImage21Pipeline"):
+        pytest.skip("this diffusers has no QwenImage21Pipeline")
+    pipeline = SAVED[model]()
+    shrink(monkeypatch, pipeline)
+    pipeline.save_pretrained(tmp_path / "base")
+    config = make_config(tmp_path, random_teachers(pipeline.transformer, 2), pipeline=str(tmp_path / "base"))
+    assert make_plan(config)["problems"] == []
+    folder = engine.distill(config)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    check_stock_call(adapter_for(loaded, SIZE, config.data.max_sequence_length), folder, config)
 
 
 def test_the_default_guidance_is_that_of_a_stock_call():
@@ -59,7 +77,19 @@ def test_the_default_guidance_is_that_of_a_stock_call():
     assert sampler.guidance == inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default - 1
 
 
-def make_config(folder, teachers):
+def check_stock_call(adapter, folder, config):
+    """A stock call as the collection says it is made gives what the few-step sampler gives."""
+    call = load_collection(folder)["effect_0"]
+    prompt, steps, size = call.pop("prompt"), call.pop("num_inference_steps"), (call.pop("height"), call.pop("width"))
+    assert (prompt, steps, size) == (config.effects[0].student_prompts[0], config.sampler.steps, SIZE)
+    sample = Sample(prompt, (picture(0, SIZE),), "student", 9)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    stock = stock_call(adapter, {"student": folder}, sample, None, scheduler, steps, **call)
+    student = load_lora(folder / LORA_FILE, linear_shapes(adapter.pipeline.transformer))
+    torch.testing.assert_close(stock, few_step(adapter, {"student": student}, [sample], steps), rtol=0, atol=1e-4)
+
+
+def make_config(folder, teachers, **settings):
     (folder / "images").mkdir()
     write_pictures(folder / "images", 3, SIZE)
     effects = []
@@ -67,7 +97,7 @@ def make_config(folder, teachers):
         save_diffusers_lora(state, folder / f"{name}.safetensors")
         effects.append({"name": name, "lora": str(folder / f"{name}.safetensors"), "prompt": f"make it {name}"})
     data = {"sources": str(folder / "images"), "size": SIZE, "sources_per_effect": 2, "general_targets": 3}
-    return tiny_config(effects, output=str(folder / "out"), data=data)
+    return tiny_config(effects, output=str(folder / "out"), data=data, **settings)
 
 
 def check_data(data, adapter, config):
