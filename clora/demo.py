@@ -32,7 +32,6 @@ from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
 from clora.studio.judges import Verdict
 
-
 ENOUGH_UPDATES = 700  # 496 reached an effect accuracy of 70 %, 861 of 86 %
 
 
