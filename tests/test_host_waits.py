@@ -61,10 +61,9 @@ def test_what_waits_is_found():
 )
 def test_an_update(parts, pages, train):
     adapter, data = parts
-    with make_trainer(adapter, data, pages, train=train) as trainer:
+    with make_trainer(adapter, data, pages, train={"critic_ratio": 1, **train}) as trainer:
         for matching in (False, True):
             trainer.anchor_share = 0.0 if matching else 1.0
-            trainer._iterate(0.5)  # states of the optimizers are made
             with host_waits() as waits:
                 readings = trainer._iterate(0.5)
             assert waits == []
