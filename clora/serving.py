@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clora.adapter_bank import AdapterBank, BankBytes
+from clora.adapter_bank import AdapterBank, BankBytes, RoutedLinear
+from clora.errors import CloraError
 from clora.lora.factorise import MAX_ERROR
 from clora.lora.files import linear_shapes, linear_weights, load_lora
 from clora.lora.state import LoRAState
@@ -72,8 +73,14 @@ def attach(
         max_error: as in `clora.load_lora`, of files whose changes are not of low rank.
 
     Raises:
-        CloraError: a LoRA cannot be read or does not fit, or there is none.
+        CloraError: a LoRA cannot be read or does not fit, there is none, or the transformer carries others already.
     """
+    if any(isinstance(module, RoutedLinear) for module in transformer.modules()):
+        raise CloraError(
+            "the transformer has LoRAs attached already; call detach() of what clora.attach returned first"
+        )
+    if getattr(transformer, "peft_config", None):
+        raise CloraError("the transformer has LoRAs loaded by diffusers; call pipe.unload_lora_weights() first")
     shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     states = {
         name: lora if isinstance(lora, LoRAState) else load_lora(lora, shapes, weights, max_error=max_error)

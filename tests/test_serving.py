@@ -174,3 +174,16 @@ def dora_delta(weight, file, name):
     pair = [factors[f"transformer.{name}.lora_{x}.weight"] for x in "BA"]
     merged = weight + pair[0] @ pair[1]
     return 1.5 * weight.norm(dim=1, keepdim=True) * merged / merged.norm(dim=1, keepdim=True) - weight
+
+
+def test_a_transformer_that_carries_others_is_told():
+    transformer = tiny_transformer(FAMILIES[0])
+    lora = {"a": random_lora(transformer, 2, 0)}
+    bank = clora.attach(transformer, lora)
+    with pytest.raises(CloraError, match=r"attached already; call detach\(\)"):
+        clora.attach(transformer, lora)
+    bank.detach()
+    clora.attach(transformer, lora).detach()
+    transformer.peft_config = {"default": None}
+    with pytest.raises(CloraError, match=r"loaded by diffusers; call pipe.unload_lora_weights\(\)"):
+        clora.attach(transformer, lora)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -11,9 +12,12 @@ _ROUNDS = 5
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of the device's memory; None where torch does not tell."""
+    """Bytes of the device's memory, for the CPU the machine's; None where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    names = getattr(os, "sysconf_names", {})  # not on Windows
+    if device.type == "cpu" and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
 
 

@@ -42,6 +42,7 @@ from clora.plan.memory import (
     scoring_rows,
     slot_bytes,
 )
+from clora.plan.probe import device_memory
 from clora.plan.skeleton import skeleton
 from clora.recomputation import recomputed_blocks
 from clora.testing import (
@@ -486,6 +487,11 @@ def test_minutes_bound_the_training_but_not_the_rendering(job):
 )
 def test_parameters_are_told_in_their_unit(count, shown):
     assert _parameters(count) == f"{shown} parameters"
+
+
+def test_the_memory_of_the_cpu_is_the_machines():
+    assert 1e9 < device_memory(torch.device("cpu")) < 1e14
+    assert device_memory(torch.device("mps")) is None
 
 
 def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
