@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.cases import StackCase, adapter_of
 from bench.providers import BASE, OURS, Builder, Call, Outputs, need, need_gpu
-from clora.adapter_bank import AdapterBank
+from clora.bank.bank import AdapterBank
 from clora.lora.state import LoRAModule, LoRAState
 from clora.ops import multi_lora_linear
 

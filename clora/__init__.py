@@ -1,7 +1,7 @@
 """clora: many effect LoRAs and few-step sampling in one LoRA.
 
 Importing it is quick and imports neither torch nor diffusers: a name is loaded when it is first used. Distil with
-``clora.distill.distill(clora.load_config("config.yaml"))``.
+``clora.commands.distill.distill(clora.load_config("config.yaml"))``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from clora.adapter_bank import AdapterBank
-    from clora.config import DistillConfig, load_config
-    from clora.effects import Effects, apply, load_collection
-    from clora.errors import CloraError
-    from clora.lora.files import load_lora
-    from clora.lora.inspect import inspect_lora
-    from clora.serving import attach
+from clora.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from clora.bank.attach import attach
+    from clora.bank.bank import AdapterBank
+    from clora.collection.apply import Effects, apply, load_collection
+    from clora.config.settings import DistillConfig, load_config
+    from clora.errors import CloraError
+    from clora.lora.inspect import inspect_lora
+    from clora.lora.load import load_lora
+
 
 __all__ = [
     "AdapterBank",
@@ -34,18 +35,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AdapterBank": "clora.adapter_bank",
+    "AdapterBank": "clora.bank.bank",
     "CloraError": "clora.errors",
-    "DistillConfig": "clora.config",
-    "Effects": "clora.effects",
-    "apply": "clora.effects",
-    "attach": "clora.serving",
+    "DistillConfig": "clora.config.settings",
+    "Effects": "clora.collection.apply",
+    "apply": "clora.collection.apply",
+    "attach": "clora.bank.attach",
     "inspect_lora": "clora.lora.inspect",
-    "load_collection": "clora.effects",
-    "load_config": "clora.config",
-    "load_lora": "clora.lora.files",
+    "load_collection": "clora.collection.apply",
+    "load_config": "clora.config.settings",
+    "load_lora": "clora.lora.load",
 }
-# `clora.distill` is always the module: a function of that name would turn into it at the module's first import.
+# `clora.commands.distill` is always the module: a function of that name would turn into it at the module's first import.
 _SUBMODULES = frozenset({"distill"})
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from clora.errors import CloraError
+from clora.files import TEMPLATES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,9 +39,6 @@ def main() -> None:
     try:
         app()
     except CloraError as error:
-        from rich.console import Console
-        from rich.text import Text
-
         message = Text("error: ", style="bold red").append(str(error), style="not bold default")
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(1)
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _show_version(value: bool) -> None:
     if value:
-        from clora import __version__
+        from clora.version import __version__
 
         typer.echo(f"clora {__version__}")
         raise typer.Exit
@@ -54,7 +54,7 @@ def _show_version(value: bool) -> None:
 
 def _show_example(value: bool) -> None:
     if value:
-        typer.echo((Path(__file__).parent / "templates" / "distill.yaml").read_text("utf-8"), nl=False)
+        typer.echo((TEMPLATES / "distill.yaml").read_text("utf-8"), nl=False)
         raise typer.Exit
 
 
@@ -92,7 +92,7 @@ def demo(
 
     Example: [bold]clora demo --effects snow,blueprint,leaves,thermal --out my-demo[/bold]
     """
-    from clora.demo import run_demo
+    from clora.commands.demo import run_demo
 
     report = run_demo(out, seed, None if effects is None else _split(effects), full, device)
     typer.echo(f"report: {report}")
@@ -120,10 +120,10 @@ def distill(
 
     Example: [bold]clora distill my.yaml train.updates=500 student.rank=32[/bold]
     """
-    from clora.config import load_config
+    from clora.config.settings import load_config
 
     loaded = load_config(config, overrides or ())
-    from clora.distill import distill as run
+    from clora.commands.distill import distill as run
 
     typer.echo(f"collection: {run(loaded, push_to_hub)}")
 
@@ -142,10 +142,8 @@ def prompts(
 
     Example: [bold]clora prompts my.yaml prompts.paraphrases=6[/bold]
     """
-    from rich.console import Console
-
-    from clora.config import load_config
-    from clora.prompting import similarity_table, write_prompts
+    from clora.commands.prompts import similarity_table, write_prompts
+    from clora.config.settings import load_config
 
     loaded = load_config(config, overrides or (), with_prompts=False)
     file = loaded.prompts.file or str(config.with_suffix(".prompts.yaml"))
@@ -167,22 +165,20 @@ def plan(
 
     Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
     """
-    from clora.config import load_config
+    from clora.config.settings import load_config
 
     try:
         loaded = load_config(config, overrides or ())
     except CloraError as error:
-        from clora.plan.problems import add_file_problems
+        from clora.commands.checks import add_file_problems
 
         raise add_file_problems(error, config, overrides or ()) from error
-    from clora.plan import make_plan, render
+    from clora.commands.plan.plan import make_plan, render
 
     found = make_plan(loaded)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        from rich.console import Console
-
         Console().print(render(found))
     if found["problems"]:
         raise typer.Exit(1)
@@ -206,8 +202,6 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(info, indent=2))
     else:
-        from rich.console import Console
-
         Console().print(render(info), crop=False)  # a long path stays one line
     _refuse_unusable(info)
 
@@ -254,8 +248,6 @@ def export(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        from rich.console import Console
-
         Console().print(render(report), crop=False)  # a long path stays one line
 
 
@@ -269,7 +261,7 @@ def build(
 
     Example: [bold]clora studio build ./my-studio[/bold]
     """
-    from clora.studio.build import build as run
+    from clora.studio.making.build import build as run
 
     run(folder, None if stages is None else _split(stages), device)
 
@@ -280,7 +272,7 @@ def check(folder: Folder = None, device: Device = "auto") -> None:
 
     Example: [bold]clora studio check[/bold]
     """
-    from clora.studio.build import check as run
+    from clora.studio.making.build import check as run
 
     run(folder, device)
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clora.conditioning import Text
-from clora.config import DistillConfig
-from clora.data import DistillData, general_pair
-from clora.lora.files import linear_shapes
+from clora.config.settings import DistillConfig
+from clora.data.batches import DistillData, general_pair
+from clora.lora.load import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, linear_names
-from clora.models.flux2 import Flux2KleinAdapter
+from clora.models.conditioning import Text
+from clora.models.families.flux2 import Flux2KleinAdapter
+from clora.studio.text import train_tokenizer
 
 SIZE = (16, 16)
 MAX_SEQUENCE_LENGTH = 40
@@ -35,8 +36,6 @@ def tiny_pipeline(seed: int = 0, is_distilled: bool = False):
         Flux2KleinPipeline,
         Flux2Transformer2DModel,
     )
-
-    from clora.studio.text import train_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(SENTENCES)

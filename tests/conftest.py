@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clora.conditioning import Conditioning, Text
+from clora.models.conditioning import Conditioning, Text
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A saved tiny pipeline, loadable by ``from_pretrained``."""
-    from clora.testing import tiny_pipeline  # not at the top: the kernels' tests run without its dependencies too
+    from clora.testing import tiny_pipeline
 
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     tiny_pipeline().save_pretrained(folder)

@@ -138,14 +138,14 @@ def test_a_message_is_never_markup(run, tmp_path):
 
 
 def test_demo_arguments(run, engine, tmp_path):
-    calls = engine("clora.demo", "run_demo")
+    calls = engine("clora.commands.demo", "run_demo")
     arguments = ("--out", tmp_path / "o", "--seed", 3, "--effects", "a, b", "--full")
     assert run("demo", *arguments)[:2] == (0, "report: /studio\n")
     assert calls == [(tmp_path / "o", 3, ["a", "b"], True, "auto")]
 
 
 def test_demo_bad_input(run, engine, tmp_path):
-    calls = engine("clora.demo", "run_demo")
+    calls = engine("clora.commands.demo", "run_demo")
     code, _, err = run("demo", "--out", tmp_path / "o", "--effects", " , ")
     assert (code, "expected names" in err) == (1, True)
     assert calls == []
@@ -153,7 +153,7 @@ def test_demo_bad_input(run, engine, tmp_path):
 
 
 def test_distill(run, engine, tmp_path):
-    calls = engine("clora.distill", "distill")
+    calls = engine("clora.commands.distill", "distill")
     file = tmp_path / "c.yaml"
     file.write_text(CONFIG.format(out=tmp_path / "out"))
     assert run("distill", file, "train.updates=5", "seed=2")[:2] == (0, "collection: /studio\n")
@@ -171,7 +171,7 @@ def test_the_example_is_printed(run, tmp_path):
 
 
 def test_distill_bad_input(run, engine, tmp_path):
-    calls = engine("clora.distill", "distill")
+    calls = engine("clora.commands.distill", "distill")
     file = tmp_path / "c.yaml"
     code, _, err = run("distill", file)
     assert (code, "does not exist" in err) == (1, True)
@@ -182,11 +182,11 @@ def test_distill_bad_input(run, engine, tmp_path):
 
 
 def test_studio(run, engine, tmp_path):
-    builds = engine("clora.studio.build", "build")
+    builds = engine("clora.studio.making.build", "build")
     assert run("studio", "build", tmp_path, "--stages", "vae,base")[0] == 0
     assert run("studio", "build")[0] == 0
     assert builds == [(tmp_path, ["vae", "base"], "auto"), (None, None, "auto")]
-    checks = engine("clora.studio.build", "check")
+    checks = engine("clora.studio.making.build", "check")
     assert run("studio", "check", "--device", "cuda:1")[0] == 0
     assert checks == [(None, "cuda:1")]
     engine("clora.studio.assets", "pipeline_folder")

@@ -1,4 +1,4 @@
-"""The order of imports: every module may use its own layer and those below, never one above."""
+"""The order of imports: each room of the package may use those that its line names, so that data flows one way."""
 
 from __future__ import annotations
 
@@ -9,142 +9,105 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the bottom up; a name stands for the module and everything in it.
-LAYERS = (
-    {"clora.backend", "clora.errors", "clora.hub", "clora.ops", "clora.paths", "clora.transfer"},
-    {
-        "clora.atomic",
-        "clora.cache",
-        "clora.checkpoint",
-        "clora.fingerprint",
-        "clora.flow_matching",
-        "clora.lora",
-        "clora.muon",
-        "clora.optimizers",
-        "clora.progress",
-        "clora.readings",
-    },
-    {
-        "clora.collection",
-        "clora.config",
-        "clora.config_file",
-        "clora.drawing",
-        "clora.everyday",
-        "clora.images",
-        "clora.prompt_file",
-        "clora.report",
-    },
-    {"clora.conditioning"},
-    {"clora.models", "clora.sampling"},
-    {
-        "clora.adapter_bank",
-        "clora.encoders",
-        "clora.generation",
-        "clora.objective",
-        "clora.prompt_table",
-        "clora.recomputation",
-        "clora.rendering",
-        "clora.serving",
-        "clora.slots",
-        "clora.targets",
-        "clora.teacher_pages",
-    },
-    {"clora.studio"},
-    {
-        "clora.data",
-        "clora.demo",
-        "clora.distill",
-        "clora.effects",
-        "clora.encoding",
-        "clora.export",
-        "clora.finished",
-        "clora.lora_training",
-        "clora.plan",
-        "clora.prompting",
-        "clora.samples",
-        "clora.student",
-        "clora.student_rows",
-        "clora.trainer",
-    },
-    {"clora.cli"},
-)
-APPLICATIONS = 7
-# Modules of a lower package that are themselves applications.
-BUILD = ("clora.studio.build", "clora.studio.teachers", "clora.studio.baselines")
-UNORDERED = {"clora", "clora.testing"}  # the lazy names, and what only tests use
-# Tensors and callables only: these never see a model, a bank or a config.
-PURE = ("clora.flow_matching", "clora.objective", "clora.sampling")
-PURE_MAY_USE = {"clora.errors", "clora.ops", "clora.flow_matching", "clora.transfer"}
+GROUND = {"errors", "files", "hashing", "devices", "progress", "version"}
+ENGINE = GROUND | {"ops", "lora", "config", "flow", "models", "bank"}
+MAY_IMPORT = {  # from the bottom up; a room that stands in no line is an error
+    "version": set(),
+    "errors": set(),
+    "files": {"errors"},
+    "hashing": set(),
+    "devices": {"errors"},
+    "progress": set(),
+    "ops": {"errors", "csrc_triton"},
+    "lora": {"errors", "files", "version"},
+    "config": {"errors", "files"},
+    "flow": {"errors", "devices", "ops"},
+    "models": GROUND | {"lora", "config"},
+    "bank": GROUND | {"lora", "ops"},
+    "data": ENGINE - {"ops"},
+    "report": GROUND,
+    "training": ENGINE | {"data"},
+    "collection": GROUND | {"lora", "config", "models", "bank", "data", "report"},
+    "studio": ENGINE | {"data", "report", "training"},
+    "commands": ENGINE | {"data", "report", "training", "collection", "studio"},
+    "testing": ENGINE | {"data", "studio"},
+    "cli": GROUND | {"lora", "config", "studio", "commands"},
+}
+# What may be imported inside a function, and why.
+INSIDE_FUNCTIONS = {
+    "bitsandbytes": "optional",
+    "resource": "not on Windows",
+    "triton": "optional, and slow",
+    "csrc_triton": "its kernels load Triton",
+    "diffusers": "slow",
+    "huggingface_hub": "slow",
+    "jinja2": "slow",
+    "matplotlib": "slow",
+    "peft": "slow",
+    "tokenizers": "slow",
+    "torch": "slow in part",
+    "transformers": "slow",
+}
+AT_FIRST_USE = {"clora", "clora.cli"}  # they load the package's own modules inside functions
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("clora", "csrc_triton")
+    for file in sorted((ROOT / package).rglob("*.py"))
+}
 
 
-def module_name(file):
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-def layer_of(module):
-    if module.startswith(BUILD):
-        return APPLICATIONS
-    for index, layer in enumerate(LAYERS):
-        if any(module == name or module.startswith(f"{name}.") for name in layer):
-            return index
-    raise AssertionError(f"{module} stands in no layer: add it to LAYERS")
-
-
-def imports_of(file):
-    """Absolute module names that a file imports, inside functions too, but not those for type checkers alone."""
-    tree = ast.parse(file.read_text("utf-8"))
+def imports_of(module):
+    """Yields (imported module, whether inside a function); those for type checkers only are left out."""
+    tree = ast.parse(FILES[module].read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
+    top = set(map(id, tree.body))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, id(node) not in top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if is_module(name) else node.module for name in inner)
+            assert node.level == 0, f"{module}: relative import"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((name if name in FILES else node.module, id(node) not in top) for name in submodules)
 
 
-def is_module(name):
-    path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+def room(module):
+    """``clora.bank.slots`` is in the room ``bank``."""
+    return module.split(".")[1] if module.startswith("clora.") else module.split(".")[0]
 
 
-MODULES = {module_name(file): file for file in sorted((ROOT / "clora").rglob("*.py"))}
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("clora.")])
+def test_every_room_imports_only_what_its_line_allows(module):
+    own = {room(name) for name, _ in imports_of(module) if name.startswith(("clora", "csrc_triton"))}
+    assert own - {room(module)} <= MAY_IMPORT[room(module)]
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in UNORDERED])
-def test_imports_go_downwards(module):
-    used = {name for name in imports_of(MODULES[module]) if name.startswith("clora.")}
-    above = {name for name in used if layer_of(name) > layer_of(module)}
-    assert not above, f"{module} (layer {layer_of(module)}) imports {above}"
+@pytest.mark.parametrize("module", FILES)
+def test_imports_inside_functions_are_of_slow_or_optional_libraries(module):
+    inside = {name for name, is_inside in imports_of(module) if is_inside}
+    if module in AT_FIRST_USE:
+        inside = {name for name in inside if not name.startswith("clora.")}
+    assert {name.split(".")[0] for name in inside} <= set(INSIDE_FUNCTIONS)
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_the_maths_takes_tensors_only(module):
-    used = {name for name in imports_of(MODULES[module]) if name.startswith("clora.")}
-    assert used <= PURE_MAY_USE
+def test_the_table_has_no_circle():
+    """Each line names only rooms of lines above it."""
+    above = {"csrc_triton"}
+    for name, rooms in MAY_IMPORT.items():
+        assert rooms <= above, name
+        above.add(name)
 
 
-def test_only_ops_imports_the_kernels():
-    """The backend asks whether Triton interprets, and nothing else."""
-    used = {name: {i for i in imports_of(file) if i.startswith("csrc_triton")} for name, file in MODULES.items()}
-    assert used.pop("clora.backend") == {"csrc_triton.registration"}
-    assert {name for name, imports in used.items() if imports} == {"clora.ops"}
+def test_slow_libraries_are_not_imported_at_the_top():
+    """So that a command which does not need them starts at once."""
+    slow = {name for name, why in INSIDE_FUNCTIONS.items() if "slow" in why} - {"torch", "triton"}
+    for module in FILES:
+        top = {name.split(".")[0] for name, is_inside in imports_of(module) if not is_inside}
+        assert not top & slow, module
 
 
 def test_kernels_do_not_import_clora():
-    for file in (ROOT / "csrc_triton").rglob("*.py"):
-        assert not any(name.startswith("clora") for name in imports_of(file)), file
-
-
-def test_heavy_libraries_are_imported_inside_functions():
-    """So that a command which does not need them starts at once."""
-    for module, file in MODULES.items():
-        top = ast.parse(file.read_text("utf-8")).body
-        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
-        heavy = {
-            name for name in names if name.partition(".")[0] in ("diffusers", "transformers", "peft", "matplotlib")
-        }
-        assert not heavy, f"{module} imports {heavy} at its top"
+    for module in FILES:
+        if module.startswith("csrc_triton"):
+            assert not any(name.startswith("clora") for name, _ in imports_of(module)), module

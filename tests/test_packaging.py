@@ -105,7 +105,7 @@ def test_import_is_lazy_and_quick():
 
 
 def test_public_names():
-    from clora.config import load_config
+    from clora.config.settings import load_config
 
     assert clora.load_config is load_config
     assert set(clora.__all__) <= set(dir(clora))

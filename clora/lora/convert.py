@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from clora.errors import CloraError, nearest
-from clora.lora.adapters import read_adapter
-from clora.lora.factorise import MAX_ERROR
+from clora.files import user_path
+from clora.lora.adapters import MAX_ERROR, read_adapter
+from clora.lora.algebra import balanced, energy_share, reduce_to_energy, reduce_to_rank, relative_error, stored_as
 from clora.lora.families import (
     FAMILIES,
     FLUX1,
@@ -25,24 +30,12 @@ from clora.lora.families import (
     is_original_only,
     original_part,
 )
-from clora.lora.files import load_lora
 from clora.lora.inspect import pipeline_shapes, pipeline_weights
 from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
-from clora.lora.reduce import (
-    balanced,
-    energy_share,
-    reduce_to_energy,
-    reduce_to_rank,
-    relative_error,
-    stored_as,
-)
+from clora.lora.load import load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
-from clora.paths import user_path
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 DTYPES = {
@@ -77,11 +70,11 @@ def convert_lora(
         output: the ``.safetensors`` file, or the folder for PEFT.
         format: one of `FORMATS`. diffusers' files have one rank, the others a rank for each module.
         rank: the largest rank to keep.
-        energy: instead, the share of every module's energy to keep (`clora.lora.reduce.reduce_to_energy`).
+        energy: instead, the share of every module's energy to keep (`clora.lora.algebra.reduce_to_energy`).
         dtype: one of `DTYPES`; by default the type that the file is stored in.
         pipeline: folder of the pipeline that the LoRA is for, where the file's names do not tell, and with its weights
             where the file holds DoRA, which depends on them.
-        max_error: as in `clora.lora.files.load_lora`.
+        max_error: as in `clora.lora.load.load_lora`.
 
     Returns:
         A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank`` (the largest),
@@ -127,11 +120,6 @@ def convert_lora(
 
 def render(report: Mapping[str, Any]) -> Group:
     """Lays out the result of `convert_lora` for the terminal, the largest errors first; names fit into 80 columns."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     modules = sorted(report["modules"], key=lambda entry: -entry["error"])
     hidden = len(modules) - _SHOWN_MODULES
     more = f"; {hidden} more modules, all below these, are in --json" if hidden > 0 else ""

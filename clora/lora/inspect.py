@@ -7,23 +7,21 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.lora.adapters import Adapter, read_adapter
-from clora.lora.factorise import MAX_ERROR, MAX_RANK
+from clora.files import user_path
+from clora.lora.adapters import MAX_ERROR, MAX_RANK, Adapter, Strength, find_strength, read_adapter
 from clora.lora.families import Route, families_with, family_of, routes
-from clora.lora.files import check_error, check_fit, linear_shapes, updates
 from clora.lora.keys import FileKeys, sort_keys, split_prefix
+from clora.lora.load import check_error, check_fit, linear_shapes, updates
 from clora.lora.source import LoRASource, content_hash, open_lora
-from clora.lora.strength import Strength, find_strength
-from clora.paths import user_path
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 _SHOWN_KEYS = 5
 
@@ -33,7 +31,7 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
 
     Args:
         path: a LoRA file or folder.
-        target_modules: from `clora.lora.files.linear_shapes`, to tell which modules of a model it fits.
+        target_modules: from `clora.lora.load.linear_shapes`, to tell which modules of a model it fits.
 
     Returns:
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
@@ -72,10 +70,6 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
 
 def render(info: Mapping[str, Any]) -> Group:
     """Lays out the result of `inspect_lora` for the terminal; a hash fits into 80 columns whole."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table.grid(padding=(0, 1))
     table.add_column("what", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
@@ -276,7 +270,7 @@ def _keys(file: Path) -> list[str]:
 
 
 def pipeline_weights(folder: str | Path) -> Mapping[str, Tensor] | None:
-    """The weights of a pipeline folder's transformer, for `clora.lora.files.load_lora`; None where none are stored.
+    """The weights of a pipeline folder's transformer, for `clora.lora.load.load_lora`; None where none are stored.
 
     Raises:
         CloraError: a file of them that cannot be read.

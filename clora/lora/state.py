@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -73,3 +74,23 @@ class LoRAState:
         """The same LoRA with every module zero-padded to ``rank``."""
         modules = {name: module.padded(rank) for name, module in self.modules.items()}
         return LoRAState(modules, self.metadata, self.format, self.errors)
+
+
+def fresh_lora(
+    shapes: Mapping[str, tuple[int, int]], rank: int, generator: torch.Generator, modules: Sequence[str] | None = None
+) -> LoRAState:
+    """An untrained LoRA: Kaiming-uniform ``lora_A``, zero ``lora_B``, so that its delta is zero.
+
+    Args:
+        shapes: module path to ``(out, in)`` (`clora.lora.load.linear_shapes`).
+        rank: rank of every module.
+        generator: source of ``lora_A``.
+        modules: the modules to adapt; all of ``shapes`` by default.
+    """
+
+    def module(out_features: int, in_features: int) -> LoRAModule:
+        bound = in_features**-0.5
+        a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
+        return LoRAModule(a, torch.zeros(out_features, rank))
+
+    return LoRAState({name: module(*shapes[name]) for name in (shapes if modules is None else modules)})

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clora.conditioning import Text
+from clora.devices import send
 from clora.errors import CloraError
+from clora.models.conditioning import Text
 from clora.models.protocol import ModelAdapter
-from clora.transfer import send
 
 One = TypeVar("One")
 
@@ -130,8 +131,6 @@ def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
         steps: number of steps.
         mu: the time shift that the pipeline passes for its image size, used where the scheduler shifts dynamically.
     """
-    import numpy as np
-
     copy = type(scheduler).from_config(scheduler.config)
     if copy.config.get("use_flow_sigmas"):
         copy.set_timesteps(steps, mu=mu)
@@ -162,3 +161,20 @@ def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return sigma.to(dtype)  # the last bit of the round trip is not worth it
     return (1000 * sigma).to(dtype) / 1000
+
+
+def linear_names(transformer) -> list[str]:
+    """Names of all linear layers inside the transformer's blocks, the default LoRA targets.
+
+    Blocks are what diffusers calls the transformer's repeated blocks, whatever attributes hold them.
+    """
+    blocks = tuple(
+        f"{name}."
+        for name, module in transformer.named_modules()
+        if type(module).__name__ in transformer._repeated_blocks
+    )
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(blocks)
+    ]

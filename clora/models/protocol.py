@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clora.conditioning import Conditioning, Shapes, Text
+from clora.models.conditioning import Conditioning, Shapes, Text
 
 
 class ModelAdapter(Protocol):

@@ -12,14 +12,14 @@ from clora.models.protocol import ModelAdapter
 
 # Adapters by pipeline class, named, not imported: a family's module may need classes that an older diffusers lacks.
 _ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {
-    "Flux2KleinPipeline": "clora.models.flux2:Flux2KleinAdapter",
-    "Flux2Pipeline": "clora.models.flux2:Flux2Adapter",
-    "FluxKontextPipeline": "clora.models.flux_kontext:FluxKontextAdapter",
-    "LongCatImageEditPipeline": "clora.models.longcat_image:LongCatImageEditAdapter",
-    "QwenImage21Pipeline": "clora.models.qwen_image21:QwenImage21Adapter",
-    "QwenImageEditPipeline": "clora.models.qwen_image:QwenImageEditAdapter",
-    "QwenImageEditPlusPipeline": "clora.models.qwen_image:QwenImageEditPlusAdapter",
-    "ZImageOmniPipeline": "clora.models.z_image:ZImageOmniAdapter",
+    "Flux2KleinPipeline": "clora.models.families.flux2:Flux2KleinAdapter",
+    "Flux2Pipeline": "clora.models.families.flux2:Flux2Adapter",
+    "FluxKontextPipeline": "clora.models.families.flux_kontext:FluxKontextAdapter",
+    "LongCatImageEditPipeline": "clora.models.families.longcat_image:LongCatImageEditAdapter",
+    "QwenImage21Pipeline": "clora.models.families.qwen_image:QwenImage21Adapter",
+    "QwenImageEditPipeline": "clora.models.families.qwen_image:QwenImageEditAdapter",
+    "QwenImageEditPlusPipeline": "clora.models.families.qwen_image:QwenImageEditPlusAdapter",
+    "ZImageOmniPipeline": "clora.models.families.z_image:ZImageOmniAdapter",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from clora.config import make_trigger
+from clora.config.settings import make_trigger
 from clora.errors import CloraError
 from clora.studio.effects import EFFECTS
 

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clora.adapter_bank import AdapterBank
-from clora.conditioning import Conditioning, Text
-from clora.generation import Generator
-from clora.lora.files import linear_shapes
-from clora.lora.merge import merge_states
+from clora.bank.bank import AdapterBank
+from clora.data.generation import Generator
+from clora.lora.algebra import merge_states
+from clora.lora.load import linear_shapes
 from clora.lora.state import LoRAState
-from clora.models.flux2 import Flux2KleinAdapter
+from clora.models.conditioning import Conditioning, Text
+from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.assets import student_prompts
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
 from clora.studio.judges import Verdict
-from clora.studio.vae import to_images, to_tensor
+from clora.studio.making.vae import to_images, to_tensor
 
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
 STEPS, TEACHER_STEPS, SHIFT = 8, 40, 3.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clora.config import DistillConfig, EffectConfig
+from clora.config.settings import DistillConfig, EffectConfig
 from clora.studio.assets import student_prompts
 from clora.studio.effects import EFFECTS
 from clora.studio.scenes import SIZE

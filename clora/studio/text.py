@@ -1,10 +1,11 @@
 """The studio's words: a byte-level BPE tokenizer with a chat template, and a tiny Qwen3 text encoder.
 
-The text encoder is trained first (``clora.studio.text_training``) and frozen from then on.
+The text encoder is trained first (``clora.studio.making.text_training``) and frozen from then on.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -36,8 +37,6 @@ def train_tokenizer(corpus: Iterable[str]):
 
     transformers 5 builds it from ``vocab=`` and ``merges=``; ``vocab_file=`` gives an empty tokenizer there.
     """
-    import json
-
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 

@@ -19,7 +19,7 @@ def checkout(tmp_path):
         "bench/report.py",
         "csrc_triton/op.py",
         "clora/ops.py",
-        "clora/slots.py",
+        "clora/bank/slots.py",
         "README.md",
     ):
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ def git(folder, *command):
 
 
 @pytest.mark.parametrize(
-    "file", ["csrc_triton/op.py", "csrc_triton/new.py", "clora/ops.py", "clora/slots.py", "csrc_triton/tiles.json"]
+    "file", ["csrc_triton/op.py", "csrc_triton/new.py", "clora/ops.py", "clora/bank/slots.py", "csrc_triton/tiles.json"]
 )
 def test_a_change_of_a_source_is_another_revision(checkout, file):
     before = revision(checkout)

@@ -215,7 +215,7 @@ def test_where_processes_ended_twice_outside_any_provider_the_case_has_failed(tm
 def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatch, capsys):
     """On a CPU in place of the GPU: there ours must say why it cannot run instead of being eager PyTorch."""
     monkeypatch.setenv("CLORA_BACKEND", "auto")
-    monkeypatch.setattr("clora.backend.interpreting", lambda: False)  # another test may have it on
+    monkeypatch.setattr("clora.ops.interpreting", lambda: False)  # another test may have it on
     monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
     monkeypatch.setattr(bench.worker, "CudaStopwatch", lambda device: stopwatch)
     monkeypatch.setattr(bench.worker, "describe", lambda device, stopwatch: {**MACHINE, "roof": BENCH.roof})

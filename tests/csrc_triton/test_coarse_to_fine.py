@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_cases import CASES, GUIDANCE, LATENT, make
+from helpers.loss_cases import CASES, GUIDANCE, LATENT, make
 
 from clora.ops import Scores, coarse_to_fine_loss
 

@@ -94,7 +94,7 @@ def test_torch_compile_sees_the_kernels_and_what_they_write(found):
 
 def compiled_kernels():
     """{shape: {kernel: {target: facts}}} of every launch that the op does for `SHAPES`."""
-    import triton_compiler
+    from helpers import triton_compiler
 
     from csrc_triton.coarse_to_fine import kernels, launch
 
@@ -142,9 +142,9 @@ def facts(triton_compiler, compiled):
 def traced_graphs():
     """What AOTAutograd makes of the op's forward and backward: the kernels' mutated arguments, the other operators."""
     import triton
-    from loss_cases import CASES, make
+    from helpers.loss_cases import CASES, make
+    from helpers.triton_compiler import TARGETS
     from torch._dynamo.backends.common import aot_autograd
-    from triton_compiler import TARGETS
 
     from csrc_triton.coarse_to_fine.op import coarse_to_fine_loss_triton
 

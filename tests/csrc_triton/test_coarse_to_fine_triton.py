@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.loss_cases import CASES, GUIDANCE, LATENT, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import CASES, GUIDANCE, LATENT, make
 
 from clora.ops import Scores, coarse_to_fine_loss
 from csrc_triton.coarse_to_fine import reference

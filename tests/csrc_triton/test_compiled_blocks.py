@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 pytest.importorskip("pydantic")
 pytest.importorskip("diffusers")
 
-from families import FAMILIES, inputs_of, tiny_transformer
+from helpers.families import FAMILIES, inputs_of, tiny_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from clora.adapter_bank import AdapterBank
-from clora.recomputation import recomputed_blocks
+from clora.bank.bank import AdapterBank
+from clora.bank.recompute import recomputed_blocks
 from clora.testing import random_lora
 from csrc_triton.registration import INTERPRETED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import CASES, make
+from helpers.loss_cases import CASES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clora.errors import CloraError
@@ -12,7 +12,7 @@ from clora.ops import coarse_to_fine_loss, multi_lora_linear, multi_lora_linears
 
 pytest.importorskip("triton")
 
-from linear_cases import launches
+from helpers.linear_cases import launches
 
 from csrc_triton.multi_lora import op as linear_op
 from csrc_triton.registration import INTERPRETED

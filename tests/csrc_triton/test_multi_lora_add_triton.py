@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from linear_cases import CASES, DEVICE, DTYPES, Case, assert_as_accurate_as_eager, make, ours, upstream_of
+from helpers.linear_cases import CASES, DEVICE, DTYPES, Case, assert_as_accurate_as_eager, make, ours, upstream_of
 
 from clora import ops
 from csrc_triton.multi_lora import add

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from linear_cases import (
+from helpers.linear_cases import (
     CASES,
     DEVICE,
     Case,

@@ -145,7 +145,7 @@ def test_torch_compile_sees_the_kernels_and_what_they_write(found):
 
 def compiled_kernels():
     """{"shape/launch/target": facts} of `COMPILED`."""
-    import triton_compiler
+    from helpers import triton_compiler
 
     from csrc_triton.multi_lora import kernels, launch
     from csrc_triton.multi_lora.tiles import Machine
@@ -208,8 +208,8 @@ def facts(triton_compiler, compiled):
 def traced_graphs():
     """What AOTAutograd makes of the op with a trained adapter: the kernels' mutated arguments, copies of tensors."""
     import triton
+    from helpers.triton_compiler import TARGETS
     from torch._dynamo.backends.common import aot_autograd
-    from triton_compiler import TARGETS
 
     from csrc_triton.multi_lora import launch, op
     from csrc_triton.multi_lora.tiles import Machine

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from linear_cases import (
+from helpers.linear_cases import (
     CASES,
     DEVICE,
     LARGE,

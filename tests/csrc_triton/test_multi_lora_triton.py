@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from linear_cases import (
+from helpers.linear_cases import (
     CASES,
     DEVICE,
     DTYPES,

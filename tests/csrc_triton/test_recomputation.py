@@ -9,9 +9,9 @@ pytest.importorskip("triton")
 pytest.importorskip("pydantic")
 pytest.importorskip("diffusers")
 
-from clora.adapter_bank import AdapterBank
-from clora.conditioning import Conditioning, Text
-from clora.recomputation import recomputed_blocks
+from clora.bank.bank import AdapterBank
+from clora.bank.recompute import recomputed_blocks
+from clora.models.conditioning import Conditioning, Text
 from clora.testing import random_lora, tiny_adapter, tiny_pipeline
 from csrc_triton.multi_lora import launch
 from csrc_triton.registration import INTERPRETED

@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 pytest.importorskip("pydantic")
 pytest.importorskip("diffusers")
 
-from trainers import make_trainer, slots
+from helpers.trainers import make_trainer, slots
 
-from clora.adapter_bank import AdapterBank
-from clora.conditioning import Conditioning
+from clora.bank.bank import AdapterBank
+from clora.models.conditioning import Conditioning
 from clora.testing import random_teachers, tiny_adapter, tiny_pipeline
 from csrc_triton.coarse_to_fine import launch as loss_launch
 from csrc_triton.multi_lora import launch as linear_launch

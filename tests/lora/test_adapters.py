@@ -7,14 +7,14 @@ import json
 
 import pytest
 import torch
+from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
 from clora.errors import CloraError
-from clora.lora.factorise import MAX_RANK
-from clora.lora.files import linear_shapes, linear_weights, load_lora
+from clora.lora.adapters import MAX_RANK
 from clora.lora.inspect import inspect_lora
+from clora.lora.load import linear_shapes, linear_weights, load_lora
 
 SPELLINGS = ["lycoris_{}", "lora_unet_{}", "diffusion_model.{}", "transformer.{}", "{}"]
 EXACT = {"max_rank": 10_000}

@@ -8,19 +8,19 @@ import json
 
 import pytest
 import torch
-from collection_cases import describe
-from families import tiny_transformer
+from helpers.collection_cases import describe
+from helpers.families import tiny_transformer
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from clora.cli import main
-from clora.collection import to_metadata
-from clora.effects import load_collection
+from clora.collection.apply import load_collection
+from clora.collection.metadata import to_metadata
 from clora.errors import CloraError
 from clora.lora.convert import FORMATS, convert_lora, render
 from clora.lora.families import FLUX2
-from clora.lora.files import linear_shapes, linear_weights, load_lora
+from clora.lora.load import linear_shapes, linear_weights, load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState
 from clora.testing import random_lora
@@ -136,7 +136,7 @@ def test_types_and_their_errors(models, tmp_path, dtype, stored, error):
 
 
 def test_diffusers_reads_fp8(models, tmp_path):
-    from families import bare_pipeline, run
+    from helpers.families import bare_pipeline, run
 
     from clora.testing import merge_lora
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from lora_cases import TRANSFORMERS, Random, assert_changes, product, write
+from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
 from clora.lora.families import FAMILIES, FLUX1, FLUX2, Z_IMAGE, families_with, family_of, original_part, routes
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.load import linear_shapes, load_lora
 
 COLUMNS = 5
 ODD = 7  # rows of what is not fused

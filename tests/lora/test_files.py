@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from clora.errors import CloraError
 from clora.lora import save as save_module
 from clora.lora.families import FLUX2
-from clora.lora.files import load_lora
+from clora.lora.load import load_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAModule, LoRAState

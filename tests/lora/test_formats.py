@@ -8,9 +8,9 @@ import json
 
 import pytest
 import torch
-from lora_cases import TRANSFORMERS, Random, assert_changes, product, write
+from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
-from clora.lora.files import linear_shapes, load_lora
+from clora.lora.load import linear_shapes, load_lora
 
 A_B = ("lora_A.weight", "lora_B.weight")
 DOWN_UP = ("lora_down.weight", "lora_up.weight")

@@ -7,14 +7,14 @@ import json
 
 import pytest
 import torch
-from lora_cases import TRANSFORMERS
+from helpers.lora_cases import TRANSFORMERS
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
 from clora.lora.families import FLUX2
-from clora.lora.files import linear_shapes, load_lora
 from clora.lora.inspect import inspect_lora, pipeline_shapes, render
+from clora.lora.load import linear_shapes, load_lora
 from clora.lora.save import save_kohya, save_peft_folder
 
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from clora.errors import CloraError
-from clora.lora.adapter_config import AdapterConfig
 from clora.lora.families import FLUX2, original_part, routes
-from clora.lora.files import load_lora
 from clora.lora.inspect import inspect_lora
 from clora.lora.keys import sort_keys
+from clora.lora.load import load_lora
+from clora.lora.source import AdapterConfig
 
 MODULE = "transformer_blocks.0.attn.to_out.0"  # [16, 16]
 RANK, ALPHA = 4, 3.0

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from clora.errors import CloraError
-from clora.lora.merge import MERGE_METHODS, merge_states, sum_svd
+from clora.lora.algebra import MERGE_METHODS, merge_states, sum_svd
 from clora.lora.save import save_peft_folder
 from clora.lora.state import LoRAModule, LoRAState
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clora.errors import CloraError
-from clora.lora.reduce import balanced, reduce_to_energy, reduce_to_rank, relative_error, stored_as
+from clora.lora.algebra import balanced, reduce_to_energy, reduce_to_rank, relative_error, stored_as
 from clora.lora.state import LoRAModule, LoRAState
 
 

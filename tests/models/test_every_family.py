@@ -6,20 +6,17 @@ import copy
 
 import diffusers
 import pytest
-import tiny_flux
-import tiny_longcat
-import tiny_qwen_image
-import tiny_z_image
 import torch
-from host_waits import DEVICE, host_waits
+from helpers import tiny_flux, tiny_longcat, tiny_qwen_image, tiny_z_image
+from helpers.host_waits import DEVICE, host_waits
 
-from clora.adapter_bank import AdapterBank
-from clora.cache import Cache
-from clora.conditioning import Conditioning
-from clora.encoders import Encoders
-from clora.fingerprint import component_fingerprints
+from clora.bank.bank import AdapterBank
+from clora.bank.recompute import recomputed_blocks
+from clora.data.cache import Cache
+from clora.data.encoders import Encoders
 from clora.models import adapter_for, common
-from clora.recomputation import recomputed_blocks
+from clora.models.conditioning import Conditioning
+from clora.models.fingerprint import component_fingerprints
 from clora.testing import random_lora
 
 PROMPTS = ["make it a blueprint with thin white lines", "snow", "turn it"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext
-from edits import Sample, condition, few_step, routed, to_images
-from pictures import picture
-from tiny_flux import FAMILIES, FLUX2, KLEIN, KONTEXT, received, stock_call
+from helpers.edits import Sample, condition, few_step, routed, to_images
+from helpers.pictures import picture
+from helpers.tiny_flux import FAMILIES, FLUX2, KLEIN, KONTEXT, received, stock_call
 
-from clora.distill import with_guidance
+from clora.collection.write import student_scheduler
+from clora.data.generation import Generator
 from clora.errors import CloraError
-from clora.export import student_scheduler
-from clora.flow_matching import student_schedule, teacher_schedule
-from clora.generation import Generator
+from clora.flow.matching import student_schedule, teacher_schedule
 from clora.models import adapter_for, linear_names
+from clora.models.loading import with_guidance
 from clora.testing import SENTENCES, random_lora, tiny_config
 
 SIZE = (64, 96)  # not square, so that height and width cannot be swapped; the pipelines take no side below 64

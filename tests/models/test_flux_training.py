@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux import pipeline_flux_kontext
-from edits import Sample, few_step
-from pictures import picture
+from helpers.edits import Sample, few_step
+from helpers.pictures import picture
+from helpers.tiny_flux import FLUX2, KONTEXT
 from PIL import Image
-from tiny_flux import FLUX2, KONTEXT
 
-from clora.distill import distill
-from clora.export import LORA_FILE
-from clora.lora.files import linear_shapes, load_lora
+from clora.collection.write import LORA_FILE
+from clora.commands.distill import distill
+from clora.lora.load import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for
 from clora.testing import random_lora, tiny_config

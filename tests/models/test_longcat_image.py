@@ -5,28 +5,28 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-import tiny_longcat
 import torch
-from collection_cases import describe
-from pictures import picture, pixels, write_pictures
+from helpers import tiny_longcat
+from helpers.collection_cases import describe
+from helpers.pictures import picture, pixels, write_pictures
+from helpers.tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 from safetensors.torch import load_file, save_file
-from tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
 import clora
-from clora.adapter_bank import AdapterBank
-from clora.collection import read_collection, to_metadata
-from clora.conditioning import Conditioning
-from clora.encoding import encode_data
+from clora.bank.bank import AdapterBank
+from clora.collection.metadata import read_collection, to_metadata
+from clora.collection.write import LORA_FILE, export_collection, model_card, student_scheduler
+from clora.data.generation import Generator
+from clora.data.prepare import encode_data
 from clora.errors import CloraError
-from clora.export import LORA_FILE, export_collection, model_card, student_scheduler
-from clora.flow_matching import student_schedule
-from clora.generation import Generator
+from clora.flow.matching import student_schedule
+from clora.flow.sampling import few_step_sample
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
-from clora.models.longcat_image import LongCatImageEditAdapter
-from clora.sampling import few_step_sample
-from clora.student import train_student
+from clora.models.conditioning import Conditioning
+from clora.models.families.longcat_image import LongCatImageEditAdapter
 from clora.testing import random_lora, random_teachers, tiny_config
+from clora.training.student import train_student
 
 SIZE = (64, 80)
 PROMPTS = (

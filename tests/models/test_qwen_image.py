@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edits import Sample, condition, few_step, routed, start_noise, to_images
-from pictures import picture, pixels
-from tiny_qwen_image import received, shrink, stock_call, tiny_qwen_pipeline
+from helpers.edits import Sample, condition, few_step, routed, start_noise, to_images
+from helpers.pictures import picture, pixels
+from helpers.tiny_qwen_image import received, shrink, stock_call, tiny_qwen_pipeline
 
+from clora.collection.write import student_scheduler
+from clora.data.generation import Generator
 from clora.errors import CloraError
-from clora.export import student_scheduler
-from clora.flow_matching import student_schedule, teacher_schedule
-from clora.generation import Generator
+from clora.flow.matching import student_schedule, teacher_schedule
 from clora.models import adapter_for, linear_names
 from clora.testing import SENTENCES, random_lora
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from edits import Sample, condition, few_step, routed, start_noise, to_images
-from pictures import picture, pixels
-from tiny_qwen_image import received, shrink, stock_call, tiny_qwen21_pipeline
+from helpers.edits import Sample, condition, few_step, routed, start_noise, to_images
+from helpers.pictures import picture, pixels
+from helpers.tiny_qwen_image import received, shrink, stock_call, tiny_qwen21_pipeline
 
-from clora.adapter_bank import AdapterBank
+from clora.bank.bank import AdapterBank
+from clora.collection.write import student_scheduler
+from clora.data.generation import Generator
 from clora.errors import CloraError
-from clora.export import student_scheduler
-from clora.flow_matching import student_schedule
-from clora.generation import Generator
+from clora.flow.matching import student_schedule
 from clora.models import adapter_for, linear_names
 from clora.testing import SENTENCES, random_lora
 

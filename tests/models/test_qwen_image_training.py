@@ -8,18 +8,18 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from edits import Sample, few_step
-from pictures import picture, write_pictures
-from tiny_qwen_image import shrink, stock_call, tiny_qwen21_pipeline, tiny_qwen_pipeline
+from helpers.edits import Sample, few_step
+from helpers.pictures import picture, write_pictures
+from helpers.tiny_qwen_image import shrink, stock_call, tiny_qwen21_pipeline, tiny_qwen_pipeline
 
-from clora import distill as engine
-from clora.collection import LORA_FILE
-from clora.effects import load_collection
-from clora.images import load_images
-from clora.lora.files import linear_shapes, load_lora
+from clora.collection.apply import load_collection
+from clora.collection.metadata import LORA_FILE
+from clora.commands import distill as engine
+from clora.commands.plan.plan import make_plan
+from clora.data.images import load_images
+from clora.lora.load import linear_shapes, load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
-from clora.plan import make_plan
 from clora.testing import random_teachers, tiny_config
 
 SIZE = (64, 96)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tiny_longcat
 import torch
+from helpers import tiny_longcat
 
 from clora import testing
 from clora.models import linear_names

@@ -6,22 +6,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from pictures import picture, pixels, write_pictures
-from tiny_z_image import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
+from helpers.pictures import picture, pixels, write_pictures
+from helpers.tiny_z_image import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
-from clora.adapter_bank import AdapterBank
-from clora.conditioning import Conditioning
-from clora.encoding import encode_data
+from clora.bank.bank import AdapterBank
+from clora.collection.write import student_scheduler
+from clora.data.generation import Generator
+from clora.data.prepare import encode_data
 from clora.errors import CloraError
-from clora.export import student_scheduler
-from clora.flow_matching import student_schedule
-from clora.generation import Generator
+from clora.flow.matching import student_schedule
+from clora.flow.sampling import few_step_sample
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
-from clora.models.z_image import ZImageOmniAdapter, _pack, _unpack
-from clora.sampling import few_step_sample
-from clora.student import train_student
+from clora.models.conditioning import Conditioning
+from clora.models.families.z_image import ZImageOmniAdapter, _pack, _unpack
 from clora.testing import random_lora, random_teachers, tiny_config
+from clora.training.student import train_student
 
 SIZE = (64, 80)
 PROMPTS = (

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from clora.studio import text, text_training
+from clora.studio import text
+from clora.studio.making import text_training
 
 
 @pytest.fixture(scope="module")

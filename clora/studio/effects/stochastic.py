@@ -2,18 +2,7 @@
 
 import numpy as np
 
-from clora.studio.effects._image import (
-    COLS,
-    ROWS,
-    SIZE,
-    discs,
-    gaussian_blur,
-    mix,
-    rgb,
-    saturate,
-    smoothstep,
-    upsample,
-)
+from clora.studio.effects._image import COLS, ROWS, SIZE, discs, gaussian_blur, mix, rgb, saturate, smoothstep, upsample
 from clora.studio.effects._registry import stochastic
 
 PARTY = np.stack(

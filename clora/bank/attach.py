@@ -1,0 +1,89 @@
+"""Serving many LoRAs from one transformer: each sample of a batch with its own, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clora.bank.bank import AdapterBank, BankBytes, RoutedLinear
+from clora.bank.slots import index_of
+from clora.errors import CloraError
+from clora.lora.adapters import MAX_ERROR
+from clora.lora.load import linear_shapes, linear_weights, load_lora
+from clora.lora.state import LoRAState
+
+
+class AttachedLoRAs:
+    """LoRAs on a transformer, from `attach`.
+
+    Attributes:
+        names: of the LoRAs, in the order in which they were given.
+    """
+
+    def __init__(self, transformer: nn.Module, states: Mapping[str, LoRAState]):
+        self._bank = AdapterBank(transformer, states)
+        self._slots = self._bank.slots()
+        self.names = self._bank.names
+
+    @contextmanager
+    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``, None for the base alone.
+
+        A batch twice as long repeats the names: prompts and negative prompts in one batch, one after the other. A
+        single name is that of the whole batch.
+
+        Raises:
+            CloraError: a name is unknown (the nearest is suggested), or, from a pass, a batch does not fit the names.
+        """
+        ids = [-1 if name is None else index_of(name, self.names) for name in names]
+        with self._bank.route(self._slots, torch.tensor(ids, device=self._slots.scale.device)):
+            yield
+
+    def bytes(self) -> BankBytes:
+        """The memory of the LoRAs."""
+        return self._bank.bytes()
+
+    def detach(self) -> None:
+        """Restores the transformer's own layers exactly."""
+        self._bank.detach()
+
+
+def attach(
+    transformer: nn.Module, adapters: Mapping[str, str | Path | LoRAState], *, max_error: float = MAX_ERROR
+) -> AttachedLoRAs:
+    """Puts LoRAs beside a transformer's layers, ready for batches that mix them.
+
+    ::
+
+        bank = clora.attach(pipe.transformer, {"snow": "snow.safetensors", "ink": "ink_folder"})
+        with bank.route(["snow", "ink", None]):
+            images = pipe(image=image, prompt=[snow_prompt, ink_prompt, prompt]).images
+        bank.detach()
+
+    Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs inside `route` alone.
+
+    Args:
+        transformer: a diffusers transformer, also with quantised weights.
+        adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or what it returned. They
+            are stored in the transformer's dtype.
+        max_error: as in `clora.load_lora`, of files whose changes are not of low rank.
+
+    Raises:
+        CloraError: a LoRA cannot be read or does not fit, there is none, or the transformer carries others already.
+    """
+    if any(isinstance(module, RoutedLinear) for module in transformer.modules()):
+        raise CloraError(
+            "the transformer has LoRAs attached already; call detach() of what clora.attach returned first"
+        )
+    if getattr(transformer, "peft_config", None):
+        raise CloraError("the transformer has LoRAs loaded by diffusers; call pipe.unload_lora_weights() first")
+    shapes, weights = linear_shapes(transformer), linear_weights(transformer)
+    states = {
+        name: lora if isinstance(lora, LoRAState) else load_lora(lora, shapes, weights, max_error=max_error)
+        for name, lora in adapters.items()
+    }
+    return AttachedLoRAs(transformer, states)

@@ -1,0 +1,337 @@
+"""``clora demo``: the studio's effects become one LoRA, which a stock pipeline then runs and the judges judge."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from clora.collection.metadata import Collection
+from clora.collection.write import check_output, export_collection, make_collection
+from clora.commands.distill import training_bar
+from clora.config.settings import DistillConfig
+from clora.data.batches import DistillData
+from clora.devices import find_device
+from clora.errors import CloraError, nearest
+from clora.files import check_writable
+from clora.lora.state import LoRAState
+from clora.models.conditioning import Text
+from clora.models.loading import load_pipeline
+from clora.progress import say, stage
+from clora.studio import assets, baselines
+from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
+from clora.studio.effects import EFFECTS
+from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
+from clora.studio.judges import Verdict
+from clora.studio.making import build, teachers
+from clora.studio.report import GridData, write_report
+from clora.training.student import train_student
+
+ENOUGH_UPDATES = 700  # 496 reached an effect accuracy of 70 %, 861 of 86 %
+
+
+@dataclass
+class Run:
+    """What a demo has gathered so far."""
+
+    folder: Path
+    config: DistillConfig
+    full: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+    def record(self, update: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append((update, value))
+
+
+def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, device: str = "auto") -> Path:
+    """Distils the studio's teachers, exports, evaluates in a fresh stock pipeline and writes the report.
+
+    Args:
+        out: folder for ``report.html``, ``grid.png``, ``metrics.json`` and ``collection/``.
+        seed: of the training.
+        effects: some of the studio's teachers; the default eight for None.
+        full: train as long as it takes and recompute what the studio ships.
+        device: where everything runs (`clora.devices.find_device`).
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        CloraError: unknown effect or device, or the folder cannot be written.
+    """
+    names = check_effects(effects or DEFAULT_EFFECTS)
+    folder = assets.assets_folder()
+    config = demo_config(names, seed, None) if full else demo_config(names, seed)
+    run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}), full)
+    check_output(run.folder / "collection")
+    with run.timed("load"), stage("load the studio", None):
+        adapter = build.studio(folder, run.config.device)
+        loras = teachers.load_teachers(adapter, folder / "teachers", names)
+    with run.timed("targets"):
+        data = demo_data(adapter, loras, run.config, folder, recompute=full)
+    shipped = None if full else shipped_rows(folder, names)
+    with run.timed("train"):
+        student = train(run, adapter, loras, data)
+    with run.timed("export"), stage("export", None):
+        description = _collection(run.config, adapter, folder)
+        collection = export_collection(student, description, run.folder / "collection", torch.float16)
+    rows = measured_rows(run, adapter, loras) if shipped is None else shipped
+    with run.timed("evaluate"):
+        outputs, general = run_collection(run.config, folder / "pipeline", collection)
+        with stage("judge", len(outputs)) as advance:
+            verdicts = judge_effects(outputs, advance)
+        rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
+    measured = description.model_copy(update={"metrics": _metrics(summary(verdicts, general))})
+    export_collection(student, measured, collection, torch.float16)  # the same weights; now they say how good they are
+    return _report(run, rows, outputs, folder, collection)
+
+
+def check_effects(names: Sequence[str]) -> list[str]:
+    """The names, if the studio has a teacher for each. Raises CloraError naming the nearest otherwise."""
+    known = [spec.effect for spec in teachers.SPECS]
+    for name in names:
+        if name not in known:
+            raise CloraError(f"unknown effect {name!r}; the studio has teachers for {known}{nearest(name, known)}")
+    return list(dict.fromkeys(names))
+
+
+def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
+    """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
+    names = list(loras)
+    targets = build.make_targets(adapter, loras, config) if recompute else assets.load_targets(folder)
+    with stage("encode scenes and prompts", None):
+        sources = build.target_sources(adapter)
+        general_sources, general_text = build.general_pairs(adapter, len(targets.general))
+        phrasings = max(len(effect.student_prompts) for effect in config.effects)
+        asked = [e.student_prompts[i % len(e.student_prompts)] for e in config.effects for i in range(phrasings)]
+        teacher, student = (adapter.encode_prompts(p) for p in ([effect.prompt for effect in config.effects], asked))
+    parts = [teacher, student, general_text, adapter.encode_prompts([""])]
+    teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
+    num_effects, num_sources = len(names), len(sources)
+    return DistillData(
+        effects=tuple(names),
+        text=Text.cat(parts),
+        sources=sources.expand(num_effects, *sources.shape),
+        targets=targets.of(names),
+        teacher_text=teacher_rows[:, None].expand(-1, num_sources),
+        student_text=student_rows.view(num_effects, phrasings, 1).expand(-1, -1, num_sources),
+        empty_text=empty_row.expand(num_effects, num_sources),
+        general_sources=general_sources,
+        general_pairs=torch.stack(
+            [torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1
+        ),
+        general_targets=targets.general,
+    )
+
+
+def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
+    """Trains the student under a progress bar; returns its LoRA."""
+    with training_bar(f"distil {len(loras)} effects", run.config.train) as show:
+
+        def report(update: int, values: Mapping[str, float]) -> None:
+            run.record(update, values)
+            show(update, values)
+
+        student = train_student(run.config, adapter, loras, data, report)
+    num_updates = run.curves["loss"][-1][0]
+    if not run.full and num_updates < ENOUGH_UPDATES:
+        say(
+            f"only {num_updates} updates fitted into the time, where two idle cores make about 860: expect poor effects. Run "
+            "it again with less running beside it, or with --full"
+        )
+    return student
+
+
+def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
+    """The rows that do not depend on the student, as the studio ships them; None for other effects than its own.
+
+    Raises:
+        CloraError: a shipped file is not the one that was built.
+    """
+    if set(names) != set(DEFAULT_EFFECTS):
+        return None
+    rows = json.loads(assets.verified(folder, "baselines.json").read_text())
+    images = load_file(assets.verified(folder, "baselines.safetensors"))
+    return {
+        method: {
+            "verdicts": {name: [Verdict(**v) for v in row["verdicts"][name]] for name in names},
+            "general": row["general"],
+            "megabytes": row["megabytes"],
+            "precomputed": True,
+            "images": {name: images[f"{method}/{name}"] for name in names},
+        }
+        for method, row in rows.items()
+    }
+
+
+def measured_rows(run: Run, adapter, loras) -> dict[str, dict]:
+    """The same rows, measured now."""
+    with run.timed("baselines"):
+        measured = build.measure_baselines(adapter, loras, list(loras))
+    return {
+        method: {
+            "verdicts": m.verdicts,
+            "general": m.general,
+            "megabytes": m.megabytes,
+            "precomputed": False,
+            "images": {e: assets.to_bytes(m.outputs[e][build.grid_scene(e)]) for e in loras},
+        }
+        for method, m in measured.items()
+    }
+
+
+def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Path):
+    """Loads the collection into a fresh stock pipeline and runs it on the held-out scenes, as its users would.
+
+    Returns:
+        Effect name to outputs ``[N, 64, 64, 3]``, and the general accuracy.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = load_pipeline(str(pipeline_folder), config.device)
+    pipe.load_lora_weights(collection)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection / "scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    sources = held_out_sources(build.EVALUATION_SCENES)
+    cases = general_cases(build.EVALUATION_GENERAL)
+    with stage("evaluate", len(config.effects) * len(sources) + len(cases)) as advance:
+
+        def edit(image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
+            advance(1)
+            return stock_edit(pipe, config, image, prompt, seed)
+
+        outputs = {
+            effect.name: np.stack([edit(s, effect.student_prompts[0], 100 * i + j) for j, s in enumerate(sources)])
+            for i, effect in enumerate(config.effects)
+        }
+        general = general_accuracy([edit(c.source, c.edit.instruction, 9000 + i) for i, c in enumerate(cases)])
+    return outputs, general
+
+
+def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
+    """One picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
+    torch.manual_seed(seed)
+    result = pipe(
+        image=Image.fromarray(assets.to_bytes(image)),
+        prompt=prompt,
+        num_inference_steps=config.sampler.steps,
+        guidance_scale=1.0,
+        height=config.data.size[0],
+        width=config.data.size[1],
+        max_sequence_length=config.data.max_sequence_length,
+        output_type="np",
+    )
+    return result.images[0]
+
+
+def _collection(config: DistillConfig, adapter, folder: Path) -> Collection:
+    loras = {effect.name: teachers.teacher_path(folder / "teachers", effect.name) for effect in config.effects}
+    licenses = dict.fromkeys(loras, "Apache-2.0")
+    return make_collection(
+        config, type(adapter.pipeline).__name__, adapter.student_call, "clora-studio", loras, licenses
+    )
+
+
+def _metrics(measured: Mapping[str, object]) -> dict[str, object]:
+    """What `clora.collection.metadata.Collection` keeps of a row of the results."""
+    return {name: value for name, value in measured.items() if value is not None}
+
+
+def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:
+    names = [effect.name for effect in run.config.effects]
+    sizes = _sizes(names, rows, folder, collection)
+    table = [
+        {
+            "method": method,
+            "precomputed": row["precomputed"],
+            **sizes[method],
+            **summary(row["verdicts"], row["general"]),
+        }
+        for method, row in rows.items()
+    ]
+    metrics = {
+        "seed": run.config.seed,
+        "device": device_name(run.config.device),
+        "targets_precomputed": not run.full,
+        "seconds": run.seconds,
+        "peak_rss_mb": _peak_megabytes(),
+        "effects": names,
+        "rows": table,
+    }
+    best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
+    print(_headline(table, best))
+    return write_report(run.folder, metrics, _grid(names, rows, outputs, best), run.curves)
+
+
+def device_name(device: str) -> str:
+    """What a reader calls it: a GPU by its name."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def _headline(table: list[dict], best_merge: str) -> str:
+    accuracy = {row["method"]: row["effect_accuracy"] for row in table}
+    return (
+        f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
+        f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best_merge]:.1%}"
+    )
+
+
+def _peak_megabytes() -> int | None:
+    """The process's peak memory; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    )
+
+
+def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection: Path) -> dict[str, dict[str, float]]:
+    """Files a user keeps, their megabytes, and passes per picture of each method."""
+
+    def megabytes(path: Path) -> float:
+        files = [path] if path.is_file() else path.rglob("*.safetensors")
+        return sum(file.stat().st_size for file in files) / 1e6
+
+    many = sum(megabytes(teachers.teacher_path(folder / "teachers", name)) for name in names)
+    merges = {name: {"files": 1, "megabytes": rows[name]["megabytes"], "nfe": 8} for name in baselines.MERGES}
+    return merges | {
+        "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
+        "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": 8},
+        "base": {"files": 0, "megabytes": 0.0, "nfe": 8},
+        "clora": {"files": 1, "megabytes": round(megabytes(collection), 2), "nfe": 8},
+    }
+
+
+def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> GridData:
+    def row(name: str) -> list[np.ndarray]:
+        scene = build.grid_scene(name)
+        source = held_out_sources(build.EVALUATION_SCENES)[scene]
+        exact = EFFECTS[name].apply(source, np.random.default_rng(0))
+        return [
+            source,
+            exact,
+            *(rows[m]["images"][name] / 255 for m in ("teachers_80", "teachers_8", best)),
+            outputs[name][scene],
+        ]
+
+    columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
+    return GridData(columns, tuple(names), np.stack([np.stack(row(name)) for name in names]))

@@ -1,0 +1,69 @@
+"""Pictures before and after an effect, for a writer that sees: those that the user gave, else the teachers' renders."""
+
+from __future__ import annotations
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from clora.config.settings import DistillConfig, EffectConfig
+from clora.data.images import list_images, load_image
+from clora.data.rendering import Report, Samples, render_targets
+from clora.errors import CloraError, about
+from clora.lora.state import LoRAState
+from clora.models import ModelAdapter
+from clora.models.common import to_pil
+
+Pairs = list[tuple[Image, Image]]
+NUM_PAIRS = 2  # as in the paper
+
+
+def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
+    """The first pairs of an effect's ``sources`` and ``targets``.
+
+    Raises:
+        CloraError: a picture without its result, or one that cannot be read.
+    """
+    with about(f"effect {effect.name!r}: targets"):
+        results = {file.stem: file for file in list_images(effect.targets or "")}
+    with about(f"effect {effect.name!r}: sources"):
+        files = list_images(effect.sources or "")[:NUM_PAIRS]
+    alone = [file.name for file in files if file.stem not in results]
+    if alone:
+        raise CloraError(
+            f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold one image of each name, found no "
+            f"result for {alone}"
+        )
+    pictures = [(load_image(file, size), load_image(results[file.stem], size)) for file in files]
+    return [(to_pil(before), to_pil(after)) for before, after in pictures]
+
+
+def rendered_pairs(
+    config: DistillConfig, adapter: ModelAdapter, effect: EffectConfig, teacher: LoRAState, report: Report
+) -> Pairs:
+    """What an effect's teacher makes of its first sources, as it renders targets.
+
+    Args:
+        config: sampler settings, the guidance filled in, and seed.
+        adapter: the model family, its transformer where it is to render.
+        effect: the effect.
+        teacher: its LoRA.
+        report: called as ``report(passes)``.
+
+    Raises:
+        CloraError: a picture that cannot be read.
+    """
+    with about("data.sources" if effect.sources is None else f"effect {effect.name!r}: sources"):
+        pixels = _first_sources(effect.sources or config.data.sources, config.data.size)
+    shown = [torch.cat([pixels, pixels])] if adapter.text_sees_image else None
+    text = adapter.encode_prompts([effect.prompt] * NUM_PAIRS + [""] * NUM_PAIRS, shown)
+    rows = torch.arange(2 * NUM_PAIRS).view(2, 1, NUM_PAIRS)
+    samples = Samples(adapter.encode_sources([pixels])[0][None], *rows)
+    (results,) = render_targets(adapter, {effect.name: teacher}, samples, text, config, report)
+    return [(to_pil(before), to_pil(after)) for before, after in zip(pixels, adapter.decode(results), strict=True)]
+
+
+def _first_sources(folder: str, size: tuple[int, int]) -> Tensor:
+    """The first pictures ``[NUM_PAIRS, 3, H, W]`` of a folder; a single one is taken twice."""
+    files = list_images(folder)
+    return torch.stack([load_image(files[i % len(files)], size) for i in range(NUM_PAIRS)])

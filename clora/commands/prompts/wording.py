@@ -1,0 +1,145 @@
+"""What a language model is asked for, and the texts that stand in for what it does not answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from PIL.Image import Image
+
+from clora.commands.prompts.writers import Request, Writer, distinct, sentences
+from clora.config.everyday import everyday_instructions, everyday_topics
+
+Fitting = Callable[[list[str]], list[str]]
+"""Those of some texts that the text encoder takes."""
+
+TEMPLATES = "templates"
+TRIES = 3  # answers that are asked for before templates fill up
+
+# The first is the prompt itself; none says more than the prompt does.
+_TEMPLATES = (
+    "{}",
+    "edit the picture: {}",
+    "the same picture, but {}",
+    "change this picture as follows: {}",
+    "apply this effect to the picture: {}",
+    "please {}",
+    "the picture after this edit: {}",
+    "take the picture and {}",
+)
+
+
+class Written(NamedTuple):
+    """Texts, by whom, and why it was not the language model alone (None where it was, or was not wanted)."""
+
+    texts: list[str]
+    by: str
+    reason: str | None
+
+
+def templates(prompt: str) -> list[str]:
+    """Wordings of a prompt that need no language model; the first is the prompt."""
+    return [_TEMPLATES[0].format(prompt), *(t.format(prompt.strip().rstrip(".")) for t in _TEMPLATES[1:])]
+
+
+def effect_request(prompt: str, pairs: Sequence[tuple[Image, Image]], count: int) -> Request:
+    """Asks for descriptions of an effect.
+
+    Args:
+        prompt: the teacher's own prompt.
+        pairs: pictures before and after it; none for a writer that reads text only.
+        count: how many descriptions.
+    """
+    rules = (
+        f"Answer with {count} sentences and nothing else, each on its own line, each of at most 30 words, in the language "
+        "of the instruction."
+    )
+    if not pairs:
+        return [
+            f'This is an instruction to an image editor: "{prompt}"\n'
+            f"Say the same in {count} different ways. Keep the meaning and every detail, invent nothing. {rules}"
+        ]
+    shown: Request = ["An image editor applies one visual effect to any picture."]
+    for number, (before, after) in enumerate(pairs, 1):
+        shown += [f"Example {number}, before:", before, f"Example {number}, after:", after]
+    return [
+        *shown,
+        f'It was asked with: "{prompt}"\n'
+        f"Describe in {count} different ways what the effect does: its colours, lines, light, texture and material. Speak "
+        f"of the effect alone, not of what these pictures happen to show. {rules}",
+    ]
+
+
+def general_request(topic: str, examples: Sequence[str], count: int) -> Request:
+    """Asks for everyday edits about a topic, such as the examples."""
+    shown = "\n".join(examples)
+    return [
+        f"People ask an image editor for everyday changes. Some that are about {topic}:\n{shown}\n"
+        f"Write {count} more about {topic}, all different, that fit many pictures. Answer with {count} short instructions "
+        "and nothing else, each on its own line, each of at most 15 words."
+    ]
+
+
+def write_texts(writer: Writer, request: Request, count: int, seed: str, fitting: Fitting) -> Written:
+    """Asks until there are enough usable texts, at most `TRIES` times; there may be fewer, and a reason then.
+
+    Args:
+        writer: the language model; whatever it raises becomes a reason.
+        request: what it is asked.
+        count: texts that are wanted.
+        seed: of its random numbers, any text.
+        fitting: keeps what the text encoder takes.
+    """
+    texts: list[str] = []
+    for attempt in range(TRIES):
+        try:
+            answer = writer.answer(request, _number(f"{seed}/{attempt}"))
+        except Exception as error:  # generation may raise anything: out of memory, a template's own error, NaN
+            return Written(texts, writer.name, f"{writer.name} failed: {type(error).__name__}: {error}")
+        texts = distinct([*texts, *fitting(sentences(answer))])[:count]
+        if len(texts) == count:
+            return Written(texts, writer.name, None)
+    return Written(texts, writer.name, f"{len(texts)} of {count} usable from {writer.name} in {TRIES} answers")
+
+
+def describe_effect(
+    writer: Writer | None, prompt: str, pairs: Sequence[tuple[Image, Image]], count: int, seed: str, fitting: Fitting
+) -> Written:
+    """Descriptions of an effect in ``count`` wordings; templates where there is no writer or it does not give enough."""
+    if writer is None:
+        return _filled(Written([], TEMPLATES, None), templates(prompt), count)
+    request = effect_request(prompt, pairs if writer.sees_pictures else (), count)
+    return _filled(write_texts(writer, request, count, seed, fitting), templates(prompt), count)
+
+
+def write_general(writer: Writer, count: int, seed: str, fitting: Fitting) -> Iterator[Written]:
+    """Asks for everyday edits, about one topic of `everyday.everyday_topics` at each step, until one brings nothing."""
+    each = -(-count // len(everyday_topics()))
+    for topic, examples in everyday_topics().items():
+        written = write_texts(writer, general_request(topic, examples[:3], each), each, f"{seed}/{topic}", fitting)
+        yield written
+        if not written.texts:  # the other topics would bring nothing either, three answers each
+            return
+
+
+def join_general(parts: Sequence[Written], count: int) -> Written:
+    """The instructions of all topics, mixed; filled up with those that ship, as all are where nothing was written."""
+    longest = max((len(part.texts) for part in parts), default=0)
+    texts = distinct(part.texts[i] for i in range(longest) for part in parts if i < len(part.texts))[:count]
+    reason = next((part.reason for part in parts if part.reason is not None), None)
+    return _filled(Written(texts, parts[0].by if parts else TEMPLATES, reason), everyday_instructions(), count)
+
+
+def _filled(written: Written, spare: Sequence[str], count: int) -> Written:
+    """Up to ``count`` texts, with templates behind those of the writer where it gave too few."""
+    texts = distinct([*written.texts, *spare])[:count]
+    added = len(texts) - len(written.texts)
+    by = written.by if not added else f"{written.by} and, for {added}, templates" if written.texts else TEMPLATES
+    too_few = f"{len(texts)} of {count}: there are no more templates" if len(texts) < count else None
+    return Written(texts, by, written.reason or too_few)
+
+
+def _number(seed: str) -> int:
+    """A seed for torch from a text, so that each effect has its own, whatever the other effects are."""
+    return int.from_bytes(hashlib.sha256(seed.encode("utf-8")).digest()[:4], "big")

@@ -1,0 +1,250 @@
+"""The whole job of ``clora prompts``: from a config to its prompts file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text as RichText
+from torch import nn
+
+from clora.commands.prompts.examples import NUM_PAIRS, Pairs, given_pairs, rendered_pairs
+from clora.commands.prompts.triggers import Embed, Similarity, choose_triggers, similarities, text_space
+from clora.commands.prompts.wording import Fitting, Written, describe_effect, join_general, write_general
+from clora.commands.prompts.writers import Writer, load_writer, pipeline_writer
+from clora.config.everyday import everyday_instructions, everyday_topics
+from clora.config.prompts_file import EffectPrompts, PromptsFile, prompts_text
+from clora.config.settings import DistillConfig, EffectConfig, make_trigger
+from clora.data.rendering import num_passes
+from clora.devices import find_device, find_dtype, move
+from clora.errors import CloraError
+from clora.files import check_writable, user_path, write_atomic
+from clora.lora.load import linear_shapes, linear_weights, load_lora
+from clora.models import ModelAdapter, adapter_for
+from clora.models.conditioning import Text
+from clora.models.loading import load_pipeline, with_guidance
+from clora.progress import say, stage
+
+
+@dataclass(frozen=True)
+class EffectReport:
+    """What was chosen for an effect.
+
+    Attributes:
+        name: the effect.
+        trigger: its trigger.
+        similarity: what the trigger resembles most.
+        written_by: who wrote its prompts.
+    """
+
+    name: str
+    trigger: str
+    similarity: Similarity
+    written_by: str
+
+
+def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = False) -> list[EffectReport]:
+    """Writes triggers, student prompts and general instructions, as far as the config does not state them, to a file.
+
+    Args:
+        config: loaded without its prompts file.
+        path: the file.
+        overwrite: replace a file that is there.
+
+    Returns:
+        A line for each effect of the config, of what it states itself too.
+
+    Raises:
+        CloraError: the file is there, nothing is left to write, or something in the input cannot be used. What the
+            language model does wrong is no error: templates stand in, and the reason is said.
+    """
+    target = _check_target(config, user_path(path), overwrite)
+    with stage("load pipeline", None):
+        device = find_device(config.device)
+        adapter = _load(config, device)
+        config = with_guidance(config, adapter)
+        writer, reason = _choose_writer(config, adapter.pipeline, device)
+    if reason is not None:
+        say(reason)
+    pairs = _pairs(config, adapter, device) if writer is not None and writer.sees_pictures else {}
+    with stage("compare triggers", None):
+        embed = text_space(lambda texts: _encode(adapter, texts), everyday_instructions())
+        candidates = [_candidates(effect, config.prompts.triggers) for effect in config.effects]
+        triggers = choose_triggers(candidates, [effect.prompt for effect in config.effects], embed)
+    texts, general = _write(config, writer, triggers, pairs, lambda some: _fitting(adapter, some))
+    with stage("compare prompts", None):
+        report = _report(config, triggers, texts, embed)
+    entries = tuple(_entry(line, texts[line.name]) for line in report if line.name in texts)
+    written = PromptsFile(effects=entries, general_instructions=tuple(general.texts) if general is not None else ())
+    write_atomic(target, prompts_text(written, str(path)))
+    for line in _reasons(texts, general):
+        say(line)
+    return report
+
+
+def _check_target(config: DistillConfig, target: Path, overwrite: bool) -> Path:
+    if target.exists() and not overwrite:
+        raise CloraError(
+            f"{target} is there, and may hold edits; --overwrite replaces it, prompts.file=other.yaml writes another"
+        )
+    if not any(map(_is_open, config.effects)) and not _wants_general(config):
+        raise CloraError("the config states all student_prompts and general_instructions: nothing is left to write")
+    check_writable(target.parent)
+    return target
+
+
+def _is_open(effect: EffectConfig) -> bool:
+    """Whether the config leaves an effect's student prompts to be written."""
+    return "student_prompts" not in effect.model_fields_set
+
+
+def _wants_general(config: DistillConfig) -> bool:
+    return config.objective.dual_stream and config.data.general_instructions is None
+
+
+def _candidates(effect: EffectConfig, count: int) -> list[str]:
+    if not _is_open(effect) or "trigger" in effect.model_fields_set:
+        return [effect.trigger]
+    return [make_trigger(effect.name, variant) for variant in range(count)]
+
+
+def _load(config: DistillConfig, device: torch.device) -> ModelAdapter:
+    """The pipeline's adapter; all but the transformer, which renders examples at most, is on the device."""
+    pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name != "transformer":
+            move(part, device)
+    data = config.data
+    return adapter_for(pipeline, data.size, data.max_sequence_length, config.sampler.guidance_embedding)
+
+
+def _choose_writer(config: DistillConfig, pipeline, device: torch.device) -> tuple[Writer | None, str | None]:
+    """The writer, or None for templates; and what is to be said of it."""
+    if config.prompts.writer == "templates":
+        return None, None
+    if config.prompts.writer != "auto":
+        return load_writer(config.prompts.writer, device), None
+    writer = pipeline_writer(pipeline)
+    if writer is None:
+        found = type(getattr(pipeline, "text_encoder", None)).__name__
+        return None, (
+            f"prompts are made from templates: the pipeline's text encoder ({found}) cannot write; "
+            "prompts.writer takes the folder of a vision-language model"
+        )
+    return writer, None if writer.sees_pictures else f"{writer.name} reads the teachers' prompts, it sees no pictures"
+
+
+def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -> dict[str, Pairs]:
+    """Pictures before and after each effect whose prompts are to be written."""
+    effects = [effect for effect in config.effects if _is_open(effect)]
+    given = {effect.name: given_pairs(effect, config.data.size) for effect in effects if effect.targets is not None}
+    missing = [effect for effect in effects if effect.targets is None]
+    if not missing:
+        return given
+    transformer, rendered = adapter.pipeline.transformer, {}
+    shapes, weights = linear_shapes(transformer), linear_weights(transformer)
+    move(transformer, device)
+    with stage("render examples", num_passes(config, NUM_PAIRS * len(missing))) as advance:
+        for effect in missing:  # one teacher at a time: many would fill the memory
+            teacher = load_lora(effect.lora, shapes, weights, max_error=effect.max_error)
+            rendered[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
+    move(transformer, torch.device("cpu"))
+    return given | rendered
+
+
+def _write(
+    config: DistillConfig, writer: Writer | None, triggers: Sequence[str], pairs: Mapping[str, Pairs], fitting: Fitting
+) -> tuple[dict[str, Written], Written | None]:
+    """Descriptions of the effects that lack them, and general instructions where the config has none."""
+    wanted = [(e, trigger) for e, trigger in zip(config.effects, triggers, strict=True) if _is_open(e)]
+    asks_general = writer is not None and _wants_general(config)
+    texts, parts = {}, []
+    with stage("write prompts", len(wanted) + asks_general * len(everyday_topics())) as advance:
+        for effect, trigger in wanted:
+            texts[effect.name] = describe_effect(
+                writer,
+                effect.prompt,
+                pairs.get(effect.name, ()),
+                config.prompts.paraphrases,
+                f"{config.seed}/{effect.name}",
+                lambda some, trigger=trigger: _fitting_behind(trigger, some, fitting),
+            )
+            advance()
+        if asks_general:
+            for part in write_general(writer, config.prompts.general, f"{config.seed}", fitting):
+                parts.append(part)
+                advance()
+    return texts, join_general(parts, config.prompts.general) if _wants_general(config) else None
+
+
+def _report(
+    config: DistillConfig, triggers: Sequence[str], texts: Mapping[str, Written], embed: Embed
+) -> list[EffectReport]:
+    names = [effect.name for effect in config.effects]
+    found = similarities(names, triggers, [_plain_prompts(effect, texts) for effect in config.effects], embed)
+    written_by = [texts[name].by if name in texts else "config" for name in names]
+    return [EffectReport(*line) for line in zip(names, triggers, found, written_by, strict=True)]
+
+
+def _plain_prompts(effect: EffectConfig, texts: Mapping[str, Written]) -> list[str]:
+    """What is said of an effect besides its trigger: the teacher's prompt and the descriptions."""
+    if effect.name in texts:
+        return [effect.prompt, *texts[effect.name].texts]
+    return [effect.prompt, *(prompt.replace(effect.trigger, "").strip() for prompt in effect.student_prompts)]
+
+
+def _entry(line: EffectReport, written: Written) -> EffectPrompts:
+    found = {"trigger": line.similarity.trigger, "prompt": line.similarity.prompt}
+    return EffectPrompts(
+        name=line.name,
+        trigger=line.trigger,
+        student_prompts=tuple(f"{line.trigger} {text}" for text in written.texts),
+        written_by=written.by,
+        similarity={key: value[0] for key, value in found.items() if value is not None} or None,
+    )
+
+
+def _reasons(texts: Mapping[str, Written], general: Written | None) -> list[str]:
+    """Why not everything was written by the language model; effects with the same reason share a line."""
+    shared: dict[str, list[str]] = {}
+    for name, written in [*texts.items(), *([("general instructions", general)] if general is not None else [])]:
+        if written.reason is not None:
+            shared.setdefault(f"{written.by} ({written.reason})", []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in shared.items()]
+
+
+def _encode(adapter: ModelAdapter, texts: Sequence[str]) -> Text:
+    """Prompts about a grey picture, where the family encodes them together with one."""
+    grey = [torch.zeros(len(texts), 3, *adapter.size)] if adapter.text_sees_image else None
+    return adapter.encode_prompts(texts, grey)
+
+
+def _fitting(adapter: ModelAdapter, texts: list[str]) -> list[str]:
+    """Those of the texts that are not longer than ``max_sequence_length``, which the adapter alone can tell."""
+    if not texts:
+        return []
+    try:
+        _encode(adapter, texts)
+        return texts
+    except CloraError:
+        half = len(texts) // 2
+        return [*_fitting(adapter, texts[:half]), *_fitting(adapter, texts[half:])] if half else []
+
+
+def _fitting_behind(trigger: str, texts: list[str], fitting: Fitting) -> list[str]:
+    return [prompt.removeprefix(f"{trigger} ") for prompt in fitting([f"{trigger} {text}" for text in texts])]
+
+
+def similarity_table(report: Sequence[EffectReport]) -> Table:
+    """A row per effect: its trigger, who wrote its prompts, and what of other effects the trigger resembles most."""
+    table = Table(title="similarity in the text encoder's space: cosine, 1 is the same, 0 like any two prompts")
+    for column in ("effect", "trigger", "prompts by", "nearest trigger", "nearest prompt"):
+        table.add_column(column, overflow="fold")  # a trigger that is cut cannot be typed
+    for line in report:
+        nearest = (line.similarity.trigger, line.similarity.prompt)
+        cells = ("" if found is None else f"{found[0]:.2f} {found[1]}" for found in nearest)
+        table.add_row(*map(RichText, (line.name, line.trigger, line.written_by, *cells)))  # names are no markup
+    return table

@@ -1,0 +1,142 @@
+"""The prompts file: triggers, student prompts and general instructions, written by a program and edited by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clora.config.reading import read_tree, validate
+from clora.errors import CloraError, nearest
+
+Text = Annotated[str, Field(min_length=1)]
+
+HEADER = """\
+# Written by `clora prompts`. Read it over and change what you like, then train: where the config says
+#   prompts: {{file: {name}}}
+# `clora distill` takes from here what the config does not state itself. Each student prompt must hold its effect's
+# trigger. Training draws among them; the first is the one that the finished collection recommends. written_by and
+# similarity (the trigger's highest cosine to another effect's trigger and prompt) are notes, which nothing reads.
+
+"""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EffectPrompts(_Model):
+    """How the student is asked for one effect.
+
+    Attributes:
+        name: the effect, as the config calls it.
+        trigger: the student's unique word.
+        student_prompts: prompts of the student, each with the trigger.
+        written_by: who wrote the prompts; a note.
+        similarity: highest cosine of the trigger to another effect's ``trigger`` and ``prompt``; a note.
+    """
+
+    name: Text
+    trigger: Text
+    student_prompts: tuple[Text, ...] = Field(min_length=1)
+    written_by: str | None = None
+    similarity: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EffectPrompts:
+        without = [prompt for prompt in self.student_prompts if self.trigger not in prompt]
+        if without:
+            raise ValueError(f"student_prompts: {without[0]!r} lacks the trigger {self.trigger!r}; add it")
+        return self
+
+
+class PromptsFile(_Model):
+    """A prompts file.
+
+    Attributes:
+        effects: how the student is asked for each effect.
+        general_instructions: everyday edits for the general stream.
+    """
+
+    effects: tuple[EffectPrompts, ...] = ()
+    general_instructions: tuple[Text, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptsFile:
+        names = [effect.name for effect in self.effects]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"the effect {twice[0]!r} is there twice; keep one")
+        return self
+
+
+def read_prompts(path: str | Path) -> PromptsFile:
+    """Reads a prompts file.
+
+    Raises:
+        CloraError: it is missing or malformed, or everything that is wrong in it.
+    """
+    return validate(PromptsFile, read_tree(path), str(path))
+
+
+def prompts_text(prompts: PromptsFile, name: str) -> str:
+    """The text of a prompts file of this name: YAML with a header that says what it is for."""
+    tree = prompts.model_dump(mode="json", exclude_none=True)
+    return HEADER.format(name=name) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+
+
+def fill_prompts(tree: dict[str, Any], prompts: PromptsFile, path: str) -> dict[str, Any]:
+    """A config's tree with what it leaves out filled from a prompts file.
+
+    Args:
+        tree: the config as YAML gives it, not checked yet.
+        prompts: the prompts file.
+        path: where that is, for messages.
+
+    Returns:
+        A new tree. An effect's trigger and student prompts, and the general instructions, are the config's where it
+        states them.
+
+    Raises:
+        CloraError: the file has an effect that the config lacks, or lacks one whose student prompts the config leaves
+            out.
+    """
+    entries = tree.get("effects")
+    entries = entries if isinstance(entries, list) else []
+    effects = [entry for entry in entries if isinstance(entry, dict)]
+    is_whole = len(effects) == len(entries) > 0
+    if is_whole and len({str(entry.get("name")) for entry in effects}) == len(effects):
+        # else the config's own check says what is wrong
+        _check_names(effects, prompts, path)
+    written = {effect.name: effect for effect in prompts.effects}
+    filled = {**tree, "effects": [_fill_effect(entry, written) for entry in entries]} if entries else dict(tree)
+    data = tree.get("data")
+    if prompts.general_instructions and isinstance(data, dict) and data.get("general_instructions") is None:
+        filled["data"] = {**data, "general_instructions": list(prompts.general_instructions)}
+    return filled
+
+
+def _fill_effect(entry: Any, written: Mapping[str, EffectPrompts]) -> Any:
+    found = written.get(str(entry.get("name"))) if isinstance(entry, dict) else None
+    if found is None:
+        return entry
+    values = {"trigger": found.trigger, "student_prompts": list(found.student_prompts)}
+    return {**entry, **{key: value for key, value in values.items() if not entry.get(key)}}
+
+
+def _check_names(effects: Iterable[Mapping[str, Any]], prompts: PromptsFile, path: str) -> None:
+    stated = {str(entry.get("name")): bool(entry.get("student_prompts")) for entry in effects}
+    written = {effect.name for effect in prompts.effects}
+    for name in written - set(stated):
+        raise CloraError(
+            f"{path}: the config has no effect {name!r}; rename it as in the config or remove it{nearest(name, stated)}"
+        )
+    missing = [name for name, has_prompts in stated.items() if name not in written and not has_prompts]
+    if missing:
+        raise CloraError(
+            f"{path}: lacks the effects {missing}; add them, state their student_prompts in the config, or write the "
+            "file again with clora prompts --overwrite"
+        )

@@ -1,0 +1,389 @@
+"""The configuration of a distillation: frozen models, checked in full before anything is loaded.
+
+Paths are taken as written, relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clora.config.everyday import everyday_instructions
+from clora.config.prompts_file import fill_prompts, read_prompts
+from clora.config.reading import read_tree, validate
+from clora.errors import CloraError
+from clora.files import user_path
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+MAX_SEED = 2**31 - 1
+DEVICES, DEVICE_NAMES = r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or cuda:0 and so on"
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EffectConfig(_Model):
+    """One teacher: a LoRA with the prompt it was trained on, and how the student is asked for its effect.
+
+    Attributes:
+        name: what the effect is called; unique in a collection.
+        lora: LoRA file or folder.
+        prompt: the teacher's own training prompt.
+        max_error: the largest relative error that the factors of a change without low rank (DoRA, full-matrix LoKr) may
+            have in any layer.
+        trigger: the student's unique word; by default made from the name (see `make_trigger`).
+        student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
+            by the teacher's prompt.
+        sources: folder of images to edit; by default those of `DataConfig`.
+        targets: folder of results, with file names equal to those in `sources`; by default the teacher renders them.
+    """
+
+    name: Text
+    lora: Text
+    prompt: Text
+    max_error: Share = 0.01
+    trigger: Text = Field(default_factory=lambda data: make_trigger(data["name"]))
+    student_prompts: tuple[Text, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
+    sources: Text | None = None
+    targets: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, values: Any) -> Any:
+        """An explicit null or empty list means the default, as in a config written by a program."""
+        if not isinstance(values, dict):
+            return values
+        values = {k: v for k, v in values.items() if k not in ("trigger", "student_prompts") or v not in (None, [], ())}
+        if isinstance(values.get("student_prompts"), list):  # behind this validator, strict checking wants a tuple
+            values["student_prompts"] = tuple(values["student_prompts"])
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> EffectConfig:
+        if self.targets is not None and self.sources is None:
+            raise ValueError("targets needs sources: the folder of the images that the targets were made from")
+        without = [prompt for prompt in self.student_prompts if self.trigger not in prompt]
+        if without and self.trigger != make_trigger(self.name):
+            raise ValueError(
+                f"student_prompts: {without[0]!r} lacks the trigger {self.trigger!r}; add it or drop trigger"
+            )
+        return self
+
+
+class DataConfig(_Model):
+    """Images and instructions.
+
+    Attributes:
+        sources: folder of images to edit.
+        size: height and width in pixels; images are cropped and resized to it.
+        max_sequence_length: text tokens per prompt.
+        general_instructions: everyday edits for the general stream, or a text file with one on each line; by default a
+            list that ships with clora.
+        held_out: the last images, kept out of training.
+        sources_per_effect: images that each teacher renders a target for.
+        general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
+            0, as in the paper, for none.
+        cache: folder where encoded prompts, images and rendered targets are kept for other runs; None for one in the
+            output folder, which is removed when the collection is written.
+    """
+
+    sources: Text
+    size: tuple[Positive, Positive]
+    max_sequence_length: Positive = 512
+    general_instructions: tuple[Text, ...] | Text | None = None
+    held_out: Count = 0
+    sources_per_effect: Positive = 20
+    general_targets: Count = 0
+    cache: Text | None = None
+
+
+class StudentConfig(_Model):
+    """The LoRA that is trained.
+
+    Attributes:
+        rank: its rank; alpha is equal.
+        init: start from nothing (zero ``lora_B``) or from a merge of the teachers.
+        targets: suffixes of the names of the layers to adapt; None for all linear layers of the blocks.
+    """
+
+    rank: Positive
+    init: Literal["zero", "merge"] = "zero"
+    targets: tuple[Text, ...] | None = None
+
+
+class SamplerConfig(_Model):
+    """How student and teachers sample.
+
+    Attributes:
+        steps: passes of the student.
+        shift: time shift of both schedules.
+        integer_timesteps: truncate the student's timesteps to integers, as the released code does. No
+            stock scheduler yields them, so they are for comparison and cannot be exported.
+        teacher_steps: steps of a teacher that renders targets, two passes each.
+        guidance: the teachers' guidance w, by a second pass with the empty prompt; 0 for none (pipelines call w + 1 the
+            guidance scale, or the true CFG scale). None for the family's custom: 4 for FLUX.2 [klein], 0 for families
+            with a guidance embedding.
+        guidance_embedding: guidance scale that student, critic and teachers all receive in every pass, where the
+            family has a guidance embedding; None for that of a stock call.
+    """
+
+    steps: Positive = 8
+    shift: PositiveFloat = 3.0
+    integer_timesteps: bool = False
+    teacher_steps: Positive = 40
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    guidance_embedding: Annotated[float, Field(ge=0)] | None = None
+
+
+class ObjectiveWeights(_Model):
+    """Weight of each part of the student's loss, each the mean over its own rows.
+
+    In a batch of both streams target simulation and anchoring are so weighed as if all rows were effect rows.
+    """
+
+    backward_simulation: Annotated[float, Field(ge=0)] = 1.0
+    target_simulation: Annotated[float, Field(ge=0)] = 1.0
+    trajectory_anchoring: Annotated[float, Field(ge=0)] = 1.0
+
+
+class ObjectiveConfig(_Model):
+    """The method; every component can be switched off alone (docs/method.md sections 4 and 5).
+
+    Attributes:
+        dual_stream: train on general instructions too, with the base as teacher.
+        switch_probability: chance of each row to be of the effect stream.
+        switch_every: updates between two draws of the stream.
+        orthogonal_prompting: student and critic see the student's prompts; off, they see the teacher's.
+        backward_simulation: distribution matching on the student's own samples.
+        target_simulation: distribution matching from noised targets.
+        trajectory_anchoring: flow matching on the targets.
+        weights: weight of each of the three.
+        tau_rule: noise levels of target simulation, the paper's or the released code's.
+        anchor_noise: noise levels of trajectory anchoring.
+        norm_rescale: rescale guided predictions, of targets too, to the norm of the conditional one.
+    """
+
+    dual_stream: bool = True
+    switch_probability: Share = 0.5
+    switch_every: Positive = 1
+    orthogonal_prompting: bool = True
+    backward_simulation: bool = True
+    target_simulation: bool = True
+    trajectory_anchoring: bool = True
+    weights: ObjectiveWeights = ObjectiveWeights()
+    tau_rule: Literal["paper", "released"] = "paper"
+    anchor_noise: Literal["unrestricted", "released"] = "unrestricted"
+    norm_rescale: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        parts = tuple(ObjectiveWeights.model_fields)
+        if not any(getattr(self, part) and getattr(self.weights, part) > 0 for part in parts):
+            raise ValueError(f"nothing left to train on: switch on (weight above 0) one of {', '.join(parts)}")
+        return self
+
+
+class TrainConfig(_Model):
+    """Training.
+
+    Attributes:
+        updates: updates of the student.
+        anchor_share: share of the run, at its beginning, with trajectory anchoring alone; 0 where that is off.
+        anchor_learning_rate: of the student in that share; by default learning_rate.
+        critic_ratio: critic updates per student update.
+        batch_size: samples per update.
+        optimizer: of the student; the critic's is AdamW.
+        optimizer_bits: of AdamW's states; 8, by bitsandbytes, takes a quarter of their memory.
+        learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
+        critic_learning_rate: of the critic.
+        clip: largest norm of a gradient.
+        gradient_rows: most rows of one pass with gradients, to bound memory: an update adds up as many passes as it needs
+            (a sample is up to three rows of the student's, one of the critic's); None for no bound.
+        forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
+        teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
+            copied where they are needed, ahead of time as far as possible. None keeps all on the device.
+        gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
+            gradient: much less memory, about a third more time in the passes that learn.
+        checkpoint_every: updates between two checkpoints.
+        minutes: stop after this time; None for no limit.
+    """
+
+    updates: Positive
+    anchor_share: Share = 0.0
+    anchor_learning_rate: PositiveFloat | None = None
+    critic_ratio: Positive = 5
+    batch_size: Positive = 8
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_bits: Literal[32, 8] = 32
+    learning_rate: PositiveFloat = 1e-4
+    critic_learning_rate: PositiveFloat = 1e-4
+    clip: PositiveFloat = 10.0
+    gradient_rows: Positive | None = None
+    forward_rows: Positive | None = None
+    teacher_memory_gb: PositiveFloat | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 500
+    minutes: PositiveFloat | None = None
+
+
+class PromptsConfig(_Model):
+    """Prompts that `clora prompts` writes to a file, to be read over and edited before training (docs/prompts.md).
+
+    Attributes:
+        file: that file. `load_config` takes from it what `effects` and `data` leave out.
+        writer: who writes: ``auto`` is the pipeline's own language model where it can generate, else templates;
+            ``templates``; or folder or hub id of a vision-language model of transformers.
+        paraphrases: student prompts per effect.
+        triggers: candidates that an effect's trigger is chosen from.
+        general: instructions of the general stream.
+    """
+
+    file: Text | None = None
+    writer: Text = "auto"
+    paraphrases: Positive = 4
+    triggers: Positive = 8
+    general: Positive = 96
+
+
+class DistillConfig(_Model):
+    """Everything that a distillation needs.
+
+    Attributes:
+        pipeline: folder or hub id of the pipeline that the teachers were trained on.
+        output: folder for the result.
+        effects: the teachers.
+        data: images and instructions.
+        student: the LoRA that is trained.
+        sampler: how student and teachers sample.
+        objective: the method.
+        train: training.
+        prompts: how prompts are written; no part of what is trained, so it is left out when a config is dumped.
+        seed: every random number follows from it.
+        device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
+        dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32. The
+            LoRAs, their optimizer and the losses are float32 in any case.
+    """
+
+    pipeline: Text
+    output: Text
+    effects: tuple[EffectConfig, ...] = Field(min_length=1)
+    data: DataConfig
+    student: StudentConfig
+    sampler: SamplerConfig = SamplerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+    prompts: PromptsConfig = Field(default=PromptsConfig(), exclude=True)
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def anchor_share(self) -> float:
+        """The share of the run with trajectory anchoring alone: none where that is off."""
+        objective = self.objective
+        anchored = objective.trajectory_anchoring and objective.weights.trajectory_anchoring > 0
+        return self.train.anchor_share if anchored else 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if not re.fullmatch(DEVICES, self.device):
+            raise ValueError(f"device: expected {DEVICE_NAMES}, found {self.device!r}")
+        _refuse_twice("name", (effect.name for effect in self.effects))
+        _refuse_twice("trigger", (effect.trigger for effect in self.effects))
+        _refuse_twice("student prompt", (p for effect in self.effects for p in dict.fromkeys(effect.student_prompts)))
+        reserved = {"student", "critic"} & {effect.name for effect in self.effects}
+        if reserved:
+            raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
+        if self.objective.dual_stream and self.data.general_instructions == ():
+            raise ValueError(
+                "objective.dual_stream needs data.general_instructions; add some, leave the key out for those that ship "
+                "with clora, or switch it off"
+            )
+        return self
+
+
+def make_trigger(name: str, variant: int = 0) -> str:
+    """A trigger word of an effect: its name and a suffix that no text contains by chance, always the same.
+
+    Args:
+        name: the effect's name; its first 24 characters are used.
+        variant: which of them; 0 is the default one.
+
+    Returns:
+        For example ``<paper_cut_Kq4711>``.
+    """
+    digest = hashlib.sha256((f"{name}\0{variant}" if variant else name).encode("utf-8")).digest()
+    letters = chr(ord("A") + digest[0] % 26) + chr(ord("a") + digest[1] % 26)
+    number = int.from_bytes(digest[2:6], "big") % 10_000
+    stem = re.sub(r"\W+", "_", name.lower()).strip("_")[:24].rstrip("_")
+    return f"<{stem}_{letters}{number:04d}>"
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: bool = True) -> DistillConfig:
+    """Reads and checks a config file, and the prompts file that it names.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``).
+        with_prompts: false leaves the prompts file unread, for what writes it.
+
+    Returns:
+        The config with every default filled in.
+
+    Raises:
+        CloraError: a missing or malformed file, or everything that is wrong in it: unknown keys with suggestions,
+            wrong types, values out of range, two effects of one name or trigger; or a prompts file that cannot be
+            read or is of other effects.
+    """
+    overrides = tuple(overrides)
+    tree = read_tree(path, overrides)
+    return validate(DistillConfig, _with_prompts(tree, path) if with_prompts else tree, str(path), overrides)
+
+
+def _with_prompts(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The tree filled from its prompts file, if it names one."""
+    section = tree.get("prompts")
+    file = section.get("file") if isinstance(section, dict) else None
+    if not isinstance(file, str) or not file:
+        return tree
+    if not user_path(file).exists():
+        raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
+    return fill_prompts(tree, read_prompts(file), file)
+
+
+def general_instructions(data: DataConfig) -> tuple[str, ...]:
+    """The instructions of the general stream, read from the text file where a path is given; else those that ship.
+
+    Raises:
+        CloraError: the file is missing, unreadable or empty.
+    """
+    if data.general_instructions is None:
+        return everyday_instructions()
+    if not isinstance(data.general_instructions, str):
+        return data.general_instructions
+    path = user_path(data.general_instructions)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CloraError(f"data.general_instructions: {path} cannot be read as text: {error}") from error
+    instructions = tuple(line.strip() for line in lines if line.strip())
+    if not instructions:
+        raise CloraError(f"data.general_instructions: {path} is empty; expected one instruction on each line")
+    return instructions
+
+
+def _refuse_twice(what: str, values: Iterable[str]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"two effects have the {what} {twice[0]!r}; give each its own")

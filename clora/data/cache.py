@@ -1,0 +1,80 @@
+"""Tensors kept on disk under the hash of all that they were made from; read again only if they are whole.
+
+One safetensors file per entry. Its header holds what it was made from, as JSON, and the hash of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from clora.files import write_atomic
+from clora.hashing import canonical, digest, tensor_digest
+from clora.progress import say
+
+VERSION = 1
+"""Raised whenever clora computes an entry otherwise than before."""
+
+Entry = Mapping[str, Tensor]
+Key = Mapping[str, object]
+"""What an entry is made from: JSON values, large things by their hash."""
+
+
+class Cache:
+    """A folder of entries.
+
+    Args:
+        folder: it is created with the first entry, and several runs may share it; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def entries(
+        self, kind: str, keys: Sequence[Key], make: Callable[[list[int]], Iterable[tuple[int, Entry]]]
+    ) -> list[Entry]:
+        """The entry of each key, read where it is there and made where it is not.
+
+        Args:
+            kind: what they are, the name of a subfolder.
+            keys: one for each.
+            make: called with the positions of what is missing, if anything is; yields each with its entry, which is
+                written at once, so that work that is stopped keeps what it had.
+
+        Raises:
+            CloraError: an entry cannot be written.
+        """
+        found = {i: entry for i, key in enumerate(keys) if (entry := self._read(kind, key)) is not None}
+        missing = [i for i in range(len(keys)) if i not in found]
+        for i, entry in make(missing) if missing else ():
+            self._write(kind, keys[i], entry)
+            found[i] = entry
+        return [found[i] for i in range(len(keys))]
+
+    def _read(self, kind: str, key: Key) -> Entry | None:
+        path = self._path(kind, key)
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                entry, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            if header["sha256"] == tensor_digest(entry):
+                return entry
+        except (OSError, SafetensorError, TypeError, KeyError):
+            pass
+        say(f"{path} is damaged; it is made again")
+        return None
+
+    def _write(self, kind: str, key: Key, entry: Entry) -> None:
+        path = self._path(kind, key)
+        if path is not None:
+            header = {"key": canonical(key), "sha256": tensor_digest(entry)}
+            write_atomic(path, save({name: tensor.contiguous() for name, tensor in entry.items()}, header))
+
+    def _path(self, kind: str, key: Key) -> Path | None:
+        name = digest({"version": VERSION, "kind": kind, **key})
+        return None if self.folder is None else self.folder / kind / f"{name}.safetensors"

@@ -1,0 +1,167 @@
+"""A pipeline's text encoders and VAE: used once, behind a cache, and on the device only while they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clora.data.cache import Cache, Entry, Key
+from clora.devices import move
+from clora.hashing import digest, tensor_digest
+from clora.models import ModelAdapter
+from clora.models.conditioning import Text
+from clora.models.fingerprint import component_fingerprints
+
+PROMPTS_AT_ONCE, IMAGES_AT_ONCE = 64, 32  # what a stop loses at most
+OTHER_PARTS = ("transformer", "scheduler")  # no encoding depends on them
+
+
+class Encoders:
+    """A model adapter's encoders.
+
+    Inside the context they come to the device when something is encoded that the cache does not have; at its end they go
+    back to where they were.
+
+    Args:
+        adapter: the model family.
+        cache: what was encoded before; an entry for each prompt (with its image, where the family encodes them
+            together) and each image.
+        device: where they encode; None for where they are.
+    """
+
+    def __init__(self, adapter: ModelAdapter, cache: Cache, device: torch.device | None):
+        self.adapter = adapter
+        self.cache = cache
+        self.device = device
+        self.components = component_fingerprints(adapter.pipeline)
+        self._homes: dict[str, torch.device] = {}
+
+    def __enter__(self) -> Encoders:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for name, home in self._homes.items():
+            move(self.adapter.pipeline.components[name], home)
+        if self._homes and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # one large block for the transformer instead of the encoders' many
+        self._homes = {}
+
+    def prompts(self, prompts: Sequence[str], pixels: Tensor | None) -> Text:
+        """Encoded prompts, with the images that they are about ``[N, 3, H, W]`` where the family encodes them together.
+
+        Raises:
+            CloraError: a prompt of too many tokens.
+        """
+        images = [None] * len(prompts) if pixels is None else pixel_digests(pixels)
+        limit = self.adapter.max_sequence_length
+        keys = [
+            {**self._key(), "max_sequence_length": limit, "prompt": prompt, "image": image}
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+
+        def encode(rows: list[int]) -> Iterator[Entry]:
+            references = None if pixels is None else [pixels[rows]]
+            return _text_rows(self.adapter.encode_prompts([prompts[i] for i in rows], references))
+
+        return Text.cat([_text(entry) for entry in self._encode("prompts", keys, encode, PROMPTS_AT_ONCE)])
+
+    def sources(self, pixels: Tensor) -> Tensor:
+        """Encoded images to edit ``[N, S, C]``."""
+        return self._images("sources", pixels, lambda images: self.adapter.encode_sources([images])[0])
+
+    def results(self, pixels: Tensor) -> Tensor:
+        """Encoded results ``[N, T, C]``."""
+        return self._images("results", pixels, self.adapter.encode_images)
+
+    def _images(self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        keys = [{**self._key(), "image": image} for image in pixel_digests(pixels)]
+
+        def rows(indices: list[int]) -> Iterator[Entry]:
+            return ({"latents": row} for row in encode(pixels[indices]))
+
+        return torch.stack([entry["latents"] for entry in self._encode(kind, keys, rows, IMAGES_AT_ONCE)])
+
+    def _encode(
+        self, kind: str, keys: Sequence[Key], encode: Callable[[list[int]], Iterator[Entry]], at_once: int
+    ) -> list[Entry]:
+        def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
+            self._bring()
+            for start in range(0, len(missing), at_once):
+                rows = missing[start : start + at_once]
+                yield from zip(rows, encode(rows), strict=True)
+
+        return self.cache.entries(kind, keys, make)
+
+    def _key(self) -> Key:
+        parts = {name: hashed for name, hashed in self.components.items() if name not in OTHER_PARTS}
+        return {"family": type(self.adapter).__name__, "encoders": digest(parts)}
+
+    def _bring(self) -> None:
+        if self.device is None or self._homes:
+            return
+        for name, part in self.adapter.pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in OTHER_PARTS:
+                self._homes[name] = part.device
+                move(part, self.device)
+
+
+def pixel_digests(pixels: Tensor) -> list[str]:
+    """A hash of each image of ``[N, 3, H, W]``."""
+    return [tensor_digest({"pixels": image}) for image in pixels]
+
+
+def _text_rows(text: Text) -> Iterator[Entry]:
+    """Each prompt's tensors; padding at its end is left out, so that they do not depend on the prompts beside it."""
+    positions = torch.arange(1, text.embeds.shape[1] + 1)
+    for row in range(len(text)):
+        parts: Mapping[str, Tensor | None] = vars(text[row])
+        length = len(positions) if text.mask is None else int((positions * text.mask[row]).max())
+        yield {name: part if name == "pooled" else part[:length] for name, part in parts.items() if part is not None}
+
+
+def _text(entry: Entry) -> Text:
+    return Text(*(entry[name][None] if name in entry else None for name in ("embeds", "mask", "pooled")))
+
+
+class Pictures(NamedTuple):
+    """A set of images to edit: its name and pixels ``[N, 3, H, W]``."""
+
+    name: str
+    pixels: Tensor
+
+
+class PromptTable:
+    """Collects prompts, then encodes each different one once.
+
+    A row is a prompt, or a prompt and the image it is about where the family encodes them together.
+    """
+
+    def __init__(self, text_sees_image: bool):
+        self._sees = text_sees_image
+        self._rows: dict[tuple[object, ...], int] = {}
+        self._prompts: list[str] = []
+        self._pixels: list[Tensor] = []
+
+    def rows(self, prompt: str, pictures: Pictures, indices: Tensor) -> Tensor:
+        """Rows of one prompt about some of the pictures, int64 as ``indices``."""
+        return torch.tensor([self._row(prompt, pictures, index) for index in indices.tolist()], dtype=torch.int64)
+
+    def _row(self, prompt: str, pictures: Pictures, index: int) -> int:
+        key = (prompt, pictures.name, index) if self._sees else (prompt,)
+        if key not in self._rows:
+            self._rows[key] = len(self._prompts)
+            self._prompts.append(prompt)
+            if self._sees:
+                self._pixels.append(pictures.pixels[index])
+        return self._rows[key]
+
+    def prompt(self, row: int) -> str:
+        """The prompt of a row."""
+        return self._prompts[row]
+
+    def encode(self, encoders: Encoders) -> Text:
+        """The table. Raises CloraError for a prompt of too many tokens."""
+        return encoders.prompts(self._prompts, torch.stack(self._pixels) if self._pixels else None)

@@ -1,0 +1,126 @@
+"""Image files to tensors and back; everything wrong with a file is said before training starts."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from clora.errors import CloraError
+from clora.files import user_path
+
+MAX_PIXELS = 64_000_000
+_IGNORED = frozenset({"thumbs.db", "desktop.ini"})
+
+
+def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = None) -> tuple[list[str], Tensor]:
+    """Reads the images of a folder, cropped around their centre to the wanted shape and resized.
+
+    Args:
+        folder: a folder of images and nothing else; hidden files and subfolders are passed over.
+        size: height and width.
+        limit: the first so many; None for all.
+
+    Returns:
+        File names in order, and fp32 images ``[N, 3, H, W]`` in [-1, 1].
+
+    Raises:
+        CloraError: a missing or empty folder, or a file that is empty, damaged, enormous or no image.
+    """
+    files = list_images(folder)[:limit]
+    return [file.name for file in files], torch.stack([load_image(file, size) for file in files])
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The files of an image folder in order of their names. Raises CloraError where there are none."""
+    folder = user_path(folder)
+    try:
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing"
+            raise CloraError(f"{folder}: expected a folder of images, found {found}")
+        # By stem first, so that a.png and a.jpg come at the same place of two folders.
+        entries = sorted(folder.iterdir(), key=lambda entry: (entry.stem, entry.suffix))
+    except OSError as error:
+        raise CloraError(f"{folder} cannot be read: {error}") from error
+    files = [e for e in entries if e.is_file() and not e.name.startswith(".") and e.name.lower() not in _IGNORED]
+    if not files:
+        raise CloraError(f"{folder} holds no images; put at least one PNG, JPEG or WebP file in it")
+    return files
+
+
+def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
+    """One image as fp32 ``[3, H, W]`` in [-1, 1]; see `load_images`."""
+    height, width = size
+    # Cropped first: resizing out of a box (ImageOps.fit) mixes in pixels from beyond the crop.
+    image = _crop(_open_rgb(Path(file)), width / height).resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.float().div(127.5).sub(1).contiguous()
+
+
+def check_image(file: Path) -> None:
+    """Reads an image's header alone. Raises CloraError for what it tells: no image, empty, or enormous."""
+    with _told(file), Image.open(file) as opened:
+        _check_pixels(file, *opened.size)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of uint8 pixels ``[H, W, 3]``."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _open_rgb(file: Path) -> Image.Image:
+    """Decodes a file to RGB, upright, on white where it is transparent."""
+    with _told(file), Image.open(file) as opened:
+        _check_pixels(file, *opened.size)
+        return _to_rgb(ImageOps.exif_transpose(opened))
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Tells what is wrong with an image file that is read inside."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit of `_check_pixels` is lower
+            yield
+    except CloraError:
+        raise
+    except UnidentifiedImageError as error:
+        what = "is empty (0 bytes)" if file.stat().st_size == 0 else "is not an image that can be read"
+        raise CloraError(f"{file} {what}; expected PNG, JPEG, WebP or the like. Remove or replace it") from error
+    except Image.DecompressionBombError as error:
+        raise CloraError(f"{file} is enormous: {error}; expected at most {MAX_PIXELS // 10**6} megapixels") from error
+    except Exception as error:  # decoders of damaged files raise whatever they meet: struct, zlib, value errors
+        raise CloraError(f"{file} is a damaged image ({error}). Remove or replace it") from error
+
+
+def _crop(image: Image.Image, aspect: float) -> Image.Image:
+    """The largest centred part of an image with `aspect` = width / height."""
+    width = min(image.width, max(1, round(image.height * aspect)))
+    height = min(image.height, max(1, round(image.width / aspect)))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _check_pixels(file: Path, width: int, height: int) -> None:
+    """Looks at the header's size only: nothing is decoded yet."""
+    if width * height > MAX_PIXELS:
+        found = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
+        raise CloraError(f"{file} is enormous: {found}; expected at most {MAX_PIXELS // 10**6}. Scale it down")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,82 @@
+"""Devices by name, models moved to them, and copies that the host does not wait for.
+
+A plain ``tensor.to(device)`` waits until the device has done all of its work; a training step and a sampler have dozens of
+tensors to send, from noise levels and routes to encoded prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from clora.errors import CloraError
+
+
+def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on a device (and in a dtype); what comes from the CPU's ordinary memory may be changed at once."""
+    device, dtype = torch.device(device), dtype or tensor.dtype
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From ordinary memory the driver may wait for the device first. Expanded tensors cannot be pinned.
+        tensor = tensor.to(dtype).contiguous().pin_memory()
+    return tensor.to(device, dtype, non_blocking=copies_later(device))
+
+
+def copies_later(device: torch.device) -> bool:
+    """Whether a copy to a device may be left to it.
+
+    Not on Apple GPUs: they read the source when they come to it, even where it has been freed since
+    (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return device.type not in ("cpu", "mps")
+
+
+def take(tensor: Tensor, rows: Tensor | slice | int) -> Tensor:
+    """Rows of a tensor on any device, chosen by int64 indices on the CPU, a slice or a number."""
+    return tensor[send(rows, tensor.device) if isinstance(rows, Tensor) else rows]
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Moves a model to a device; one in 8 bits by bitsandbytes cannot be moved and stays where it was loaded."""
+    if not getattr(model, "is_loaded_in_8bit", False):
+        model.to(device)
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, a model is on a device; then it goes back to where it was."""
+    home = model.device
+    move(model, device)
+    try:
+        yield
+    finally:
+        move(model, home)
+
+
+def find_device(device: str) -> torch.device:
+    """The device of this name; ``auto`` is cuda where there is one, else the CPU.
+
+    Raises:
+        CloraError: no device has this name, or torch does not find it.
+    """
+    try:
+        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:  # torch has no device of this name
+        target = None
+    if target is None or target.type not in ("cpu", "mps", "cuda"):
+        raise CloraError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {device!r}")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise CloraError(
+            f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA devices; use another or auto"
+        )
+    if target.type == "mps" and not torch.backends.mps.is_available():
+        raise CloraError(f"device {device!r}: torch finds no Apple GPU; use another or auto")
+    return target
+
+
+def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; ``auto`` is bfloat16 on CUDA, else float32."""
+    name = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    return getattr(torch, name)

@@ -1,0 +1,28 @@
+"""Hashes of JSON values and tensors: the names of cache entries, and what a collection states of its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def digest(value: object) -> str:
+    """The sha256 of JSON values, the same whatever the order of keys."""
+    return hashlib.sha256(canonical(value).encode("utf-8")).hexdigest()
+
+
+def canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of tensors' names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode("utf-8"))
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()

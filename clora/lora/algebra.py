@@ -1,0 +1,255 @@
+"""Lower ranks by SVD, and what a change of rank or of storage type costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clora.errors import CloraError, nearest
+from clora.lora.state import LoRAModule, LoRAState
+
+
+@dataclass(frozen=True)
+class ModuleSVD:
+    """``lora_B @ lora_A = (basis_B @ left) diag(values) (right @ basis_A.T)``, all in fp64.
+
+    Attributes:
+        basis_B: ``[out, r]``, orthonormal columns.
+        left: ``[r, r]``.
+        values: ``[r]``, the singular values, falling.
+        right: ``[r, r]``.
+        basis_A: ``[in, r]``, orthonormal columns.
+    """
+
+    basis_B: Tensor
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    basis_A: Tensor
+
+    def truncated(self, rank: int) -> LoRAModule:
+        """The best approximation of that rank; its factors share the singular values, ``U sqrt(S)`` and ``sqrt(S) V^T``."""
+        root = self.values[:rank].sqrt()
+        lora_B = self.basis_B @ (self.left[:, :rank] * root)
+        lora_A = (root[:, None] * self.right[:rank]) @ self.basis_A.T
+        return LoRAModule(lora_A.float(), lora_B.float())
+
+
+def module_svd(lora_A: Tensor, lora_B: Tensor) -> ModuleSVD:
+    """The SVD of ``lora_B @ lora_A`` without its ``[out, in]`` product.
+
+    With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` it is that of ``R_B R_A^T``, which is at most ``[rank, rank]``.
+
+    Args:
+        lora_A: ``[rank, in]``.
+        lora_B: ``[out, rank]``.
+    """
+    basis_B, factor_B = torch.linalg.qr(lora_B.double())
+    basis_A, factor_A = torch.linalg.qr(lora_A.double().T)
+    left, values, right = torch.linalg.svd(factor_B @ factor_A.T, full_matrices=False)
+    return ModuleSVD(basis_B, left, values, right, basis_A)
+
+
+def reduce_to_rank(state: LoRAState, rank: int) -> LoRAState:
+    """Every module at most of this rank; one that already is stays as it is, to the bit.
+
+    Raises:
+        CloraError: a rank below 1.
+    """
+    if rank < 1:
+        raise CloraError(f"expected a rank of at least 1, found {rank}")
+    return _reduced(state, dict.fromkeys(state.modules, rank))
+
+
+def reduce_to_energy(state: LoRAState, energy: float, uniform: bool) -> LoRAState:
+    """The lowest ranks at which every module keeps a share of its energy, the sum of its squared singular values.
+
+    Args:
+        state: what to reduce.
+        energy: the share to keep, above 0 and at most 1.
+        uniform: for a file of one rank: the largest of these ranks for every module that has it.
+
+    Raises:
+        CloraError: a share outside the range.
+    """
+    if not 0 < energy <= 1:
+        raise CloraError(f"expected a share of energy above 0 and at most 1, found {energy:g}")
+    ranks = {name: _energy_rank(module, energy) for name, module in state.modules.items()}
+    return _reduced(state, dict.fromkeys(ranks, max(ranks.values(), default=1)) if uniform else ranks)
+
+
+def _reduced(state: LoRAState, ranks: dict[str, int]) -> LoRAState:
+    modules = {
+        name: module if module.rank <= ranks[name] else module_svd(module.lora_A, module.lora_B).truncated(ranks[name])
+        for name, module in state.modules.items()
+    }
+    return LoRAState(modules, state.metadata, state.format)
+
+
+def _energy_rank(module: LoRAModule, energy: float) -> int:
+    kept = module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
+    return int((kept < energy * kept[-1]).sum()) + 1
+
+
+def energy_share(module: LoRAModule, rank: int) -> float:
+    """The share of a module's energy that its best approximation of that rank keeps."""
+    kept = module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
+    return (kept[rank - 1] / kept[-1]).item() if kept[-1] > 0 else 1.0
+
+
+def stored_as(module: LoRAModule, dtype: torch.dtype) -> LoRAModule:
+    """What a reader finds of a module that was written in that type, in fp32."""
+    return LoRAModule(module.lora_A.to(dtype).float(), module.lora_B.to(dtype).float())
+
+
+def balanced(module: LoRAModule) -> LoRAModule:
+    """The same update, exactly, with both factors of each rank about equally large: best for fp8's narrow range.
+
+    They are scaled by powers of two, since fp8 has a smallest step of 0.002 and no place for a scale of its own.
+    """
+    size_A, size_B = module.lora_A.abs().amax(dim=1), module.lora_B.abs().amax(dim=0)
+    exponent = ((size_B / size_A).log2() / 2).round()
+    factor = torch.where((size_A > 0) & (size_B > 0), exponent, 0.0).exp2()
+    return LoRAModule(module.lora_A * factor[:, None], module.lora_B / factor)
+
+
+def relative_error(before: LoRAModule, after: LoRAModule) -> float:
+    """``|after - before| / |before|`` of the updates, in the Frobenius norm; 0 where both are zero."""
+    difference = LoRAModule(torch.cat([before.lora_A, after.lora_A]), torch.cat([before.lora_B, -after.lora_B], dim=1))
+    norm, change = _norm(before), _norm(difference)
+    return change / norm if norm else (float("inf") if change else 0.0)
+
+
+def _norm(module: LoRAModule) -> float:
+    """The Frobenius norm of an update, without its ``[out, in]`` product."""
+    factor_B = torch.linalg.qr(module.lora_B.double(), mode="r").R
+    factor_A = torch.linalg.qr(module.lora_A.double().T, mode="r").R
+    return (factor_B @ factor_A.T).norm().item()
+
+
+# The methods of PEFT that take adapters of unequal rank.
+MERGE_METHODS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+
+# Share of each update that the pruning methods keep; half is in the middle of what TIES and DARE report as good.
+_DENSITY = 0.5
+
+
+def merge_states(
+    states: Sequence[LoRAState],
+    target_modules: Mapping[str, tuple[int, int]],
+    method: str,
+    rank: int,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+) -> LoRAState:
+    """Merges LoRAs with PEFT's ``add_weighted_adapter``.
+
+    Each layer is merged on its own bare ``nn.Linear``, so that no copy of the model is needed. A LoRA without some
+    module counts as zero there.
+
+    Args:
+        states: at least one; ranks and modules may differ.
+        target_modules: from `clora.lora.load.linear_shapes`.
+        method: one of `MERGE_METHODS`.
+        rank: rank of the result (at most the layer's smaller side).
+        weights: one factor per LoRA, all 1 by default: each effect at full strength.
+        seed: for the methods that drop weights at random.
+
+    Raises:
+        CloraError: no states, an unknown method or module, a rank below 1, or a wrong number of weights.
+    """
+    weights = _checked_weights(states, rank, weights)
+    if method not in MERGE_METHODS:
+        raise CloraError(
+            f"unknown merge method {method!r}; expected one of {', '.join(MERGE_METHODS)}{nearest(method, MERGE_METHODS)}"
+        )
+    modules = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, parts in _by_module(states, weights).items():
+            if name not in target_modules:
+                raise CloraError(f"{name} is no linear layer of the model{nearest(name, target_modules)}")
+            modules[name] = _peft_merge(parts, target_modules[name], method, rank)
+    return LoRAState(modules, format=f"merge_{method}")
+
+
+def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None = None) -> LoRAState:
+    """The best rank-`rank` approximation of the weighted sum of all updates, in fp64 inside.
+
+    It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `clora.lora.algebra.module_svd`).
+
+    Args:
+        states: at least one; ranks and modules may differ.
+        rank: rank of the result; less where the sum itself has less. Pad it for a uniform file, but a rank that is
+            zero in both factors never trains: give such rows random ``lora_A`` first.
+        weights: one factor per LoRA, all 1 by default.
+
+    Returns:
+        Factors that share the singular values evenly, ``U sqrt(S)`` and ``sqrt(S) V^T``.
+
+    Raises:
+        CloraError: no states, a rank below 1, or a wrong number of weights.
+    """
+    weights = _checked_weights(states, rank, weights)
+    modules = {name: _truncated_sum(parts, rank) for name, parts in _by_module(states, weights).items()}
+    return LoRAState(modules, format="merge_sum_svd")
+
+
+def _checked_weights(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None) -> list[float]:
+    if not states:
+        raise CloraError("nothing to merge; expected at least one LoRA")
+    if rank < 1:
+        raise CloraError(f"the rank of a merge must be at least 1, found {rank}")
+    weights = [1.0] * len(states) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(states):
+        raise CloraError(f"expected one weight per LoRA, found {len(weights)} weights for {len(states)} LoRAs")
+    return weights
+
+
+def _by_module(states: Sequence[LoRAState], weights: Sequence[float]) -> dict[str, list[tuple[LoRAModule, float]]]:
+    """The (update, weight) pairs of each module, over the LoRAs that have it."""
+    gathered: dict[str, list[tuple[LoRAModule, float]]] = {}
+    for state, weight in zip(states, weights, strict=True):
+        for name, module in state.modules.items():
+            gathered.setdefault(name, []).append((module, weight))
+    return gathered
+
+
+def _peft_merge(
+    parts: Sequence[tuple[LoRAModule, float]], shape: tuple[int, int], method: str, rank: int
+) -> LoRAModule:
+    """Merges the updates of one layer of ``shape`` (out, in)."""
+    from peft import LoraConfig, get_peft_model
+
+    tree = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], bias=False)})
+    configs = [LoraConfig(r=part.rank, lora_alpha=part.rank, target_modules=["layer"]) for part, _ in parts]
+    names = [f"teacher_{index}" for index in range(len(parts))]
+    model = get_peft_model(tree, configs[0], adapter_name=names[0])
+    for name, config in zip(names[1:], configs[1:], strict=True):
+        model.add_adapter(name, config)
+    layer: Any = tree["layer"]  # PEFT has put its own layer there
+    for name, (part, _) in zip(names, parts, strict=True):
+        layer.lora_A[name].weight.data.copy_(part.lora_A)
+        layer.lora_B[name].weight.data.copy_(part.lora_B)
+    merger: Any = model.base_model
+    merger.add_weighted_adapter(
+        names,
+        [weight for _, weight in parts],
+        "merged",
+        combination_type=method,
+        svd_rank=rank,
+        # Only the first `rank` vectors are used, and the full U of a 12288-row layer alone takes 600 MB.
+        svd_full_matrices=False,
+        density=_DENSITY,
+    )
+    return LoRAModule(layer.lora_A["merged"].weight.data.clone(), layer.lora_B["merged"].weight.data.clone())
+
+
+def _truncated_sum(parts: Sequence[tuple[LoRAModule, float]], rank: int) -> LoRAModule:
+    lora_A = torch.cat([part.lora_A for part, _ in parts])
+    lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1)
+    return module_svd(lora_A, lora_B).truncated(rank)

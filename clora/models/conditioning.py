@@ -1,0 +1,106 @@
+"""What a pass of the transformer is conditioned on: encoded prompts and the images to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clora.devices import send, take
+
+Shapes = tuple[tuple[int, int], ...]
+"""Height and width in tokens of each reference image, then of what else a family reads of them."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts; rows are prompts.
+
+    Attributes:
+        embeds: ``[B, L, D]``.
+        mask: ``[B, L]`` bool, false at padding and, in families that encode a prompt in segments, once after each
+            segment; None where every token counts. Always on the CPU, where lengths are read from it.
+        pooled: ``[B, P]`` embedding of the whole prompt, for the families that have one.
+    """
+
+    embeds: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: Tensor | slice | int) -> Text:
+        """Some prompts; ``rows`` as in `clora.devices.take`."""
+        return Text(*(None if part is None else take(part, rows) for part in (self.embeds, self.mask, self.pooled)))
+
+    def to(self, device: torch.device) -> Text:
+        """The same prompts on a device, but for their mask."""
+        return Text(send(self.embeds, device), self.mask, None if self.pooled is None else send(self.pooled, device))
+
+    @staticmethod
+    def cat(parts: Sequence[Text]) -> Text:
+        """All rows, shorter ones padded with masked zeros."""
+        length = max(part.embeds.shape[1] for part in parts)
+        parts = [part._padded(length) for part in parts]
+        masked = any(part.mask is not None for part in parts)
+        return Text(
+            torch.cat([part.embeds for part in parts]),
+            torch.cat([part._full_mask() for part in parts]) if masked else None,
+            None if parts[0].pooled is None else torch.cat([part.pooled for part in parts]),
+        )
+
+    def _full_mask(self) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.embeds.shape[:2], dtype=torch.bool)
+
+    def _padded(self, length: int) -> Text:
+        extra = length - self.embeds.shape[1]
+        if not extra:
+            return self
+        mask = functional.pad(self._full_mask(), (0, extra))
+        return Text(functional.pad(self.embeds, (0, 0, 0, extra)), mask, self.pooled)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a batch is conditioned on; rows are samples.
+
+    Attributes:
+        text: the prompts, ``B`` rows.
+        source: packed latents of the images to edit, one after the other, ``[B, S, C]``, and what else the family reads
+            of these images after them, in rows of the same width.
+        shapes: the sizes in tokens of all these parts, the same for all rows; None for one image of the adapter's own
+            size.
+    """
+
+    text: Text
+    source: Tensor
+    shapes: Shapes | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: Tensor | slice | int) -> Conditioning:
+        """Some samples; ``rows`` as in `clora.devices.take`."""
+        return Conditioning(self.text[rows], take(self.source, rows), self.shapes)
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on a device."""
+        return Conditioning(self.text.to(device), send(self.source, device), self.shapes)
+
+    def with_text(self, text: Text) -> Conditioning:
+        """The same images with other prompts."""
+        return Conditioning(text, self.source, self.shapes)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """All rows. Raises ValueError where images differ in size."""
+        if any(part.shapes != parts[0].shapes for part in parts):
+            raise ValueError(f"expected images of one size, found {[part.shapes for part in parts]}")
+        text, source = Text.cat([part.text for part in parts]), torch.cat([part.source for part in parts])
+        return Conditioning(text, source, parts[0].shapes)

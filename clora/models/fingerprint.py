@@ -1,0 +1,84 @@
+"""What a pipeline is, in a few bytes: by this the cache sees that another model was loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clora.hashing import digest, tensor_digest
+
+SAMPLE = 1024
+"""Values taken of a large tensor at its start, in its middle and at its end."""
+
+# Where it was loaded from, by which version, and what a tokenizer was last asked to do.
+_PASSING = {"transformers_version", "name_or_path", "is_local", "local_files_only", "truncation", "padding"}
+
+
+def component_fingerprints(pipeline) -> dict[str, str]:
+    """A hash of each of a pipeline's components by name, and of its own settings as ``pipeline``.
+
+    Models: class, configuration, and each tensor's name, dtype and shape with its values, which of a tensor of more than
+    3 x 1024 are three samples: a second for 20 billion parameters, where reading them all takes a minute. Any training or
+    merge changes samples of some tensor; a change made by hand to single values in a large one goes unseen. What is no
+    model (tokenizer, processor, scheduler) counts with all that it saves. Folder and library versions do not count.
+    """
+    found = {name: _fingerprint(part) for name, part in pipeline.components.items() if part is not None}
+    return found | {"pipeline": digest([type(pipeline).__name__, _lasting(pipeline.config)])}
+
+
+def _fingerprint(component) -> str:
+    if isinstance(component, nn.Module):
+        tensors = dict(_samples(component.state_dict()))
+        return digest([type(component).__name__, _settings(component), tensor_digest(tensors)])
+    if hasattr(component, "tokenizer") or hasattr(component, "image_processor"):
+        return digest([type(component).__name__, _parts(component)])
+    with tempfile.TemporaryDirectory() as folder:
+        component.save_pretrained(folder)
+        files = {str(file.relative_to(folder)): _file(file) for file in Path(folder).rglob("*") if file.is_file()}
+    return digest([type(component).__name__, files])
+
+
+def _parts(processor) -> dict[str, object]:
+    """What a processor consists of (image processor, tokenizer), and its own plain settings."""
+    parts = {k: _fingerprint(v) if hasattr(v, "save_pretrained") else v for k, v in vars(processor).items()}
+    return {k: v for k, v in parts.items() if isinstance(v, (str, int, float, list, dict))}
+
+
+def _settings(module: nn.Module) -> object:
+    config = getattr(module, "config", {})
+    return _lasting(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _lasting(config: object) -> object:
+    """A configuration without what changes though the component stays the same."""
+    if not isinstance(config, Mapping):
+        return config
+    return {k: v for k, v in config.items() if not str(k).startswith("_") and k not in _PASSING}
+
+
+def _file(file: Path) -> object:
+    content = file.read_bytes()
+    return _lasting(json.loads(content)) if file.suffix == ".json" else hashlib.sha256(content).hexdigest()
+
+
+def _samples(tensors: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+    """Whole small tensors and samples of large ones; quantised ones by the plain tensors that they consist of."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts = tensor.__tensor_flatten__()[0]
+            yield from _samples({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        elif isinstance(tensor, Tensor):
+            yield f"{name} {list(tensor.shape)}", _sample(tensor.detach().reshape(-1))
+
+
+def _sample(values: Tensor) -> Tensor:
+    if len(values) <= 3 * SAMPLE:
+        return values
+    middle = len(values) // 2
+    return torch.cat([values[:SAMPLE], values[middle : middle + SAMPLE], values[-SAMPLE:]])

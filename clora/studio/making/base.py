@@ -1,0 +1,213 @@
+"""The studio's base model: a tiny FLUX.2 [klein] transformer trained on general edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clora.errors import CloraError
+from clora.flow.matching import flow_matching_losses
+from clora.models.conditioning import Conditioning, Text
+from clora.models.families.flux2 import Flux2KleinAdapter
+from clora.studio.edits import FAMILIES, sample_edit
+from clora.studio.making.vae import to_tensor
+from clora.studio.scenes import SIZE, make_scene, render
+from clora.studio.text import MAX_SEQUENCE_LENGTH
+from clora.training.checkpoint import load_state, save_state
+from clora.training.optimizers import Muon
+
+BATCH = 16
+RATES = {"matrices": 3e-3, "rest": 1.5e-3}
+EMPTY_PROMPT_SHARE = 0.1
+EMA_DECAY = 0.998
+CHECKPOINT_EVERY = 250
+FIXED_UPDATES, FOCUS_UPDATES = 200, 800
+FOCUS_FAMILIES = ("recolour", "recolour_all", "remove", "outline")
+
+
+def make_transformer():
+    """An untrained ``Flux2Transformer2DModel`` of 1 + 3 blocks, 6 heads x 32 (3.1M parameters).
+
+    Modulation and output layers start at zero, so that every block starts as the identity (DiT, "adaLN-Zero").
+    """
+    from diffusers import Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=96,
+        timestep_guidance_channels=64,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name or name.startswith(("proj_out", "norm_out.linear")):
+            torch.nn.init.zeros_(parameter)
+    return transformer
+
+
+def make_pipeline(vae, text_encoder, tokenizer, transformer):
+    """The stock pipeline with a static time shift of 3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def studio_adapter(pipeline) -> Flux2KleinAdapter:
+    return Flux2KleinAdapter(pipeline, (SIZE, SIZE), MAX_SEQUENCE_LENGTH)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded training edits: sources ``[N, 64, 128]``, targets ``[N, E, 64, 128]`` (fp16), words ``[N][E]``."""
+
+    sources: Tensor
+    targets: Tensor
+    instructions: list[list[str]]
+    families: list[list[str]]
+
+    def entries(self, families: Container[str]) -> Tensor:
+        """Indices ``[K, 2]`` of the edits of these families."""
+        return torch.tensor([(i, j) for i, row in enumerate(self.families) for j, f in enumerate(row) if f in families])
+
+
+def families_without_slots() -> set[str]:
+    """The kinds of edit whose instructions name no colour or shape."""
+    return {name for name, family in FAMILIES.items() if not any("{" in text for text in family.phrasings)}
+
+
+def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Callable[[int], None]) -> Pool:
+    """Renders and encodes ``edits`` edits of every scene in ``scenes`` (scene seeds); ``report(n)`` after n more."""
+    sources, targets, instructions, families = [], [], [], []
+    for start in range(scenes.start, scenes.stop, 64):
+        chunk = [make_scene(seed) for seed in range(start, min(start + 64, scenes.stop))]
+        rng = np.random.default_rng([start, 3])
+        drawn = [[sample_edit(scene, rng) for _ in range(edits)] for scene in chunk]
+        sources.append(adapter.encode_images(to_tensor(np.stack([render(s) for s in chunk]))).half())
+        results = np.stack([e.result for row in drawn for e in row])
+        targets.append(adapter.encode_images(to_tensor(results)).half().unflatten(0, (len(chunk), edits)))
+        instructions += [[e.instruction for e in row] for row in drawn]
+        families += [[e.family for e in row] for row in drawn]
+        report(len(chunk))
+    return Pool(torch.cat(sources), torch.cat(targets), instructions, families)
+
+
+def train_base(
+    adapter: Flux2KleinAdapter,
+    pool: Pool,
+    updates: int,
+    seed: int,
+    checkpoint: Path,
+    report: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Trains the pipeline's transformer by flow matching on the pool and leaves its averaged weights in.
+
+    The first updates draw only edits whose instruction names no colour or shape, so that the transformer soon listens
+    to its text; the last draw every second one from the families that come out worst. One prompt in ten is empty, for
+    guidance. Resumes from ``checkpoint`` if it exists.
+    """
+    transformer = adapter.pipeline.transformer.train().requires_grad_(True)
+    parameters = dict(transformer.named_parameters())
+    optimizers = make_optimizers(parameters)
+    generator = torch.Generator().manual_seed(seed)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    embeddings = embed_all(adapter, pool)
+    recipe = {
+        "updates": updates,
+        "seed": seed,
+        "sources": f"{pool.sources.float().norm():.6g}",
+        "text": f"{sum(float(e.norm()) for e in embeddings.values()):.6g}",
+    }
+    start = _resume(checkpoint, parameters, average, optimizers, generator, recipe)
+    everything, focus, fixed = map(pool.entries, (FAMILIES, FOCUS_FAMILIES, families_without_slots()))
+    for update in range(start, updates):
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
+            optimizer.zero_grad(set_to_none=True)
+        last = focus if update >= updates - FOCUS_UPDATES and update % 2 else everything
+        entries = fixed if update < FIXED_UPDATES else last
+        loss = _loss(adapter, pool, entries, embeddings, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        _update_average(average, parameters, update)
+        report(update + 1, {"loss": float(loss.detach())})
+        if (update + 1) % CHECKPOINT_EVERY == 0:
+            tensors = {f"weight.{n}": p for n, p in parameters.items()} | {
+                f"average.{n}": a for n, a in average.items()
+            }
+            save_state(checkpoint, tensors, optimizers, {"data": generator}, {"update": update + 1, "recipe": recipe})
+    for name, weight in average.items():
+        parameters[name].data.copy_(weight)
+    transformer.eval().requires_grad_(False)
+
+
+def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, modulation, biases, norms and the output."""
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "transformer_blocks" in name]
+    rest = [p for name, p in parameters.items() if p.ndim != 2 or "transformer_blocks" not in name]
+    return {
+        "matrices": Muon(matrices, RATES["matrices"]),
+        "rest": torch.optim.AdamW(rest, RATES["rest"], betas=(0.9, 0.98), weight_decay=0.01),
+    }
+
+
+def _resume(checkpoint: Path, parameters, average, optimizers, generator, recipe: dict[str, object]) -> int:
+    """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
+    if not checkpoint.exists():
+        return 0
+    tensors, values = load_state(checkpoint, optimizers, {"data": generator})
+    if values["recipe"] != recipe:
+        raise CloraError(f"checkpoint {checkpoint} was written with another recipe or other data; remove it")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"weight.{name}"])
+        average[name].copy_(tensors[f"average.{name}"])
+    return int(values["update"])
+
+
+def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
+    """Linear warm-up, flat, linear decay to zero over the last 40 %; the last updates decay from 40 % once more."""
+    main = updates - FOCUS_UPDATES
+    if update >= main:
+        return 0.4 * (updates - update) / FOCUS_UPDATES
+    return min((update + 1) / warmup, 1.0, (main - update) / (0.4 * main))
+
+
+@torch.no_grad()
+def _update_average(average: dict[str, Tensor], parameters: dict[str, Tensor], update: int) -> None:
+    weight = max(1 - EMA_DECAY, 1 / (update + 1))
+    torch._foreach_lerp_(list(average.values()), [parameters[name].detach() for name in average], weight)
+
+
+def _loss(adapter: Flux2KleinAdapter, pool: Pool, entries: Tensor, embeddings: dict[str, Tensor], generator) -> Tensor:
+    rows, edits = entries[torch.randint(len(entries), (BATCH,), generator=generator)].unbind(1)
+    dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
+    prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
+    device = adapter.pipeline.transformer.device
+    text = Text(torch.stack([embeddings[p] for p in prompts]))
+    x0 = pool.targets[rows, edits].float().to(device)
+    conditioning = Conditioning(text, pool.sources[rows].float()).to(device)
+    return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, 3.0, generator).mean()
+
+
+@torch.no_grad()
+def embed_all(adapter: Flux2KleinAdapter, pool: Pool) -> dict[str, Tensor]:
+    """The embedding ``[L, D]`` of every instruction of the pool and of the empty prompt."""
+    prompts = sorted({p for row in pool.instructions for p in row} | {""})
+    return dict(zip(prompts, adapter.encode_prompts(prompts).embeds, strict=True))

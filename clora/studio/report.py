@@ -1,0 +1,222 @@
+"""The report of an evaluation: ``report.html`` (one offline page), ``grid.png`` and ``metrics.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clora.data.images import encode_png
+from clora.files import write_atomic
+from clora.report.drawing import draw_grid
+from clora.report.html import Curve, data_uri, embedded_curves, plain_json, render_page
+
+
+@dataclass(frozen=True, eq=False)
+class GridData:
+    """Pictures to compare: one row per effect, one column per method.
+
+    Attributes:
+        columns: what each column shows.
+        rows: effect names.
+        images: ``[R, C, H, W, 3]`` in [0, 1].
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    images: np.ndarray
+
+    def __post_init__(self) -> None:
+        expected = (len(self.rows), len(self.columns))
+        if self.images.ndim != 5 or self.images.shape[:2] != expected or self.images.shape[4] != 3:
+            raise ValueError(f"expected images [{expected[0]}, {expected[1]}, H, W, 3], found {self.images.shape}")
+
+    def pixels(self) -> np.ndarray:
+        """The images as uint8."""
+        return (np.clip(self.images, 0, 1) * 255).round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table of results."""
+
+    key: str
+    title: str
+    meaning: str
+    show: Callable[[float], str]
+    best: Callable[[Iterable[float]], float] | None = None
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _count(value: float) -> str:
+    return f"{value:g}"
+
+
+COLUMNS = (
+    Column("files", "LoRA files", "How many LoRA files have to be kept for all the effects.", _count),
+    Column("megabytes", "MB", "Size of these files together.", lambda value: f"{value:.2f}"),
+    Column("nfe", "passes", "Forward passes of the transformer for one image; time is in proportion.", _count),
+    Column(
+        "effect_accuracy",
+        "effect accuracy",
+        "Share of images in which the requested effect is the nearest among the whole effect library and 'unchanged'.",
+        _percent,
+        max,
+    ),
+    Column(
+        "bad_case_rate",
+        "bad cases",
+        "Share of images in which the effect is missing, wrong or less than half as strong as it should be.",
+        _percent,
+        min,
+    ),
+    Column(
+        "bad_case_rate_stochastic",
+        "bad cases, stochastic",
+        "The same for the stochastic effects alone, where few steps tend to give blur.",
+        _percent,
+        min,
+    ),
+    Column(
+        "psnr",
+        "PSNR",
+        "Likeness to the exact result in dB, over the effects that have a single exact result.",
+        lambda value: f"{value:.1f} dB",
+        max,
+    ),
+    Column(
+        "subject_alignment",
+        "subject alignment",
+        "0 for a bad case, otherwise 1 to 5: how well the picture's own content is kept.",
+        lambda value: f"{value:.2f}",
+        max,
+    ),
+    Column(
+        "general_accuracy",
+        "general accuracy",
+        "Share of everyday edits (recolour, remove, brighten) that still succeed with the LoRA loaded.",
+        _percent,
+        max,
+    ),
+)
+
+METHODS = {
+    "teachers_80": "one LoRA each, 80 passes",
+    "teachers_8": "one LoRA each, 8 passes",
+    "merge_svd": "merged LoRA, SVD",
+    "merge_ties_svd": "merged LoRA, TIES + SVD",
+    "merge_dare_ties_svd": "merged LoRA, DARE + TIES + SVD",
+    "base": "base model, no LoRA",
+    "clora": "clora: one LoRA, 8 passes",
+}
+
+
+def write_report(folder: str | Path, metrics: Mapping[str, Any], grid: GridData, curves: Mapping[str, Curve]) -> Path:
+    """Writes ``report.html``, ``grid.png`` and ``metrics.json``, each whole or not at all.
+
+    Args:
+        folder: where to; created where it is missing.
+        metrics: ``seed, device, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents them. A value that is
+            not finite is written as null.
+        grid: pictures.
+        curves: name to (update, value) pairs.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        CloraError: a file cannot be written.
+    """
+    folder = Path(folder)
+    metrics = plain_json(metrics)
+    page = _render(metrics, grid, curves)
+    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_atomic(folder / "grid.png", encode_png(draw_grid(grid.columns, grid.rows, grid.pixels())))
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def method_name(method: str) -> str:
+    """A row's name for people; an unknown merge is described by its own name."""
+    if method in METHODS:
+        return METHODS[method]
+    words = method.replace("_", " ")
+    return f"merged LoRA, {words.removeprefix('merge ')}" if method.startswith("merge") else words
+
+
+def _render(metrics: Mapping[str, Any], grid: GridData, curves: Mapping[str, Curve]) -> str:
+    return render_page(
+        "report.html.j2",
+        metrics=metrics,
+        headline=_headline(metrics["rows"]),
+        columns=COLUMNS,
+        rows=_table(metrics["rows"]),
+        any_precomputed=any(row["precomputed"] for row in metrics["rows"]),
+        per_effect=_per_effect(metrics),
+        grid_columns=grid.columns,
+        grid=_grid(grid),
+        curves=embedded_curves(curves),
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table's rows with every cell as (text, whether it is the best of its column)."""
+    best = {column.key: _best(column, rows) for column in COLUMNS}
+    return [
+        {
+            "method": row["method"],
+            "name": method_name(row["method"]),
+            "precomputed": row["precomputed"],
+            "cells": [_cell(column, row[column.key], best[column.key]) for column in COLUMNS],
+        }
+        for row in rows
+    ]
+
+
+def _best(column: Column, rows: Iterable[Mapping[str, Any]]) -> str | None:
+    values = [row[column.key] for row in rows if row[column.key] is not None]
+    return column.show(column.best(values)) if column.best and values else None
+
+
+def _cell(column: Column, value: float | None, best: str | None) -> tuple[str, bool]:
+    text = "–" if value is None else column.show(value)
+    return text, text == best
+
+
+def _per_effect(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy by effect and method: header names, and per effect the cells as (text, share)."""
+    rows = metrics["rows"]
+    lines = []
+    for effect in metrics["effects"]:
+        shares = [row["per_effect"].get(effect) for row in rows]
+        lines.append((effect, [("–" if share is None else f"{100 * share:.0f} %", share) for share in shares]))
+    return {"methods": [method_name(row["method"]) for row in rows], "effects": lines}
+
+
+def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The result in a few figures: (figure, what it is)."""
+    by_method = {row["method"]: row for row in rows}
+    if "clora" not in by_method:
+        return []
+    clora, teachers = by_method["clora"], by_method.get("teachers_80")
+    figures = [(_percent(clora["effect_accuracy"]), "effect accuracy of the one LoRA")]
+    if teachers:
+        figures += [
+            (_percent(teachers["effect_accuracy"]), f"with {teachers['files']:g} separate LoRAs"),
+            (f"{teachers['files']:g} → {clora['files']:g}", "LoRA files"),
+            (f"{teachers['nfe']:g} → {clora['nfe']:g}", "passes for one image"),
+        ]
+    merges = [row["effect_accuracy"] for row in rows if row["method"].startswith("merge")]
+    return figures + ([(_percent(max(merges)), "effect accuracy of the best merge")] if merges else [])
+
+
+def _grid(grid: GridData) -> list[tuple[str, list[str]]]:
+    pixels = grid.pixels()
+    return [(name, [data_uri(encode_png(image)) for image in row]) for name, row in zip(grid.rows, pixels, strict=True)]

@@ -1,0 +1,98 @@
+"""The optimizers of student and critic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from clora.errors import CloraError
+
+ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0}
+
+
+def make_optimizer(name: str, parameters: Sequence[Tensor], learning_rate: float, bits: int) -> torch.optim.Optimizer:
+    """``adamw`` or ``muon``, without weight decay.
+
+    Args:
+        name: as in ``train.optimizer``.
+        parameters: fp32 factors.
+        learning_rate: its first value.
+        bits: of AdamW's states: 32, or 8 by bitsandbytes (2 bytes a parameter for 8); Muon's are of 32 bits.
+
+    Raises:
+        CloraError: bitsandbytes is not installed, or cannot compute on the parameters' device.
+    """
+    if name == "muon":
+        return Muon(parameters, learning_rate, weight_decay=0.0)
+    if bits == 8:
+        return _adamw_of_8_bits(parameters, learning_rate)
+    return torch.optim.AdamW(parameters, learning_rate, **ADAMW)
+
+
+def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise CloraError(
+            "train.optimizer_bits: 8 needs bitsandbytes; pip install bitsandbytes, or choose 32"
+        ) from error
+    device = parameters[0].device
+    probe = torch.zeros(8192, device=device, requires_grad=True)  # smaller tensors keep states of 32 bits
+    probe.grad = torch.ones_like(probe)
+    try:
+        AdamW8bit([probe], learning_rate, **ADAMW).step()
+    except (AttributeError, NotImplementedError, RuntimeError) as error:  # what it raises differs between releases
+        raise CloraError(
+            f"train.optimizer_bits: the installed bitsandbytes cannot train on {device} ({error}); upgrade it, train on "
+            "a GPU, or choose 32"
+        ) from error
+    return AdamW8bit(parameters, learning_rate, **ADAMW)
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(torch.optim.Optimizer):
+    """For weight matrices ``[M, N]`` or stacks of them ``[..., M, N]``.
+
+    A step has the root mean square of an AdamW step of the same learning rate.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in alike.items():  # one stack each: a few large products for many small ones
+                rate = 0.2 * group["lr"] * max(shape[-2:]) ** 0.5
+                directions = [_direction(p, self.state[p], group["momentum"]) for p in parameters]
+                steps = orthogonalized(torch.stack(directions)).unbind()
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(parameters, list(steps), alpha=rate)
+
+
+def _direction(parameter: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
+    """The gradient with Nesterov's momentum, whose running mean is kept in ``state``."""
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(parameter)
+    buffer = state["momentum"]
+    buffer.lerp_(parameter.grad, 1 - momentum)
+    return parameter.grad.lerp(buffer, momentum)
+
+
+def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Matrices ``[..., M, N]`` with all singular values brought near 1, by Newton-Schulz iterations."""
+    a, b, c = COEFFICIENTS
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = matrix if wide else matrix.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT

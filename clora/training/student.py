@@ -1,0 +1,98 @@
+"""The engine: teachers and encoded data in, one student LoRA out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from clora.bank.bank import AdapterBank
+from clora.bank.pages import teacher_pages
+from clora.config.settings import DistillConfig
+from clora.data.batches import DistillData
+from clora.errors import CloraError
+from clora.lora.algebra import sum_svd
+from clora.lora.load import linear_shapes
+from clora.lora.state import LoRAModule, LoRAState, fresh_lora
+from clora.models import ModelAdapter, linear_names
+from clora.training.trainer import CRITIC, STUDENT, DistillTrainer, Report
+
+
+def train_student(
+    config: DistillConfig,
+    adapter: ModelAdapter,
+    teachers: Mapping[str, LoRAState],
+    data: DistillData,
+    report: Report,
+    checkpoint: Path | None = None,
+) -> LoRAState:
+    """Distils the teachers into one LoRA of rank ``config.student.rank``; the transformer is left as it was.
+
+    Args:
+        config: the settings.
+        adapter: the model family.
+        teachers: effect name to LoRA, in the order of ``data.effects``.
+        data: encoded training data.
+        report: called after every student update.
+        checkpoint: where to resume from and to write to.
+
+    Raises:
+        CloraError: training diverged; names update, effect and term.
+    """
+    transformer = adapter.pipeline.transformer
+    student = initial_student(config, transformer, list(teachers.values()))
+    bank = AdapterBank(
+        transformer,
+        {CRITIC: student, **teachers},
+        pages=teacher_pages(config.train.teacher_memory_gb, transformer, [student, *teachers.values()], len(teachers)),
+        fixed=1,
+    )
+    try:
+        trainer = DistillTrainer(config, adapter, bank, data, student, student)
+        trainer.fit(report, checkpoint)
+    finally:
+        bank.detach()
+    return trainer.student.state(STUDENT)
+
+
+def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState]) -> LoRAState:
+    """The student before training: a zero delta, or the truncated mean of the teachers' deltas.
+
+    Ranks that the mean leaves empty get a random ``lora_A``, else they would never learn.
+    """
+    shapes = linear_shapes(transformer)
+    generator = torch.Generator().manual_seed(config.seed)
+    targets = target_modules(transformer, config.student.targets)
+    fresh = fresh_lora(shapes, config.student.rank, generator, targets)
+    if config.student.init == "zero":
+        return fresh
+    merged = sum_svd(teachers, config.student.rank, [1 / len(teachers)] * len(teachers))
+    return LoRAState({name: _fill(module, merged.modules.get(name)) for name, module in fresh.modules.items()})
+
+
+def _fill(fresh: LoRAModule, merged: LoRAModule | None) -> LoRAModule:
+    if merged is None:
+        return fresh
+    norms = merged.lora_A.norm(dim=1)  # square roots of the singular values; padded teachers give some that are 0
+    alive = int((norms > 1e-5 * norms.max()).sum())
+    a = torch.cat([merged.lora_A[:alive], fresh.lora_A[alive:]])
+    b = torch.cat([merged.lora_B[:, :alive], fresh.lora_B[:, alive:]], dim=1)
+    return LoRAModule(a, b)
+
+
+def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
+    """The linear layers of the blocks whose names end in one of ``suffixes``; all of them for None.
+
+    Raises:
+        CloraError: a suffix fits no layer.
+    """
+    names = linear_names(transformer)
+    if suffixes is None:
+        return names
+    unused = [suffix for suffix in suffixes if not any(name.endswith(suffix) for name in names)]
+    if unused:
+        raise CloraError(
+            f"student.targets: no linear layer of the blocks ends in {unused}; they are called {names[:6]}..."
+        )
+    return [name for name in names if name.endswith(tuple(suffixes))]

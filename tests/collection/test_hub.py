@@ -1,0 +1,151 @@
+"""Uploading to the Hub, with its client replaced: there is no network in tests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from helpers.pictures import write_images
+
+from clora.collection.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
+from clora.collection.write import LORA_FILE
+from clora.commands import distill as engine
+from clora.commands.distill import distill
+from clora.errors import CloraError
+from clora.testing import random_lora, tiny_config
+
+
+class FakeHub:
+    """Stands for huggingface_hub.HfApi; keeps what it was asked."""
+
+    endpoint = "https://hub.test"
+
+    def __init__(self):
+        self.created, self.uploaded, self.error = [], [], None
+
+    def __call__(self):
+        return self
+
+    def create_repo(self, repo_id, exist_ok):
+        assert exist_ok
+        if self.error:
+            raise self.error
+        self.created.append(repo_id)
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        from huggingface_hub.utils import filter_repo_objects
+
+        if self.error:
+            raise self.error
+        files = [file.relative_to(folder_path).as_posix() for file in folder_path.rglob("*") if file.is_file()]
+        self.uploaded.append((repo_id, sorted(filter_repo_objects(files, allow_patterns=allow_patterns))))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    fake = FakeHub()
+    monkeypatch.setattr("huggingface_hub.HfApi", fake)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    return fake
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "me/..x", "me/with space", "-me/x", "", "me/x.git"])
+def test_an_invalid_id(hub, repo_id):
+    with pytest.raises(CloraError, match="is no repository id, expected owner/name"):
+        check_repo(repo_id)
+
+
+def test_no_login(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(CloraError, match="no login for me/x; run `hf auth login` or set HF_TOKEN"):
+        check_repo("me/x")
+
+
+def test_no_right_to_write(hub):
+    hub.error = OSError("403 Forbidden")
+    with pytest.raises(CloraError, match="me/x cannot be created or written: 403"):
+        create_repo("me/x")
+
+
+def test_a_failed_upload_says_that_nothing_is_lost(hub, tmp_path):
+    hub.error = OSError("no connection")
+    with pytest.raises(CloraError, match=f"is complete, but.*no connection. Later: hf upload me/x {tmp_path}"):
+        upload(tmp_path, "me/x", ["*"])
+
+
+def test_ids_with_an_owner():
+    assert is_repo_id("black-forest-labs/FLUX.2-klein-base-4B")
+    assert not any(is_repo_id(text) for text in ("clora-studio", "/home/me/x", "./a", "a/b/c", "a b/c"))
+
+
+def test_the_revision_of_a_pipeline_in_the_cache(monkeypatch):
+    known = {"me/base": "/cache/models--me--base/snapshots/c0ffee/model_index.json"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: known.get(repo))
+    assert (cached_revision("me/base"), cached_revision("me/other"), cached_revision("folder")) == (
+        "c0ffee",
+        None,
+        None,
+    )
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path, monkeypatch):
+    """A job whose only slow parts are replaced by the test."""
+    from clora.lora.save import save_diffusers_lora
+    from clora.testing import tiny_pipeline
+
+    monkeypatch.setattr("clora.commands.distill.draw_samples", lambda *arguments: b"a picture")
+    save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "snow.safetensors")
+    effects = [{"name": "snow", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow"}]
+    sources = {"sources": str(write_images(tmp_path / "images", 1))}
+    return tiny_config(effects, pipeline=str(tiny_folder), output=str(tmp_path / "out"), data=sources)
+
+
+def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatch, tmp_path):
+    def encode(config, adapter, teachers, cache, device):
+        assert hub.created == ["collection"], "before hours of rendering and training"
+
+    def train(config, adapter, teachers, data, report, checkpoint):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("not the collection's")
+        return teachers["snow"]
+
+    monkeypatch.setattr(engine, "encode_data", encode)
+    monkeypatch.setattr(engine, "train_student", train)
+    folder = distill(config, "collection")
+    files = ["README.md", LORA_FILE, "samples.png", "scheduler/scheduler_config.json"]
+    assert hub.uploaded == [("me/collection", files)]
+    assert "load_lora_weights('me/collection')" in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_finished_collection_is_uploaded_without_training_again(hub, config, monkeypatch, is_edited):
+    monkeypatch.setattr(engine, "encode_data", lambda *arguments: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_student", lambda config, adapter, teachers, *rest: teachers["snow"])
+        card = distill(config) / "README.md"
+    assert "load_lora_weights('path/to/this/folder')" in card.read_text("utf-8")
+    if is_edited:
+        card.write_text(card.read_text("utf-8") + "\nMine.\n", "utf-8")
+    before = card.read_text("utf-8")
+    monkeypatch.setattr(engine, "train_student", None)
+    distill(config, "collection")
+    assert [repo_id for repo_id, _ in hub.uploaded] == ["me/collection"]
+    named = before.replace("path/to/this/folder", "me/collection")
+    assert card.read_text("utf-8") == (before if is_edited else named)
+
+
+def test_a_bad_id_stops_before_the_pipeline_is_loaded(hub, config, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "load_pipeline", None)
+    monkeypatch.setattr(engine, "encode_data", None)
+    with pytest.raises(CloraError, match="no repository id"):
+        distill(config, "not/an/id")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_repository_is_left_behind_by_input_that_cannot_be_used(hub, config):
+    effects = [config.effects[0].model_copy(update={"lora": "missing.safetensors"})]
+    with pytest.raises(CloraError, match="does not exist"):
+        distill(config.model_copy(update={"effects": tuple(effects)}), "collection")
+    assert hub.created == []

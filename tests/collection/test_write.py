@@ -1,0 +1,388 @@
+"""An exported collection in a stock diffusers pipeline equals clora's own samplers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from helpers.collection_cases import describe, effect
+from PIL import Image
+from safetensors import safe_open
+
+from clora.bank.bank import AdapterBank
+from clora.collection.metadata import read_collection
+from clora.collection.write import LORA_FILE, export_collection, model_card
+from clora.data.generation import Generator
+from clora.data.images import load_image
+from clora.errors import CloraError
+from clora.flow.matching import student_schedule, teacher_schedule
+from clora.flow.sampling import few_step_sample
+from clora.lora.load import linear_shapes, load_lora
+from clora.lora.save import save_diffusers_lora
+from clora.lora.state import LoRAModule, LoRAState
+from clora.models.conditioning import Conditioning
+from clora.testing import MAX_SEQUENCE_LENGTH, random_lora, tiny_adapter
+
+PROMPT = "make it a blueprint with thin white lines"
+STEPS = 8
+SIZE = (64, 72)  # the pipeline takes no image below 64 pixels; not square, so that height and width cannot be swapped
+GRID = (16, 18)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return tiny_adapter(size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def student(adapter):
+    return random_lora(adapter.pipeline.transformer, 4, 7)
+
+
+@pytest.fixture(scope="module")
+def described():
+    effects = (
+        effect("blueprint", (PROMPT, "a blueprint"), "apache-2.0", trigger="blueprint"),
+        effect("snow", ("add falling snow",)),
+    )
+    return describe(
+        *effects,
+        base_revision="c0ffee" * 6,
+        metrics={"accuracy": 0.98, "PSNR": {"blueprint": 21.5, "snow": 19.0}},
+        provenance={"seed": 5},
+    )
+
+
+@pytest.fixture(scope="module")
+def collection(described, student, tmp_path_factory):
+    return export_collection(student, described, tmp_path_factory.mktemp("out") / "collection", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "source.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def pipeline(tiny_folder):
+    """A fresh stock pipeline, as a user loads it."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call(pipeline, source, latents, steps=STEPS, guidance_scale=1.0, seed=0, **kwargs):
+    """The stock call; explicit latents ``[1, C, H, W]``, images ``[1, 3, H, W]`` in [0, 1]."""
+    torch.manual_seed(seed)
+    return pipeline(
+        image=Image.open(source),
+        prompt=PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        height=SIZE[0],
+        width=SIZE[1],
+        output_type="pt",
+        **kwargs,
+    ).images
+
+
+def draw_latents():
+    return torch.randn(1, 16, *GRID, generator=torch.Generator().manual_seed(11))
+
+
+def packed(latents):
+    return latents.flatten(2).transpose(1, 2)
+
+
+def image(adapter, latents):
+    return (adapter.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def condition(adapter, source):
+    return Conditioning(adapter.encode_prompts([PROMPT]), adapter.encode_images(load_image(source, SIZE)[None]))
+
+
+def sample(adapter, state, conditioning, latents, steps=STEPS, seed=0):
+    """clora's few-step sampler through a bank, drawing from the global generator as a pipeline does."""
+    bank = AdapterBank(adapter.pipeline.transformer, {"student": state})
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad(), bank.route(bank.slots(), torch.tensor([0])):
+            return few_step_sample(
+                lambda x, sigma: adapter.velocity(x, sigma, conditioning), packed(latents), student_schedule(steps)
+            )
+    finally:
+        bank.detach()
+
+
+def scaled(state, factor):
+    return LoRAState({name: LoRAModule(m.lora_A, m.lora_B * factor) for name, m in state.modules.items()})
+
+
+def load_collection(pipeline, folder):
+    pipeline.load_lora_weights(folder)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+
+
+def test_a_stock_pipeline_equals_our_sampler_with_trainings_timesteps(adapter, pipeline, collection, student, source):
+    load_collection(pipeline, collection)
+    timesteps = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: timesteps.append(kwargs["timestep"].clone()), with_kwargs=True
+    )
+    stock = call(pipeline, source, draw_latents())
+    assert torch.equal(torch.cat(timesteps), student_schedule(STEPS))
+    conditioning = condition(adapter, source)
+    ours = image(adapter, sample(adapter, student, conditioning, draw_latents()))
+    assert stock.shape == (1, 3, *SIZE)
+    torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
+    without = image(adapter, sample(adapter, scaled(student, 0.0), conditioning, draw_latents()))
+    assert (ours - without).abs().max() > 0.01, "the LoRA changes nothing, so this test shows nothing"
+
+
+@pytest.mark.parametrize("way", ["set_adapters", "attention_kwargs"])
+def test_half_strength_halves_the_delta(adapter, pipeline, collection, student, source, way):
+    load_collection(pipeline, collection)
+    kwargs = {}
+    if way == "set_adapters":
+        pipeline.set_adapters(pipeline.get_active_adapters(), [0.5])
+    else:
+        kwargs = {"attention_kwargs": {"scale": 0.5}}
+    stock = call(pipeline, source, draw_latents(), **kwargs)
+    conditioning = condition(adapter, source)
+    half, whole = (
+        image(adapter, sample(adapter, scaled(student, s), conditioning, draw_latents())) for s in (0.5, 1.0)
+    )
+    torch.testing.assert_close(stock, half, rtol=0, atol=1e-4)
+    assert (half - whole).abs().max() > 0.01
+
+
+def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, tmp_path):
+    """Guidance w is guidance_scale w + 1; Euler, static shift, the pipeline's own scheduler."""
+    steps, w = 5, 1.5
+    teacher = random_lora(adapter.pipeline.transformer, 3, 21)
+    save_diffusers_lora(teacher, tmp_path / "teacher.safetensors")
+    pipeline.load_lora_weights(tmp_path / "teacher.safetensors")
+    timesteps = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: timesteps.append(kwargs["timestep"].clone()), with_kwargs=True
+    )
+    bank = AdapterBank(adapter.pipeline.transformer, {"teacher": teacher})
+    try:
+        generator = Generator(adapter, bank, bank.slots(), 3.0)
+        noise = generator._noise([4])
+        latents = generator.guided_euler(
+            torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""]), [4], steps, w
+        )
+    finally:
+        bank.detach()
+    stock = call(pipeline, source, noise.transpose(1, 2).reshape(1, 16, *GRID), steps, w + 1)
+    torch.testing.assert_close(stock, image(adapter, latents), rtol=0, atol=1e-4)
+    assert torch.equal(torch.cat(timesteps), teacher_schedule(steps)[:-1].repeat_interleave(2))
+
+
+def test_the_folder(adapter, collection, described, student):
+    assert sorted(p.name for p in collection.iterdir()) == ["README.md", LORA_FILE, "scheduler"]
+    with safe_open(collection / LORA_FILE, "pt") as file:
+        keys, metadata = set(file.keys()), file.metadata()
+        ranks = {file.get_tensor(k).shape[0] for k in keys if "lora_A" in k}
+    assert keys == {f"transformer.{m}.{f}.weight" for m in student.modules for f in ("lora_A", "lora_B")}
+    assert ranks == {4}
+    assert "lora_adapter_metadata" not in metadata
+    assert {key for key in metadata if not key.startswith("clora.")} == {"format"}
+    assert json.loads(metadata["clora.effects"])[0] == {
+        "name": "blueprint",
+        "prompts": [PROMPT, "a blueprint"],
+        "teacher": "blueprint.safetensors",
+        "teacher_sha256": "ab" * 32,
+        "trigger": "blueprint",
+        "license": "apache-2.0",
+    }
+    assert json.loads(metadata["clora.sampling"]) == {
+        "steps": STEPS,
+        "shift": 3.0,
+        "call": {"guidance_scale": 1.0},
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "size": list(SIZE),
+    }
+    assert (metadata["clora.base_model"], metadata["clora.base_revision"]) == ("some/pipeline", "c0ffee" * 6)
+    assert json.loads(metadata["clora.scheduler"])["stochastic_sampling"] is True
+    assert read_collection(collection) == read_collection(collection / LORA_FILE) == described
+    card = (collection / "README.md").read_text("utf-8")
+    for text in (
+        PROMPT,
+        "add falling snow",
+        "some/pipeline",
+        "apache-2.0",
+        "ComfyUI",
+        f"num_inference_steps={STEPS}",
+        f"max_sequence_length={MAX_SEQUENCE_LENGTH}",
+        "shift 3.0",
+        "| PSNR, blueprint | 21.5 |",
+    ):
+        assert text in card, text
+    read = load_lora(collection, linear_shapes(adapter.pipeline.transformer))
+    for name, module in read.modules.items():
+        torch.testing.assert_close(module.delta(), student.modules[name].delta())
+
+
+def test_unequal_ranks_are_exported_as_one(adapter, tmp_path):
+    transformer = adapter.pipeline.transformer
+    low = random_lora(transformer, 2, 0, ["transformer_blocks.0.attn.to_q"])
+    high = random_lora(transformer, 5, 1, ["transformer_blocks.0.attn.to_k"])
+    mixed = LoRAState({**low.modules, **high.modules})
+    folder = export_collection(mixed, describe(), tmp_path / "out", torch.float32)
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        shapes = {k: tuple(file.get_tensor(k).shape) for k in file.keys()}  # noqa: SIM118
+    assert {shape["lora_B" in key] for key, shape in shapes.items()} == {5}
+
+
+SCRIPT = """
+import sys, torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+folder, collection, source, out, prompt, length = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder)
+pipe.load_lora_weights(collection)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection + "/scheduler")
+latents = torch.load(out)
+torch.manual_seed(0)
+images = pipe(image=Image.open(source), prompt=prompt, num_inference_steps=8, guidance_scale=1.0, latents=latents,
+              max_sequence_length=int(length), height=64, width=72, output_type="pt").images
+assert not any(name.partition(".")[0] in ("clora", "csrc_triton") for name in sys.modules)
+torch.save(images, out)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_clora_gives_the_same(adapter, tiny_folder, collection, student, source, tmp_path):
+    out = tmp_path / "tensor.pt"
+    torch.save(draw_latents(), out)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    arguments = [str(a) for a in (tiny_folder, collection, source, out, PROMPT, MAX_SEQUENCE_LENGTH)]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = image(adapter, sample(adapter, student, condition(adapter, source), draw_latents()))
+    torch.testing.assert_close(torch.load(out), ours, rtol=0, atol=1e-4)
+
+
+def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
+    """What these tests rest on: loading gives the weights and the tokens that were saved."""
+    loaded, fresh = tiny_adapter(DiffusionPipeline.from_pretrained(tiny_folder)), tiny_adapter()
+    for (name, a), b in zip(
+        loaded.pipeline.transformer.named_parameters(), fresh.pipeline.transformer.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    torch.testing.assert_close(loaded.encode_prompts([PROMPT]).embeds, fresh.encode_prompts([PROMPT]).embeds)
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monkeypatch):
+    (tmp_path / "scheduler").write_text("a file where the folder should be")
+    with pytest.raises(CloraError, match="is a file"):
+        export_collection(student, describe(), tmp_path, torch.float32)
+    assert [file.name for file in tmp_path.iterdir()] == ["scheduler"]
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "save_pretrained", full)
+    with pytest.raises(CloraError, match="scheduler cannot be written: no space left"):
+        export_collection(student, describe(), tmp_path / "new", torch.float32)
+    assert not (tmp_path / "new" / LORA_FILE).exists()
+
+
+def test_a_scheduler_that_is_not_read_back_is_told(student, tmp_path, monkeypatch):
+    save = FlowMatchEulerDiscreteScheduler.save_pretrained
+    monkeypatch.setattr(
+        FlowMatchEulerDiscreteScheduler,
+        "save_pretrained",
+        lambda self, folder: save(FlowMatchEulerDiscreteScheduler(shift=1.0), folder),
+    )
+    with pytest.raises(CloraError, match="read back differs"):
+        export_collection(student, describe(), tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out" / LORA_FILE).exists()
+
+
+def test_weights_that_overflow_leave_nothing(adapter, tmp_path):
+    student = random_lora(adapter.pipeline.transformer, 2, 0)
+    next(iter(student.modules.values())).lora_B[0, 0] = 1e6
+    with pytest.raises(CloraError, match="infinite values as torch.float16"):
+        export_collection(student, describe(), tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quotes_in_a_prompt_do_not_break_the_card():
+    code = model_card(describe(effect(prompts=('say "a"',)))).split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")
+
+
+def test_a_prompt_with_table_marks_stays_in_its_cell():
+    local = model_card(describe(base_model="a local Flux2KleinPipeline (folder x)"))
+    assert "effect LoRAs for a local Flux2KleinPipeline (folder x)." in local
+    assert 'from_pretrained("path/to/the/base/model", ' in local, "what is no hub id cannot be loaded"
+    assert "from_pretrained('some/pipeline', " in model_card(describe())
+    card = model_card(describe(effect("a|b", ("one | two\nthree",))))
+    assert "| a\\|b | `one \\| two three` | a\\|b.safetensors `abababababab` | not stated in its file |" in card
+
+
+def front_matter(described, **kwargs):
+    return yaml.safe_load(model_card(described, **kwargs).split("---\n")[1])
+
+
+def test_what_the_hub_reads():
+    front = front_matter(describe())
+    assert front["base_model"] == "some/pipeline"
+    assert {"lora", "template:sd-lora", "image-to-image"} <= set(front["tags"])
+    assert "license" not in front
+    assert "base_model" not in front_matter(describe(base_model="a folder")), "the Hub refuses what is no id"
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        (("Apache-2.0", "apache-2.0"), {"license": "apache-2.0"}),
+        (("apache-2.0", "mit"), {}),
+        (("apache-2.0", None), {}),
+        (("FLUX.1 [dev] Non-Commercial",) * 2, {"license": "other", "license_name": "flux.1-dev-non-commercial"}),
+    ],
+)
+def test_the_card_states_a_licence_that_all_teachers_share(licenses, expected):
+    effects = [effect(str(index), license=license) for index, license in enumerate(licenses)]
+    front = front_matter(describe(*effects))
+    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "call"),
+    [
+        ("Flux2KleinPipeline", {"guidance_scale": 1.0}),
+        ("QwenImageEditPlusPipeline", {"true_cfg_scale": 1.0}),
+        ("FluxKontextPipeline", {"guidance_scale": 2.5, "max_area": 4608}),
+    ],
+)
+def test_the_card_calls_each_pipeline_by_its_own_names(pipeline, call):
+    card = model_card(describe(pipeline=pipeline, call=call), hub_id="me/collection")
+    code = card.split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")
+    assert all(f"{name}={value}," in code for name, value in call.items())
+    assert "pipe.load_lora_weights('me/collection')" in code
+    assert ("guidance_scale" in code) == ("Flux" in pipeline)

@@ -1,0 +1,250 @@
+"""Encoding and rendering behind the cache: what is there is read, the rest alone is made, and the result is the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from helpers.pictures import write_images
+
+from clora.bank.bank import RoutedLinear
+from clora.data import encoders as encoders_module
+from clora.data.cache import Cache
+from clora.data.encoders import Encoders
+from clora.data.prepare import encode_data
+from clora.data.rendering import lora_digest
+from clora.models.conditioning import Text
+from clora.testing import random_lora, tiny_adapter, tiny_config, tiny_pipeline
+
+EFFECTS = ("blueprint", "snow")
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return tiny_adapter()
+
+
+@pytest.fixture(scope="module")
+def teachers(adapter):
+    transformer = adapter.pipeline.transformer
+    return {name: random_lora(transformer, 2 + i, i) for i, name in enumerate((*EFFECTS, "third"))}
+
+
+@pytest.fixture
+def encode(adapter, teachers, tmp_path):
+    """Returns encode(cache, names, **sections): the data of some effects."""
+    images = write_images(tmp_path / "images", 4)
+
+    def run(cache, names=EFFECTS, used=teachers, device=None, **sections):
+        data = {"sources": str(images), "sources_per_effect": 2, "general_targets": 3, **sections.pop("data", {})}
+        config = tiny_config(names, data=data, **sections)
+        chosen = {effect.name: used[effect.name] for effect in config.effects}
+        return encode_data(config, adapter, chosen, cache, device)
+
+    return run
+
+
+@pytest.fixture
+def work(adapter, monkeypatch):
+    """Counts what is encoded and the transformer's passes."""
+    counts = {}
+
+    def count(name, of):
+        function = getattr(adapter, name)
+
+        def counting(*arguments, **keywords):
+            counts[name] = counts.get(name, 0) + of(*arguments)
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(adapter, name, counting)
+
+    count("encode_prompts", lambda prompts, references=None: len(prompts))
+    count("encode_sources", lambda references: len(references[0]))
+    count("velocity", lambda x, *rest: len(x))
+    return counts
+
+
+def tensors(data):
+    return {f.name: getattr(data, f.name) for f in fields(data) if isinstance(getattr(data, f.name), torch.Tensor)} | {
+        "embeds": data.text.embeds
+    }
+
+
+def same(data, other):
+    other = tensors(other)
+    return all(torch.equal(tensor, other[name]) for name, tensor in tensors(data).items())
+
+
+def passes(samples):
+    return samples * 2 * 2  # two guided steps
+
+
+def test_a_second_run_encodes_and_renders_nothing_and_has_the_same_data(encode, work, tmp_path):
+    plain = encode(Cache(None))
+    assert same(encode(Cache(tmp_path / "c")), plain)
+    assert work["velocity"] == 2 * passes(2 * 2 + 3)
+    work.clear()
+    assert same(encode(Cache(tmp_path / "c")), plain)
+    assert not work
+
+
+def test_one_effect_more_costs_itself(encode, work, tmp_path):
+    encode(Cache(tmp_path / "c"))
+    work.clear()
+    data = encode(Cache(tmp_path / "c"), (*EFFECTS, "third"))
+    assert work == {"encode_prompts": 2, "velocity": passes(2)}, "the teacher's prompt and the student's"
+    whole = encode(Cache(None), (*EFFECTS, "third"))
+    for name, tensor in tensors(data).items():
+        torch.testing.assert_close(tensor, tensors(whole)[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_one_image_more_is_encoded_alone(encode, work, tmp_path):
+    encode(Cache(tmp_path / "c"))
+    work.clear()
+    write_images(tmp_path / "images", 5)  # the first four as they were
+    encode(Cache(tmp_path / "c"))
+    assert work["encode_sources"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "samples"),
+    [
+        ({"sampler": {"steps": 3, "shift": 5.0}}, 0),  # the student's
+        ({"data": {"held_out": 1}}, 0),
+        ({"train": {"updates": 7}}, 0),
+        ({"seed": 100}, 7),
+        ({"sampler": {"guidance": 2.0}}, 7),
+        ({"objective": {"norm_rescale": True}}, 7),
+        ({"names": [{"name": "blueprint", "lora": "x", "prompt": "another prompt"}, "snow"]}, 2),
+        ({"names": [{"name": "blueprint", "lora": "x", "prompt": "make it blueprint", "trigger": "<b>"}, "snow"]}, 0),
+    ],
+)
+def test_what_a_target_depends_on_renders_it_again(encode, work, tmp_path, changed, samples):
+    encode(Cache(tmp_path / "c"))
+    work.clear()
+    encode(Cache(tmp_path / "c"), **changed)
+    assert work.get("velocity", 0) == passes(samples)
+
+
+def test_another_lora_or_transformer_renders_again(encode, adapter, teachers, work, tmp_path):
+    encode(Cache(tmp_path / "c"))
+    work.clear()
+    encode(Cache(tmp_path / "c"), used={**teachers, "snow": random_lora(adapter.pipeline.transformer, 3, 50)})
+    assert work == {"velocity": passes(2)}
+    work.clear()
+    weight = adapter.pipeline.transformer.proj_out.weight
+    weight *= 1.5
+    try:
+        encode(Cache(tmp_path / "c"))
+    finally:
+        weight /= 1.5
+    assert work == {"velocity": passes(2 * 2 + 3)}
+
+
+def test_a_stop_while_rendering_loses_one_batch(encode, adapter, work, monkeypatch, tmp_path):
+    velocity, cache = adapter.velocity, Cache(tmp_path / "c")
+    sections = {"data": {"sources_per_effect": 4, "general_targets": 0}, "train": {"forward_rows": 6}}
+
+    def stopping(x, *rest):
+        if work.get("velocity", 0) == 6 * 2 * 2:  # two batches of three samples, of eight
+            raise KeyboardInterrupt
+        return velocity(x, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "velocity", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            encode(cache, **sections)
+    assert not any(isinstance(module, RoutedLinear) for module in adapter.pipeline.transformer.modules())
+    work.clear()
+    data = encode(cache, **sections)
+    assert work == {"velocity": passes(2)}
+    for name, tensor in tensors(encode(Cache(None), **sections)).items():
+        torch.testing.assert_close(tensor, tensors(data)[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_given_targets_are_encoded_once(encode, adapter, monkeypatch, tmp_path):
+    before, after = write_images(tmp_path / "before", 2, 1), write_images(tmp_path / "after", 2, 2)
+    names = [
+        {"name": "blueprint", "lora": "x", "prompt": "draw it", "sources": str(before), "targets": str(after)},
+        "snow",
+    ]
+    first = encode(Cache(tmp_path / "c"), names)
+    monkeypatch.setattr(adapter, "encode_images", None)
+    monkeypatch.setattr(adapter, "encode_sources", None)
+    assert same(encode(Cache(tmp_path / "c"), names), first)
+
+
+def test_a_lora_is_known_by_what_it_does(adapter):
+    transformer = adapter.pipeline.transformer
+    found = [lora_digest(random_lora(transformer, 2, seed)) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
+class Masked:
+    """A family whose prompts are encoded with their image, as long as they are, padded to the longest beside them."""
+
+    max_sequence_length = 40
+    calls = 0
+
+    def __init__(self):
+        self.pipeline = tiny_pipeline()
+
+    def encode_prompts(self, prompts, references):
+        self.calls += len(prompts)
+        length = max(len(prompt) for prompt in prompts)
+        embeds = torch.full((len(prompts), length, 2), torch.nan)
+        mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+        for i, (prompt, image) in enumerate(zip(prompts, references[0], strict=True)):
+            embeds[i, : len(prompt)] = len(prompt) + image.mean()
+            mask[i, : len(prompt)] = True
+        return Text(embeds, mask, torch.arange(len(prompts))[:, None] * 0 + embeds[:, :1, 0])
+
+
+def test_a_prompt_with_its_image_does_not_depend_on_those_beside_it(tmp_path):
+    family, images = Masked(), torch.randn(3, 3, 4, 4)
+    encoders = Encoders(family, Cache(tmp_path), None)
+    first = encoders.prompts(["long prompt", "a"], images[:2])
+    assert family.calls == 2
+    second = encoders.prompts(["a", "a", "abc"], images[[1, 2, 0]])
+    assert family.calls == 4, "the first was there, the second is about another image"
+    assert first.embeds.shape == (2, 11, 2)
+    assert second.embeds.shape == (3, 3, 2), "not as long as the prompt that it was once encoded beside"
+    assert second.mask.tolist() == [[True, False, False], [True, False, False], [True, True, True]]
+    expected = [1 + images[1].mean(), 1 + images[2].mean(), 3 + images[0].mean()]
+    for row, value in enumerate(expected):
+        kept = second.embeds[row][second.mask[row]]
+        torch.testing.assert_close(kept, value.expand_as(kept))
+        torch.testing.assert_close(second.pooled[row], value[None])
+    assert torch.isfinite(second.embeds).all(), "padding is zero"
+
+
+@pytest.mark.parametrize("hit", [False, True])
+def test_encoders_are_on_the_device_while_they_encode_alone(encode, adapter, monkeypatch, tmp_path, hit):
+    """The moves are noted, not made: there is one device here."""
+    moved, device = [], torch.device("meta")
+    names = {id(part): name for name, part in adapter.pipeline.components.items()}
+    if hit:
+        encode(Cache(tmp_path / "c"))
+    for module in ("clora.data.encoders.move", "clora.data.prepare.move"):
+        monkeypatch.setattr(module, lambda model, where: moved.append((names[id(model)], where.type)))
+    encode_sources = adapter.encode_sources
+    monkeypatch.setattr(adapter, "encode_sources", lambda r: moved.append("encoded") or encode_sources(r))
+    encode(Cache(tmp_path / "c"), device=device)
+    there = [("text_encoder", "meta"), ("vae", "meta")]
+    back = [("text_encoder", "cpu"), ("vae", "cpu")]
+    assert sorted(moved[:2]) == ([] if hit else there) + ([("transformer", "meta")] if hit else [])
+    if not hit:
+        assert moved[2] == "encoded"
+        assert sorted(moved[3:5]) == back
+        assert moved[5:] == [("transformer", "meta")]
+
+
+def test_a_model_that_cannot_move_stays():
+    model = torch.nn.Linear(2, 2)
+    model.is_loaded_in_8bit = True
+    encoders_module.move(model, torch.device("meta"))
+    assert model.weight.device.type == "cpu"
+    model.is_loaded_in_8bit = False
+    encoders_module.move(model, torch.device("meta"))
+    assert model.weight.device.type == "meta"

@@ -1,0 +1,138 @@
+"""Image folders: pixels that come through exactly, and every bad file told by name."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clora.data.images import encode_png, load_image, load_images
+from clora.errors import CloraError
+from clora.files import check_writable, write_atomic
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def test_round_trip_is_exact(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    names, images = load_images(tmp_path, (8, 8))
+    assert names == ["a.png"]
+    assert images.shape == (1, 3, 8, 8)
+    assert images.dtype == torch.float32
+    restored = images[0].add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    assert np.array_equal(restored, pixels)
+    write_atomic(tmp_path / "new" / "b.png", encode_png(restored))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "b.png")), pixels)
+
+
+def test_crops_the_centre_then_resizes(tmp_path):
+    wide = np.zeros((4, 12, 3), dtype=np.uint8)
+    wide[:, 4:8] = 255
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    assert torch.equal(load_image(tmp_path / "a.png", (8, 8)), torch.ones(3, 8, 8))
+    assert load_image(tmp_path / "a.png", (2, 6)).shape == (3, 2, 6)
+
+
+def test_names_are_sorted_and_clutter_is_passed_over(tmp_path, pixels):
+    for name in ("b.png", "a.jpg", ".hidden", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "sub").mkdir()
+    assert load_images(tmp_path, (4, 4))[0] == ["a.jpg", "b.png"]
+
+
+def test_modes(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert torch.equal(load_image(tmp_path / "clear.png", (4, 4)), torch.ones(3, 4, 4))
+    Image.fromarray(np.full((4, 4), 65535 // 2, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png", (4, 4)).abs().max() < 0.01
+    turned = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 2, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright = load_image(tmp_path / "turned.png", (2, 2))
+    assert torch.equal(upright[0], torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", b"", r"a\.png is empty \(0 bytes\)"),
+        ("a.txt", b"hello", r"a\.txt is not an image"),
+        ("a.png", None, r"a\.png is a damaged image"),
+    ],
+)
+def test_bad_file(tmp_path, pixels, name, content, message):
+    if content is None:
+        Image.fromarray(pixels.repeat(20, 0).repeat(20, 1)).save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()[:300]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CloraError, match=message):
+        load_images(tmp_path, (8, 8))
+
+
+@pytest.mark.parametrize("side", [9000, 60_000])
+def test_enormous_image_is_refused_from_its_header(tmp_path, side):
+    """Both above our limit and above Pillow's own; the file has no pixels at all."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    (tmp_path / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    with pytest.raises(CloraError, match=r"big\.png is enormous"):
+        load_images(tmp_path, (8, 8))
+
+
+def test_pairs_come_in_one_order_whatever_their_formats(tmp_path, pixels):
+    for folder, suffix in (("before", "png"), ("after", "jpg")):
+        (tmp_path / folder).mkdir()
+        for stem in ("img", "img.m", "img-2"):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{stem}.{suffix}")
+    stems = [[Path(name).stem for name in load_images(tmp_path / f, (4, 4))[0]] for f in ("before", "after")]
+    assert stems[0] == stems[1]
+
+
+@pytest.mark.parametrize("what", ["output", "images"])
+def test_a_folder_that_cannot_be_looked_into(tmp_path, monkeypatch, what):
+    """Up to Python 3.11 asking whether it exists raises."""
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(CloraError, match="Permission denied"):
+        check_writable(tmp_path / "a") if what == "output" else load_images(tmp_path / "a", (4, 4))
+
+
+def test_bad_folder(tmp_path):
+    with pytest.raises(CloraError, match="found nothing"):
+        load_images(tmp_path / "none", (8, 8))
+    with pytest.raises(CloraError, match="holds no images"):
+        load_images(tmp_path, (8, 8))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CloraError, match="found a file"):
+        load_images(tmp_path / "file", (8, 8))
+
+
+def test_check_writable(tmp_path):
+    assert check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    assert check_writable(tmp_path) == tmp_path
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CloraError, match="is a file"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(CloraError, match="cannot be written: Not a directory"):
+        check_writable(tmp_path / "file" / "sub")
+    with pytest.raises(CloraError, match="cannot be written"):
+        write_atomic(tmp_path / "file" / "a.png", b"")

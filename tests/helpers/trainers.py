@@ -1,0 +1,66 @@
+"""Trainers of random teachers, and what changed in them."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+
+from clora.bank.bank import AdapterBank
+from clora.testing import random_data, random_lora, random_teachers, tiny_config
+from clora.training.trainer import CRITIC, STUDENT, DistillTrainer
+
+
+@contextmanager
+def make_trainer(adapter, encoded=None, pages=None, **sections):
+    """A trainer of three random teachers whose student and critic differ and do something from the start."""
+    transformer = adapter.pipeline.transformer
+    teachers = random_teachers(transformer, 3)
+    student, critic = random_lora(transformer, 4, 101), random_lora(transformer, 4, 102)
+    config = tiny_config(list(teachers), **sections)
+    bank = AdapterBank(transformer, {CRITIC: critic, **teachers}, pages=pages, fixed=1)
+    try:
+        yield DistillTrainer(config, adapter, bank, encoded or random_data(adapter, list(teachers)), student, critic)
+    finally:
+        bank.detach()
+
+
+def mixed_batch(trainer):
+    """A batch with rows of several effects and of the general stream, the same for every objective."""
+    general = torch.arange(trainer.config.train.batch_size) % 3 == 1
+    batch = trainer.sampler._gather(general)
+    assert len(batch.effect.unique()) > 2, "draw another seed"
+    return batch
+
+
+def rolled(trainer):
+    """A mixed batch and the student's rollout on it."""
+    batch = mixed_batch(trainer)
+    return batch, trainer.simulate(batch)
+
+
+def plain_velocity(adapter, transformer, x, sigma, conditioning):
+    stand_in = copy.copy(adapter)
+    stand_in.pipeline = SimpleNamespace(transformer=transformer)
+    with torch.no_grad():
+        return stand_in.velocity(x, sigma, conditioning)
+
+
+def same(state, other):
+    return all(
+        torch.equal(state.modules[m].lora_A, other.modules[m].lora_A)
+        and torch.equal(state.modules[m].lora_B, other.modules[m].lora_B)
+        for m in state.modules
+    )
+
+
+def changed(trainer, before):
+    return {name for name, state in slots(trainer).items() if not same(before[name], state)}
+
+
+def slots(trainer):
+    """Student and critic as they are trained, and the teachers."""
+    teachers = {name: trainer.bank.state(name) for name in trainer.data.effects}
+    return {STUDENT: trainer.student.state(STUDENT), CRITIC: trainer.critic.state(CRITIC), **teachers}

@@ -1,0 +1,157 @@
+"""The build's bookkeeping, and one pass through everything that is precomputed, with two teachers and one scene."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from clora.commands import demo
+from clora.errors import CloraError
+from clora.studio import assets, baselines
+from clora.studio.demo_config import demo_config
+from clora.studio.making import build, teachers
+
+NAMES = ["sepia", "snow"]
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Three stages that write one file each; the runs are counted."""
+    runs = []
+
+    def make(name):
+        def stage(folder, device):
+            runs.append(name)
+            (folder / name).write_text(f"{name} {len(runs)}")
+            return {"number": 1.5}, [name]
+
+        return stage
+
+    monkeypatch.setattr(build, "STAGES", {name: make(name) for name in ("a", "b", "c")})
+    monkeypatch.setattr(build, "NEEDS", {"a": (), "b": ("a",), "c": ()})
+    return runs
+
+
+def test_done_stages_are_passed_over_until_a_file_or_an_input_changes(stages, tmp_path):
+    build.build(tmp_path)
+    build.build(tmp_path)
+    assert stages == ["a", "b", "c"]
+    (tmp_path / "c").write_text("spoilt")
+    build.build(tmp_path)
+    assert stages[3:] == ["c"]
+    build.build(tmp_path, ["a"])
+    assert stages[4:] == ["a"]
+    build.build(tmp_path)
+    assert stages[5:] == ["b"], "b was made from the old a"
+    recorded = assets.provenance(tmp_path)["b"]
+    assert recorded["measured"] == {"number": 1.5}
+    assert recorded["inputs"] == {"a": assets.sha256(tmp_path / "a")}
+    assert assets.verified(tmp_path, "b") == tmp_path / "b"
+    (tmp_path / "b").write_text("spoilt")
+    with pytest.raises(CloraError, match="b is missing or not the file"):
+        assets.verified(tmp_path, "b")
+
+
+def test_a_stage_made_anew_takes_those_after_it_along(stages, tmp_path):
+    build.build(tmp_path)
+    (tmp_path / "a").write_text("spoilt")
+    build.build(tmp_path)
+    assert stages[3:] == ["a", "b"]
+    assert all(build._is_done(tmp_path, name) for name in build.STAGES)
+
+
+def test_a_stage_without_what_it_needs_is_refused(stages, tmp_path):
+    with pytest.raises(CloraError, match=r"stage 'b' needs \['a'\] first.*--stages a"):
+        build.build(tmp_path, ["b"])
+    assert stages == []
+
+
+def test_the_shipped_stages_belong_together():
+    """None was made from files that have changed since."""
+    folder = assets.assets_folder()
+    assert [name for name in build.STAGES if not build._is_done(folder, name)] == []
+    assert assets.load_targets(folder).effects == tuple(sorted(spec.effect for spec in teachers.SPECS))
+
+
+def test_the_shipped_studio_was_measured_above_its_floors():
+    recorded = assets.provenance(assets.assets_folder())
+    measured = {name: value for entry in recorded.values() for name, value in entry["measured"].items()}
+    assert all(measured[name] >= build.FLOORS[name] for name in ("vae_psnr", "judge_accuracy", "general_accuracy"))
+    assert measured["teacher_accuracy"].keys() == {spec.effect for spec in teachers.SPECS}
+    assert min(measured["teacher_accuracy"].values()) >= build.FLOORS["teacher_accuracy"]
+
+
+def test_a_folder_without_a_studio_is_told(tmp_path):
+    with pytest.raises(CloraError, match="found no pipeline in it"):
+        build.studio(tmp_path)
+    (tmp_path / assets.PROVENANCE).write_text("{")
+    with pytest.raises(CloraError, match="cannot be read"):
+        assets.provenance(tmp_path)
+
+
+def test_an_unknown_stage_names_the_nearest(tmp_path):
+    with pytest.raises(CloraError, match=r"unknown stage 'bases'.*'base'"):
+        build.build(tmp_path, ["bases"])
+
+
+@pytest.mark.slow
+def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "EVALUATION_SCENES", 1)
+    monkeypatch.setattr(build, "EVALUATION_GENERAL", 2)
+    monkeypatch.setattr(build, "TARGET_SOURCES", 2)
+    monkeypatch.setattr(baselines, "TEACHER_STEPS", 2)
+    adapter = build.studio(assets.assets_folder())
+    loras = teachers.load_teachers(adapter, assets.assets_folder() / "teachers", NAMES)
+    run = demo.Run(tmp_path, demo_config(NAMES, 0), full=True)
+    rows = demo.measured_rows(run, adapter, loras)
+    assert list(rows) == ["teachers_80", "teachers_8", *baselines.MERGES, "base"]
+    for row in rows.values():
+        assert set(row["verdicts"]) == set(NAMES)
+        assert all(len(verdicts) == 1 for verdicts in row["verdicts"].values())
+        assert all(image.shape == (64, 64, 3) for image in row["images"].values())
+    assert all(rows[name]["megabytes"] > 0.1 for name in baselines.MERGES)
+    different = np.abs(rows["teachers_80"]["images"]["snow"].astype(int) - rows["base"]["images"]["snow"])
+    assert different.mean() > 1, "the teacher must do something"
+    assert torch.isfinite(build.target_sources(adapter)).all()
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A copy of the shipped pipeline, and counts so small that every stage after the base takes seconds."""
+
+    def config(names, seed, minutes=1.0):
+        whole = demo_config(names, seed, minutes)
+        changed = {"sampler": {"teacher_steps": 1}, "data": {"general_targets": 2}}
+        return whole.model_copy(update={k: getattr(whole, k).model_copy(update=v) for k, v in changed.items()})
+
+    monkeypatch.setattr(build, "demo_config", config)
+    monkeypatch.setattr(teachers, "SPECS", teachers.SPECS[:4])  # one of each format
+    monkeypatch.setattr(build, "DEFAULT_EFFECTS", ("negative", "thermal"))
+    for module, counts in (
+        (build, {"EVALUATION_SCENES": 1, "EVALUATION_GENERAL": 2, "TARGET_SOURCES": 2}),
+        (baselines, {"TEACHER_STEPS": 2}),
+        (teachers, {"UPDATES": 2, "PAIRS": 2}),
+    ):
+        for name, count in counts.items():
+            monkeypatch.setattr(module, name, count)
+    shutil.copytree(assets.assets_folder() / "pipeline", tmp_path / "pipeline")
+    shutil.copy(assets.assets_folder() / assets.PROVENANCE, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_stages_after_the_base_and_the_check(tiny, monkeypatch, capsys):
+    build.build(tiny, ["teachers", "targets", "baselines"])
+    names = ["negative", "thermal", "blueprint", "sepia"]
+    adapter = build.studio(tiny)
+    loras = teachers.load_teachers(adapter, tiny / "teachers", names)
+    assert {lora.format for lora in loras.values()} == {"diffusers", "kohya", "comfyui", "peft"}
+    data = demo.demo_data(adapter, loras, build.demo_config(names, 0), tiny, recompute=False)
+    assert data.targets.shape[:2] == (4, 2)
+    monkeypatch.setattr(build, "FLOORS", {"vae_psnr": 60.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.0})
+    with pytest.raises(CloraError, match="below the floor: vae_psnr;"):
+        build.check(tiny)
+    assert "teacher sepia" in capsys.readouterr().out

@@ -1,0 +1,123 @@
+"""Many LoRAs trained in one bank learn, and none feels another's data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from clora.bank.bank import AdapterBank
+from clora.errors import CloraError
+from clora.flow import matching as flow_matching
+from clora.lora.load import linear_shapes
+from clora.lora.state import fresh_lora
+from clora.models.conditioning import Text
+from clora.studio.making import lora_training
+from clora.studio.making.lora_training import Pairs, train_loras
+
+NAMES = ("first", "second")
+
+
+@pytest.fixture
+def pairs(adapter):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return Pairs(
+        draw(2, 3, *adapter.latent_shape),
+        draw(2, 3, *adapter.latent_shape),
+        Text(draw(2, adapter.max_sequence_length, 24)),
+    )
+
+
+def train(adapter, pairs, updates, names=NAMES, rows=4):
+    """Trains slots of a bank of fresh LoRAs on the pairs; returns the losses and the states of all slots."""
+    transformer = adapter.pipeline.transformer
+    generator, losses = torch.Generator().manual_seed(1), []
+    fresh = {name: fresh_lora(linear_shapes(transformer), 3, generator) for name in NAMES}
+    bank = AdapterBank(transformer, fresh)
+    try:
+        train_loras(
+            adapter,
+            bank,
+            bank.slots(names, trainable=True),
+            pairs,
+            updates=updates,
+            rows_per_lora=rows,
+            learning_rate=2e-2,
+            shift=2.0,
+            seed=0,
+            report=lambda update, values: losses.append(values["loss"]),
+        )
+        return losses, {name: bank.state(name) for name in NAMES}
+    finally:
+        bank.detach()
+
+
+def same(state, other):
+    pairs = zip(state.modules.values(), other.modules.values(), strict=True)
+    return all(torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B) for a, b in pairs)
+
+
+def test_the_loss_decreases(adapter, pairs):
+    pairs.targets[:] = 3 * pairs.targets[0, 0, 0]  # one colour: soon learned
+    losses, states = train(adapter, pairs, 25)
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert all(torch.isfinite(m.delta()).all() for state in states.values() for m in state.modules.values())
+
+
+def test_a_slot_does_not_feel_anothers_data(adapter, pairs):
+    """AdamW would carry any leaked gradient, however small, into the weights: equal bit for bit means none."""
+    tensors = (pairs.sources, pairs.targets, pairs.text.embeds)
+    sources, targets, embeds = (torch.stack([t[0], 3 * t[1].flip(0)]) for t in tensors)
+    other = Pairs(sources, targets, Text(embeds))
+    _, states = train(adapter, pairs, 3)
+    _, changed = train(adapter, other, 3)
+    assert same(states["first"], changed["first"])
+    assert not same(states["second"], changed["second"])
+
+
+def test_training_jointly_equals_training_alone(adapter, pairs, monkeypatch):
+    """With the same draws for its rows; the other LoRA only shares the batch."""
+    _, joint = train(adapter, pairs, 3)
+    draw = torch.randint, torch.randn, flow_matching.sample_sigma
+    rows = 4
+
+    def first_half(function, position):
+        def drawn(*args, **kwargs):
+            size = args[position]
+            double = (2 * size[0], *size[1:]) if isinstance(size, (tuple, torch.Size)) else 2 * size
+            return function(*args[:position], double, *args[position + 1 :], **kwargs)[:rows]
+
+        return drawn
+
+    monkeypatch.setattr(lora_training.torch, "randint", first_half(draw[0], 1))
+    monkeypatch.setattr(lora_training.torch, "randn", first_half(draw[1], 0))
+    monkeypatch.setattr(flow_matching, "sample_sigma", first_half(draw[2], 0))
+    alone = Pairs(pairs.sources[:1], pairs.targets[:1], pairs.text[:1])
+    _, states = train(adapter, alone, 3, names=NAMES[:1], rows=rows)
+    for name, module in states["first"].modules.items():
+        torch.testing.assert_close(module.delta(), joint["first"].modules[name].delta(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_nan_names_update_and_lora(adapter, pairs):
+    bad = dataclasses.replace(pairs, targets=pairs.targets.clone())
+    bad.targets[1] = torch.nan
+    with pytest.raises(CloraError, match="update 1: the loss of LoRA 'second' is not finite"):
+        train(adapter, bad, 2)
+
+
+def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs, monkeypatch):
+    """A finite loss whose gradient is not: the root of zero."""
+    real, seen = lora_training._losses, {}
+
+    def steep(adapter, bank, slots, *rest):
+        parameters = list(slots.parameters())
+        seen["now"], seen["before"] = parameters, [p.detach().clone() for p in parameters]
+        return real(adapter, bank, slots, *rest) + torch.sqrt(0 * parameters[0][1].sum())
+
+    monkeypatch.setattr(lora_training, "_losses", steep)
+    with pytest.raises(CloraError, match="update 1: the gradient of LoRA 'second' is not finite"):
+        train(adapter, pairs, 2)
+    assert all(torch.equal(now, before) for now, before in zip(seen["now"], seen["before"], strict=True))

@@ -1,0 +1,201 @@
+"""The report: three whole files, readable offline, with nothing from the input taken as markup."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clora.data.images import encode_png
+from clora.errors import CloraError
+from clora.progress import quiet_libraries, stage
+from clora.report.drawing import smooth
+from clora.studio.report import GridData, method_name, write_report
+
+EFFECTS = ["snow", "a<b>&c"]
+
+
+def row(method, accuracy, psnr=20.0, precomputed=True):
+    return {
+        "method": method,
+        "precomputed": precomputed,
+        "files": 1,
+        "megabytes": 1.5,
+        "nfe": 8,
+        "effect_accuracy": accuracy,
+        "bad_case_rate": 1 - accuracy,
+        "bad_case_rate_stochastic": 1 - accuracy,
+        "psnr": psnr,
+        "subject_alignment": 4.0,
+        "general_accuracy": np.float32(0.5),
+        "per_effect": {"snow": accuracy},
+    }
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    rows = [row("teachers_80", 0.96), row("merge_svd", 0.3), row("base", 0.0, float("nan")), row("clora", 0.9, 21.0)]
+    rows[-1]["precomputed"] = False
+    seconds = {"distil": 3.0}
+    return {
+        "seed": 1,
+        "device": "cpu",
+        "targets_precomputed": True,
+        "seconds": seconds,
+        "peak_rss_mb": 9.0,
+        "effects": EFFECTS,
+        "rows": rows,
+    }
+
+
+@pytest.fixture(scope="module")
+def grid():
+    images = np.random.default_rng(0).random((2, 3, 16, 16, 3))
+    return GridData(("source", "teacher, 80 passes", "clora"), tuple(EFFECTS), images)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, metrics, grid):
+    folder = tmp_path_factory.mktemp("report") / "new"
+    curve = [(i, float(i)) for i in range(50)]
+    assert write_report(folder, metrics, grid, {"dmd_bs": [*curve, (50, float("nan"))], "empty": []}).is_file()
+    return folder
+
+
+def test_only_the_three_files(folder):
+    assert sorted(file.name for file in folder.iterdir()) == ["grid.png", "metrics.json", "report.html"]
+
+
+def test_metrics_are_valid_json(folder):
+    found = json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    by_method = {entry["method"]: entry for entry in found["rows"]}
+    assert by_method["base"]["psnr"] is None
+    assert by_method["clora"]["general_accuracy"] == 0.5
+    assert list(found) == ["seed", "device", "targets_precomputed", "seconds", "peak_rss_mb", "effects", "rows"]
+
+
+def test_page_is_self_contained(folder):
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import", page)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
+    assert page.count("<img") == 2 * 3 + 1  # pictures and the one curve with points
+    assert "a&lt;b&gt;&amp;c" in page
+    assert "a<b>" not in page
+    assert page.count("<th") == page.count("</th>") + page.count("<thead")
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_table(folder):
+    page = (folder / "report.html").read_text()
+    assert page.count('<span class="tag">precomputed</span>') == 3
+    assert "one LoRA each, 80 passes" in page
+    assert '<td class="best">96.0 %</td>' in page  # accuracy: high is good
+    assert '<td class="best">4.0 %</td>' in page  # bad cases: low is good
+    assert '<td class="best">21.0 dB</td>' in page
+    assert page.count('<td class="best">50.0 %</td>') == 4  # a tie is bold everywhere
+
+
+def test_grid_is_enlarged(folder):
+    image = np.asarray(Image.open(folder / "grid.png"))
+    assert image.shape[0] > 2 * 192
+    assert image.shape[1] > 3 * 192
+
+
+def test_png_shows_the_pixels(grid):
+    pixels = grid.pixels()[0, 0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels)
+
+
+def test_wrong_grid_shape():
+    with pytest.raises(ValueError, match=r"expected images \[1, 2, H, W, 3\]"):
+        GridData(("a", "b"), ("x",), np.zeros((2, 1, 4, 4, 3)))
+
+
+def test_unwritable(tmp_path, metrics, grid):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CloraError, match="cannot be written"):
+        write_report(tmp_path / "file", metrics, grid, {})
+
+
+def test_method_names():
+    assert method_name("merge_new_one") == "merged LoRA, new one"
+    assert method_name("clora") == "clora: one LoRA, 8 passes"
+
+
+def test_smooth_keeps_a_line_and_the_length():
+    line = np.arange(100.0)
+    assert np.allclose(smooth(line), line)
+    assert smooth(np.array([3.0])).tolist() == [3.0]
+
+
+@pytest.fixture
+def console():
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), force_terminal=False, width=200)
+
+
+def test_progress_in_plain_lines(console, monkeypatch):
+    monkeypatch.setattr("clora.progress.PLAIN_SECONDS", 0.0)
+    with stage("training [x]", 4, console) as advance:
+        advance(2, loss=0.5)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "training [x] ..."
+    assert re.fullmatch(r"training \[x\]: 2/4 \(50%\), 0:00, eta 0:00 loss 0.5", lines[1])
+    assert re.fullmatch(r"training \[x\]: done in \d+\.\d s", lines[2])
+
+
+def test_progress_is_sparse_and_tells_a_failure(console):
+    def work():
+        with stage("load", None, console) as advance:
+            for _ in range(100):
+                advance()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    first, last = console.file.getvalue().splitlines()
+    assert first == "load ..."
+    assert last.startswith("load: stopped after")
+
+
+def test_progress_in_a_terminal():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with stage("training", 4, console) as advance:
+        advance(4, loss=0.25)
+    assert "100%" in console.file.getvalue()
+    assert "loss 0.25" in console.file.getvalue()
+
+
+def test_libraries_are_quiet_while_a_pipeline_loads_and_as_before_afterwards(tiny_folder, capfd):
+    """Their bars would mix with the stage's own."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    from clora.models.loading import load_pipeline
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+
+    def state():
+        return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+
+    before = state()
+    assert all(shown for _, shown in before), "else this test shows nothing"
+    load_pipeline(str(tiny_folder), "cpu")
+    assert capfd.readouterr() == ("", "")
+    assert state() == before
+    with quiet_libraries():
+        for library in libraries:
+            library.get_logger(f"{library.__name__.partition('.')[0]}.some").warning("careful")
+        assert not huggingface_hub.utils.are_progress_bars_disabled(), "a download is long"
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(CloraError), quiet_libraries():
+        raise CloraError
+    assert state() == before

@@ -1,0 +1,66 @@
+"""Copies to a device, which the host does not wait for where that is safe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clora.bank.slots import fill
+from clora.devices import copies_later, send, take
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(("device", "later"), [("cuda", True), ("meta", True), ("mps", False), ("cpu", False)])
+def test_a_source_that_is_dropped_is_copied_at_once_where_the_device_reads_it_late(device, later, monkeypatch):
+    calls, pinned = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.stride()) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append(kwargs) or self)
+    send(torch.zeros(1).expand(3), device)
+    assert copies_later(torch.device(device)) is later
+    assert calls[-1] == {"non_blocking": later}
+    assert pinned == ([(1,)] if device == "cuda" else []), "an expanded tensor cannot be pinned"
+
+
+def test_what_is_sent_has_the_dtype_that_was_asked_for():
+    values = torch.tensor([1.0, 0.1])
+    assert send(values, "cpu") is values
+    assert torch.equal(send(values, "cpu", torch.bfloat16), values.bfloat16())
+    sent = send(values, "meta", torch.bfloat16)
+    assert (sent.device.type, sent.dtype) == ("meta", torch.bfloat16)
+
+
+def test_taken_rows():
+    values = torch.arange(6.0).reshape(3, 2)
+    assert take(values, torch.tensor([2, 0])).tolist() == [[4, 5], [0, 1]]
+    assert take(values, slice(1, 3)).tolist() == [[2, 3], [4, 5]]
+    assert take(values, 1).tolist() == [2, 3]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 1 << 24])
+def test_the_host_waits_for_no_copy_and_may_change_the_source_at_once(count, dtype):
+    send(torch.ones(count), "cuda", dtype)  # pinned memory is allocated, which may wait
+    torch.cuda.synchronize()
+    values, done = torch.ones(count), torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # a second of the GPU
+    sent = send(values, "cuda", dtype)
+    done.record()
+    assert not done.query()
+    values.zero_()
+    assert sent.min() == 1
+
+
+@gpu
+@needs_gpu
+def test_a_slot_may_be_filled_from_ordinary_memory_that_is_changed_at_once():
+    slot = {"layer": (torch.zeros(4, 8, device="cuda"), torch.zeros(8, 4, device="cuda"))}
+    a, b = torch.ones(2, 8), torch.ones(8, 2)
+    torch.cuda._sleep(1_000_000_000)
+    fill(slot, {"layer": (a, b)})
+    a.zero_()
+    b.zero_()
+    assert slot["layer"][0].sum() == slot["layer"][1].sum() == 16

@@ -1,0 +1,250 @@
+"""A whole run: anchoring first, resuming, divergence, the learning rate, the time limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.trainers import changed, make_trainer, rolled, same, slots
+
+from clora.errors import CloraError
+from clora.testing import random_data, tiny_config
+from clora.training import trainer as training
+from clora.training.checkpoint import check_resumable
+from clora.training.faults import Readings
+from clora.training.trainer import CRITIC, STUDENT
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path, optimizer):
+    """Interrupted between two draws of the streams, so that these must be kept too."""
+    train = {"updates": 3, "checkpoint_every": 1, "optimizer": optimizer}
+    sections = {"train": train, "objective": {"switch_every": 4}}
+    checkpoint = tmp_path / "state.safetensors"
+    whole, resumed = {}, {}
+
+    def stop(update, values):
+        if update == 2:
+            raise KeyboardInterrupt
+
+    with make_trainer(adapter, **sections) as trainer:
+        trainer.fit(lambda update, values: whole.update({update: dict(values)}))
+        expected, moments = slots(trainer), trainer.student_optimizer.state_dict()["state"]
+    with make_trainer(adapter, **sections) as trainer, pytest.raises(KeyboardInterrupt):
+        trainer.fit(stop, checkpoint)
+    with make_trainer(adapter, **sections) as trainer:
+        torch.randn(5, generator=trainer.generator)  # the checkpoint's state must win
+        trainer.fit(lambda update, values: resumed.update({update: dict(values)}), checkpoint)
+        assert not changed(trainer, expected)
+        for i, state in trainer.student_optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, moments[i][key]) for key, value in state.items())
+    assert resumed == {2: whole[2], 3: whole[3]}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(adapter, tmp_path):
+    checkpoint = tmp_path / "state.safetensors"
+    with make_trainer(adapter) as trainer:
+        trainer.save(checkpoint)
+    with make_trainer(adapter, sampler={"guidance": 3.0}) as trainer:
+        with pytest.raises(CloraError, match=r"state\.safetensors .*another run \(sampler differ\)"):
+            trainer.fit(lambda update, values: None, checkpoint)
+    free = {"updates": 1, "checkpoint_every": 7, "gradient_checkpointing": True}
+    with make_trainer(adapter, train=free) as trainer:
+        trainer.load(checkpoint)
+        other_cache = tiny_config([e.name for e in trainer.config.effects], data={"cache": "elsewhere"})
+    assert check_resumable(checkpoint, other_cache) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_broken_checkpoint_is_refused(adapter, tmp_path, content):
+    checkpoint = tmp_path / "state.safetensors"
+    with make_trainer(adapter) as trainer:
+        trainer.save(checkpoint)
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-9] if content is None else content)
+        with pytest.raises(CloraError, match="cannot be read .* remove it"):
+            trainer.load(checkpoint)
+
+
+def test_no_critic_is_trained_where_nothing_is_scored(adapter):
+    off = {"backward_simulation": False, "target_simulation": False}
+    with make_trainer(adapter, objective=off) as trainer:
+        before, reports = slots(trainer), []
+        trainer.fit(lambda update, values: reports.append(values))
+        assert changed(trainer, before) == {STUDENT}
+    assert all("critic" not in values for values in reports)
+
+
+@pytest.mark.parametrize(("objective", "term"), [({}, "dmd_ts"), ({"target_simulation": False}, "anchor")])
+def test_a_nan_target_stops_naming_update_effect_and_term(adapter, objective, term):
+    data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    data.targets[1] = torch.nan
+    objective = {"dual_stream": False, **objective}
+    with make_trainer(adapter, data, objective=objective, train={"batch_size": 16}) as trainer:
+        with pytest.raises(CloraError, match=f"update 1: the student's loss.*effect 'effect_1', term {term}"):
+            trainer.fit(lambda update, values: None)
+
+
+def test_a_nan_source_stops_the_critic(adapter):
+    data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    data.general_sources[:] = torch.nan
+    with make_trainer(adapter, data) as trainer:
+        with pytest.raises(CloraError, match="update 1: the critic's loss.*effect of the general stream"):
+            trainer.critic_step(*rolled(trainer)).read()
+
+
+def test_what_went_wrong_is_never_in_a_checkpoint(adapter, tmp_path, monkeypatch):
+    """The steps that follow a fault within an update compute on; what is on disk is from before."""
+    checkpoint = tmp_path / "state.safetensors"
+    with make_trainer(adapter, train={"updates": 5, "checkpoint_every": 1, "critic_ratio": 2}) as trainer:
+        real, states = trainer.simulate, []
+
+        def simulate(batch):
+            x, sigma = real(batch)
+            return (x * torch.nan if trainer.update == 2 else x), sigma
+
+        monkeypatch.setattr(trainer, "simulate", simulate)
+        with pytest.raises(CloraError, match="update 3: the critic's loss"):
+            trainer.fit(lambda update, values: states.append(slots(trainer)), checkpoint)
+        assert any(not module.lora_A.isfinite().all() for module in trainer.student.state(STUDENT).modules.values())
+    with make_trainer(adapter, train={"updates": 5, "checkpoint_every": 1, "critic_ratio": 2}) as trainer:
+        trainer.load(checkpoint)
+        assert trainer.update == len(states) == 2
+        assert all(same(state, states[-1][name]) for name, state in slots(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("loss_name", "step", "message"),
+    [
+        (
+            "coarse_to_fine_loss",
+            "student_step",
+            r"the student's gradient.*strongest comes from effect .*, term (dmd_bs|dmd_ts|anchor);",
+        ),
+        ("critic_loss", "critic_step", "the critic's gradient.*largest loss comes from effect"),
+    ],
+)
+def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, loss_name, step, message):
+    real = getattr(training, loss_name)
+
+    def infinite(velocity, *args):
+        loss, terms = real(velocity, *args)
+        if loss_name == "critic_loss":
+            return loss * torch.inf, terms
+        return loss, terms | {"velocity_gradient": torch.full_like(velocity, torch.inf)}
+
+    monkeypatch.setattr(training, loss_name, infinite)
+    with make_trainer(adapter) as trainer:
+        batch, rollout = rolled(trainer)
+        with pytest.raises(CloraError, match=f"update 1: {message}"):
+            getattr(trainer, step)(batch, rollout).read()
+
+
+def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
+    """So that switching it off is one flag, whatever share of the run it would have had."""
+    with make_trainer(adapter, objective={"trajectory_anchoring": False}, train={"anchor_share": 0.9}) as trainer:
+        reports = []
+        trainer.fit(lambda update, values: reports.append(values))
+    assert reports
+    assert all("critic" in values for values in reports)
+
+
+def test_the_student_learns_from_the_rollout_of_its_last_critic_update(adapter, monkeypatch):
+    with make_trainer(adapter, train={"updates": 1, "critic_ratio": 3}) as trainer:
+        rollouts, used = [], []
+        simulate, student_rows = trainer.simulate, trainer._student_rows
+        monkeypatch.setattr(trainer, "simulate", lambda batch: rollouts.append(simulate(batch)) or rollouts[-1])
+        monkeypatch.setattr(trainer, "_student_rows", lambda *args: used.append(args) or student_rows(*args))
+        trainer.fit(lambda update, values: None)
+    assert len(rollouts) == 3
+    ((_, rollout),) = used
+    assert rollout is rollouts[-1]
+
+
+def test_gradients_are_clipped(adapter, monkeypatch):
+    norms = []
+    with make_trainer(adapter, train={"clip": 0.5}) as trainer:
+        parameters, step = trainer.student.parameters(), trainer.student_optimizer.step
+        (100 * sum(p.sum() for p in parameters)).backward()
+        expected = torch.stack([p.grad.norm() for p in parameters]).norm()
+
+        def stepping():
+            norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
+            step()
+
+        monkeypatch.setattr(trainer.student_optimizer, "step", stepping)
+        torch.testing.assert_close(trainer._step(trainer.student_optimizer, trainer.student), expected)
+        assert all(p.grad is None for p in parameters), "the critic's would lie beside them"
+    assert norms == [pytest.approx(0.5, rel=1e-3)]
+
+
+def test_anchor_updates_come_first_and_learn_the_targets(adapter):
+    losses, data = [], random_data(adapter, ["effect_0", "effect_1", "effect_2"])
+    data.targets[:] = 3 * data.targets[0, 0, 0]  # one colour: soon learned
+    train = {"updates": 60, "anchor_share": 1.0, "learning_rate": 3e-2}
+    with make_trainer(adapter, data, train=train) as trainer:
+        before = trainer.critic.state(CRITIC)
+        trainer.fit(lambda update, values: losses.append(values))
+        assert same(trainer.critic.state(CRITIC), before)
+    assert all(values["dmd_bs"] == values["dmd_ts"] == 0 and "critic" not in values for values in losses)
+    first, last = (sum(values["anchor"] for values in part) / 5 for part in (losses[:5], losses[-5:]))
+    assert last < 0.8 * first
+
+
+def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
+    train = {"updates": 4, "anchor_share": 0.5, "learning_rate": 3e-2}
+    with make_trainer(adapter, train=train) as trainer:
+        equal = []
+
+        def compare(batch, rollout):
+            pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
+            equal.append(all(torch.equal(critic, student) for critic, student in pairs))
+            return Readings({})
+
+        monkeypatch.setattr(trainer, "critic_step", compare)
+        trainer.fit(lambda update, values: None)
+    assert len(equal) == 4, "two critic updates before each of the last two"
+    assert equal[0]
+    assert not equal[2], "the critic is set once"
+
+
+def test_each_phase_has_its_own_learning_rate_which_falls_linearly(adapter):
+    rates = {"anchor_learning_rate": 4.0, "learning_rate": 1.0, "critic_learning_rate": 2.0}
+    with make_trainer(adapter, train={"updates": 100, "anchor_share": 0.5, **rates}) as trainer:
+        found = {}
+        for progress in (0.0, 0.25, 0.499, 0.5, 0.75, 0.999):
+            trainer._set_learning_rate(progress)
+            found[progress] = trainer.student_optimizer.param_groups[0]["lr"]
+            if progress >= 0.5:
+                assert trainer.critic_optimizer.param_groups[0]["lr"] == pytest.approx(2 * found[progress])
+    assert (found[0.0], found[0.5]) == (4.0, 1.0)
+    assert (found[0.25], found[0.75]) == (pytest.approx(4 * 0.51), pytest.approx(0.51))
+    assert (found[0.499], found[0.999]) == (pytest.approx(4 * 0.02196), pytest.approx(0.02196))
+
+
+def test_a_time_limit_ends_the_run(adapter):
+    with make_trainer(adapter, train={"updates": 10**6, "minutes": 0.001}) as trainer:
+        trainer.fit(lambda update, values: None)
+        assert trainer.update < 1000
+
+
+def test_a_resumed_run_has_only_the_time_that_was_left(adapter, tmp_path, monkeypatch):
+    """Each update takes five seconds of a minute; the learning rate goes on falling where it was."""
+    checkpoint, clock = tmp_path / "state.safetensors", iter(range(1000, 10**6, 5))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    train = {"updates": 10**6, "minutes": 1.0, "checkpoint_every": 1}
+    monkeypatch.setattr(
+        training.DistillTrainer, "_iterate", lambda self, progress: Readings({"progress": torch.tensor(progress)})
+    )
+    seen = []
+
+    def stop(update, values):
+        seen.append(values["progress"])
+        if update == 4:
+            raise KeyboardInterrupt
+
+    with make_trainer(adapter, train=train) as trainer, pytest.raises(KeyboardInterrupt):
+        trainer.fit(stop, checkpoint)
+    with make_trainer(adapter, train=train) as trainer:
+        trainer.fit(lambda update, values: seen.append(values["progress"]), checkpoint)
+    assert seen == sorted(seen)
+    assert len(seen) <= 14, "both parts together take the minute, five seconds an update, and the one that was lost"
