@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clora.errors import CloraError
@@ -13,8 +14,31 @@ TEMPLATES = Path(__file__).parent / "templates"
 """Files that ship with clora: the example config, everyday edits, the model card, the report."""
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside a file; what the block writes there takes the file's place at the end.
+
+    So no reader ever sees half of a file, and an error in the block leaves the old one. The folder is created where it
+    is missing.
+
+    Raises:
+        CloraError: the block or the renaming raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        message = f"{path} cannot be written: {error.strerror or error}"
+        raise CloraError(f"{message}; choose another output folder") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes a file under a temporary name and renames it, so that no reader ever sees half of it.
+    """Writes a file as a whole (see `replacing`).
 
     Args:
         path: the file; its folder is created where it is missing.
@@ -23,20 +47,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     Raises:
         CloraError: it cannot be written.
     """
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CloraError(
-            f"{path} cannot be written: {error.strerror or error}; choose another output folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(Path(path)) as file:
+        file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -65,7 +77,7 @@ def check_writable(folder: str | Path) -> Path:
         raise CloraError(f"{message}; choose another output folder") from error
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.rmdir()
     return folder
 

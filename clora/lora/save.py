@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,12 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clora.errors import CloraError
+from clora.files import replacing
 from clora.lora.families import Family, Part, original_part, original_parts
-from clora.lora.source import METADATA_KEY
+from clora.lora.source import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from clora.lora.state import LoRAModule, LoRAState
 
-# The config first: weights without their config would be read with alpha = rank.
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
 
 
@@ -87,15 +84,11 @@ def save_peft_folder(
     folder = Path(folder)
     tensors = _named(modules, "base_model.model.", dtype)
     _refuse_nonfinite(tensors, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
-            write_safetensors(tensors, Path(temporary, _PEFT_FILES[1]), metadata or {})
-            config.save_pretrained(temporary)
-            for name in _PEFT_FILES:
-                os.replace(Path(temporary, name), folder / name)
-    except OSError as error:
-        raise CloraError(f"{folder} cannot be written: {error}") from error
+    # The inner file, the config, is renamed first: weights without their config would be read with alpha = rank.
+    with replacing(folder / PEFT_WEIGHTS) as weights_file, replacing(folder / PEFT_CONFIG) as config_file:
+        _write_and_compare(tensors, weights_file, metadata or {})
+        # PEFT holds the modules as a set.
+        config_file.write_text(json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def save_kohya(
@@ -172,23 +165,8 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata:
     if path.suffix != ".safetensors":
         raise CloraError(f"{path}: expected a name that ends in .safetensors")
     _refuse_nonfinite(tensors, path)
-    # safetensors refuses tensors that share memory, as the parts of a fused module do.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", **metadata}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)  # safetensors 0.8 makes files that their owner alone can read
-        _compare(temporary, tensors, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CloraError(f"{path} cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path) as file:
+        _write_and_compare(tensors, file, metadata)
 
 
 def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:
@@ -202,14 +180,24 @@ def _refuse_nonfinite(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise CloraError(f"{path}: {name} holds NaN or infinite values as {tensor.dtype}; nothing was written")
 
 
-def _compare(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Raises OSError where the file does not hold what was written, as on a full or failing disk."""
-    with safe_open(file, framework="pt") as opened:
-        if opened.metadata() != metadata or set(opened.keys()) != set(tensors):
-            raise OSError("the header read back differs from what was written")
-        for name, tensor in tensors.items():
-            if not torch.equal(opened.get_tensor(name), tensor):
-                raise OSError(f"{name} read back differs from what was written")
+    # safetensors refuses tensors that share memory, as the parts of a fused module do.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", **metadata}
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata)
+        file.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
+        with safe_open(file, framework="pt") as opened:
+            if opened.metadata() != metadata or set(opened.keys()) != set(tensors):
+                raise OSError("the header read back differs from what was written")
+            for name, tensor in tensors.items():
+                if not torch.equal(opened.get_tensor(name), tensor):
+                    raise OSError(f"{name} read back differs from what was written")
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _named(modules: Mapping[str, LoRAModule], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ from clora.files import user_path
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
 METADATA_KEY = "lora_adapter_metadata"
-_PEFT_CONFIG = "adapter_config.json"
-_PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 # In this order, as diffusers and PEFT look for them.
-_USUAL_NAMES = ("pytorch_lora_weights.safetensors", _PEFT_WEIGHTS)
+_USUAL_NAMES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _pickle_error(file: Path) -> CloraError:
 
 def _adapter_config(file: Path, keys: Iterable[str], metadata: dict[str, str]) -> AdapterConfig:
     """Reads ``adapter_config.json`` beside PEFT weights, else diffusers' metadata entry, else nothing."""
-    beside = file.with_name(_PEFT_CONFIG)
-    is_peft = file.name == _PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in keys)
+    beside = file.with_name(PEFT_CONFIG)
+    is_peft = file.name == PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in keys)
     if is_peft and beside.is_file():
         try:
             text = beside.read_text(encoding="utf-8")
