@@ -53,10 +53,16 @@ class Routing:
 
 
 class AdapterBank:
-    """Low-rank slots attached to a transformer's linear layers.
+    """Low-rank slots attached to a transformer's linear layers, which `detach` restores.
+
+    ::
+
+        with AdapterBank(transformer, {"snow": snow, "ink": ink}) as bank:
+            with bank.route(bank.slots(), torch.tensor([1, 0, -1])):  # ink, snow, the base alone
+                ...  # a pass of the transformer on a batch of three samples
 
     Args:
-        transformer: its linear layers named by the states are wrapped in place; ``detach`` restores them.
+        transformer: the linear layers that the states name are wrapped in place.
         states: slot name to LoRA. Ranks and modules may differ: shorter ranks are padded with zeros and a module that
             a LoRA lacks is zero there, so nothing of another slot can leak.
         dtype: of the slots; None for the transformer's own (of its arithmetic, where its weights are quantised).
@@ -96,6 +102,12 @@ class AdapterBank:
         for module, routed in self._layers.items():
             _replace(transformer, module, routed)
         self._groups = _groups({module: layer.in_features for module, layer in layers.items()})
+
+    def __enter__(self) -> AdapterBank:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
 
     def slots(self, names: Sequence[str] | None = None, rank: int | None = None, trainable: bool = False) -> Slots:
         """A range of neighbouring slots (default: all), views cut to ``rank`` and set to take gradients or not.

@@ -47,15 +47,12 @@ def draw_samples(
 def _results(config: DistillConfig, adapter: ModelAdapter, student: LoRAState, data: DistillData, report) -> Tensor:
     """Latents ``[E, T, C]`` of the first sample of each effect under its first prompt."""
     count, sampler = len(data.effects), config.sampler
-    bank = AdapterBank(adapter.pipeline.transformer, {"student": student})
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {"student": student}) as bank:
         batch = samples_at_once(config, TEACHERS_AT_ONCE)
         generator = Generator(adapter, bank, bank.slots(), sampler.shift, batch, report)
         conditioning = Conditioning(data.text[data.student_text[:, 0, 0]], data.sources[:, 0])
         ids = torch.zeros(count, dtype=torch.int64)
         return generator.few_step(ids, conditioning, [config.seed] * count, sampler.steps)
-    finally:
-        bank.detach()
 
 
 def _first_pictures(config: DistillConfig) -> np.ndarray:

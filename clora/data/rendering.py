@@ -107,8 +107,7 @@ def render_some_targets(
     ids = torch.tensor([slot.get(name, -1) for name in teachers])[effect]
     transformer, states = adapter.pipeline.transformer, {name: teachers[name] for name in names}
     pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
-    bank = AdapterBank(transformer, states, pages=pages)
-    try:
+    with AdapterBank(transformer, states, pages=pages) as bank:
         count = samples_at_once(config, TEACHERS_AT_ONCE)
         generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, count, report)
         seeds = target_seeds(config, len(effect))
@@ -117,8 +116,6 @@ def render_some_targets(
             with bank.placed(ids[rows]) as slots:
                 bank.fetch(ids[following])
                 yield from _render(generator, rows, slots, samples.flat(), text, seeds, config)
-    finally:
-        bank.detach()
 
 
 def render_general_targets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -106,15 +107,12 @@ def measure_teachers(
     report: Report,
 ) -> dict[str, Measured]:
     """Rows ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
-    bank = AdapterBank(adapter.pipeline.transformer, teachers)
-    try:
+    with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         generator = Generator(adapter, bank, bank.slots(), SHIFT, report=report)
         ids, seeds = evaluation.ids, evaluation.seeds
         conditioning = evaluation.conditioning(evaluation.teacher_text)
         full = generator.guided_euler(ids, conditioning, evaluation.empty_text, seeds, TEACHER_STEPS, guidance)
         short = [generator.euler(ids, conditioning, seeds, STEPS), generator.few_step(ids, conditioning, seeds, STEPS)]
-    finally:
-        bank.detach()
     candidates = [_measured(adapter, evaluation, latents) for latents in short]
     best = max(candidates, key=lambda m: (m.row()["effect_accuracy"], -m.row()["bad_case_rate"]))
     return {"teachers_80": _measured(adapter, evaluation, full), "teachers_8": best}
@@ -125,8 +123,7 @@ def measure_one_lora(
 ) -> Measured:
     """One LoRA (None: the base) for every effect and for general edits, with the few-step sampler."""
     transformer = adapter.pipeline.transformer
-    bank = None if lora is None else AdapterBank(transformer, {"lora": lora})
-    try:
+    with nullcontext() if lora is None else AdapterBank(transformer, {"lora": lora}) as bank:
         slots = None if bank is None else bank.slots()
         generator = Generator(adapter, bank, slots, SHIFT, report=report)
         ids = torch.zeros(len(evaluation.ids), dtype=torch.int64)
@@ -134,9 +131,6 @@ def measure_one_lora(
         count = len(evaluation.general)
         general_seeds = [8_000_000 + i for i in range(count)]
         general = generator.few_step(torch.zeros(count, dtype=torch.int64), evaluation.general, general_seeds, STEPS)
-    finally:
-        if bank is not None:
-            bank.detach()
     accuracy = general_accuracy(to_images(adapter.decode(general)))
     size = None if lora is None else round(2e-6 * lora.num_parameters, 2)
     return replace(_measured(adapter, evaluation, latents, accuracy), megabytes=size)

@@ -42,17 +42,14 @@ def train_student(
     """
     transformer = adapter.pipeline.transformer
     student = initial_student(config, transformer, list(teachers.values()))
-    bank = AdapterBank(
+    with AdapterBank(
         transformer,
         {CRITIC: student, **teachers},
         pages=teacher_pages(config.train.teacher_memory_gb, transformer, [student, *teachers.values()], len(teachers)),
         fixed=1,
-    )
-    try:
+    ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
         trainer.fit(report, checkpoint)
-    finally:
-        bank.detach()
     return trainer.student.state(STUDENT)
 
 

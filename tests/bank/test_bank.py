@@ -24,9 +24,8 @@ def teachers(adapter):
 
 @pytest.fixture
 def bank(adapter, teachers):
-    bank = AdapterBank(adapter.pipeline.transformer, teachers)
-    yield bank
-    bank.detach()
+    with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
+        yield bank
 
 
 @torch.no_grad()
@@ -48,14 +47,11 @@ def test_mixed_batch_equals_merged_weights_sample_by_sample(adapter, teachers, i
     base = copy.deepcopy(adapter.pipeline.transformer)
     models = [merge_lora(base, state) for state in teachers.values()]
     ids = [2, 0, -1, 1, 0]
-    bank = AdapterBank(adapter.pipeline.transformer, teachers)
-    try:
+    with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         mixed = routed(adapter, bank, ids, x, sigma, conditioning)
         alone = torch.cat(
             [routed(adapter, bank, [e], x[[i]], sigma[[i]], conditioning[[i]]) for i, e in enumerate(ids)]
         )
-    finally:
-        bank.detach()
     for i, e in enumerate(ids):
         expected = plain(adapter, base if e < 0 else models[e], x[[i]], sigma[[i]], conditioning[[i]])
         torch.testing.assert_close(mixed[[i]], expected, **TOLERANCE)
@@ -68,11 +64,8 @@ def test_mixed_batch_equals_merged_weights_sample_by_sample(adapter, teachers, i
 def test_base_rows_equal_the_plain_transformer(adapter, teachers, inputs):
     x, sigma, conditioning = inputs(4)
     expected = plain(adapter, adapter.pipeline.transformer, x, sigma, conditioning)
-    bank = AdapterBank(adapter.pipeline.transformer, teachers)
-    try:
+    with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         assert torch.equal(routed(adapter, bank, [-1] * 4, x, sigma, conditioning), expected)
-    finally:
-        bank.detach()
 
 
 def test_modules_and_ranks_that_a_slot_lacks_are_zero(bank, teachers):
@@ -191,9 +184,6 @@ def test_a_fresh_lora_changes_nothing_but_can_learn(adapter, inputs):
     state = fresh_lora(linear_shapes(transformer), 3, torch.Generator().manual_seed(0))
     assert all(module.lora_A.any() and not module.lora_B.any() for module in state.modules.values())
     assert set(state.modules) == set(linear_shapes(transformer))
-    bank = AdapterBank(transformer, {"fresh": state})
-    try:
+    with AdapterBank(transformer, {"fresh": state}) as bank:
         out = routed(adapter, bank, [0, 0], x, sigma, conditioning)
-    finally:
-        bank.detach()
     torch.testing.assert_close(out, expected, **TOLERANCE)

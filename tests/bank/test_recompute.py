@@ -48,20 +48,19 @@ def test_a_run_is_the_same_with_and_without(adapter, block_calls):
 
 def test_a_mixed_batch_is_computed_again_on_its_own_slots(adapter, inputs):
     x, sigma, conditioning = inputs(5)
-    bank = AdapterBank(adapter.pipeline.transformer, random_teachers(adapter.pipeline.transformer, 3))
-    first, second = bank.slots(trainable=True), bank.slots(["effect_2"], trainable=True)
-    passes = [(first, torch.tensor([2, -1, 0, 1, 1])), (second, torch.tensor([0, 0, -1, 0, -1]))]
+    with AdapterBank(adapter.pipeline.transformer, random_teachers(adapter.pipeline.transformer, 3)) as bank:
+        first, second = bank.slots(trainable=True), bank.slots(["effect_2"], trainable=True)
+        passes = [(first, torch.tensor([2, -1, 0, 1, 1])), (second, torch.tensor([0, 0, -1, 0, -1]))]
 
-    def gradients():
-        """Two passes are open when the gradient of the first is asked for."""
-        outputs = []
-        for slots, ids in passes:
-            with bank.route(slots, ids):
-                outputs.append(adapter.velocity(x, sigma, conditioning))
-        sum(output.square().sum() for output in outputs).backward()
-        return [parameter.grad for slots, _ in passes for parameter in slots.parameters()]
+        def gradients():
+            """Two passes are open when the gradient of the first is asked for."""
+            outputs = []
+            for slots, ids in passes:
+                with bank.route(slots, ids):
+                    outputs.append(adapter.velocity(x, sigma, conditioning))
+            sum(output.square().sum() for output in outputs).backward()
+            return [parameter.grad for slots, _ in passes for parameter in slots.parameters()]
 
-    try:
         expected = gradients()
         for slots, _ in passes:
             for parameter in slots.parameters():
@@ -69,8 +68,6 @@ def test_a_mixed_batch_is_computed_again_on_its_own_slots(adapter, inputs):
         with recomputed_blocks(bank):
             found = gradients()
         assert bank.routing is None
-    finally:
-        bank.detach()
     assert any(gradient.any() for gradient in expected)
     assert all(torch.equal(gradient, other) for gradient, other in zip(found, expected, strict=True))
 

@@ -116,15 +116,12 @@ def condition(adapter, source):
 
 def sample(adapter, state, conditioning, latents, steps=STEPS, seed=0):
     """clora's few-step sampler through a bank, drawing from the global generator as a pipeline does."""
-    bank = AdapterBank(adapter.pipeline.transformer, {"student": state})
-    torch.manual_seed(seed)
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {"student": state}) as bank:
+        torch.manual_seed(seed)
         with torch.no_grad(), bank.route(bank.slots(), torch.tensor([0])):
             return few_step_sample(
                 lambda x, sigma: adapter.velocity(x, sigma, conditioning), packed(latents), student_schedule(steps)
             )
-    finally:
-        bank.detach()
 
 
 def scaled(state, factor):
@@ -179,15 +176,12 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
     pipeline.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: timesteps.append(kwargs["timestep"].clone()), with_kwargs=True
     )
-    bank = AdapterBank(adapter.pipeline.transformer, {"teacher": teacher})
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {"teacher": teacher}) as bank:
         generator = Generator(adapter, bank, bank.slots(), 3.0)
         noise = generator._noise([4])
         latents = generator.guided_euler(
             torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""]), [4], steps, w
         )
-    finally:
-        bank.detach()
     stock = call(pipeline, source, noise.transpose(1, 2).reshape(1, 16, *GRID), steps, w + 1)
     torch.testing.assert_close(stock, image(adapter, latents), rtol=0, atol=1e-4)
     assert torch.equal(torch.cat(timesteps), teacher_schedule(steps)[:-1].repeat_interleave(2))

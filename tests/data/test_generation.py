@@ -16,9 +16,8 @@ SEEDS = [3, 1, 4, 1, 5]
 
 @pytest.fixture
 def bank(adapter):
-    bank = AdapterBank(adapter.pipeline.transformer, random_teachers(adapter.pipeline.transformer, 3))
-    yield bank
-    bank.detach()
+    with AdapterBank(adapter.pipeline.transformer, random_teachers(adapter.pipeline.transformer, 3)) as bank:
+        yield bank
 
 
 def run(sampler, generator, conditioning, ids, seeds):

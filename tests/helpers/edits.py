@@ -41,11 +41,8 @@ def routed(
     adapter: ModelAdapter, loras: Mapping[str, LoRAState], samples: Sequence[Sample]
 ) -> Iterator[tuple[AdapterBank, Tensor]]:
     """A bank of all LoRAs, and the samples' rows in it."""
-    bank = AdapterBank(adapter.pipeline.transformer, loras)
-    try:
+    with AdapterBank(adapter.pipeline.transformer, loras) as bank:
         yield bank, torch.tensor([-1 if s.lora is None else list(loras).index(s.lora) for s in samples])
-    finally:
-        bank.detach()
 
 
 def start_noise(adapter: ModelAdapter, sample: Sample) -> Tensor:

@@ -20,11 +20,8 @@ def make_trainer(adapter, encoded=None, pages=None, **sections):
     teachers = random_teachers(transformer, 3)
     student, critic = random_lora(transformer, 4, 101), random_lora(transformer, 4, 102)
     config = tiny_config(list(teachers), **sections)
-    bank = AdapterBank(transformer, {CRITIC: critic, **teachers}, pages=pages, fixed=1)
-    try:
+    with AdapterBank(transformer, {CRITIC: critic, **teachers}, pages=pages, fixed=1) as bank:
         yield DistillTrainer(config, adapter, bank, encoded or random_data(adapter, list(teachers)), student, critic)
-    finally:
-        bank.detach()
 
 
 def mixed_batch(trainer):

@@ -84,21 +84,18 @@ def test_encodings_that_are_read_again_give_the_same_velocity(adapter, pictures,
 
 def test_recomputed_blocks_give_the_same_gradients(adapter, conditioning):
     transformer = adapter.pipeline.transformer
-    bank = AdapterBank(transformer, {str(seed): random_lora(transformer, 2, seed) for seed in range(2)})
-    slots, found = bank.slots(trainable=True), []
+    with AdapterBank(transformer, {str(seed): random_lora(transformer, 2, seed) for seed in range(2)}) as bank:
+        slots, found = bank.slots(trainable=True), []
 
-    def gradients():
-        with bank.route(slots, torch.tensor([1, -1, 0])):
-            output = velocity(adapter, conditioning)
-        every = torch.autograd.grad(output.square().sum(), slots.parameters(), allow_unused=True)
-        return [gradient for gradient in every if gradient is not None]  # a last block's text goes nowhere
+        def gradients():
+            with bank.route(slots, torch.tensor([1, -1, 0])):
+                output = velocity(adapter, conditioning)
+            every = torch.autograd.grad(output.square().sum(), slots.parameters(), allow_unused=True)
+            return [gradient for gradient in every if gradient is not None]  # a last block's text goes nowhere
 
-    try:
         found.append(gradients())
         with recomputed_blocks(bank):
             found.append(gradients())
-    finally:
-        bank.detach()
     assert any(gradient.any() for gradient in found[0])
     assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
 

@@ -83,9 +83,8 @@ def condition(adapter, prompts, images):
 
 def few_step(adapter, states, ids, conditioning, latents, noises=None, seed=0):
     """Through a bank; noises from the global generator by default, as a stock call draws them."""
-    bank = AdapterBank(adapter.pipeline.transformer, {str(i): state for i, state in enumerate(states)})
-    torch.manual_seed(seed)
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {str(i): state for i, state in enumerate(states)}) as bank:
+        torch.manual_seed(seed)
         with torch.no_grad(), bank.route(bank.slots(), torch.tensor(ids)):
             return few_step_sample(
                 lambda x, sigma: adapter.velocity(x, sigma, conditioning),
@@ -93,8 +92,6 @@ def few_step(adapter, states, ids, conditioning, latents, noises=None, seed=0):
                 student_schedule(STEPS),
                 noises=noises,
             )
-    finally:
-        bank.detach()
 
 
 def assert_carries(transformer, lora):
@@ -165,16 +162,13 @@ def test_guided_teachers_equal_stock_calls(adapter, loras, tmp_path, w):
     """The pipeline's own scheduler, which shifts dynamically; its guidance scale is w + 1."""
     steps, images = 5, [picture(i, SIZE) for i in range(2)]
     pipeline = stock_pipeline(loras[1], tmp_path)
-    bank = AdapterBank(adapter.pipeline.transformer, {"teacher": loras[1]})
-    conditioning = condition(adapter, PROMPTS[:2], images)
-    empty = adapter.encode_prompts(["", ""], [torch.cat([pixels(image) for image in images])])
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {"teacher": loras[1]}) as bank:
+        conditioning = condition(adapter, PROMPTS[:2], images)
+        empty = adapter.encode_prompts(["", ""], [torch.cat([pixels(image) for image in images])])
         generator = Generator(adapter, bank, bank.slots(), 3.0)
         noise = generator._noise([4, 7])
         with timesteps_of(adapter.pipeline) as times:
             latents = generator.guided_euler(torch.tensor([0, 0]), conditioning, empty, [4, 7], steps, w)
-    finally:
-        bank.detach()
     ours = image(adapter, latents)
     for i in range(2):
         with timesteps_of(pipeline) as stock_times:

@@ -107,14 +107,11 @@ def test_gradients_reach_every_layer(pipeline):
     """In a batch of prompts of different lengths."""
     adapter = adapter_for(pipeline, SQUARE, LENGTH)
     samples = [Sample(prompt, pictures([SQUARE]), "student", 0) for prompt in ("add snow", SENTENCES[0])]
-    bank = AdapterBank(pipeline.transformer, {"student": random_lora(pipeline.transformer, 2, 1)})
-    slots, conditioning = bank.slots(trainable=True), condition(adapter, samples)
-    noise = torch.cat([start_noise(adapter, sample) for sample in samples])
-    try:
+    with AdapterBank(pipeline.transformer, {"student": random_lora(pipeline.transformer, 2, 1)}) as bank:
+        slots, conditioning = bank.slots(trainable=True), condition(adapter, samples)
+        noise = torch.cat([start_noise(adapter, sample) for sample in samples])
         with bank.route(slots, torch.tensor([0, 0])):
             adapter.velocity(noise, torch.tensor([0.5, 0.9]), conditioning).square().mean().backward()
-    finally:
-        bank.detach()
     assert len(slots.factors) == 2 * 7
     assert all(factor.grad.any() for factor in slots.parameters())
     assert not pipeline.transformer.pos_embed._forward_hooks

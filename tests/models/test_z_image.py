@@ -83,8 +83,7 @@ def condition(adapter, prompts, images):
 
 def few_step(adapter, states, ids, conditioning, latents, noises):
     """Through a bank; latents and the steps' noises in the pipeline's layout."""
-    bank = AdapterBank(adapter.pipeline.transformer, {str(i): state for i, state in enumerate(states)})
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {str(i): state for i, state in enumerate(states)}) as bank:
         with torch.no_grad(), bank.route(bank.slots(), torch.tensor(ids)):
             return few_step_sample(
                 lambda x, sigma: adapter.velocity(x, sigma, conditioning),
@@ -92,8 +91,6 @@ def few_step(adapter, states, ids, conditioning, latents, noises):
                 student_schedule(STEPS),
                 noises=[_pack(noise) for noise in noises],
             )
-    finally:
-        bank.detach()
 
 
 def image(adapter, latents):
@@ -181,16 +178,13 @@ def test_guided_teachers_equal_stock_calls(loras, tmp_path, w, dynamic):
     for each in (adapter.pipeline, pipeline):
         config = {"use_dynamic_shifting": dynamic, "base_shift": 0.4, "max_image_seq_len": 60}
         each.scheduler = type(each.scheduler).from_config(each.scheduler.config, **config)
-    bank = AdapterBank(adapter.pipeline.transformer, {"teacher": loras[1]})
-    try:
+    with AdapterBank(adapter.pipeline.transformer, {"teacher": loras[1]}) as bank:
         generator = Generator(adapter, bank, bank.slots(), 3.0)
         noise, ids = generator._noise([4, 7]), torch.tensor([0, 0])
         with timesteps_of(adapter.pipeline) as times:
             latents = generator.guided_euler(
                 ids, condition(adapter, PROMPTS[:2], [images]), adapter.encode_prompts([""]), [4, 7], steps, w
             )
-    finally:
-        bank.detach()
     ours = image(adapter, latents)
     for i in range(2):
         with timesteps_of(pipeline) as stock_times:

@@ -58,18 +58,16 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
     transformer = adapter.pipeline.transformer
     with next(transformer.parameters()).fake_mode:
         lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
-        bank = AdapterBank(transformer, {"student": lora})
-        try:
-            slots = bank.trained("student", lora)
-            counter = FlopCounterMode(display=False)
-            with counter:
-                saved = _saved_bytes(adapter, bank, slots, text_shape)
-            with recomputed_blocks(bank):
-                checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
-        except Exception as error:  # a pass that reads values, or wants more than zeros, raises whatever it meets
-            raise _uncounted(adapter, error) from error
-        finally:
-            bank.detach()
+        with AdapterBank(transformer, {"student": lora}) as bank:
+            try:
+                slots = bank.trained("student", lora)
+                counter = FlopCounterMode(display=False)
+                with counter:
+                    saved = _saved_bytes(adapter, bank, slots, text_shape)
+                with recomputed_blocks(bank):
+                    checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
+            except Exception as error:  # a pass that reads values, or wants more than zeros, raises whatever it meets
+                raise _uncounted(adapter, error) from error
     return PassCost(counter.get_total_flops(), saved, checkpointed)
 
 

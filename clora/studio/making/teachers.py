@@ -81,8 +81,7 @@ def train_teachers(
     """Trains teachers together, in routed batches; returns effect name to LoRA."""
     transformer = adapter.pipeline.transformer
     fresh = _fresh(transformer, specs, torch.Generator().manual_seed(seed))
-    bank = AdapterBank(transformer, fresh, dtype=torch.float32)
-    try:
+    with AdapterBank(transformer, fresh, dtype=torch.float32) as bank:
         train_loras(
             adapter,
             bank,
@@ -94,8 +93,6 @@ def train_teachers(
             **TRAINING,
         )
         return {spec.effect: _own_part(bank.state(spec.effect, spec.rank), fresh[spec.effect]) for spec in specs}
-    finally:
-        bank.detach()
 
 
 def _fresh(transformer, specs: Sequence[TeacherSpec], generator: torch.Generator) -> dict[str, LoRAState]:

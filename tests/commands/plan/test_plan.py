@@ -94,23 +94,20 @@ def test_a_pass_on_fake_tensors_keeps_what_a_real_one_keeps(tiny_folder, adapter
     assert count_blocks(pipeline.transformer) == 2
     cost = pass_cost(bare, linear_names(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24))
     transformer = adapter.pipeline.transformer
-    bank = AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)})
+    with AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)}) as bank:
 
-    def run():
-        slots = bank.slots(trainable=True)
-        source = torch.zeros(1, *adapter.latent_shape)
-        conditioning = Conditioning(Text(torch.zeros(1, MAX_SEQUENCE_LENGTH, 24)), source)
-        with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
-            return adapter.velocity(source, torch.zeros(1), conditioning), slots.parameters()
+        def run():
+            slots = bank.slots(trainable=True)
+            source = torch.zeros(1, *adapter.latent_shape)
+            conditioning = Conditioning(Text(torch.zeros(1, MAX_SEQUENCE_LENGTH, 24)), source)
+            with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
+                return adapter.velocity(source, torch.zeros(1), conditioning), slots.parameters()
 
-    try:
         if checkpointed:
             with recomputed_blocks(bank):
                 real = saved_bytes(transformer, run)
         else:
             real = saved_bytes(transformer, run)
-    finally:
-        bank.detach()
     assert real == (cost.saved_checkpointed if checkpointed else cost.saved)
     assert cost.saved_checkpointed < cost.saved / 3
     tokens = MAX_SEQUENCE_LENGTH + 32
@@ -416,21 +413,18 @@ def test_a_familys_pass_is_counted_as_it_runs_on_what_is_encoded(job_of, family)
     tokens = adapter.num_tokens("snow") if family == "ZImageOmniPipeline" else text.embeds.shape[1]
     bare = adapter_for(skeleton(config.pipeline, torch.float32), config.data.size, 48)
     cost = pass_cost(bare, linear_names(transformer), RANK, (tokens, text.embeds.shape[2]))
-    bank = AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)})
-    counter = FlopCounterMode(display=False)
+    with AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)}) as bank:
+        counter = FlopCounterMode(display=False)
 
-    def run():
-        slots = bank.slots(trainable=True)
-        with bank.route(slots, torch.zeros(1, dtype=torch.int64)), counter:
-            noise = torch.randn(1, *adapter.latent_shape)
-            return adapter.velocity(
-                noise, torch.full((1,), 0.5), Conditioning(text, source, shapes)
-            ), slots.parameters()
+        def run():
+            slots = bank.slots(trainable=True)
+            with bank.route(slots, torch.zeros(1, dtype=torch.int64)), counter:
+                noise = torch.randn(1, *adapter.latent_shape)
+                return adapter.velocity(
+                    noise, torch.full((1,), 0.5), Conditioning(text, source, shapes)
+                ), slots.parameters()
 
-    try:
         assert saved_bytes(transformer, run) == pytest.approx(cost.saved, rel=0.01)
-    finally:
-        bank.detach()
     assert counter.get_total_flops() == cost.flops
     assert source.shape[1] == source_rows(bare)
     assert count_blocks(bare.pipeline.transformer) >= 2

@@ -35,8 +35,7 @@ def train(adapter, pairs, updates, names=NAMES, rows=4):
     transformer = adapter.pipeline.transformer
     generator, losses = torch.Generator().manual_seed(1), []
     fresh = {name: fresh_lora(linear_shapes(transformer), 3, generator) for name in NAMES}
-    bank = AdapterBank(transformer, fresh)
-    try:
+    with AdapterBank(transformer, fresh) as bank:
         train_loras(
             adapter,
             bank,
@@ -50,8 +49,6 @@ def train(adapter, pairs, updates, names=NAMES, rows=4):
             report=lambda update, values: losses.append(values["loss"]),
         )
         return losses, {name: bank.state(name) for name in NAMES}
-    finally:
-        bank.detach()
 
 
 def same(state, other):
