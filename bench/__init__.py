@@ -1,1 +1,5 @@
 """Benchmarks of clora's ops; not installed. `python -m bench.run` on a GPU machine, `pytest bench` anywhere."""
+
+from clora.threads import limit_spinning
+
+limit_spinning()  # before a module of this package imports torch

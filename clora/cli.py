@@ -13,6 +13,7 @@ from rich.text import Text
 
 from clora.errors import CloraError
 from clora.files import TEMPLATES
+from clora.threads import limit_spinning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ Folder = Annotated[Path | None, typer.Argument(help="Studio folder; by default t
 
 def main() -> None:
     """Runs the command line; a mistake of the user's is told without a traceback and exits with 1."""
+    limit_spinning()  # before a command imports torch
     try:
         app()
     except CloraError as error:

@@ -1,11 +1,46 @@
-"""The tiny pipeline that most tests of the engine run on."""
+"""What all tests share: the environment of each process, the cores that they run on, and the tiny pipeline."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
 
-from clora.models.conditioning import Conditioning, Text
+import pytest
+
+from clora.threads import limit_spinning
+
+# OpenMP reads these once, when torch is imported.
+limit_spinning()
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core; subprocesses inherit it
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Triton decides once, when it is first imported, that its kernels run in its interpreter. Diffusers imports it too,
+    # so that every test process has to choose before any test module is read.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from clora.models.conditioning import Conditioning, Text  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All cores by default, where pytest-xdist is installed; ``-n 0`` keeps the tests in this process, for a debugger.
+
+    Not in pyproject.toml, where the options would stop a pytest without the plugin, as ``bench.run`` may have it.
+    """
+    if config.pluginmanager.hasplugin("xdist") and not IN_WORKER:
+        if config.option.numprocesses is None and config.option.dist == "no":
+            config.option.numprocesses = "auto"
+        if config.option.numprocesses and config.option.dist == "no":
+            config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """A GPU is not shared: its tests measure memory, and each worker would hold a part of it. Else None: all cores."""
+    return 0 if torch.cuda.is_available() else None
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ MAY_IMPORT = {  # from the bottom up; a room that stands in no line is an error
     "hashing": set(),
     "devices": {"errors"},
     "progress": set(),
+    "threads": set(),
     "ops": {"errors", "csrc_triton"},
     "lora": {"errors", "files", "version"},
     "config": {"errors", "files"},
@@ -31,7 +32,8 @@ MAY_IMPORT = {  # from the bottom up; a room that stands in no line is an error
     "studio": ENGINE | {"data", "report", "training"},
     "commands": ENGINE | {"data", "report", "training", "collection", "studio"},
     "testing": ENGINE | {"data", "studio"},
-    "cli": GROUND | {"lora", "config", "studio", "commands"},
+    "cli": GROUND | {"threads", "lora", "config", "studio", "commands"},
+    "__main__": {"cli"},
 }
 # What may be imported inside a function, and why.
 INSIDE_FUNCTIONS = {

@@ -1,12 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is first imported."""
-
-import os
+"""What the kernels' tests share; they run in Triton's interpreter where there is no GPU (tests/conftest.py)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -1,0 +1,18 @@
+"""How long threads of torch on the CPU wait for each other before they sleep."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SPINS = "10000"  # the default is 300000: milliseconds, on a core that another process may need
+
+
+def limit_spinning() -> None:
+    """Limits the spinning of libgomp, the OpenMP of torch on Linux, unless the user has set how threads wait.
+
+    Two threads that spin for each other beside any busy process waste most of their time. libgomp reads the variable
+    when it is loaded, so this has no effect after ``import torch``.
+    """
+    if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
