@@ -29,7 +29,7 @@ REQUIRES = [
     "typer>=0.15",
 ]
 BENCH = ["pytest>=8.0", "pytest-benchmark>=5.0"]
-TEST = [*BENCH, "hypothesis>=6.100", "packaging>=23.0", "pytest-xdist>=3.5", "ruff>=0.9"]
+TEST = [*BENCH, "hypothesis>=6.100", "mypy>=1.15", "packaging>=23.0", "pytest-xdist>=3.5", "ruff>=0.9"]
 
 setup(
     name="clora",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Many effect LoRAs and few-step sampling in one LoRA.\n\nStart with [bold]clora demo[/bold]: it needs no GPU, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +79,15 @@ def test_help(run, command):
 
 def test_version(run):
     assert run("--version") == (0, f"clora {clora.__version__}\n", "")
+
+
+def test_python_runs_the_package_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "clora", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"clora {clora.__version__}\n"
+
+
+def test_shells_can_complete_the_command(run):
+    assert "--install-completion" in run("--help")[1]
 
 
 def test_usage_error(run):

@@ -108,11 +108,32 @@ def test_public_names():
     from clora.config.settings import load_config
 
     assert clora.load_config is load_config
-    assert set(clora.__all__) <= set(dir(clora))
+    assert set(clora.__all__) | {"__version__"} <= set(dir(clora))
+    assert not {"importlib", "TYPE_CHECKING"} & set(dir(clora)), "completion offers public names only"
     for name in clora.__all__:
         assert getattr(clora, name).__name__ == name
+        assert getattr(clora, name).__doc__, name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = clora.nothing
+
+
+def test_public_names_are_the_same_for_type_checkers_python_and_readers():
+    """The imports of type checkers, the table of lazy names and the docstring's list agree."""
+    tree = ast.parse((ROOT / "clora" / "__init__.py").read_text("utf-8"))
+    (branch,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imported = {alias.name: node.module for node in branch.body for alias in node.names}
+    assert imported == clora._MODULES
+    assert sorted(imported) == clora.__all__
+    assert set(re.findall(r"^    (\w+): ", clora.__doc__, re.MULTILINE)) == set(imported)
+
+
+def test_the_type_checker_covers_the_modules_of_all_public_names():
+    listed = re.search(
+        r"^\[tool.mypy\]\nfiles = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    modules = {"clora", *clora._MODULES.values()}
+    files = {re.sub(r"/__init__$", "", file).replace("/", ".") for file in re.findall(r'"(.+)\.py"', listed[1])}
+    assert files == modules
 
 
 def test_ci_uses_the_same_commands():
