@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -26,15 +27,16 @@ from clora.models.conditioning import Conditioning, Text  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """All cores by default, where pytest-xdist is installed; ``-n 0`` keeps the tests in this process, for a debugger.
+    """Runs folders on all cores, and files or tests in this process, where a debugger works; ``-n`` overrides it.
 
-    Not in pyproject.toml, where the options would stop a pytest without the plugin, as ``bench.run`` may have it.
+    Not in pyproject.toml, whose options would stop a pytest without pytest-xdist, such as that of ``bench.run``.
     """
-    if config.pluginmanager.hasplugin("xdist") and not IN_WORKER:
-        if config.option.numprocesses is None and config.option.dist == "no":
-            config.option.numprocesses = "auto"
-        if config.option.numprocesses and config.option.dist == "no":
-            config.option.dist = "worksteal"
+    if not config.pluginmanager.hasplugin("xdist") or IN_WORKER or config.option.dist != "no":
+        return
+    if config.option.numprocesses is None and any(Path(path).is_dir() for path in config.args):
+        config.option.numprocesses = "auto"
+    if config.option.numprocesses:
+        config.option.dist = "worksteal"
 
 
 @pytest.hookimpl(optionalhook=True)
