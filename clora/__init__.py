@@ -18,7 +18,7 @@ Functions:
     load_collection: reads the `Effects` of a collection, without a pipeline.
     apply: loads a collection into a stock pipeline; returns its `Effects`.
     attach: puts many LoRAs beside a transformer, for batches in which each sample has its own.
-    inspect_lora: describes a LoRA file of any format.
+    inspect: describes a LoRA file of any format.
     load_lora: reads a LoRA file of any format.
 
 Classes:
@@ -43,7 +43,7 @@ __all__ = [
     "apply",
     "attach",
     "distill",
-    "inspect_lora",
+    "inspect",
     "load_collection",
     "load_config",
     "load_lora",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from clora.commands.distill import distill
     from clora.config.settings import DistillConfig, load_config
     from clora.errors import CloraError
-    from clora.lora.inspect import inspect_lora
+    from clora.lora.inspect import inspect
     from clora.lora.load import load_lora
 else:
     _MODULES = {
@@ -66,7 +66,7 @@ else:
         "apply": "clora.collection.apply",
         "attach": "clora.bank.attach",
         "distill": "clora.commands.distill",
-        "inspect_lora": "clora.lora.inspect",
+        "inspect": "clora.lora.inspect",
         "load_collection": "clora.collection.apply",
         "load_config": "clora.config.settings",
         "load_lora": "clora.lora.load",

@@ -197,9 +197,10 @@ def inspect(
 
     Example: [bold]clora inspect my_lora.safetensors[/bold]
     """
-    from clora.lora.inspect import inspect_lora, pipeline_shapes, render
+    from clora.lora.inspect import inspect as describe
+    from clora.lora.inspect import render
 
-    info = inspect_lora(path, None if pipeline is None else pipeline_shapes(pipeline))
+    info = describe(path, pipeline)
     if as_json:
         typer.echo(json.dumps(info, indent=2))
     else:

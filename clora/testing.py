@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData, general_pair
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, linear_names
 from clora.models.conditioning import Text

@@ -12,8 +12,9 @@ from torch import nn
 from clora.bank.bank import AdapterBank, BankBytes, RoutedLinear
 from clora.bank.slots import index_of
 from clora.errors import CloraError
-from clora.lora.adapters import MAX_ERROR
-from clora.lora.load import linear_shapes, linear_weights, load_lora
+from clora.lora.algebra import MAX_ERROR
+from clora.lora.layers import linear_shapes, linear_weights
+from clora.lora.load import read_lora
 from clora.lora.state import LoRAState
 
 
@@ -83,7 +84,7 @@ def attach(
         raise CloraError("the transformer has LoRAs loaded by diffusers; call pipe.unload_lora_weights() first")
     shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     states = {
-        name: lora if isinstance(lora, LoRAState) else load_lora(lora, shapes, weights, max_error=max_error)
+        name: lora if isinstance(lora, LoRAState) else read_lora(lora, shapes, weights, max_error=max_error)
         for name, lora in adapters.items()
     }
     return AttachedLoRAs(transformer, states)

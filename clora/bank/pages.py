@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clora.bank.slots import Factors, fill, slot_dtype
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
 
 MIN_PAGES = 2
@@ -21,7 +21,7 @@ def page_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], 
     """Bytes of one slot of a bank.
 
     Args:
-        shapes: module path to ``(out, in)`` (`clora.lora.load.linear_shapes`).
+        shapes: module path to ``(out, in)`` (`clora.lora.layers.linear_shapes`).
         ranks: of each module that any LoRA changes, the highest rank among them (`module_ranks`).
         dtype: of the slots, the transformer's.
     """

@@ -102,7 +102,7 @@ def find_layer_problems(
     Args:
         config: the settings.
         transformer: with or without weights.
-        shapes: its `clora.lora.load.linear_shapes`.
+        shapes: its `clora.lora.layers.linear_shapes`.
 
     Returns:
         The problems, and of each teacher that can be used the rank of its modules.

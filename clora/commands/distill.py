@@ -34,7 +34,7 @@ from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
 from clora.files import check_writable, user_path
 from clora.hashing import digest
-from clora.lora.load import linear_shapes, linear_weights
+from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter, adapter_for
 from clora.models.fingerprint import component_fingerprints

@@ -15,8 +15,16 @@ from rich.text import Text
 
 from clora.errors import CloraError, nearest
 from clora.files import user_path
-from clora.lora.adapters import MAX_ERROR, read_adapter
-from clora.lora.algebra import balanced, energy_share, reduce_to_energy, reduce_to_rank, relative_error, stored_as
+from clora.lora.adapters import read_adapter
+from clora.lora.algebra import (
+    MAX_ERROR,
+    balanced,
+    energy_share,
+    reduce_to_energy,
+    reduce_to_rank,
+    relative_error,
+    stored_as,
+)
 from clora.lora.families import (
     FAMILIES,
     FLUX1,
@@ -30,9 +38,9 @@ from clora.lora.families import (
     is_original_only,
     original_part,
 )
-from clora.lora.inspect import pipeline_shapes, pipeline_weights
 from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
-from clora.lora.load import load_lora
+from clora.lora.layers import pipeline_shapes, pipeline_weights
+from clora.lora.load import read_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
@@ -74,7 +82,7 @@ def convert_lora(
         dtype: one of `DTYPES`; by default the type that the file is stored in.
         pipeline: folder of the pipeline that the LoRA is for, where the file's names do not tell, and with its weights
             where the file holds DoRA, which depends on them.
-        max_error: as in `clora.lora.load.load_lora`.
+        max_error: as in `clora.lora.load.read_lora`.
 
     Returns:
         A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank`` (the largest),
@@ -91,7 +99,7 @@ def convert_lora(
     output = _checked_output(source.file, output)
     shapes = None if pipeline is None else pipeline_shapes(pipeline)
     weights = None if pipeline is None else pipeline_weights(pipeline)
-    state = load_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
+    state = read_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
     dtype = dtype or _stored_dtype(source)
     smaller = state
     if rank is not None:

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from clora.errors import CloraError
-from clora.files import user_path
-from clora.lora.adapters import MAX_ERROR, MAX_RANK, Adapter, Strength, find_strength, read_adapter
+from clora.lora.adapters import Adapter, Strength, find_strength, read_adapter
+from clora.lora.algebra import MAX_ERROR, MAX_RANK
 from clora.lora.families import Route, families_with, family_of, routes
 from clora.lora.keys import FileKeys, sort_keys, split_prefix
-from clora.lora.load import check_error, check_fit, linear_shapes, updates
+from clora.lora.layers import linear_shapes, pipeline_shapes, transformer_of
+from clora.lora.load import check_error, check_fit, updates
 from clora.lora.source import LoRASource, content_hash, open_lora
 
 _SHOWN_KEYS = 5
+
+
+def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
+    """Describes a LoRA file of any common format, and all that is wrong with it.
+
+    Args:
+        path: a ``.safetensors`` file, or a folder with one.
+        pipeline: the model that it is for, to find which of its layers the LoRA changes: the folder of a saved
+            pipeline (its configs are enough), a diffusers pipeline or a transformer.
+
+    Returns:
+        What `inspect_lora` does.
+
+    Raises:
+        CloraError: an unreadable file, or no such pipeline.
+    """
+    if pipeline is None:
+        return inspect_lora(path)
+    is_folder = isinstance(pipeline, (str, Path))
+    return inspect_lora(path, pipeline_shapes(pipeline) if is_folder else linear_shapes(transformer_of(pipeline)))
 
 
 def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
@@ -31,7 +48,7 @@ def inspect_lora(path: str | Path, target_modules: Mapping[str, tuple[int, int]]
 
     Args:
         path: a LoRA file or folder.
-        target_modules: from `clora.lora.load.linear_shapes`, to tell which modules of a model it fits.
+        target_modules: from `clora.lora.layers.linear_shapes`, to tell which modules of a model it fits.
 
     Returns:
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
@@ -242,58 +259,3 @@ def _by_count(counts: Mapping[str, int]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{value} ({count})" for value, count in counts.items()) or "-"
-
-
-class _StoredWeights(Mapping[str, Tensor]):
-    """Weights of a saved model by module path, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        self._files = {key.removesuffix(".weight"): file for file in files for key in _keys(file)}
-
-    def __getitem__(self, module: str) -> Tensor:
-        with safe_open(self._files[module], framework="pt") as opened:
-            return opened.get_tensor(f"{module}.weight")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return [key for key in opened.keys() if key.endswith(".weight")]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CloraError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def pipeline_weights(folder: str | Path) -> Mapping[str, Tensor] | None:
-    """The weights of a pipeline folder's transformer, for `clora.lora.load.load_lora`; None where none are stored.
-
-    Raises:
-        CloraError: a file of them that cannot be read.
-    """
-    # Sorted, so that the plain file comes after its variants (diffusion_pytorch_model.fp16.safetensors) and is taken.
-    files = sorted((user_path(folder) / "transformer").glob("*.safetensors"))
-    return _StoredWeights(files) if files else None
-
-
-def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """The linear layers of a pipeline folder's transformer, from its config alone; see `linear_shapes`.
-
-    Raises:
-        CloraError: no folder of a diffusers pipeline with a transformer.
-    """
-    import torch
-
-    file = user_path(folder) / "transformer" / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = getattr(importlib.import_module("diffusers"), config["_class_name"])
-        with torch.device("meta"):
-            return linear_shapes(kind.from_config(config))
-    except Exception as error:  # a class made from a damaged config raises whatever it meets
-        message = f"{folder} is not a diffusers pipeline with a transformer ({file}: {error})"
-        raise CloraError(f"{message}; expected a folder as save_pretrained writes it") from error

@@ -4,51 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clora.errors import CloraError, nearest
-from clora.lora.adapters import (
-    MAX_ERROR,
-    MAX_RANK,
-    Adapter,
-    change,
-    decompose_weight,
-    factorise,
-    find_strength,
-    read_adapter,
-)
+from clora.lora.adapters import Adapter, change, decompose_weight, find_strength, read_adapter
+from clora.lora.algebra import MAX_ERROR, MAX_RANK, factorise
 from clora.lora.families import Route, routes
 from clora.lora.keys import FileKeys, sort_keys, split_prefix
+from clora.lora.layers import linear_shapes, linear_weights, transformer_of
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
 
 _LISTED_KEYS = 8
 
 
-def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linear layers that a LoRA may change.
+def load_lora(path: str | Path, pipeline_or_transformer: Any, *, max_error: float = MAX_ERROR) -> LoRAState:
+    """Reads a LoRA of any common format for a model.
+
+    ::
+
+        state = clora.load_lora("snow.safetensors", pipe)
 
     Args:
-        transformer: the plain diffusers model, before adapters are put into it.
+        path: a ``.safetensors`` file, or a folder with one.
+        pipeline_or_transformer: a diffusers pipeline or its transformer, whose layers the LoRA must fit.
+        max_error: the largest error ``|change - B A| / |change|`` of factors that stand for a change that is not of low
+            rank.
 
     Returns:
-        module path to (out_features, in_features).
+        The update of each layer as fp32 factors, ``lora_B @ lora_A`` being exactly what the file means; ``errors``
+        names the layers for which it is not exact.
+
+    Raises:
+        CloraError: as `read_lora`, or there is no transformer, or one that carries LoRAs already.
     """
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    transformer = transformer_of(pipeline_or_transformer)
+    return read_lora(path, linear_shapes(transformer), linear_weights(transformer), max_error=max_error)
 
 
-def linear_weights(transformer: nn.Module) -> dict[str, Tensor]:
-    """Module path to weight of the layers of `linear_shapes`, for `load_lora`; nothing is copied."""
-    return {name: module.weight for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-
-
-def load_lora(
+def read_lora(
     path: str | Path,
     target_modules: Mapping[str, tuple[int, int]],
     base_weights: Mapping[str, Tensor] | None = None,
@@ -103,7 +100,7 @@ def lora_ranks(path: str | Path, target_modules: Mapping[str, tuple[int, int]]) 
         module of the target to rank; for a change that is not of low rank, the highest that its factors may have.
 
     Raises:
-        CloraError: as `load_lora`, for what names and shapes tell; values are not read.
+        CloraError: as `read_lora`, for what names and shapes tell; values are not read.
     """
     source = open_lora(path)
     keys = sort_keys(source.shapes)
@@ -156,7 +153,7 @@ def updates(
         source: the open file.
         adapter: its module.
         targets: the rows that are each module of the target.
-        base_weights, max_rank, max_error: as in `load_lora`.
+        base_weights, max_rank, max_error: as in `read_lora`.
 
     Returns:
         target module to its update and that one's relative error, 0 where it is exact.

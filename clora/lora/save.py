@@ -109,7 +109,7 @@ def save_kohya(
         alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
         family: whose original names the modules get, where q, k and v may be one module; None for diffusers' names.
-        shapes: from `clora.lora.load.linear_shapes`; needed where a module is fused of unequal parts, of which the
+        shapes: from `clora.lora.layers.linear_shapes`; needed where a module is fused of unequal parts, of which the
             state lacks one.
         metadata: entries for the file's header.
 

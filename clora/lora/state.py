@@ -82,7 +82,7 @@ def fresh_lora(
     """An untrained LoRA: Kaiming-uniform ``lora_A``, zero ``lora_B``, so that its delta is zero.
 
     Args:
-        shapes: module path to ``(out, in)`` (`clora.lora.load.linear_shapes`).
+        shapes: module path to ``(out, in)`` (`clora.lora.layers.linear_shapes`).
         rank: rank of every module.
         generator: source of ``lora_A``.
         modules: the modules to adapt; all of ``shapes`` by default.

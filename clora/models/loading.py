@@ -15,7 +15,7 @@ from clora.config.settings import DistillConfig, EffectConfig
 from clora.devices import find_device, move
 from clora.errors import CloraError
 from clora.files import user_path
-from clora.lora.load import load_lora
+from clora.lora.load import read_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.progress import quiet_libraries, say
@@ -137,8 +137,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def load_teacher(
     effect: EffectConfig, shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, torch.Tensor]
 ) -> LoRAState:
-    """An effect's LoRA; says so where it is not exact. Raises CloraError as `clora.lora.load.load_lora`."""
-    state = load_lora(effect.lora, shapes, weights, max_error=effect.max_error)
+    """An effect's LoRA; says so where it is not exact. Raises CloraError as `clora.lora.load.read_lora`."""
+    state = read_lora(effect.lora, shapes, weights, max_error=effect.max_error)
     if state.errors:
         worst = max(state.errors.values())
         say(

@@ -13,7 +13,7 @@ from torch import Tensor
 from clora.bank.bank import AdapterBank
 from clora.data.generation import Generator
 from clora.lora.algebra import merge_states
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter

@@ -13,7 +13,7 @@ from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData
 from clora.errors import CloraError
 from clora.lora.algebra import sum_svd
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.models import ModelAdapter, linear_names
 from clora.training.trainer import CRITIC, STUDENT, DistillTrainer, Report

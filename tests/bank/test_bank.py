@@ -10,7 +10,7 @@ import torch
 
 from clora.bank.bank import AdapterBank, RoutedLinear
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.testing import merge_lora, random_lora, random_teachers
 

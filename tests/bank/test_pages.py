@@ -12,7 +12,7 @@ from clora.bank.bank import AdapterBank
 from clora.bank.pages import Pages, host_factors, module_ranks, page_bytes, pages_that_fit, teacher_pages
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
 from clora.testing import merge_lora, random_data, random_lora, random_teachers, tiny_config
 from clora.training.trainer import CRITIC, STUDENT

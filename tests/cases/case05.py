@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 import clora
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes
 
 torch.manual_seed(0)
 model = ZImageTransformer2DModel(
@@ -28,7 +27,6 @@ model = ZImageTransformer2DModel(
     axes_dims=[2, 2, 4],
     axes_lens=[8, 8, 8],
 )
-shapes = linear_shapes(model)
 tensors, want = {}, {}
 for n in ("to_q", "to_k", "to_v"):
     a, b = torch.randn(4, 16), torch.randn(16, 4)
@@ -47,10 +45,10 @@ for n in ("to_out_0", "out"):
     want["layers.0.attention.to_out.0"] = want.get("layers.0.attention.to_out.0", 0) + 0.5 * b @ a
 file = Path(tempfile.mkdtemp()) / "z.safetensors"
 save_file(tensors, file)
-info = clora.inspect_lora(file, shapes)
+info = clora.inspect(file, model)
 print("inspect problems:", info["problems"])
 try:
-    state = clora.load_lora(file, shapes)
+    state = clora.load_lora(file, model)
 except CloraError as error:
     print("refused:", error)
     sys.exit(not ("second time" in str(error) and info["problems"]))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import clora
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.testing import tiny_pipeline
 
 model = tiny_pipeline().transformer
@@ -43,7 +43,7 @@ want["single_transformer_blocks.0.attn.to_qkv_mlp_proj"] = b1 @ a1
 
 
 def compare():
-    state = clora.load_lora(file, shapes)
+    state = clora.load_lora(file, model)
     worst = max(((state.modules[n].delta() - d).norm() / d.norm()).item() for n, d in want.items())
     print("worst", worst)
     return worst > 1e-5 or set(state.modules) != set(want)
@@ -55,5 +55,5 @@ except CloraError as error:
     print("refused:", error)
 (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
 wrong = compare()
-print("problems by inspect:", clora.inspect_lora(file, shapes)["problems"])
+print("problems by inspect:", clora.inspect(file, model)["problems"])
 sys.exit(wrong)

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clora
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.testing import tiny_pipeline
 
 folder = Path(tempfile.mkdtemp())
@@ -40,7 +40,7 @@ save_file(zero_b, folder / "zero_b.safetensors")
 save_file(alpha0, folder / "alpha0.safetensors")
 bad = 0
 for file in ("zero_b", "alpha0"):
-    info = clora.inspect_lora(folder / f"{file}.safetensors", shapes)
+    info = clora.inspect(folder / f"{file}.safetensors", pipe)
     said = info["problems"] + info["notes"]
     print(f"inspect {file}: scales {info['scales']}; problems and notes: {said}")
     bad |= not any(word in " ".join(said).lower() for word in ("zero", "nothing", "no effect", "no change"))

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import clora
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.testing import tiny_pipeline
 
-shapes = linear_shapes(tiny_pipeline().transformer)
+pipe = tiny_pipeline()
+shapes = linear_shapes(pipe.transformer)
 names = [n for n in shapes if "blocks" in n]
 torch.manual_seed(0)
 tensors = {
@@ -40,7 +41,7 @@ for file, part in shards.items():
 bad = 0
 for what in (folder, folder / next(iter(shards))):
     try:
-        state = clora.load_lora(what, shapes)
+        state = clora.load_lora(what, pipe)
         print(what.name, "loads", len(state.modules), "of", len(names), "modules")
         bad |= len(state.modules) != len(names)
     except clora.CloraError as error:

@@ -14,7 +14,6 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 import clora
-from clora.lora.load import linear_shapes
 
 torch.manual_seed(0)
 model = FluxTransformer2DModel(
@@ -28,7 +27,7 @@ model = FluxTransformer2DModel(
     axes_dims_rope=(2, 2, 4),
     guidance_embeds=True,
 )
-shapes, folder, bad = linear_shapes(model), Path(tempfile.mkdtemp()), 0
+folder, bad = Path(tempfile.mkdtemp()), 0
 stem = "lora_unet_double_blocks_0_img_attn_proj"
 good = {
     f"{stem}.lora_down.weight": torch.randn(4, 24),
@@ -53,7 +52,7 @@ for label, extra in FOREIGN.items():
     file = folder / f"{label}.safetensors".replace(" ", "_")
     save_file(good | extra, file)
     try:
-        clora.load_lora(file, shapes)
+        clora.load_lora(file, model)
         print(f"{label}: taken in silence: WRONG")
         bad = 1
     except clora.CloraError as error:
@@ -61,7 +60,7 @@ for label, extra in FOREIGN.items():
             f"{label}: refused, names a key: {any(k in str(error) for k in extra)}; {str(error)[len(str(file)) + 2 :][:210]}"
         )
         bad |= not any(k in str(error) for k in extra)
-    info = clora.inspect_lora(file, shapes)
+    info = clora.inspect(file, model)
     said = bool(info["unsupported"] or info["unknown_keys"] or info["problems"] or info["unmatched"])
     print("   inspect tells:", said)
     bad |= not said

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 import clora
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.testing import tiny_pipeline
 
-shapes = linear_shapes(tiny_pipeline().transformer)
+pipe = tiny_pipeline()
+shapes = linear_shapes(pipe.transformer)
 names = [
     "transformer_blocks.0.attn.to_q",
     "transformer_blocks.0.attn.to_out.0",
@@ -47,7 +48,7 @@ for label, spell in SPELLINGS.items():
     file = folder / "x.safetensors"
     save_file(tensors, file)
     try:
-        state = clora.load_lora(file, shapes)
+        state = clora.load_lora(file, pipe)
         off = max((state.modules[n].delta() - b @ a).abs().max().item() for n, (a, b) in pairs.items())
         print(f"{label}: read, off by {off:.0e}")
         bad |= off > 1e-5

@@ -24,7 +24,7 @@ from clora.data.images import load_image
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule, teacher_schedule
 from clora.flow.sampling import few_step_sample
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models.conditioning import Conditioning
@@ -227,7 +227,7 @@ def test_the_folder(adapter, collection, described, student):
         "| PSNR, blueprint | 21.5 |",
     ):
         assert text in card, text
-    read = load_lora(collection, linear_shapes(adapter.pipeline.transformer))
+    read = load_lora(collection, adapter.pipeline.transformer)
     for name, module in read.modules.items():
         torch.testing.assert_close(module.delta(), student.modules[name].delta())
 

@@ -14,7 +14,8 @@ from clora.collection.write import export_collection, make_collection
 from clora.commands import demo
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import read_lora
 from clora.models.loading import load_pipeline
 from clora.studio import assets, baselines
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
@@ -93,7 +94,7 @@ def test_the_full_demo_makes_everything_anew(short, monkeypatch, tmp_path):
 def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypatch, tmp_path):
     config = demo_config(["sepia"], 0)
     lora = assets.assets_folder() / "teachers" / "sepia"
-    student = load_lora(lora, linear_shapes(build.studio(assets.assets_folder(), "cpu").pipeline.transformer))
+    student = read_lora(lora, linear_shapes(build.studio(assets.assets_folder(), "cpu").pipeline.transformer))
     described = make_collection(config, "Flux2KleinPipeline", {}, "studio", {"sepia": lora}, {"sepia": None})
     collection = export_collection(student, described, tmp_path, torch.float32)
     loaded = []

@@ -21,9 +21,10 @@ from clora.data.encoders import Pictures, PromptTable
 from clora.data.prepare import encode_data
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
-from clora.lora.adapters import factorise
+from clora.lora.algebra import factorise
 from clora.lora.families import FLUX2
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import load_lora, read_lora
 from clora.lora.save import save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
@@ -66,7 +67,7 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
     assert folder == tmp_path / "out"
     assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {p.name for p in folder.iterdir()}
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
-    state = load_lora(folder, linear_shapes(pipeline.transformer))
+    state = load_lora(folder, pipeline.transformer)
     assert state.max_rank == config.student.rank
     assert any(module.lora_B.any() for module in state.modules.values()), "the student learned nothing"
     pipeline.load_lora_weights(folder)
@@ -132,7 +133,7 @@ def test_pictures_that_no_teacher_renders_are_not_read(make_config, adapter, lor
     load = images_module.load_image
     monkeypatch.setattr(images_module, "load_image", lambda file, size: read.append(file) or load(file, size))
     config, shapes = make_config({"sources": str(own)}), linear_shapes(adapter.pipeline.transformer)
-    teachers = {name: load_lora(file, shapes) for name, file in loras.items()}
+    teachers = {name: read_lora(file, shapes) for name, file in loras.items()}
     data = encode_data(config, adapter, teachers)
     assert sum(file.parent == own for file in read) == data.sources.shape[1] == 2
 
@@ -529,10 +530,10 @@ def test_a_teacher_that_is_not_exact_is_told(monkeypatch, capsys):
 
     def load(path, shapes, weights, max_error):
         factors, error = factorise(delta, max_rank=16, max_error=max_error)
-        assert error <= max_error, "as load_lora checks"
+        assert error <= max_error, "as read_lora checks"
         return LoRAState({module: factors}, errors={module: error})
 
-    monkeypatch.setattr(loading, "load_lora", load)
+    monkeypatch.setattr(loading, "read_lora", load)
     effect = tiny_config([{"name": "full", "lora": "full", "prompt": "p", "max_error": 0.7}]).effects[0]
     state = loading.load_teacher(effect, shapes, {})
     error = float((state.modules[module].delta() - delta).norm() / delta.norm())

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clora.errors import CloraError
-from clora.lora.adapters import MAX_RANK
+from clora.lora.algebra import MAX_RANK
 from clora.lora.inspect import inspect_lora
-from clora.lora.load import linear_shapes, linear_weights, load_lora
+from clora.lora.layers import linear_shapes, linear_weights
+from clora.lora.load import read_lora
 
 SPELLINGS = ["lycoris_{}", "lora_unet_{}", "diffusion_model.{}", "transformer.{}", "{}"]
 EXACT = {"max_rank": 10_000}
@@ -82,7 +83,7 @@ def test_lokr(tmp_path, models, family, alpha, first, second):
         stem = spelled(SPELLINGS[index % len(SPELLINGS)], module)
         made, expected[module] = random_lokr(random, stem, shapes[module], first, second, alpha)
         tensors |= made
-    state = load_lora(write(tmp_path / "a.safetensors", tensors), shapes, **EXACT)
+    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes, **EXACT)
     assert_changes(state, expected)
     assert not state.errors
 
@@ -95,7 +96,7 @@ def test_loha(tmp_path, models, family, alpha):
         stem = spelled(SPELLINGS[index % len(SPELLINGS)], module)
         made, expected[module] = random_loha(random, stem, shapes[module], alpha)
         tensors |= made
-    state = load_lora(write(tmp_path / "a.safetensors", tensors), shapes)
+    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes)
     assert_changes(state, expected)
     assert not state.errors
 
@@ -112,7 +113,7 @@ def test_odd_shapes(tmp_path_factory, shape, seed, kind, alpha):
     make = (lambda: random_loha(random, "x", shape, alpha)) if kind == "loha" else None
     tensors, delta = make() if make else random_lokr(random, "x", shape, *kind, alpha)
     path = write(tmp_path_factory.mktemp("odd") / "a.safetensors", tensors)
-    assert_changes(load_lora(path, {"x": shape}, **EXACT), {"x": delta})
+    assert_changes(read_lora(path, {"x": shape}, **EXACT), {"x": delta})
 
 
 def test_alpha_of_a_lokr_of_two_products(tmp_path):
@@ -122,7 +123,7 @@ def test_alpha_of_a_lokr_of_two_products(tmp_path):
     tensors = {f"x.lokr_w{i + 1}_{x}": (first, second)[i][k] for i in range(2) for k, x in enumerate("ab")}
     path = write(tmp_path / "a.safetensors", tensors | {"x.alpha": torch.tensor(5.0)})
     delta = torch.einsum("ac,bd->abcd", *(up.double() @ down.double() for up, down in (first, second)))
-    assert_changes(load_lora(path, {"x": (24, 35)}), {"x": 5 / 2 * delta.reshape(24, 35)})
+    assert_changes(read_lora(path, {"x": (24, 35)}), {"x": 5 / 2 * delta.reshape(24, 35)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -130,7 +131,7 @@ def test_alpha_of_whole_lokr_factors_is_not_read(tmp_path, dtype):
     """ai-toolkit writes 1e10 there, which is infinite in 16 bits."""
     first, second = Random(2).matrix(2, 3).to(dtype), Random(3).matrix(4, 5).to(dtype)
     tensors = {"x.lokr_w1": first, "x.lokr_w2": second, "x.alpha": torch.tensor(float("inf"), dtype=torch.float16)}
-    state = load_lora(write(tmp_path / "a.safetensors", tensors), {"x": (8, 15)})
+    state = read_lora(write(tmp_path / "a.safetensors", tensors), {"x": (8, 15)})
     assert_changes(state, {"x": torch.kron(first.double(), second.double())})
 
 
@@ -161,7 +162,7 @@ def test_fused(tmp_path, models, family, kind):
             tensors = {f"{name}.lokr_w1": first, f"{name}.lokr_w2_a": second[0], f"{name}.lokr_w2_b": second[1]}
         delta = torch.kron(first.double(), second[0].double() @ second[1].double())
     blocks = delta.split([shapes[module][0] for module in modules])
-    state = load_lora(write(tmp_path / "a.safetensors", tensors), shapes, **EXACT)
+    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes, **EXACT)
     assert_changes(state, dict(zip(modules, blocks, strict=True)))
 
 
@@ -174,7 +175,7 @@ def test_dense_changes_become_factors_within_the_error(tmp_path):
     delta = ((left * values) @ right.T).float()
     path = write(tmp_path / "a.safetensors", {"x.diff": delta})
     for max_error in (0.2, 0.01, 1e-4):
-        module = (state := load_lora(path, {"x": (40, 50)}, max_rank=20, max_error=max_error)).modules["x"]
+        module = (state := read_lora(path, {"x": (40, 50)}, max_rank=20, max_error=max_error)).modules["x"]
         rest = (values.square().flip(0).cumsum(0).flip(0) / values.square().sum()).sqrt()
         lowest = int((rest > max_error).sum())
         assert module.rank == lowest
@@ -192,21 +193,21 @@ def test_too_large_an_error_is_refused(tmp_path):
     values = torch.linalg.svdvals(delta.double()).square()
     best = (values[20:].sum() / values.sum()).sqrt().item()
     with pytest.raises(CloraError, match=r"x is a diff .* at rank 20 an error of \d\d\.\d\d% is left, 1\.00% is"):
-        load_lora(path, {"x": (90, 120)}, max_rank=20)
-    state = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
+        read_lora(path, {"x": (90, 120)}, max_rank=20)
+    state = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
     torch.manual_seed(7)  # another state of the global generator
-    again = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
+    again = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
     assert torch.equal(state.modules["x"].lora_A, again.modules["x"].lora_A)
-    module = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99).modules["x"]
+    module = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99).modules["x"]
     assert module.rank < 20
-    highest = load_lora(path, {"x": (90, 120)}, max_rank=20, max_error=1.01 * best)
+    highest = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=1.01 * best)
     assert highest.modules["x"].rank == 20
     assert best <= highest.errors["x"] <= 1.01 * best
 
 
 def test_a_change_of_nothing(tmp_path):
     path = write(tmp_path / "a.safetensors", {"x.diff": torch.zeros(40, 50)})
-    state = load_lora(path, {"x": (40, 50)}, max_rank=3)
+    state = read_lora(path, {"x": (40, 50)}, max_rank=3)
     assert state.modules["x"].rank == 1
     assert not state.modules["x"].delta().any()
 
@@ -221,7 +222,7 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    load_lora(path, {"x": (40, 50)}, max_rank=3)
+    read_lora(path, {"x": (40, 50)}, max_rank=3)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -256,9 +257,9 @@ def test_dora(tmp_path, models, family, dim, kind):
         tensors |= made | {f"{stem}.dora_scale": magnitude}
         expected[module] = dora(base, delta, magnitude, dim)
     path = write(tmp_path / "a.safetensors", tensors)
-    assert_changes(load_lora(path, shapes, linear_weights(model), **EXACT, max_error=1e-5), expected, 1.1e-5)
+    assert_changes(read_lora(path, shapes, linear_weights(model), **EXACT, max_error=1e-5), expected, 1.1e-5)
     with pytest.raises(CloraError, match="DoRA, whose update depends on the weights of the base"):
-        load_lora(path, shapes)
+        read_lora(path, shapes)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_dora_of_original_modules(tmp_path, models, family, stem, modules, swap)
     delta = dora(base, product(lora_A, lora_B), magnitude, 0)
     delta = torch.cat(delta.chunk(2)[::-1]) if swap else delta
     path = write(tmp_path / "a.safetensors", tensors | {f"diffusion_model.{stem}.dora_scale": magnitude})
-    state = load_lora(path, linear_shapes(model), linear_weights(model), **EXACT, max_error=1e-5)
+    state = read_lora(path, linear_shapes(model), linear_weights(model), **EXACT, max_error=1e-5)
     expected = dict(zip(names, delta.split([len(weight) for weight in weights]), strict=True))
     assert_changes(state, expected, tolerance=1.1e-5)
 
@@ -294,7 +295,7 @@ def test_dora_refuses_a_base_that_it_cannot_read(tmp_path):
     packed, codes = torch.zeros(12, 1, dtype=torch.uint8), torch.zeros(4, 6, dtype=torch.int8)
     for base in (packed, codes, torch.zeros(4, 6, device="meta")):
         with pytest.raises(CloraError, match="not quantised"):
-            load_lora(path, {"x": (4, 6)}, {"x": base})
+            read_lora(path, {"x": (4, 6)}, {"x": base})
 
 
 PEFT_CONFIGS = {
@@ -331,7 +332,7 @@ def test_peft_folder(tmp_path, models, family, kind):
         module: merged.get_submodule(module).weight.detach() - model.get_submodule(module).weight.detach().double()
         for module in modules
     }
-    state = load_lora(tmp_path, shapes, linear_weights(model), **EXACT, max_error=1e-5)
+    state = read_lora(tmp_path, shapes, linear_weights(model), **EXACT, max_error=1e-5)
     assert state.format == "peft"
     assert_changes(state, expected, tolerance=1.1e-5)
 
@@ -344,7 +345,7 @@ def test_peft_dora_without_magnitudes_is_refused(tmp_path):
     }
     write(tmp_path / "adapter_model.safetensors", tensors)
     with pytest.raises(CloraError, match="says DoRA but .* has no magnitude"):
-        load_lora(tmp_path, {"x": (4, 6)})
+        read_lora(tmp_path, {"x": (4, 6)})
     assert "has no magnitude" in inspect_lora(tmp_path)["problems"][0]
 
 
@@ -365,7 +366,7 @@ def test_diffusers_agrees_on_lokr(tmp_path, models):
     pipe.load_lora_weights(path)
     loaded.fuse_lora()
     loaded.unload_lora()
-    state = load_lora(path, shapes)
+    state = read_lora(path, shapes)
     assert len(state.modules) == 2
     for name, module in state.modules.items():
         found = (loaded.get_submodule(name).weight - model.get_submodule(name).weight).detach()

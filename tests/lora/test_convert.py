@@ -20,7 +20,8 @@ from clora.collection.metadata import to_metadata
 from clora.errors import CloraError
 from clora.lora.convert import FORMATS, convert_lora, render
 from clora.lora.families import FLUX2
-from clora.lora.load import linear_shapes, linear_weights, load_lora
+from clora.lora.layers import linear_shapes, linear_weights
+from clora.lora.load import load_lora, read_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState
 from clora.testing import random_lora
@@ -55,7 +56,7 @@ def test_every_format_means_the_same_update(model, tmp_path, format, assert_same
     state = mixed(model)
     save_peft_folder(state, tmp_path / "in", alpha=3.0)
     report = convert_lora(tmp_path / "in", written(tmp_path, format), format)
-    read = load_lora(written(tmp_path, format), linear_shapes(model))
+    read = load_lora(written(tmp_path, format), model)
     assert read.format == format
     assert_same_deltas(reduced_to(read, state), state, atol=1e-6)
     assert report["max_error"] < 1e-6
@@ -92,7 +93,7 @@ def test_a_lower_rank_and_its_error(models, tmp_path, format):
     state = mixed(model)
     save_peft_folder(state, tmp_path / "in")
     report = convert_lora(tmp_path / "in", written(tmp_path, format), format, rank=2, dtype="bf16")
-    read = load_lora(written(tmp_path, format), linear_shapes(model))
+    read = load_lora(written(tmp_path, format), model)
     for entry in report["modules"]:
         before, after = state.modules[entry["name"]].delta().double(), read.modules[entry["name"]].delta().double()
         assert entry["error"] == pytest.approx(((after - before).norm() / before.norm()).item(), rel=1e-4)
@@ -129,10 +130,10 @@ def test_types_and_their_errors(models, tmp_path, dtype, stored, error):
     again = convert_lora(tmp_path / "out.safetensors", tmp_path / "again.safetensors")
     assert again["dtype"] == dtype, "by default as in the file"
     assert again["max_error"] < 1e-12
-    read = load_lora(tmp_path / "out.safetensors", linear_shapes(model))
+    read = load_lora(tmp_path / "out.safetensors", model)
     assert set(read.modules) == set(random_lora(model, 3, 0).modules)
     lower = convert_lora(tmp_path / "in.safetensors", tmp_path / "lower.safetensors", rank=2, dtype=dtype)
-    assert lower["rank"] == load_lora(tmp_path / "lower.safetensors", linear_shapes(model)).max_rank == 2
+    assert lower["rank"] == load_lora(tmp_path / "lower.safetensors", model).max_rank == 2
 
 
 def test_diffusers_reads_fp8(models, tmp_path):
@@ -143,7 +144,7 @@ def test_diffusers_reads_fp8(models, tmp_path):
     family = "Flux2KleinPipeline"
     save_diffusers_lora(random_lora(models[family], 3, 0), tmp_path / "in.safetensors")
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", dtype="fp8")
-    read = load_lora(tmp_path / "out.safetensors", linear_shapes(models[family]))
+    read = load_lora(tmp_path / "out.safetensors", models[family])
     pipeline = bare_pipeline(family)
     pipeline.load_lora_weights(tmp_path / "out.safetensors")
     merged = run(family, merge_lora(models[family], read))
@@ -182,7 +183,7 @@ def test_fused_names_need_the_model(models, tmp_path, folder, save, assert_same_
     with pytest.raises(CloraError, match="does not show which layer.*--pipeline FOLDER"):
         convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", pipeline=folder("Flux2KleinPipeline"))
-    assert_same_deltas(load_lora(tmp_path / "out.safetensors", linear_shapes(model)), state, atol=1e-6)
+    assert_same_deltas(load_lora(tmp_path / "out.safetensors", model), state, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -257,11 +258,11 @@ def test_dora_is_exported_beside_its_base_and_what_its_factors_miss_is_told(mode
         f"{name}.dora_scale": 1.5 * model.get_submodule(ATTENTION[0]).weight.detach().float().norm(dim=1, keepdim=True)
     }
     save_file(load_file(tmp_path / "lora.safetensors") | scale, tmp_path / "dora.safetensors")
-    expected = load_lora(tmp_path / "dora.safetensors", linear_shapes(model), linear_weights(model), max_error=0.2)
+    expected = read_lora(tmp_path / "dora.safetensors", linear_shapes(model), linear_weights(model), max_error=0.2)
     assert 0 < expected.errors[ATTENTION[0]] < 0.2
     out = tmp_path / "out.safetensors"
     report = convert_lora(tmp_path / "dora.safetensors", out, pipeline=tmp_path / "base", max_error=0.2)
-    assert_same_deltas(reduced_to(load_lora(out, linear_shapes(model)), expected), expected, atol=1e-6)
+    assert_same_deltas(reduced_to(load_lora(out, model), expected), expected, atol=1e-6)
     errors = {entry["name"]: entry["load_error"] for entry in report["modules"]}
     assert errors == {ATTENTION[0]: expected.errors[ATTENTION[0]], ATTENTION[1]: 0.0}
     assert report["load_error"] == errors[ATTENTION[0]]

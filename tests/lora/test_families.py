@@ -9,7 +9,8 @@ import torch
 from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
 from clora.lora.families import FAMILIES, FLUX1, FLUX2, Z_IMAGE, families_with, family_of, original_part, routes
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import read_lora
 
 COLUMNS = 5
 ODD = 7  # rows of what is not fused
@@ -97,7 +98,7 @@ def test_original_names(tmp_path, family, prefix, underscores, names):
         deltas[name] = product(lora_A, lora_B, alpha / rank)
     expected = converted(family, deltas)
     targets = {name: tuple(delta.shape) for name, delta in expected.items()}
-    assert_changes(load_lora(write(tmp_path / "a.safetensors", tensors), targets), expected)
+    assert_changes(read_lora(write(tmp_path / "a.safetensors", tensors), targets), expected)
 
 
 @pytest.mark.parametrize("family", ORIGINALS)

@@ -12,10 +12,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from clora.bank.attach import attach
 from clora.errors import CloraError
 from clora.lora import save as save_module
 from clora.lora.families import FLUX2
-from clora.lora.load import load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import load_lora, read_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAModule, LoRAState
@@ -45,9 +47,37 @@ def test_diffusers_export(tmp_path, targets, random_state, diffusers_output, app
         assert opened.metadata() == {"format": "pt", "clora": '{"effects": ["snow"]}'}
         assert all(opened.get_slice(key).get_shape()[0] == 6 for key in opened.keys() if "lora_A" in key)  # noqa: SIM118
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert_same_deltas(load_lora(path.parent, targets), state, atol=1e-6)
+    assert_same_deltas(read_lora(path.parent, targets), state, atol=1e-6)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(diffusers_output(path.parent), applied_output(state), rtol=1e-5, atol=1e-5)
+
+
+def test_load_lora_takes_a_pipeline_or_its_transformer(
+    tmp_path, adapter, transformer, random_state, assert_same_deltas
+):
+    state, path = random_state(), tmp_path / "a.safetensors"
+    save_diffusers_lora(state, path)
+    assert_same_deltas(load_lora(path, transformer), state)
+    name = next(iter(linear_shapes(adapter.pipeline.transformer)))
+    layer = adapter.pipeline.transformer.get_submodule(name)
+    lora = LoRAState({name: LoRAModule(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))})
+    save_diffusers_lora(lora, path)
+    assert_same_deltas(load_lora(path, adapter.pipeline), lora)
+    with pytest.raises(CloraError, match="expected a diffusers pipeline or its transformer, found str"):
+        load_lora(path, "black-forest-labs/FLUX.2-klein-4B")
+
+
+def test_load_lora_refuses_a_transformer_that_carries_loras(tmp_path, transformer, random_state):
+    path, model = tmp_path / "a.safetensors", copy.deepcopy(transformer)
+    save_diffusers_lora(random_state(), path)
+    model.load_lora_adapter(path, prefix="transformer")
+    with pytest.raises(CloraError, match="has LoRAs loaded .*base_layer.*unload_lora_weights"):
+        load_lora(path, model)
+    attached = attach(model := copy.deepcopy(transformer), {"a": random_state()})
+    with pytest.raises(CloraError, match=r"has LoRAs loaded .*\.base\).*detach"):
+        load_lora(path, model)
+    attached.detach()
+    load_lora(path, model)
 
 
 @pytest.mark.parametrize("alpha", [None, 8.0], ids=["alpha_is_rank", "alpha_8"])
@@ -58,7 +88,7 @@ def test_peft_folder(tmp_path, targets, transformer, run, random_state, applied_
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    assert_same_deltas(load_lora(tmp_path / "peft", targets), state)
+    assert_same_deltas(read_lora(tmp_path / "peft", targets), state)
     by_peft = PeftModel.from_pretrained(copy.deepcopy(transformer), tmp_path / "peft")
     torch.testing.assert_close(run(by_peft), applied_output(state), rtol=1e-5, atol=1e-5)
 
@@ -70,7 +100,7 @@ def test_kohya(tmp_path, targets, random_state, diffusers_output, applied_output
     save_kohya(state, path, alpha=2.0, family=FLUX2)
     qkv = load_file(path)["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
     assert qkv.shape == (4 if shared else 12, 16)
-    loaded = load_lora(path, targets)
+    loaded = read_lora(path, targets)
     assert loaded.max_rank == 4
     assert_same_deltas(loaded, state, atol=1e-6)
 
@@ -87,7 +117,7 @@ def test_comfyui(tmp_path, targets, random_state, diffusers_output, applied_outp
     state, path = with_shared_qkv(random_state()), tmp_path / "comfyui.safetensors"
     save_comfyui(state, path, family=FLUX2)
     assert all(key.startswith("diffusion_model.") for key in load_file(path))
-    assert_same_deltas(load_lora(path, targets), state)
+    assert_same_deltas(read_lora(path, targets), state)
     # diffusers 0.42 forgets to swap the halves of the final modulation, so it is compared without that module.
     rest = LoRAState({name: module for name, module in state.modules.items() if name != "norm_out.linear"})
     save_comfyui(rest, path, family=FLUX2)
@@ -97,7 +127,7 @@ def test_comfyui(tmp_path, targets, random_state, diffusers_output, applied_outp
 def test_fused_with_missing_parts(tmp_path, targets, random_state):
     state, path = random_state(modules=["transformer_blocks.0.attn.to_k"]), tmp_path / "a.safetensors"
     save_comfyui(state, path, family=FLUX2)
-    loaded = load_lora(path, targets)
+    loaded = read_lora(path, targets)
     assert torch.equal(loaded.modules[ATTENTION[1]].delta(), state.modules[ATTENTION[1]].delta())
     assert not loaded.modules[ATTENTION[0]].delta().any()
     assert [loaded.modules[name].rank for name in ATTENTION[:3]] == [1, 4, 1]
@@ -108,7 +138,7 @@ def test_fused_with_missing_parts(tmp_path, targets, random_state):
 def test_stored_types(tmp_path, targets, dtype):
     lora_A, lora_B = torch.randn(4, 16).to(dtype), torch.randn(16, 4).to(dtype)
     save_file({A: lora_A, B: lora_B, f"{STEM}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
-    module = load_lora(tmp_path, targets).modules[ATTENTION[0]]
+    module = read_lora(tmp_path, targets).modules[ATTENTION[0]]
     assert module.lora_A.dtype == module.lora_B.dtype == torch.float32
     assert torch.equal(module.delta(), (lora_B.float() * 0.75) @ lora_A.float())
 
@@ -217,7 +247,7 @@ def test_bad_tensors(tmp_path, targets, case):
     tensors, words = BAD_TENSORS[case]
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "bad.safetensors")
     with pytest.raises(CloraError) as error:
-        load_lora(tmp_path / "bad.safetensors", targets)
+        read_lora(tmp_path / "bad.safetensors", targets)
     for word in ["bad.safetensors", *words]:
         assert word in str(error.value)
 
@@ -237,7 +267,7 @@ def test_bad_bytes(tmp_path, targets, content, words):
     save_file(good(), path)
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(CloraError, match=words) as error:
-        load_lora(path, targets)
+        read_lora(path, targets)
     assert str(path) in str(error.value)
 
 
@@ -247,21 +277,21 @@ def test_pickle_refused(tmp_path, targets, suffix):
     path.write_bytes(b"\x80\x04anything")
     for given in (path, tmp_path):
         with pytest.raises(CloraError, match=r"pickle.*refused.*safetensors"):
-            load_lora(given, targets)
+            read_lora(given, targets)
 
 
 def test_bad_paths(tmp_path, targets):
     with pytest.raises(CloraError, match="does not exist"):
-        load_lora(tmp_path / "nothing.safetensors", targets)
+        read_lora(tmp_path / "nothing.safetensors", targets)
     with pytest.raises(CloraError, match=r"holds no .safetensors file"):
-        load_lora(tmp_path, targets)
+        read_lora(tmp_path, targets)
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(CloraError, match="not a .safetensors"):
-        load_lora(tmp_path / "picture.png", targets)
+        read_lora(tmp_path / "picture.png", targets)
     for name in ("one", "two"):
         save_file(good(), tmp_path / f"{name}.safetensors")
     with pytest.raises(CloraError, match="one.safetensors, two.safetensors"):
-        load_lora(tmp_path, targets)
+        read_lora(tmp_path, targets)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +308,7 @@ def test_bad_adapter_config(tmp_path, targets, config, words):
     tensors = {key.replace("transformer.", "base_model.model.", 1): value for key, value in good().items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CloraError, match=words):
-        load_lora(tmp_path, targets)
+        read_lora(tmp_path, targets)
 
 
 def test_save_refuses(tmp_path, random_state):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import read_lora
 
 A_B = ("lora_A.weight", "lora_B.weight")
 DOWN_UP = ("lora_down.weight", "lora_up.weight")
@@ -76,7 +77,7 @@ def test_format(tmp_path, families, family, form):
     for seed in range(3):
         path = tmp_path / f"{seed}.safetensors"
         expected = write_file(path, shapes, some_modules(shapes, seed), seed, *FORMATS[form])
-        assert_changes(load_lora(path, shapes), expected)
+        assert_changes(read_lora(path, shapes), expected)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -84,7 +85,7 @@ def test_every_module(tmp_path, families, family):
     shapes = families[family][1]
     path = tmp_path / "a.safetensors"
     expected = write_file(path, shapes, list(shapes), 0, *FORMATS["kohya"])
-    assert_changes(load_lora(path, shapes), expected)
+    assert_changes(read_lora(path, shapes), expected)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -94,7 +95,7 @@ def test_stored_types(tmp_path, families, family, dtype):
     shapes = families[family][1]
     path = tmp_path / "a.safetensors"
     expected = write_file(path, shapes, some_modules(shapes, 1), 1, *FORMATS["lightning"], dtype)
-    assert_changes(load_lora(path, shapes), expected)
+    assert_changes(read_lora(path, shapes), expected)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -107,7 +108,7 @@ def test_lightning_alpha(tmp_path, families, family):
         tensors |= {f"{module}.lora_down.weight": lora_A, f"{module}.lora_up.weight": lora_B}
         tensors[f"{module}.alpha"] = torch.tensor(8.0, dtype=torch.bfloat16)
         expected[module] = product(lora_A, lora_B, 1 / 8)
-    assert_changes(load_lora(write(tmp_path / "a.safetensors", tensors), shapes), expected)
+    assert_changes(read_lora(write(tmp_path / "a.safetensors", tensors), shapes), expected)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -136,7 +137,7 @@ def test_peft_folder(tmp_path, families, family):
         name: merged.get_submodule(name).weight.detach() - model.get_submodule(name).weight.detach().double()
         for name in modules
     }
-    assert_changes(load_lora(tmp_path, shapes), expected)
+    assert_changes(read_lora(tmp_path, shapes), expected)
 
 
 def test_high_ranks_load(tmp_path, families):
@@ -144,7 +145,7 @@ def test_high_ranks_load(tmp_path, families):
     shapes = families["Qwen-Image"][1]
     lora_A, lora_B = Random(0).pair(shapes["img_in"], 300)
     path = write(tmp_path / "a.safetensors", {"img_in.lora_A.weight": lora_A, "img_in.lora_B.weight": lora_B})
-    state = load_lora(path, shapes)
+    state = read_lora(path, shapes)
     assert state.max_rank == 300
     assert not state.errors
     assert_changes(state, {"img_in": product(lora_A, lora_B)})
@@ -190,7 +191,7 @@ def test_diffusers_agrees(tmp_path, families, family, pipeline, form):
         name: loaded.get_submodule(name).weight.detach().double() - model.get_submodule(name).weight.detach().double()
         for name in modules
     }
-    assert_changes(load_lora(path, shapes), expected, tolerance=1e-5)
+    assert_changes(read_lora(path, shapes), expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -212,7 +213,7 @@ def test_adapters_saved_by_a_transformer(tmp_path, families, family):
         name: adapted.get_submodule(name).weight.detach() - model.get_submodule(name).weight.detach().double()
         for name in modules
     }
-    state = load_lora(tmp_path, shapes)
+    state = read_lora(tmp_path, shapes)
     assert_changes(state, expected)
     assert "lora_adapter_metadata" in state.metadata
 
@@ -227,4 +228,4 @@ def test_metadata_of_diffusers(tmp_path, families):
         expected[module] = product(lora_A, lora_B, 6 / 4)
     values = {"transformer.r": 4, "transformer.lora_alpha": 6, "text_encoder.r": 99}
     path = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(values)})
-    assert_changes(load_lora(path, shapes), expected)
+    assert_changes(read_lora(path, shapes), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import types
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
 from clora.lora.families import FLUX2
-from clora.lora.inspect import inspect_lora, pipeline_shapes, render
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.inspect import inspect, inspect_lora, render
+from clora.lora.layers import linear_shapes, pipeline_shapes
+from clora.lora.load import read_lora
 from clora.lora.save import save_kohya, save_peft_folder
 
 
@@ -220,7 +222,7 @@ def test_the_error_of_dense_changes(tmp_path):
     for info in (inspect_lora(path), inspect_lora(path, shapes)):
         (entry,) = info["modules"]
         assert entry["loads_as_rank"] == 9
-        assert info["max_error"] == entry["error"] == load_lora(path, shapes).errors["x"]
+        assert info["max_error"] == entry["error"] == read_lora(path, shapes).errors["x"]
         assert entry["error"] == pytest.approx(1e-4 * (291 / 9) ** 0.5, rel=1e-2)
     assert "0.057% of a module's change" in text(info)
     save_file({"x.diff": torch.randn(300, 400, generator=generator)}, path)
@@ -239,5 +241,7 @@ def test_a_pipeline_folder_of_every_family(tmp_path, family):
         {f"{name}.lora_A.weight": torch.ones(2, inner), f"{name}.lora_B.weight": torch.ones(out, 2)},
         tmp_path / "a.safetensors",
     )
-    info = inspect_lora(tmp_path / "a.safetensors", shapes)
-    assert (info["families"], info["matched"]) == ([family], 1)
+    for pipeline in (tmp_path, str(tmp_path), model, types.SimpleNamespace(transformer=model)):
+        info = inspect(tmp_path / "a.safetensors", pipeline)
+        assert (info["families"], info["matched"]) == ([family], 1)
+    assert inspect(tmp_path / "a.safetensors")["matched"] is None

@@ -15,7 +15,7 @@ from PIL import Image
 
 from clora.collection.write import LORA_FILE
 from clora.commands.distill import distill
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for
 from clora.testing import random_lora, tiny_config
@@ -53,7 +53,7 @@ def test_two_updates_give_a_collection(name, family, tmp_path, monkeypatch):
     folder = distill(config)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     stock.set_progress_bar_config(disable=True)
-    state = load_lora(folder / LORA_FILE, linear_shapes(stock.transformer))
+    state = load_lora(folder / LORA_FILE, stock.transformer)
     assert any(module.lora_B.any() for module in state.modules.values()), "the student learned nothing"
     sampler = json.loads(state.metadata["clora.provenance"])["sampler"]
     assert (sampler["guidance"], sampler["guidance_embedding"]) == (0.0, GUIDANCE[name])

@@ -13,7 +13,7 @@ from clora.bank.bank import AdapterBank
 from clora.commands import distill
 from clora.errors import CloraError
 from clora.flow.matching import flow_matching_losses
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text

@@ -49,7 +49,7 @@ from clora.data.prepare import MAX_PAIRS, num_shared
 from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
 from clora.files import user_path
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.models import adapter_for
 from clora.models.loading import pipeline_folder, skeleton, with_guidance
 from clora.training.student import target_modules

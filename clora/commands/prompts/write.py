@@ -22,7 +22,8 @@ from clora.data.rendering import num_passes
 from clora.devices import find_device, find_dtype, move
 from clora.errors import CloraError
 from clora.files import check_writable, user_path, write_atomic
-from clora.lora.load import linear_shapes, linear_weights, load_lora
+from clora.lora.layers import linear_shapes, linear_weights
+from clora.lora.load import read_lora
 from clora.models import ModelAdapter, adapter_for
 from clora.models.conditioning import Text
 from clora.models.loading import load_pipeline, with_guidance
@@ -149,7 +150,7 @@ def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -
     move(transformer, device)
     with stage("render examples", num_passes(config, NUM_PAIRS * len(missing))) as advance:
         for effect in missing:  # one teacher at a time: many would fill the memory
-            teacher = load_lora(effect.lora, shapes, weights, max_error=effect.max_error)
+            teacher = read_lora(effect.lora, shapes, weights, max_error=effect.max_error)
             rendered[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
     move(transformer, torch.device("cpu"))
     return given | rendered

@@ -11,7 +11,8 @@ import torch
 
 from clora.bank.bank import AdapterBank
 from clora.lora.families import FLUX2
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import read_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models import linear_names
@@ -131,4 +132,4 @@ def teacher_path(folder: Path, effect: str) -> Path:
 def load_teachers(adapter: Flux2KleinAdapter, folder: Path, effects: list[str]) -> dict[str, LoRAState]:
     """Reads shipped teachers; effect name to LoRA."""
     shapes = linear_shapes(adapter.pipeline.transformer)
-    return {effect: load_lora(teacher_path(folder, effect), shapes) for effect in effects}
+    return {effect: read_lora(teacher_path(folder, effect), shapes) for effect in effects}

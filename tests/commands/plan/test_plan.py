@@ -34,7 +34,8 @@ from clora.commands.plan.memory import (
 from clora.commands.plan.plan import _parameters, make_plan
 from clora.data.prepare import encode_data
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.layers import linear_shapes
+from clora.lora.load import read_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models import adapter_for, linear_names
 from clora.models.conditioning import Conditioning, Text
@@ -246,7 +247,7 @@ def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
     adapter = tiny_adapter(load_pipeline(str(tiny_folder), "cpu"))
     config = with_guidance(config, adapter)
     shapes = linear_shapes(adapter.pipeline.transformer)
-    data = encode_data(config, adapter, {e.name: load_lora(e.lora, shapes) for e in config.effects})
+    data = encode_data(config, adapter, {e.name: read_lora(e.lora, shapes) for e in config.effects})
     different = [data.text.embeds, data.targets, data.general_sources, data.general_targets]
     assert planned == pytest.approx(sum(4 * t.numel() for t in different), rel=0.2)  # a prompt given twice has one row
 

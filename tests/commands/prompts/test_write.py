@@ -22,7 +22,7 @@ from clora.config.settings import load_config, make_trigger
 from clora.data.images import load_image, load_images
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
-from clora.lora.load import linear_shapes, load_lora
+from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora
 from clora.models.common import to_pil
 from clora.models.conditioning import Text
@@ -148,7 +148,7 @@ def test_a_model_that_sees_is_shown_what_the_teachers_make(config_file, fake_wri
     sources = adapter.encode_sources([pixels])[0]
     text = adapter.encode_prompts(["make it snow", "make it comic", ""])
     for row, (name, shown) in enumerate(zip(NAMES[1:], pictures[1:], strict=True)):
-        teacher = load_lora(files / f"{name}.safetensors", linear_shapes(adapter.pipeline.transformer))
+        teacher = load_lora(files / f"{name}.safetensors", adapter.pipeline.transformer)
         samples = Samples(sources[None], torch.full((1, 2), row), torch.full((1, 2), 2))
         settings = with_guidance(config, adapter)
         (result,) = render_targets(adapter, {name: teacher}, samples, text, settings, lambda n: None)

@@ -10,7 +10,7 @@ import torch
 from clora.bank.bank import AdapterBank
 from clora.errors import CloraError
 from clora.flow import matching as flow_matching
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models.conditioning import Text
 from clora.studio.making import lora_training

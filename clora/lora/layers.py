@@ -1,0 +1,111 @@
+"""The linear layers of a transformer, which are what a LoRA may change: their shapes and weights.
+
+Of a model in memory or of a saved pipeline, whose config alone gives the shapes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from clora.errors import CloraError
+from clora.files import user_path
+
+LayerShapes = Mapping[str, tuple[int, int]]
+"""Path of a linear layer in the diffusers transformer (``transformer_blocks.0.attn.to_q``) to (out, in)."""
+
+
+def transformer_of(pipeline_or_transformer: Any) -> nn.Module:
+    """Returns the transformer of a diffusers pipeline, or the transformer itself, ready for `linear_shapes`.
+
+    Raises:
+        CloraError: it is neither of them, or LoRAs stand in the place of its layers.
+    """
+    found = pipeline_or_transformer
+    transformer = found if isinstance(found, nn.Module) else getattr(found, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise CloraError(
+            f"expected a diffusers pipeline or its transformer, found {type(found).__name__}; load one with "
+            "DiffusionPipeline.from_pretrained"
+        )
+    # PEFT (and diffusers with it) and `clora.attach` put their own layers around the linear ones, under these names.
+    wrapped = next((name for name, _ in transformer.named_modules() if name.endswith((".base_layer", ".base"))), None)
+    if wrapped is not None:
+        raise CloraError(
+            f"the transformer has LoRAs loaded ({wrapped}); call pipe.unload_lora_weights(), or detach() of what "
+            "clora.attach returned, first"
+        )
+    return transformer
+
+
+def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns the `LayerShapes` of a plain diffusers transformer, before adapters are put into it."""
+    return {
+        name: (layer.out_features, layer.in_features)
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def linear_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """Returns the weight ``[out, in]`` of each layer of `linear_shapes`; nothing is copied."""
+    return {name: layer.weight for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
+    """Returns the `LayerShapes` of a pipeline folder's transformer, from its config alone.
+
+    Raises:
+        CloraError: no folder of a diffusers pipeline with a transformer.
+    """
+    file = user_path(folder) / "transformer" / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = getattr(importlib.import_module("diffusers"), config["_class_name"])
+        with torch.device("meta"):
+            return linear_shapes(kind.from_config(config))
+    except Exception as error:  # a class made from a damaged config raises whatever it meets
+        message = f"{folder} is not a diffusers pipeline with a transformer ({file}: {error})"
+        raise CloraError(f"{message}; expected a folder as save_pretrained writes it") from error
+
+
+def pipeline_weights(folder: str | Path) -> Mapping[str, Tensor] | None:
+    """Returns the weights of a pipeline folder's transformer by layer, each read at its use; None where none are stored.
+
+    Raises:
+        CloraError: a file of them that cannot be read.
+    """
+    # Sorted, so that the plain file comes after its variants (diffusion_pytorch_model.fp16.safetensors) and is taken.
+    files = sorted((user_path(folder) / "transformer").glob("*.safetensors"))
+    return _StoredWeights(files) if files else None
+
+
+class _StoredWeights(Mapping[str, Tensor]):
+    """The weights of a saved model by layer, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]):
+        self._files: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    keys = list(opened.keys())
+            except (OSError, SafetensorError) as error:
+                raise CloraError(f"{file} is not a readable safetensors file: {error}") from error
+            self._files |= {key.removesuffix(".weight"): file for key in keys if key.endswith(".weight")}
+
+    def __getitem__(self, layer: str) -> Tensor:
+        with safe_open(self._files[layer], framework="pt") as opened:
+            return opened.get_tensor(f"{layer}.weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
