@@ -1,4 +1,4 @@
-"""Serving many LoRAs from one transformer: each sample of a batch with its own, in one pass."""
+"""Serving many LoRAs from one transformer: one pass of a batch whose samples use different LoRAs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AttachedLoRAs:
     """LoRAs on a transformer, from `attach`.
 
     Attributes:
-        names: of the LoRAs, in the order in which they were given.
+        names: the LoRAs' names, in the order in which they were given.
     """
 
     def __init__(self, transformer: nn.Module, states: Mapping[str, LoRAState]):
@@ -32,20 +32,21 @@ class AttachedLoRAs:
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``, None for the base alone.
+        """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``, or with the base alone for None.
 
-        A batch twice as long repeats the names: prompts and negative prompts in one batch, one after the other. A
-        single name is that of the whole batch.
+        A batch twice as long repeats the names: the prompts, then the negative prompts. A single name is for the whole
+        batch.
 
         Raises:
-            CloraError: a name is unknown (the nearest is suggested), or, from a pass, a batch does not fit the names.
+            CloraError: a name is unknown (the message suggests the nearest), or a pass has a batch that does not fit
+                the names.
         """
         ids = [-1 if name is None else index_of(name, self.names) for name in names]
         with self._bank.route(self._slots, torch.tensor(ids, device=self._slots.scale.device)):
             yield
 
     def bytes(self) -> BankBytes:
-        """The memory of the LoRAs."""
+        """Returns the memory of the LoRAs."""
         return self._bank.bytes()
 
     def detach(self) -> None:
@@ -65,16 +66,16 @@ def attach(
             images = pipe(image=image, prompt=[snow_prompt, ink_prompt, prompt]).images
         bank.detach()
 
-    Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs inside `route` alone.
+    Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs only inside `route`.
 
     Args:
         transformer: a diffusers transformer, also with quantised weights.
-        adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or what it returned. They
-            are stored in the transformer's dtype.
-        max_error: as in `clora.load_lora`, of files whose changes are not of low rank.
+        adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or a loaded one. They are
+            stored in the transformer's dtype.
+        max_error: as in `clora.load_lora`, for files whose changes are not of low rank.
 
     Raises:
-        CloraError: a LoRA cannot be read or does not fit, there is none, or the transformer carries others already.
+        CloraError: a LoRA cannot be read or does not fit, none is given, or the transformer already carries others.
     """
     if any(isinstance(module, RoutedLinear) for module in transformer.modules()):
         raise CloraError(

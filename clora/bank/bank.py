@@ -1,33 +1,37 @@
 """The bank: student, critic and teachers as slots of one stack of low-rank deltas on one frozen transformer.
 
-Which sample uses which slot is a value, `Routing`, that a pass carries through `AdapterBank.route`; nothing is
-switched, copied or merged between passes.
+Which sample uses which slot is a value, the `RoutedPass` that `AdapterBank.route` opens; nothing is switched, copied or
+merged between passes. See docs/method.md section 2.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clora.bank.pages import Pages, host_factors, module_ranks
-from clora.bank.slots import Slots, copied_state, empty_slots, factors_of, fill, index_of, slot_dtype, squared_norm
-from clora.errors import CloraError, nearest
-from clora.lora.state import LoRAState
-from clora.ops import multi_lora_add, multi_lora_linears
-
-SHARED_INPUTS = (
-    ("to_q", "to_k", "to_v"),
-    ("add_q_proj", "add_k_proj", "add_v_proj"),
-    ("w1", "w3"),
-    ("gate_proj", "up_proj"),
+from clora.bank.routing import RoutedPass, shared_inputs
+from clora.bank.slots import (
+    Factors,
+    Slots,
+    bytes_of,
+    copied_state,
+    empty_slots,
+    factors_of,
+    fill,
+    index_of,
+    ranks_of,
+    slot_dtype,
+    squared_norm,
 )
-"""Names of layers of one parent that read the same tensor, in the order in which transformers call them."""
+from clora.errors import CloraError, nearest
+from clora.lora.load import linear_shapes
+from clora.lora.state import LoRAState
 
 
 class BankBytes(NamedTuple):
@@ -37,19 +41,26 @@ class BankBytes(NamedTuple):
     host: int
 
 
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """One pass: which slot each sample of its batch uses, and the outputs that wait in it.
+class RoutedLinear(nn.Module):
+    """Stands in for a frozen linear layer: computes it with the slots that the running pass routes its samples to."""
 
-    Attributes:
-        slots: what the ids count.
-        adapter_ids: ``[B]``, -1 is the base alone.
-        waiting: by group of modules, the input of its last call and the outputs that were not yet asked for, by module.
-    """
+    def __init__(self, base: nn.Linear, module: str, bank: AdapterBank):
+        super().__init__()
+        self.base = base
+        self.module = module
+        # In a list, so that torch does not take the bank's transformer for a submodule of this layer.
+        self._bank = [bank]
 
-    slots: Slots
-    adapter_ids: Tensor
-    waiting: dict[tuple[str, ...], tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
+    @property
+    def weight(self) -> Tensor:
+        """The base's: Z-Image casts a layer's input to the dtype of its weight."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        running = self._bank[0].running
+        if running is None:
+            raise RuntimeError("the transformer has an adapter bank attached: run it inside bank.route(...)")
+        return running.output(self.module, x)
 
 
 class AdapterBank:
@@ -65,13 +76,13 @@ class AdapterBank:
         transformer: the linear layers that the states name are wrapped in place.
         states: slot name to LoRA. Ranks and modules may differ: shorter ranks are padded with zeros and a module that
             a LoRA lacks is zero there, so nothing of another slot can leak.
-        dtype: of the slots; None for the transformer's own (of its arithmetic, where its weights are quantised).
-        pages: None gives every LoRA a slot. A number keeps those after the first ``fixed`` on the host, and so many
-            slots for them on the device, after the fixed ones'; see `placed`.
+        dtype: of the slots; None for the transformer's compute dtype.
+        pages: None gives every LoRA a slot. A number keeps the LoRAs after the first ``fixed`` on the host, and has this
+            number of slots for them on the device, after those of the fixed ones; see `placed`.
         fixed: with pages, the number of LoRAs that keep their slot.
 
     Raises:
-        CloraError: no state given, or a state names a module that the transformer does not have.
+        CloraError: no state is given, or one names a linear layer that the transformer does not have.
     """
 
     def __init__(
@@ -85,23 +96,31 @@ class AdapterBank:
     ):
         if not states:
             raise CloraError("expected at least one LoRA for the bank, found none")
-        ranks = module_ranks([{m: lora.rank for m, lora in state.modules.items()} for state in states.values()])
-        _check_modules(transformer, list(ranks))
+        ranks = module_ranks([ranks_of(state) for state in states.values()])
+        linear = linear_shapes(transformer)
+        for module in sorted(set(ranks) - set(linear)):
+            raise CloraError(f"the transformer has no linear layer {module!r}{nearest(module, linear)}")
         self.transformer = transformer
         self.names = tuple(states)
         self.dtype = dtype or slot_dtype(transformer)
-        self.routing: Routing | None = None
-        layers = {module: transformer.get_submodule(module) for module in ranks}
-        self._layers = {module: RoutedLinear(layer, module, self) for module, layer in layers.items()}
+        self.running: RoutedPass | None = None
+        self._layers: dict[str, nn.Linear] = {module: transformer.get_submodule(module) for module in ranks}
+        self._groups = shared_inputs({module: layer.in_features for module, layer in self._layers.items()})
+
+        # One stack: a slot for each LoRA that stays on the device, then the pages, in which the others take turns.
         resident = self.names if pages is None else self.names[:fixed]
         self._resident = len(resident)
-        self._all = empty_slots(layers, ranks, (*resident, *(f"page {i}" for i in range(pages or 0))), self.dtype)
+        names = (*resident, *(f"page {i}" for i in range(pages or 0)))
+        self._all = empty_slots(self._layers, ranks, names, self.dtype)
         for name in resident:
             fill(self._all.slot(name), factors_of(states[name]))
-        self._pages = None if pages is None else self._paged([states[name] for name in self.names[fixed:]])
-        for module, routed in self._layers.items():
-            _replace(transformer, module, routed)
-        self._groups = _groups({module: layer.in_features for module, layer in layers.items()})
+        page_stacks = {m: (a[self._resident :], b[self._resident :]) for m, (a, b) in self._all.factors.items()}
+        pinned = self._all.scale.is_cuda
+        on_host = [host_factors(factors_of(states[n]), self.dtype, pinned) for n in self.names[self._resident :]]
+        self._pages = Pages(page_stacks, on_host)
+
+        for module, layer in self._layers.items():
+            transformer.set_submodule(module, RoutedLinear(layer, module, self))
 
     def __enter__(self) -> AdapterBank:
         return self
@@ -137,9 +156,8 @@ class AdapterBank:
         """
         for module in state.modules:
             index_of(module, tuple(self._layers), "module")
-        layers = {module: self._layers[module].base for module in state.modules}
-        ranks = {module: lora.rank for module, lora in state.modules.items()}
-        slots = empty_slots(layers, ranks, (name,), torch.float32)
+        layers = {module: self._layers[module] for module in state.modules}
+        slots = empty_slots(layers, ranks_of(state), (name,), torch.float32)
         fill(slots.slot(name), factors_of(state))
         for factor in slots.parameters():
             factor.requires_grad_()
@@ -151,14 +169,14 @@ class AdapterBank:
 
     @contextmanager
     def route(self, slots: Slots, adapter_ids: Tensor) -> Iterator[None]:
-        """Runs the transformer inside with sample b on slot ``adapter_ids[b]`` of ``slots``."""
-        if self.routing is not None:
+        """Runs the transformer inside with sample b on slot ``adapter_ids[b]`` of ``slots``, -1 for the base alone."""
+        if self.running is not None:
             raise RuntimeError("a routed pass is already running on this bank")
-        self.routing = Routing(slots, adapter_ids)
+        self.running = RoutedPass(slots, adapter_ids, self._layers, self._groups)
         try:
             yield
         finally:
-            self.routing = None
+            self.running = None
 
     @contextmanager
     def placed(self, ids: Tensor) -> Iterator[Tensor]:
@@ -167,150 +185,46 @@ class AdapterBank:
         Args:
             ids: on the CPU, index into ``names`` or -1 for the base alone.
         """
-        if self._pages is None:
-            yield ids
-            return
-        with self._pages.held(self._distinct_paged(ids)) as page:
-            table = {lora + self._resident: slot + self._resident for lora, slot in page.items()}
-            yield torch.tensor([table.get(i, i) for i in ids.tolist()], dtype=ids.dtype)
+        with self._pages.held(self._paged(ids)) as page_of:
+            # LoRAs and slots have the same numbers up to the first page; from there on, pages count from zero.
+            slot_of = {lora + self._resident: page + self._resident for lora, page in page_of.items()}
+            yield torch.tensor([slot_of.get(i, i) for i in ids.tolist()], dtype=ids.dtype)
 
     def fetch(self, ids: Tensor) -> None:
         """Begins to copy the LoRAs ``ids`` (as in `placed`) to the device, as far as there are pages to spare."""
-        if self._pages is not None:
-            self._pages.fetch(self._distinct_paged(ids))
+        self._pages.fetch(self._paged(ids))
 
     def chunks(self, ids: Tensor, limit: int) -> list[slice]:
         """Splits rows so that each part has at most ``limit``, and no more LoRAs than there are pages for."""
-        starts, most = [0], len(self.names) if self._pages is None else self._pages.count
+        starts = [0]
         for row in range(1, len(ids)):
             part = ids[starts[-1] : row + 1]
-            if len(part) > limit or len(self._distinct_paged(part)) > most:
+            if len(part) > limit or len(self._paged(part)) > self._pages.count:
                 starts.append(row)
-        return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+        return [slice(start, end) for start, end in pairwise([*starts, len(ids)])]
+
+    def _paged(self, ids: Tensor) -> list[int]:
+        """The distinct paged LoRAs among ``ids``, as `Pages` counts them."""
+        return [i - self._resident for i in dict.fromkeys(ids.tolist()) if i >= self._resident]
 
     def state(self, name: str, rank: int | None = None) -> LoRAState:
         """A copy of one LoRA as it is stored, its factors cut to ``rank``."""
-        i = index_of(name, self.names)
-        if i < self._resident:
-            return self._all.state(name, rank)
-        return copied_state(self._pages.loras[i - self._resident], rank)
+        return copied_state(self._stored(name), rank)
 
     def squared_norms(self) -> dict[str, float]:
         """The sum of the squares of each LoRA's factors as they are stored."""
-        loras = [self._all.slot(name) for name in self.names[: self._resident]]
-        loras += [] if self._pages is None else self._pages.loras
-        return {name: squared_norm(lora) for name, lora in zip(self.names, loras, strict=True)}
+        return {name: squared_norm(self._stored(name)) for name in self.names}
+
+    def _stored(self, name: str) -> Mapping[str, Factors]:
+        """A LoRA's slot, or its copy on the host."""
+        i = index_of(name, self.names)
+        return self._all.slot(name) if i < self._resident else self._pages.loras[i - self._resident]
 
     def bytes(self) -> BankBytes:
         """The memory of all factors."""
-        host = [] if self._pages is None else [f for lora in self._pages.loras for pair in lora.values() for f in pair]
-        return BankBytes(*(sum(f.numel() * f.element_size() for f in part) for part in (self._all.parameters(), host)))
+        return BankBytes(bytes_of(self._all.factors), sum(bytes_of(lora) for lora in self._pages.loras))
 
     def detach(self) -> None:
         """Restores the transformer's own layers exactly."""
         for module, layer in self._layers.items():
-            _replace(self.transformer, module, layer.base)
-
-    def output(self, module: str, x: Tensor) -> Tensor:
-        """A layer's output in the running pass.
-
-        The first layer of a group (q of q, k and v) has the others computed with it; they find their outputs waiting
-        where they are given the same tensor. A layer that is given another one is computed alone.
-        """
-        if self.routing is None:
-            raise RuntimeError("the transformer has an adapter bank attached: run it inside bank.route(...)")
-        group, waiting = self._groups[module], self.routing.waiting
-        source, outputs = waiting.get(group, (x, {}))
-        if module not in outputs:
-            source, outputs = waiting[group] = x, self._compute(group, x)
-        y = outputs.pop(module)
-        if not outputs:
-            del waiting[group]
-        return y if source is x else self._compute((module,), x)[module]
-
-    def _compute(self, modules: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
-        """Plain layers with slots by one call of the op; others are called themselves, and their slots' part added."""
-        slots, layers = self.routing.slots, {module: self._layers[module].base for module in modules}
-        rows = x if x.ndim == 3 else x.unsqueeze(1)
-        ids = _ids_of_rows(self.routing.adapter_ids, len(rows), modules[0])
-        fused = [module for module in modules if module in slots.factors and _is_plain(layers[module], x)]
-        projections = [(layers[module].weight, layers[module].bias, *slots.factors[module]) for module in fused]
-        given = multi_lora_linears(rows, projections, slots.scale, ids) if fused else []
-        outputs = {module: y if x.ndim == 3 else y.squeeze(1) for module, y in zip(fused, given, strict=True)}
-        for module in [module for module in modules if module not in outputs]:
-            y = layers[module](x)
-            if module in slots.factors:
-                base = y if x.ndim == 3 else y.unsqueeze(1)
-                y = multi_lora_add(base, rows, *slots.factors[module], slots.scale, ids).reshape(y.shape)
-            outputs[module] = y
-        return outputs
-
-    def _paged(self, states: Sequence[LoRAState]) -> Pages:
-        stacks = {module: (a[self._resident :], b[self._resident :]) for module, (a, b) in self._all.factors.items()}
-        pinned = self._all.scale.is_cuda
-        return Pages(stacks, [host_factors(factors_of(state), self.dtype, pinned) for state in states])
-
-    def _distinct_paged(self, ids: Tensor) -> list[int]:
-        return [i - self._resident for i in dict.fromkeys(ids.tolist()) if i >= self._resident]
-
-
-class RoutedLinear(nn.Module):
-    """A frozen linear layer plus the slots that the running pass routes its samples to."""
-
-    def __init__(self, base: nn.Linear, module: str, bank: AdapterBank):
-        super().__init__()
-        self.base = base
-        self.module = module
-        self._bank = [bank]  # in a list: a plain attribute, not a submodule of this layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's: Z-Image asks a layer for the dtype to give it."""
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._bank[0].output(self.module, x)
-
-
-def _groups(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Each module's group, itself among it: layers of one parent and one input size that `SHARED_INPUTS` names."""
-    groups = defaultdict(list)
-    place = {name: (family, i) for family in SHARED_INPUTS for i, name in enumerate(family)}
-    for module, size in in_features.items():
-        parent, _, name = module.rpartition(".")
-        family, i = place.get(name, (name, 0))
-        groups[parent, family, size].append((i, module))
-    return {module: tuple(m for _, m in sorted(group)) for group in groups.values() for _, module in group}
-
-
-def _ids_of_rows(adapter_ids: Tensor, count: int, module: str) -> Tensor:
-    """Ids of a layer's rows. A layer may see the batch twice over, as a modulation that also gives that of timestep 0.
-
-    Raises:
-        CloraError: rows are no samples, as in embedders that get the tokens of all samples in one.
-    """
-    num_samples = len(adapter_ids)
-    if num_samples == 1 or count in (num_samples, 2 * num_samples):
-        return adapter_ids.repeat(count // num_samples)
-    raise CloraError(
-        f"the layer {module!r} gets {count} rows of {num_samples} routed samples, so that a LoRA cannot be chosen for "
-        "each; route one adapter per sample, or, where its rows are no samples, leave this layer out of the LoRAs"
-    )
-
-
-def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
-    """Whether a layer is what its weight says: not quantised, no hook on it, and of the input's dtype."""
-    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
-    return plain and not hooked and layer.weight.dtype == x.dtype
-
-
-def _check_modules(transformer: nn.Module, modules: Sequence[str]) -> None:
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    for name in sorted(set(modules) - set(linear)):
-        raise CloraError(f"the transformer has no linear layer {name!r}{nearest(name, linear)}")
-
-
-def _replace(transformer: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(transformer.get_submodule(parent), name, layer)
+            self.transformer.set_submodule(module, layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from clora.errors import CloraError, nearest
 from clora.lora.state import LoRAModule, LoRAState
 
 Factors = tuple[Tensor, Tensor]
+"""``(lora_A, lora_B)`` of a layer with K inputs and N outputs: ``[R, K], [N, R]``, or of E slots ``[E, R, K], [E, N, R]``."""
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,7 +24,7 @@ class Slots:
 
     Attributes:
         names: the slots, in order.
-        factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; a module that is not there is the base alone.
+        factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; a module without an entry is the base alone.
         scale: ones ``[E]``; the states' own scales are in their factors.
     """
 
@@ -32,10 +34,10 @@ class Slots:
 
     def parameters(self) -> list[Tensor]:
         """The factors as a flat list, for an optimizer."""
-        return [factor for pair in self.factors.values() for factor in pair]
+        return list(chain.from_iterable(self.factors.values()))
 
     def slot(self, name: str) -> dict[str, Factors]:
-        """One slot's factors ``(A [R, K], B [N, R])``, views."""
+        """The factors of one slot, ``(A [R, K], B [N, R])``, as views."""
         i = index_of(name, self.names)
         return {module: (a[i], b[i]) for module, (a, b) in self.factors.items()}
 
@@ -45,7 +47,7 @@ class Slots:
 
 
 def slot_dtype(transformer: nn.Module) -> torch.dtype:
-    """The dtype of a transformer's arithmetic as far as it says it, else float32."""
+    """The transformer's compute dtype; float32 if a slot cannot have it."""
     dtype = getattr(transformer, "dtype", None) or next(transformer.parameters()).dtype
     return dtype if dtype in SLOT_DTYPES else torch.float32
 
@@ -53,33 +55,39 @@ def slot_dtype(transformer: nn.Module) -> torch.dtype:
 def empty_slots(
     layers: Mapping[str, nn.Linear], ranks: Mapping[str, int], names: tuple[str, ...], dtype: torch.dtype
 ) -> Slots:
-    """Zeros on each layer's device."""
-
-    def zeros(*size: int, layer: nn.Linear) -> Tensor:
-        return torch.zeros(len(names), *size, dtype=dtype, device=_device(layer))
-
-    factors = {
-        module: (
-            zeros(ranks[module], layer.in_features, layer=layer),
-            zeros(layer.out_features, ranks[module], layer=layer),
-        )
-        for module, layer in layers.items()
-    }
+    """Slots of zeros, on the device of each layer."""
+    factors = {}
+    for module, layer in layers.items():
+        rank, device = ranks[module], _device(layer)
+        a = torch.zeros(len(names), rank, layer.in_features, dtype=dtype, device=device)
+        b = torch.zeros(len(names), layer.out_features, rank, dtype=dtype, device=device)
+        factors[module] = (a, b)
     return Slots(names, factors, torch.ones(len(names), device=_device(next(iter(layers.values())))))
 
 
 def _device(layer: nn.Linear) -> torch.device:
-    """Where a layer computes: accelerate's hooks say it, whose weights are elsewhere between calls."""
+    """The device that a layer computes on; accelerate's hooks have it for weights that are elsewhere between calls."""
     hook = getattr(layer, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or layer.weight.device)
 
 
 def factors_of(state: LoRAState) -> dict[str, Factors]:
+    """Each module's ``(lora_A [R, K], lora_B [N, R])``."""
     return {module: (lora.lora_A, lora.lora_B) for module, lora in state.modules.items()}
 
 
+def ranks_of(state: LoRAState) -> dict[str, int]:
+    """Each module's rank."""
+    return {module: lora.rank for module, lora in state.modules.items()}
+
+
+def bytes_of(factors: Mapping[str, Factors]) -> int:
+    """The memory of factors."""
+    return sum(a.nbytes + b.nbytes for a, b in factors.values())
+
+
 def copied_state(factors: Mapping[str, Factors], rank: int | None) -> LoRAState:
-    """Copies, cut to ``rank``."""
+    """A LoRA of copies of these factors, cut to ``rank``."""
     return LoRAState(
         {m: LoRAModule(a[:rank].detach().clone(), b[:, :rank].detach().clone()) for m, (a, b) in factors.items()}
     )
@@ -87,7 +95,8 @@ def copied_state(factors: Mapping[str, Factors], rank: int | None) -> LoRAState:
 
 @torch.no_grad()
 def squared_norm(lora: Mapping[str, Factors]) -> float:
-    norms = [torch.linalg.vector_norm(f, dtype=torch.float64) for pair in lora.values() for f in pair]
+    """The sum of the squares of all factors."""
+    norms = [torch.linalg.vector_norm(f, dtype=torch.float64) for f in chain.from_iterable(lora.values())]
     return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
@@ -103,11 +112,13 @@ def fill(slot: Mapping[str, Factors], lora: Mapping[str, Factors]) -> None:
         rank, later = len(own_a), copies_later(a.device)
         a[:rank].copy_(own_a, non_blocking=later)
         b[:, :rank].copy_(own_b, non_blocking=later)
+        # Zeros in the ranks beyond its own: B A has no part of them, and nothing of the slot's last LoRA is left.
         a[rank:].zero_()
         b[:, rank:].zero_()
 
 
 def index_of(name: str, names: tuple[str, ...], what: str = "adapter") -> int:
+    """The index of a name. Raises CloraError, with the nearest names, if the bank does not have it."""
     if name not in names:
         raise CloraError(f"unknown {what} {name!r}; the bank has {list(names)}{nearest(name, names)}")
     return names.index(name)

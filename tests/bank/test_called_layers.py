@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers.families import FAMILIES, run, tiny_transformer
 from torch import nn
 
-from clora.bank import bank as adapter_bank
+from clora.bank import routing
 from clora.bank.bank import AdapterBank
 from clora.testing import merge_lora, random_lora
 
@@ -86,8 +86,8 @@ def test_layerwise_casting(family, monkeypatch):
     for name, parameter in transformer.named_parameters():
         rounded.get_parameter(name).data.copy_(parameter.float())
     added = []
-    add = adapter_bank.multi_lora_add
-    monkeypatch.setattr(adapter_bank, "multi_lora_add", lambda y, *rest: added.append(y.dtype) or add(y, *rest))
+    add = routing.multi_lora_add
+    monkeypatch.setattr(routing, "multi_lora_add", lambda y, *rest: added.append(y.dtype) or add(y, *rest))
     bank = AdapterBank(transformer, states)
     assert bank.dtype == torch.float32
     with bank.route(bank.slots(), torch.tensor([1])):

@@ -10,6 +10,7 @@ from helpers.trainers import make_trainer, rolled, same, slots
 
 from clora.bank.bank import AdapterBank
 from clora.bank.pages import Pages, host_factors, module_ranks, page_bytes, pages_that_fit, teacher_pages
+from clora.bank.slots import ranks_of
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
@@ -100,14 +101,14 @@ def test_bytes_of_a_page_and_pages_of_a_budget(adapter):
     transformer = adapter.pipeline.transformer
     states = random_teachers(transformer, 4)
     assert teacher_pages(None, transformer, list(states.values())) is None
-    paged = AdapterBank(transformer, states, pages=2, fixed=1)
-    paged.detach()
-    resident = AdapterBank(transformer, states)
-    resident.detach()
+    with AdapterBank(transformer, states, pages=2, fixed=1) as paged:
+        pass
+    with AdapterBank(transformer, states) as resident:
+        pass
     assert paged.bytes().device * 4 == resident.bytes().device * 3
     assert resident.bytes().host == 0
     assert paged.bytes().host == 4 * sum(states[f"effect_{i}"].num_parameters for i in (1, 2, 3))
-    ranks = module_ranks([{m: lora.rank for m, lora in s.modules.items()} for s in states.values()])
+    ranks = module_ranks([ranks_of(state) for state in states.values()])
     assert resident.bytes().device == 4 * page_bytes(linear_shapes(transformer), ranks, torch.float32)
     one = page_bytes(linear_shapes(transformer), ranks, torch.float32)
     assert teacher_pages(3 * one / 1e9, transformer, list(states.values())) == 3
@@ -121,10 +122,9 @@ def test_a_routed_batch_of_paged_loras_equals_merged_weights(adapter, inputs):
     states, (x, sigma, conditioning) = random_teachers(transformer, 4), inputs(5)
     models = [merge_lora(transformer, state) for state in states.values()]
     ids = torch.tensor([3, 0, -1, 1, 3])
-    bank = AdapterBank(transformer, states, pages=2, fixed=1)
-    with torch.no_grad(), bank.placed(ids) as slot, bank.route(bank.slots(), slot):
-        found = adapter.velocity(x, sigma, conditioning)
-    bank.detach()
+    with torch.no_grad(), AdapterBank(transformer, states, pages=2, fixed=1) as bank:
+        with bank.placed(ids) as slot, bank.route(bank.slots(), slot):
+            found = adapter.velocity(x, sigma, conditioning)
     own = adapter.pipeline.transformer
     for i, e in enumerate(ids.tolist()):
         adapter.pipeline.transformer = own if e < 0 else models[e]
@@ -136,8 +136,8 @@ def test_a_routed_batch_of_paged_loras_equals_merged_weights(adapter, inputs):
 
 def test_rows_are_split_by_their_number_and_by_pages(adapter):
     transformer = adapter.pipeline.transformer
-    bank = AdapterBank(transformer, random_teachers(transformer, 5), pages=2, fixed=1)
-    bank.detach()
+    with AdapterBank(transformer, random_teachers(transformer, 5), pages=2, fixed=1) as bank:
+        pass
     ids = torch.tensor([0, 0, 1, 2, -1, 1, 3, 3, 4, 0, 3])
     assert bank.chunks(ids, 100) == [slice(0, 6), slice(6, 11)]
     assert bank.chunks(ids, 4) == [slice(0, 4), slice(4, 8), slice(8, 11)]
@@ -234,7 +234,7 @@ def test_rendering_is_the_same_to_the_bit(adapter, sources):
     """With one sample of each teacher a batch of three is rendered in two parts."""
     teachers = random_teachers(adapter.pipeline.transformer, 4)
     shapes = linear_shapes(adapter.pipeline.transformer)
-    ranks = module_ranks([{m: lora.rank for m, lora in s.modules.items()} for s in teachers.values()])
+    ranks = module_ranks([ranks_of(state) for state in teachers.values()])
     data = random_data(adapter, list(teachers), sources=sources)
     results, passes = [], []
     for budget in (None, 2.5 * page_bytes(shapes, ranks, torch.float32) / 1e9):

@@ -67,7 +67,7 @@ def test_a_mixed_batch_is_computed_again_on_its_own_slots(adapter, inputs):
                 parameter.grad = None
         with recomputed_blocks(bank):
             found = gradients()
-        assert bank.routing is None
+        assert bank.running is None
     assert any(gradient.any() for gradient in expected)
     assert all(torch.equal(gradient, other) for gradient, other in zip(found, expected, strict=True))
 

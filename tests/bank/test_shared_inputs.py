@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from clora.bank import bank as adapter_bank
+from clora.bank import routing
 from clora.bank.bank import AdapterBank
 from clora.lora.state import LoRAModule, LoRAState
 from clora.ops import multi_lora_linear, multi_lora_linears
@@ -94,7 +94,7 @@ def calls(monkeypatch):
         seen.append(len(projections))
         return multi_lora_linears(x, projections, *rest)
 
-    monkeypatch.setattr(adapter_bank, "multi_lora_linears", counted)
+    monkeypatch.setattr(routing, "multi_lora_linears", counted)
     return seen
 
 
@@ -122,7 +122,7 @@ def test_each_layer_is_computed_once_and_groups_together(model, inputs, calls):
     with bank.route(bank.slots(), ids):
         model(x)
         assert calls == [3, 1, 2, 1] * 2
-        assert not bank.routing.waiting
+        assert not bank.running.waiting
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_layers_that_read_another_tensor_are_computed_alone(model, inputs, calls
     bank = AdapterBank(model, given)
     with bank.route(bank.slots(), torch.zeros(4, dtype=torch.int64)):
         torch.testing.assert_close(model(x, context), expected, **TOLERANCE)
-        assert not bank.routing.waiting
+        assert not bank.running.waiting
     assert calls == [3, 1, 1, 1] * 2
 
 
@@ -177,9 +177,8 @@ def test_nothing_is_kept_after_the_pass(model, inputs):
     kept = weakref.ref(x)
     with torch.no_grad(), bank.route(bank.slots(), ids):
         model.blocks[0].attn.to_q(x)
-        ((source, outputs),) = bank.routing.waiting.values()
-        waiting = [weakref.ref(y) for y in outputs.values()]
-    del x, source, outputs
+        waiting = [weakref.ref(y) for _, y in bank.running.waiting.values()]
+    del x
     gc.collect()
     assert kept() is None
     assert [reference() for reference in waiting] == [None, None]
@@ -252,7 +251,7 @@ def test_torch_compile_has_no_graph_break(model, inputs):
         expected = run(bank, bank.slots(), given, x)
         with bank.route(bank.slots(), given):
             torch.testing.assert_close(compiled(x), expected, **TOLERANCE)
-            assert not bank.routing.waiting
+            assert not bank.running.waiting
     torch._dynamo.reset()
 
 

@@ -49,7 +49,7 @@ class Passes:
         slots = self.bank.slots(names, trainable=True)
         with self.bank.route(slots, torch.tensor(ids, device=DEVICE)):
             (output,) = self.transformer(**self.inputs, return_dict=False)
-            assert not self.bank.routing.waiting
+            assert not self.bank.running.waiting
         gradients = torch.autograd.grad(output.square().sum(), slots.parameters(), materialize_grads=True)
         assert any(gradient.any() for gradient in gradients)
         return [output.detach(), *gradients]
