@@ -1,9 +1,10 @@
-"""The command line. Each command loads what it needs when it runs, so that ``--help`` is instant."""
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,10 @@ from rich.text import Text
 from clora.errors import CloraError
 from clora.files import TEMPLATES
 from clora.threads import limit_spinning
+from clora.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from clora.config.settings import DistillConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,12 +32,18 @@ app = typer.Typer(
 studio = typer.Typer(no_args_is_help=True, help="The small trained pipeline that ships with clora.")
 app.add_typer(studio, name="studio")
 
-Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:0; auto takes a CUDA GPU where there is one.")]
+# Arguments and options that several commands share.
+Config = Annotated[Path, typer.Argument(help="YAML file: pipeline, effects, data, student, train.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:0; auto takes a CUDA GPU if there is one.")]
 Folder = Annotated[Path | None, typer.Argument(help="Studio folder; by default the one that ships with clora.")]
 
 
 def main() -> None:
-    """Runs the command line; a mistake of the user's is told without a traceback and exits with 1."""
+    """Runs the command line; a user's mistake is printed without a traceback, and the exit code is 1."""
     limit_spinning()  # before a command imports torch
     try:
         app()
@@ -47,8 +55,6 @@ def main() -> None:
 
 def _show_version(value: bool) -> None:
     if value:
-        from clora.version import __version__
-
         typer.echo(f"clora {__version__}")
         raise typer.Exit
 
@@ -73,13 +79,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html, grid.png, metrics.json and the LoRA.")] = Path(
         "clora-demo"
     ),
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Every random number follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random number.")] = 0,
     effects: Annotated[
         str | None,
-        typer.Option(
-            help="Names of effects, separated by commas; other than the default eight are compared with rows measured "
-            "on the spot, which takes minutes more."
-        ),
+        typer.Option(help="Names of effects, separated by commas. Any but the default eight take minutes more."),
     ] = None,
     full: Annotated[
         bool,
@@ -101,29 +104,23 @@ def demo(
 
 @app.command()
 def distill(
-    config: Annotated[Path, typer.Argument(help="YAML file: pipeline, effects, data, student, train.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     example: Annotated[
         bool, typer.Option("--example", callback=_show_example, is_eager=True, help="Print an example and exit.")
     ] = False,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(
-            metavar="REPO", help="Upload the collection to this repository of the Hugging Face Hub: owner/name."
-        ),
+        typer.Option(metavar="REPO", help="Upload the collection to this repository of the Hugging Face Hub."),
     ] = None,
 ) -> None:
     """Distil your own LoRA files on your own pipeline.
 
     Start from the commented example: [bold]clora distill --example > my.yaml[/bold]
 
-    Example: [bold]clora distill my.yaml train.updates=500 student.rank=32[/bold]
+    Example: [bold]clora distill my.yaml train.updates=500 --push-to-hub me/my-collection[/bold]
     """
-    from clora.config.settings import load_config
-
-    loaded = load_config(config, overrides or ())
+    loaded = _load(config, overrides or ())
     from clora.commands.distill import distill as run
 
     typer.echo(f"collection: {run(loaded, push_to_hub)}")
@@ -131,10 +128,8 @@ def distill(
 
 @app.command()
 def prompts(
-    config: Annotated[Path, typer.Argument(help="The YAML file of clora distill.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the prompts file, edits included.")] = False,
 ) -> None:
     """Write student prompts, triggers and general instructions to a file that you may edit before training.
@@ -143,10 +138,9 @@ def prompts(
 
     Example: [bold]clora prompts my.yaml prompts.paraphrases=6[/bold]
     """
+    loaded = _load(config, overrides or (), with_prompts=False)
     from clora.commands.prompts import similarity_table, write_prompts
-    from clora.config.settings import load_config
 
-    loaded = load_config(config, overrides or (), with_prompts=False)
     file = loaded.prompts.file or str(config.with_suffix(".prompts.yaml"))
     Console().print(similarity_table(write_prompts(loaded, file, overwrite)))
     typer.echo(f"prompts: {file}")
@@ -155,32 +149,16 @@ def prompts(
 
 
 @app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file, as for clora distill.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a distillation will need and do, and all that is wrong with its input; loads no weights.
 
     Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
     """
-    from clora.config.settings import load_config
-
-    try:
-        loaded = load_config(config, overrides or ())
-    except CloraError as error:
-        from clora.commands.checks import add_file_problems
-
-        raise add_file_problems(error, config, overrides or ()) from error
+    loaded = _load(config, overrides or ())
     from clora.commands.plan.plan import make_plan, render
 
     found = make_plan(loaded)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        Console().print(render(found))
+    _print(found, render, as_json)
     if found["problems"]:
         raise typer.Exit(1)
 
@@ -188,9 +166,9 @@ def plan(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A .safetensors LoRA or a folder with one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     pipeline: Annotated[
-        Path | None, typer.Option(help="Pipeline folder: tell which of its layers the LoRA changes.")
+        Path | None, typer.Option(help="Pipeline folder; shows which of its layers the LoRA changes.")
     ] = None,
 ) -> None:
     """Show a LoRA's format, model family, adapter types, ranks, alphas and effective scales, and all its problems.
@@ -201,10 +179,7 @@ def inspect(
     from clora.lora.inspect import render
 
     info = describe(path, pipeline)
-    if as_json:
-        typer.echo(json.dumps(info, indent=2))
-    else:
-        Console().print(render(info), crop=False)  # a long path stays one line
+    _print(info, render, as_json)
     _refuse_unusable(info)
 
 
@@ -218,39 +193,34 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Largest rank to keep, by SVD.")] = None,
     energy: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of a rank: share of each module's squared singular values to keep, such as 0.99. diffusers "
-            "gets the largest rank that a module needs, the other formats a rank for each module."
-        ),
+        typer.Option(help="Instead of a rank: share of each module's squared singular values to keep, such as 0.99."),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="fp32, bf16, fp16 or fp8; by default as in the file. fp8 is float8_e4m3fn, plainly rounded: clora, "
-            "diffusers and ComfyUI read it, other programs may not."
+            help="fp32, bf16, fp16 or fp8; by default as in the file. fp8 is plain float8_e4m3fn, which clora, "
+            "diffusers and ComfyUI read; other programs may not."
         ),
     ] = None,
     pipeline: Annotated[
         Path | None,
-        typer.Option(help="Folder of the LoRA's base model, where its names do not tell; for DoRA with the weights."),
+        typer.Option(help="Folder of the base model, if the LoRA's names do not identify it; DoRA needs its weights."),
     ] = None,
     max_error: Annotated[
         float,
         typer.Option(help="Largest relative error of factors for changes without low rank (DoRA, full-matrix LoKr)."),
     ] = 0.01,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a LoRA in another format, at a lower rank or in another type; shows the error of every module.
+
+    With --energy, diffusers' format gets the largest rank that a module needs, the other formats a rank for each module.
 
     Example: [bold]clora export my-collection --rank 16 --dtype fp16 --output small.safetensors[/bold]
     """
     from clora.lora.convert import convert_lora, render
 
-    report = convert_lora(path, output, format, rank, energy, dtype, pipeline, max_error)
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        Console().print(render(report), crop=False)  # a long path stays one line
+    _print(convert_lora(path, output, format, rank, energy, dtype, pipeline, max_error), render, as_json)
 
 
 @studio.command()
@@ -259,7 +229,7 @@ def build(
     stages: Annotated[str | None, typer.Option(help="Stages to run, separated by commas; by default all.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Rebuild the studio from its seeds; stages that are done are passed over.
+    """Rebuild the studio from its seeds; finished stages are skipped.
 
     Example: [bold]clora studio build ./my-studio[/bold]
     """
@@ -290,6 +260,26 @@ def path() -> None:
     typer.echo(str(pipeline_folder()))
 
 
+def _load(config: Path, overrides: Iterable[str], with_prompts: bool = True) -> DistillConfig:
+    """Reads a config; the error about a bad one also lists what is wrong with the files that it names."""
+    from clora.config.settings import load_config
+
+    try:
+        return load_config(config, overrides, with_prompts=with_prompts)
+    except CloraError as error:
+        from clora.commands.checks import add_file_problems
+
+        raise add_file_problems(error, config, overrides) from error
+
+
+def _print(found: Mapping[str, Any], render: Callable[[Mapping[str, Any]], Any], as_json: bool) -> None:
+    """Prints a result as JSON, or laid out for the terminal, where a long path stays on one line."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(render(found), crop=False)
+
+
 def _split(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
@@ -298,7 +288,7 @@ def _split(names: str) -> list[str]:
 
 
 def _refuse_unusable(info: Mapping[str, Any]) -> None:
-    """An inspected file that `clora distill` would refuse is shown all the same, but the exit code tells."""
+    """Raises CloraError for an inspected file that `clora distill` would refuse, with all reasons."""
     reasons = {
         "it holds no LoRA module": not info["modules"],
         "it holds what is not supported": info["unsupported"],

@@ -191,6 +191,16 @@ def test_distill_bad_input(run, engine, tmp_path):
     assert calls == []
 
 
+def test_a_bad_config_has_the_same_message_in_every_command(run, tmp_path):
+    """It also lists what is wrong with the files that the config names."""
+    file = tmp_path / "c.yaml"
+    file.write_text(CONFIG.format(out=tmp_path / "out"))
+    (message,) = {run(command, file, "train.updats=5")[2] for command in ("plan", "distill", "prompts")}
+    assert "did you mean 'updates'" in message
+    assert "and of the files that it names:" in message
+    assert "effects.0.lora: a.safetensors" in message
+
+
 def test_studio(run, engine, tmp_path):
     builds = engine("clora.studio.making.build", "build")
     assert run("studio", "build", tmp_path, "--stages", "vae,base")[0] == 0

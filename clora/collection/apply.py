@@ -7,75 +7,72 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clora.collection.metadata import CollectedEffect, Collection, find_collection, from_metadata, read_collection
+from clora.collection.metadata import Collection, find_collection, from_metadata, read_collection
 from clora.errors import CloraError, nearest
 from clora.lora.source import LoRASource, open_lora
 
 
 class Effects:
-    """The effects of a collection: ``effects["snow"]`` is what to call the pipeline with, all but the image.
+    """The effects of a collection: ``effects["snow"]`` holds the arguments of a pipeline's call, except the image.
 
-    Iterating gives the names. The prompt is the first of the effect's; the others, the triggers and everything else
-    are in ``effects.collection``.
+    Iteration yields the names. The prompt is the effect's first; the others, the triggers and everything else are in
+    ``effects.collection``.
     """
 
     def __init__(self, collection: Collection):
         self.collection = collection
+        self._prompts = {effect.name: effect.prompts[0] for effect in collection.effects}
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        """The keyword arguments for one effect. Raises CloraError for a name that the collection lacks."""
-        return {"prompt": self._find(name).prompts[0], **call_arguments(self.collection)}
+        """Returns the keyword arguments for one effect. Raises CloraError for a name that the collection lacks."""
+        if name not in self:
+            raise CloraError(f"unknown effect {name!r}; the collection has {', '.join(self)}{nearest(name, self)}")
+        return {"prompt": self._prompts[name], **call_arguments(self.collection)}
 
     def compose(self, first: str, second: str) -> dict[str, Any]:
-        """The keyword arguments for two effects in one picture, the first applied before the second.
+        """Returns the keyword arguments for two effects in one picture, the first applied before the second.
 
-        Both prompts together must fit into the collection's ``max_sequence_length`` tokens: a pipeline cuts silently.
+        Both prompts together must fit into the collection's ``max_sequence_length`` tokens: pipelines cut without a word.
 
         Raises:
             CloraError: a name that the collection lacks.
         """
-        prompts = [self._find(name).prompts[0].rstrip(" .") for name in (first, second)]
-        return {"prompt": f"apply {prompts[0]}, then apply {prompts[1]}", **call_arguments(self.collection)}
-
-    def _find(self, name: str) -> CollectedEffect:
-        for effect in self.collection.effects:
-            if effect.name == name:
-                return effect
-        raise CloraError(f"unknown effect {name!r}; the collection has {', '.join(self)}{nearest(name, self)}")
+        prompts = [self[name]["prompt"].rstrip(" .") for name in (first, second)]
+        return self[first] | {"prompt": f"apply {prompts[0]}, then apply {prompts[1]}"}
 
     def __contains__(self, name: object) -> bool:
-        return name in list(self)
+        return name in self._prompts
 
     def __iter__(self) -> Iterator[str]:
-        return (effect.name for effect in self.collection.effects)
+        return iter(self._prompts)
 
     def __len__(self) -> int:
-        return len(self.collection.effects)
+        return len(self._prompts)
 
     def __repr__(self) -> str:
         return f"Effects({list(self)})"
 
 
 def call_arguments(collection: Collection) -> dict[str, Any]:
-    """How the collection's pipeline must be called, under the names that its own ``__call__`` has.
+    """Returns the arguments that the collection's pipeline must be called with, as its ``__call__`` names them.
 
     Raises:
         CloraError: the installed diffusers has no such pipeline.
     """
-    known = inspect.signature(pipeline_class(collection).__call__).parameters
     sampling = collection.sampling
-    height, width = sampling.size
     arguments = {
         "num_inference_steps": sampling.steps,
         "max_sequence_length": sampling.max_sequence_length,
-        "height": height,
-        "width": width,
+        "height": sampling.size[0],
+        "width": sampling.size[1],
     }
+    # Not every pipeline takes all of them: QwenImage21Pipeline has no max_sequence_length.
+    known = inspect.signature(pipeline_class(collection).__call__).parameters
     return {name: value for name, value in arguments.items() if name in known} | sampling.call
 
 
 def pipeline_class(collection: Collection) -> type:
-    """The class of the collection's pipeline. Raises CloraError where the installed diffusers has none."""
+    """Returns the class of the collection's pipeline. Raises CloraError if the installed diffusers has none."""
     import diffusers
 
     found = getattr(diffusers, collection.pipeline, None)
@@ -85,7 +82,7 @@ def pipeline_class(collection: Collection) -> type:
 
 
 def load_collection(path: str | Path) -> Effects:
-    """The effects of a collection.
+    """Reads the effects of a collection; no pipeline is needed.
 
     Args:
         path: its folder, its file or its hub id (``owner/name``).
@@ -96,8 +93,8 @@ def load_collection(path: str | Path) -> Effects:
     return Effects(read_collection(path))
 
 
-def apply(pipeline, path: str | Path) -> Effects:
-    """Makes a stock pipeline run a collection: loads its LoRA and sets the scheduler it was trained for.
+def apply(pipeline: Any, path: str | Path) -> Effects:
+    """Makes a stock pipeline run a collection: loads its LoRA and sets the scheduler that it was trained for.
 
     ::
 
@@ -109,7 +106,7 @@ def apply(pipeline, path: str | Path) -> Effects:
         path: as for `load_collection`.
 
     Raises:
-        CloraError: no such collection, or one for another model; the pipeline is as it was then.
+        CloraError: no such collection, or one for another model; the pipeline is left as it was.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -125,40 +122,32 @@ def apply(pipeline, path: str | Path) -> Effects:
     return Effects(collection)
 
 
-def _load_weights(pipeline, source: LoRASource, base_model: str) -> None:
-    """Loads the file as a new adapter, all of it or nothing: diffusers only warns of what it passes over."""
-    before = _adapters(pipeline)
+def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
+    """Loads the file as a new adapter, all of it or nothing: diffusers only warns of modules that it skips."""
+    transformer = pipeline.transformer
+    before = set(getattr(transformer, "peft_config", {}))
     try:
-        _load_lora_file(pipeline, str(source.file))
+        if loads_lora_weights(type(pipeline)):
+            pipeline.load_lora_weights(str(source.file))
+        else:
+            transformer.load_lora_adapter(str(source.file), prefix="transformer")
     except (ValueError, RuntimeError, KeyError) as error:
         raise CloraError(f"{source.file} does not fit the pipeline, expected {base_model}: {error}") from error
-    new = _adapters(pipeline) - before
+    new = set(getattr(transformer, "peft_config", {})) - before
     loaded = {
-        name
-        for name, module in pipeline.transformer.named_modules()
+        f"transformer.{name}"
+        for name, module in transformer.named_modules()
         if not new.isdisjoint(getattr(module, "lora_A", {}))
     }
     expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
-    if {f"transformer.{name}" for name in loaded} != expected:
-        pipeline.transformer.delete_adapters(list(new))
+    if loaded != expected:
+        transformer.delete_adapters(list(new))
         raise CloraError(
             f"{source.file}: the pipeline has taken {len(loaded)} of {len(expected)} modules; expected {base_model} and "
             "a file in diffusers' format (clora export --format diffusers)"
         )
 
 
-def _load_lora_file(pipeline, file: str) -> None:
-    """Loads a LoRA the way that the pipeline has for it; raises what diffusers raises."""
-    if loads_lora_weights(type(pipeline)):
-        pipeline.load_lora_weights(file)
-    else:
-        pipeline.transformer.load_lora_adapter(file, prefix="transformer")
-
-
 def loads_lora_weights(pipeline_class: type) -> bool:
-    """Whether a pipeline loads LoRAs itself; LongCat-Image-Edit leaves that to its transformer."""
+    """Returns True if the pipeline itself loads LoRAs; LongCat-Image-Edit leaves that to its transformer."""
     return hasattr(pipeline_class, "load_lora_weights")
-
-
-def _adapters(pipeline) -> set[str]:
-    return set(getattr(pipeline.transformer, "peft_config", {}))

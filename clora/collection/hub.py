@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through huggingface_hub: where collections are uploaded to and loaded from."""
+"""The Hugging Face Hub, from which collections are loaded and to which they are uploaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clora.errors import CloraError
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a text can be a repository on the Hub with its owner, as in ``owner/name``."""
+    """Returns True for a valid id of a repository with its owner, ``owner/name``; the Hub is not asked."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -20,7 +20,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def cached_revision(repo_id: str) -> str | None:
-    """The commit of a pipeline that was loaded by its hub id; None where the cache does not know it."""
+    """Returns the commit of a pipeline in the Hub's local cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(repo_id, "model_index.json") if is_repo_id(repo_id) else None
@@ -28,7 +28,7 @@ def cached_revision(repo_id: str) -> str | None:
 
 
 def download(repo_id: str, filename: str) -> Path:
-    """One file of a repository, from the cache where it is there already.
+    """Returns the path of a repository's file, downloaded unless the cache has it.
 
     Raises:
         CloraError: no such repository or file, or no connection.
@@ -37,17 +37,17 @@ def download(repo_id: str, filename: str) -> Path:
 
     try:
         return Path(hf_hub_download(repo_id, filename))
-    except Exception as error:  # huggingface_hub and the HTTP library under it have no common error
+    except Exception as error:  # huggingface_hub and the HTTP library under it have no common error class
         raise CloraError(
             f"{repo_id!r} is no local file or folder, and {filename} cannot be downloaded from the Hub: {error}"
         ) from error
 
 
 def check_repo(repo_id: str) -> None:
-    """Makes sure, without asking the Hub, that an upload has somewhere to go.
+    """Refuses, without asking the Hub, an upload that cannot succeed.
 
     Raises:
-        CloraError: no valid id, or no login.
+        CloraError: the id is not valid, or nobody is logged in.
     """
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -63,10 +63,10 @@ def check_repo(repo_id: str) -> None:
 
 
 def create_repo(repo_id: str) -> str:
-    """Creates the repository where it is missing; for before long work, so that its result can be uploaded after it.
+    """Creates a repository unless it exists. Called before long work, so that its result can be uploaded.
 
     Returns:
-        The id with its owner, who is the user where `repo_id` names none.
+        The id with its owner: the user, if `repo_id` names none.
 
     Raises:
         CloraError: no connection, or no right to write there.
@@ -80,10 +80,10 @@ def create_repo(repo_id: str) -> str:
 
 
 def upload(folder: Path, repo_id: str, patterns: Sequence[str]) -> str:
-    """Uploads the files of a folder that match; returns the address of the repository.
+    """Uploads the files of a folder that match the patterns; returns the address of the repository.
 
     Raises:
-        CloraError: they cannot be uploaded; says how to do it by hand.
+        CloraError: they cannot be uploaded; the message has the command that does it later.
     """
     from huggingface_hub import HfApi
 

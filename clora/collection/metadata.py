@@ -1,13 +1,17 @@
-"""What a collection says about itself, as entries of its LoRA file's metadata: written once, read back the same."""
+"""The description of a collection: what its LoRA file's metadata states, written and read back without loss.
+
+The file is the collection; everything that `clora.apply` needs is in its header, so that the file may be moved, renamed or
+uploaded without the rest of its folder.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from clora.collection.hub import download, is_repo_id
 from clora.errors import CloraError
@@ -16,28 +20,25 @@ from clora.lora.source import find_weights, open_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLES_FILE = "samples.png"
-PREFIX = (
-    "clora."  # of every entry; diffusers and sglang give meanings to others, such as lora_adapter_metadata and alpha
-)
+# Every entry has this prefix: diffusers and sglang give meanings to others, such as lora_adapter_metadata and alpha.
+PREFIX = "clora."
+# Entries that hold plain text; all others hold JSON.
+_PLAIN = {"version", "pipeline", "base_model", "base_revision"}
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class CollectedEffect(_Model):
-    """One effect of a collection, as its user asks for it.
+class CollectedEffect(BaseModel, frozen=True):
+    """One effect of a collection: how to ask for it, and where it comes from.
 
     Attributes:
-        name: the effect.
-        prompts: the student's prompts, the first is the one to use, the others say the same in other words.
-        teacher: file name of the teacher it was distilled from.
+        name: of the effect.
+        prompts: the student's prompts; use the first, the others are paraphrases of it.
+        teacher: file name of the teacher that it was distilled from.
         teacher_sha256: hash of that file.
-        trigger: the word that the prompts have and nothing else has; None where they are the teacher's own prompts.
-        license: the teacher's licence where its file says so.
+        trigger: the word that only this effect's prompts contain; None if they are the teacher's own prompts.
+        license: the teacher's licence, if its file states one.
     """
 
     name: str
@@ -48,15 +49,15 @@ class CollectedEffect(_Model):
     license: str | None = None
 
 
-class Sampling(_Model):
-    """How the few-step sampler runs.
+class Sampling(BaseModel, frozen=True):
+    """The settings of the few-step sampler (docs/method.md, section 3).
 
     Attributes:
-        steps: its passes.
-        shift: its time shift.
-        size: height and width it was trained at.
-        max_sequence_length: text tokens that the pipeline must be called with.
-        call: the other arguments that the family's pipeline needs, such as the scale of a guidance that is off.
+        steps: number of passes.
+        shift: time shift of the noise levels.
+        size: height and width of the training images, in pixels.
+        max_sequence_length: number of text tokens that the pipeline must be called with.
+        call: other arguments that this family's pipeline needs, such as the scale that switches guidance off.
     """
 
     steps: Positive
@@ -66,19 +67,19 @@ class Sampling(_Model):
     call: dict[str, int | float] = {}
 
 
-class Collection(_Model):
-    """What is written beside the weights; each attribute is the entry ``clora.<attribute>``, text or JSON.
+class Collection(BaseModel, frozen=True):
+    """The entries that stand beside the weights; each attribute is the entry ``clora.<attribute>``, text or JSON.
 
     Attributes:
         version: of the clora that made it.
-        pipeline: class name of the pipeline it is for.
-        base_model: hub id of the pipeline, or what a local one is called.
-        base_revision: its commit on the Hub where it came from there.
-        effects: the effects.
-        sampling: how to sample.
-        scheduler: diffusers' config of the scheduler that does so.
+        pipeline: class name of the pipeline that it is for.
+        base_model: hub id of the pipeline, or a description of a local one.
+        base_revision: commit of the pipeline on the Hub, if it came from there.
+        effects: at least one.
+        sampling: settings of the few-step sampler.
+        scheduler: diffusers' config of the scheduler that runs it.
         metrics: measured values by name, or by name and effect.
-        provenance: anything else worth keeping (seed, config).
+        provenance: anything else worth keeping (seed, settings).
     """
 
     version: str
@@ -93,20 +94,20 @@ class Collection(_Model):
 
 
 def to_metadata(collection: Collection) -> dict[str, str]:
-    """The entries of the file's header.
+    """Returns the entries of the file's header.
 
     Raises:
-        CloraError: what a reader would find differs from the collection.
+        CloraError: a value would not be read back as it is.
     """
     values = collection.model_dump(mode="json", exclude_none=True)
-    metadata = {PREFIX + key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    metadata = {PREFIX + key: value if key in _PLAIN else json.dumps(value) for key, value in values.items()}
     if from_metadata(metadata, "the new collection") != collection:
         raise CloraError("the collection's metadata would not be read back as it is; expected JSON values only")
     return metadata
 
 
 def from_metadata(metadata: Mapping[str, str], where: str) -> Collection:
-    """Reads the entries back; those that are not known, as of a newer version, are passed over.
+    """Reads the entries back; unknown ones, such as those of a newer version, are ignored.
 
     Args:
         metadata: of a file's header.
@@ -117,35 +118,32 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Collection:
     """
     if f"{PREFIX}effects" not in metadata:
         raise CloraError(f"{where} is no collection of clora's: it has no {PREFIX}effects in its metadata")
+    found = {name: metadata[PREFIX + name] for name in Collection.model_fields if PREFIX + name in metadata}
     try:
-        return Collection.model_validate({name: _parse(metadata, name) for name in _fields_in(metadata)})
+        values = {name: text if name in _PLAIN else json.loads(text) for name, text in found.items()}
+        return Collection.model_validate(values)
     except (ValidationError, json.JSONDecodeError, RecursionError) as error:
         raise CloraError(f"{where}: the collection's metadata is damaged: {error}") from error
 
 
-def _fields_in(metadata: Mapping[str, str]) -> list[str]:
-    return [name for name in Collection.model_fields if PREFIX + name in metadata]
-
-
-def _parse(metadata: Mapping[str, str], name: str) -> Any:
-    value = metadata[PREFIX + name]
-    return value if name in ("version", "pipeline", "base_model", "base_revision") else json.loads(value)
-
-
 def find_collection(path: str | Path) -> Path:
-    """The LoRA file of a collection, given by its folder, the file itself or its hub id (``owner/name``).
+    """Returns the LoRA file of a collection; one on the Hub is downloaded.
+
+    Args:
+        path: its folder, its file or its hub id (``owner/name``).
 
     Raises:
-        CloraError: nothing there, or it cannot be downloaded.
+        CloraError: nothing is there, or it cannot be downloaded.
     """
     local = user_path(path)
+    # A local path wins over a hub id that is spelled the same, and what can be no id is never looked up.
     if local.exists() or local.suffix == ".safetensors" or not is_repo_id(str(path)):
         return find_weights(local)
     return download(str(path), LORA_FILE)
 
 
 def read_collection(path: str | Path) -> Collection:
-    """What a collection says about itself, read from its file's header.
+    """Reads the description of a collection from its file's header.
 
     Args:
         path: as for `find_collection`.

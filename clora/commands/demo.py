@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from clora.collection.metadata import Collection
-from clora.collection.write import check_output, export_collection, make_collection
+from clora.collection.write import check_output, make_collection, write_collection
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData
@@ -91,7 +91,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         student = train(run, adapter, loras, data)
     with run.timed("export"), stage("export", None):
         description = _collection(run.config, adapter, folder)
-        collection = export_collection(student, description, run.folder / "collection", torch.float16)
+        collection = write_collection(student, description, run.folder / "collection", torch.float16)
     rows = measured_rows(run, adapter, loras) if shipped is None else shipped
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
@@ -99,7 +99,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
             verdicts = judge_effects(outputs, advance)
         rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
     measured = description.model_copy(update={"metrics": _metrics(summary(verdicts, general))})
-    export_collection(student, measured, collection, torch.float16)  # the same weights; now they say how good they are
+    write_collection(student, measured, collection, torch.float16)  # the same weights; now they say how good they are
     return _report(run, rows, outputs, folder, collection)
 
 
@@ -244,9 +244,7 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
 def _collection(config: DistillConfig, adapter, folder: Path) -> Collection:
     loras = {effect.name: teachers.teacher_path(folder / "teachers", effect.name) for effect in config.effects}
     licenses = dict.fromkeys(loras, "Apache-2.0")
-    return make_collection(
-        config, type(adapter.pipeline).__name__, adapter.student_call, "clora-studio", loras, licenses
-    )
+    return make_collection(config, adapter, "clora-studio", loras, licenses)
 
 
 def _metrics(measured: Mapping[str, object]) -> dict[str, object]:

@@ -19,9 +19,9 @@ from clora.collection.write import (
     COLLECTION_FILES,
     UPLOADED_FILES,
     check_output,
-    export_collection,
     make_collection,
     name_repository,
+    write_collection,
 )
 from clora.commands.checks import find_file_problems
 from clora.config.reading import named_files
@@ -108,7 +108,7 @@ def _make(
         with training_bar(f"distil into {output.name}", config.train) as report:
             student = train_student(config, adapter, teachers, data, report, checkpoint)
         samples = _samples(config, adapter, student, data, device)
-    export_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
+    write_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
     checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
     if config.data.cache is None:
         shutil.rmtree(cache.folder, ignore_errors=True)
@@ -182,8 +182,7 @@ def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[
     is_folder = user_path(config.pipeline).exists()
     collection = make_collection(
         config,
-        pipeline=type(adapter.pipeline).__name__,
-        call=adapter.student_call,
+        adapter,
         base_model=_name_of_base(adapter.pipeline, user_path(config.pipeline)) if is_folder else config.pipeline,
         loras={effect.name: Path(effect.lora) for effect in config.effects},
         licenses={name: _license(lora.metadata) for name, lora in teachers.items()},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import clora
 from clora.collection.apply import call_arguments
 from clora.collection.metadata import LORA_FILE, find_collection, from_metadata, read_collection, to_metadata
-from clora.collection.write import export_collection
+from clora.collection.write import write_collection
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.lora.families import FLUX2
@@ -33,7 +33,7 @@ def collection(tmp_path):
     def write(family, **values):
         student = random_lora(bare_pipeline(family).transformer, 4, 7)
         described = describe(SNOW, MOEBIUS, pipeline=family, **values)
-        return export_collection(student, described, tmp_path / family, torch.float32), student
+        return write_collection(student, described, tmp_path / family, torch.float32), student
 
     return write
 

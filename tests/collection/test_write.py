@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from clora.bank.bank import AdapterBank
+from clora.collection.card import model_card
 from clora.collection.metadata import read_collection
-from clora.collection.write import LORA_FILE, export_collection, model_card
+from clora.collection.write import LORA_FILE, write_collection
 from clora.data.generation import Generator
 from clora.data.images import load_image
 from clora.errors import CloraError
@@ -62,7 +63,7 @@ def described():
 
 @pytest.fixture(scope="module")
 def collection(described, student, tmp_path_factory):
-    return export_collection(student, described, tmp_path_factory.mktemp("out") / "collection", torch.float32)
+    return write_collection(student, described, tmp_path_factory.mktemp("out") / "collection", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_unequal_ranks_are_exported_as_one(adapter, tmp_path):
     low = random_lora(transformer, 2, 0, ["transformer_blocks.0.attn.to_q"])
     high = random_lora(transformer, 5, 1, ["transformer_blocks.0.attn.to_k"])
     mixed = LoRAState({**low.modules, **high.modules})
-    folder = export_collection(mixed, describe(), tmp_path / "out", torch.float32)
+    folder = write_collection(mixed, describe(), tmp_path / "out", torch.float32)
     with safe_open(folder / LORA_FILE, "pt") as file:
         shapes = {k: tuple(file.get_tensor(k).shape) for k in file.keys()}  # noqa: SIM118
     assert {shape["lora_B" in key] for key, shape in shapes.items()} == {5}
@@ -292,7 +293,7 @@ def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
 def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monkeypatch):
     (tmp_path / "scheduler").write_text("a file where the folder should be")
     with pytest.raises(CloraError, match="is a file"):
-        export_collection(student, describe(), tmp_path, torch.float32)
+        write_collection(student, describe(), tmp_path, torch.float32)
     assert [file.name for file in tmp_path.iterdir()] == ["scheduler"]
 
     def full(*args, **kwargs):
@@ -300,7 +301,7 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monk
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "save_pretrained", full)
     with pytest.raises(CloraError, match="scheduler cannot be written: no space left"):
-        export_collection(student, describe(), tmp_path / "new", torch.float32)
+        write_collection(student, describe(), tmp_path / "new", torch.float32)
     assert not (tmp_path / "new" / LORA_FILE).exists()
 
 
@@ -312,7 +313,7 @@ def test_a_scheduler_that_is_not_read_back_is_told(student, tmp_path, monkeypatc
         lambda self, folder: save(FlowMatchEulerDiscreteScheduler(shift=1.0), folder),
     )
     with pytest.raises(CloraError, match="read back differs"):
-        export_collection(student, describe(), tmp_path / "out", torch.float32)
+        write_collection(student, describe(), tmp_path / "out", torch.float32)
     assert not (tmp_path / "out" / LORA_FILE).exists()
 
 
@@ -320,7 +321,7 @@ def test_weights_that_overflow_leave_nothing(adapter, tmp_path):
     student = random_lora(adapter.pipeline.transformer, 2, 0)
     next(iter(student.modules.values())).lora_B[0, 0] = 1e6
     with pytest.raises(CloraError, match="infinite values as torch.float16"):
-        export_collection(student, describe(), tmp_path / "out", torch.float16)
+        write_collection(student, describe(), tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
 
 

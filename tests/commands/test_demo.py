@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from clora.collection.metadata import read_collection
-from clora.collection.write import export_collection, make_collection
+from clora.collection.write import make_collection, write_collection
 from clora.commands import demo
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
@@ -94,9 +94,10 @@ def test_the_full_demo_makes_everything_anew(short, monkeypatch, tmp_path):
 def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypatch, tmp_path):
     config = demo_config(["sepia"], 0)
     lora = assets.assets_folder() / "teachers" / "sepia"
-    student = read_lora(lora, linear_shapes(build.studio(assets.assets_folder(), "cpu").pipeline.transformer))
-    described = make_collection(config, "Flux2KleinPipeline", {}, "studio", {"sepia": lora}, {"sepia": None})
-    collection = export_collection(student, described, tmp_path, torch.float32)
+    adapter = build.studio(assets.assets_folder(), "cpu")
+    student = read_lora(lora, linear_shapes(adapter.pipeline.transformer))
+    described = make_collection(config, adapter, "studio", {"sepia": lora}, {"sepia": None})
+    collection = write_collection(student, described, tmp_path, torch.float32)
     loaded = []
 
     def load(*arguments):

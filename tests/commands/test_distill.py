@@ -504,7 +504,7 @@ def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make
         raise CloraError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("clora.commands.distill.export_collection", no_disk)
+        patch.setattr("clora.commands.distill.write_collection", no_disk)
         with pytest.raises(CloraError, match="disk is full"):
             distill(make_config())  # trained whole: the checkpoint stays
     monkeypatch.setattr(targets_module, "render_some_targets", None)

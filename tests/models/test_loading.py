@@ -17,7 +17,7 @@ from helpers.families import FAMILIES, tiny_transformer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from clora.collection.write import LORA_FILE, export_collection
+from clora.collection.write import LORA_FILE, write_collection
 from clora.flow.matching import student_schedule
 from clora.lora.convert import convert_lora
 from clora.lora.save import save_peft_folder
@@ -117,7 +117,7 @@ def student(family):
 
 @pytest.fixture
 def collection(family, student, tmp_path):
-    return export_collection(student, describe(pipeline=family), tmp_path / "out", torch.float32) / LORA_FILE
+    return write_collection(student, describe(pipeline=family), tmp_path / "out", torch.float32) / LORA_FILE
 
 
 def test_comfyui_loads_every_key_of_a_collection(family, student, collection):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import clora
 from clora.bank.bank import AdapterBank
+from clora.collection.card import model_card
 from clora.collection.metadata import read_collection, to_metadata
-from clora.collection.write import LORA_FILE, export_collection, model_card, student_scheduler
+from clora.collection.write import LORA_FILE, student_scheduler, write_collection
 from clora.data.generation import Generator
 from clora.data.prepare import encode_data
 from clora.errors import CloraError
@@ -195,7 +196,7 @@ def test_a_collection_loads_whole(loras, tmp_path, name, kwargs):
 def collection(loras, tmp_path):
     """A collection of random weights, and its LoRA."""
     described = describe(pipeline="LongCatImageEditPipeline", call={"guidance_scale": 1.0})
-    return export_collection(loras[0], described, tmp_path / "collection", torch.float32)
+    return write_collection(loras[0], described, tmp_path / "collection", torch.float32)
 
 
 def test_apply_loads_a_collection_into_the_transformer(loras, collection):

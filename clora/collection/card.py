@@ -1,0 +1,77 @@
+"""The model card: the README.md of a collection's folder, which the Hub shows."""
+
+from __future__ import annotations
+
+import re
+
+from clora.collection.apply import call_arguments, loads_lora_weights, pipeline_class
+from clora.collection.hub import is_repo_id
+from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection
+
+CARD_MARK = "Distilled with clora"  # in every model card
+# Licences that the Hub knows by these names; it takes any other as "other" with a name.
+_HUB_LICENSE = re.compile(
+    r"apache-2\.0|mit|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-4\.0|openrail(\+\+)?|creativeml-openrail-m|[al]?gpl-3\.0|bsd-3-clause"
+)
+
+
+def model_card(collection: Collection, hub_id: str | None = None, has_samples: bool = False) -> str:
+    """Renders the card: samples, calls for diffusers and ComfyUI, effects, prompts, licences and metrics.
+
+    Args:
+        collection: the description.
+        hub_id: where the collection will be on the Hub; None for a local folder.
+        has_samples: True if the folder has `SAMPLES_FILE`.
+
+    Raises:
+        CloraError: the installed diffusers has no such pipeline.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
+    environment.filters["cell"] = lambda text: " ".join(text.split()).replace("|", "\\|")
+    environment.filters["repr"] = repr
+    return environment.get_template("model_card.md.j2").render(
+        collection=collection,
+        front_matter=_front_matter(collection),
+        mark=CARD_MARK,
+        location=hub_id or "path/to/this/folder",
+        loads_lora_weights=loads_lora_weights(pipeline_class(collection)),
+        file=LORA_FILE,
+        samples=SAMPLES_FILE if has_samples else None,
+        is_on_hub=is_repo_id(collection.base_model),
+        call={"prompt": collection.effects[0].prompts[0], **call_arguments(collection)},
+        metrics=_metric_rows(collection),
+    )
+
+
+def _front_matter(collection: Collection) -> dict[str, object]:
+    """Returns the fields that the Hub reads."""
+    base = {"base_model": collection.base_model, "base_model_relation": "adapter"}
+    return {
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        # The Hub refuses a base model without an owner.
+        **(base if is_repo_id(collection.base_model) else {}),
+        **_common_license(collection),
+        "tags": ["diffusers", "lora", "template:sd-lora", "image-to-image", "image-editing", "clora"],
+    }
+
+
+def _common_license(collection: Collection) -> dict[str, str]:
+    """Returns the fields of the teachers' licence; none unless all teachers share it."""
+    found = {(effect.license or "").strip().lower() for effect in collection.effects}
+    name = found.pop() if len(found) == 1 else ""
+    if not name:
+        return {}
+    if _HUB_LICENSE.fullmatch(name):
+        return {"license": name}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", name).strip("-")}
+
+
+def _metric_rows(collection: Collection) -> list[tuple[str, float]]:
+    """Returns a row for each value; values by effect are named ``metric, effect``."""
+    rows: list[tuple[str, float]] = []
+    for name, value in collection.metrics.items():
+        rows += [(f"{name}, {of}", x) for of, x in value.items()] if isinstance(value, dict) else [(name, value)]
+    return rows
