@@ -82,7 +82,7 @@ def make_collection(
             call=dict(adapter.student_call),
         ),
         scheduler=scheduler_config(config.sampler.shift),
-        provenance=config.model_dump(mode="json", include=SHARED_SETTINGS),
+        provenance=config.recorded(include=SHARED_SETTINGS),
     )
 
 

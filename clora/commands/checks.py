@@ -14,6 +14,7 @@ from clora.data.images import check_image, list_images
 from clora.data.prepare import check_pairs, num_shared
 from clora.devices import find_device
 from clora.errors import CloraError, about
+from clora.files import user_path
 from clora.flow.matching import student_schedule
 from clora.flow.objective import TAU_BOUNDS, target_simulation_steps
 from clora.lora.load import lora_ranks
@@ -78,7 +79,7 @@ def _named_problems(tree: Mapping[str, Any]) -> Problems:
         with problems.catch(), about(setting):
             if is_lora:
                 open_lora(path)
-            for file in [] if is_lora or path in seen else list_images(path):
+            for file in [] if is_lora or path in seen else list_images(user_path(path)):
                 with problems.catch(), about(setting):
                     check_image(file)
         seen.add(path)
@@ -127,11 +128,6 @@ def _prompts(config: DistillConfig) -> list[str]:
 def check_exportable(config: DistillConfig) -> None:
     """Refuses, before anything is rendered, settings whose result no stock pipeline could run."""
     sampler = config.sampler
-    if sampler.integer_timesteps:
-        raise CloraError(
-            "sampler.integer_timesteps trains at timesteps that no stock scheduler yields; it is there for comparison "
-            "through DistillTrainer, switch it off to export"
-        )
     if config.objective.target_simulation:
         sigmas = student_schedule(sampler.steps, sampler.shift)
         target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)

@@ -179,11 +179,11 @@ def training_bar(title: str, train: TrainConfig) -> Iterator[Report]:
 
 
 def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
-    is_folder = user_path(config.pipeline).exists()
+    is_folder = Path(config.pipeline).exists()
     collection = make_collection(
         config,
         adapter,
-        base_model=_name_of_base(adapter.pipeline, user_path(config.pipeline)) if is_folder else config.pipeline,
+        base_model=_name_of_base(adapter.pipeline, Path(config.pipeline)) if is_folder else config.pipeline,
         loras={effect.name: Path(effect.lora) for effect in config.effects},
         licenses={name: _license(lora.metadata) for name, lora in teachers.items()},
         base_revision=None if is_folder else cached_revision(config.pipeline),
@@ -218,19 +218,19 @@ def inputs_digest(config: DistillConfig, pipeline) -> str:
         CloraError: pictures or instructions cannot be read.
     """
     left_out = {"pipeline": True, "output": True, "device": True, "data": {"cache"}}
-    settings = config.model_dump(mode="json", exclude=left_out)
+    settings = config.recorded(exclude=left_out)
     folders = [path for setting, path in named_files(settings).items() if not setting.endswith(".lora")]
     return digest(
         {
             "settings": settings,
             "instructions": general_instructions(config.data),
-            "pictures": {folder: _hashes(folder) for folder in folders},
+            "pictures": {folder: _hashes(user_path(folder)) for folder in folders},
             "pipeline": component_fingerprints(pipeline),
         }
     )
 
 
-def _hashes(folder: str) -> dict[str, str]:
+def _hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in list_images(folder)}
 
 

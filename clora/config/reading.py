@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from clora.errors import CloraError, nearest
 from clora.files import user_path
 
+REMOVED = {"sampler.integer_timesteps": "no stock scheduler yields such timesteps"}
+"""Settings of earlier versions, and why they went."""
+
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
@@ -169,6 +172,8 @@ def _describe(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     """One pydantic error as ``path: what is wrong``."""
     location = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
     path = ".".join(str(part) for part in detail["loc"] if part in location) or "config"
+    if path in REMOVED:
+        return f"{path}: was removed, since {REMOVED[path]}; delete the key"
     if detail["type"] == "extra_forbidden":
         known = _fields(model, detail["loc"][:-1])
         hint = nearest(str(detail["loc"][-1]), known) or f"; expected one of {', '.join(known)}"

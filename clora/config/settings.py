@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from clora.config.everyday import everyday_instructions
 from clora.config.prompts_file import fill_prompts, read_prompts
@@ -26,7 +26,33 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 MAX_SEED = 2**31 - 1
 DEVICES, DEVICE_NAMES = r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or cuda:0 and so on"
-Text = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class UserPath(str):
+    """A path with ``~`` expanded, which is dumped as the user wrote it.
+
+    Checkpoints and collections compare and hash the dump, so that a run in another home folder is still the same run.
+
+    Args:
+        written: as in the config; a hub id stays as it is.
+
+    Raises:
+        CloraError: the path holds a zero byte or names an unknown home.
+    """
+
+    written: str
+
+    def __new__(cls, written: str) -> UserPath:
+        expanded = str(user_path(written)) if written.startswith("~") or "\0" in written else written
+        path = super().__new__(cls, expanded)
+        path.written = written
+        return path
+
+
+_EXPANDED = AfterValidator(lambda value: UserPath(value) if isinstance(value, str) else value)
+_AS_WRITTEN = PlainSerializer(lambda value: getattr(value, "written", value))
+PathText = Annotated[NonEmpty, _EXPANDED, _AS_WRITTEN]
 
 
 class _Model(BaseModel):
@@ -49,14 +75,14 @@ class EffectConfig(_Model):
         targets: folder of results, with file names equal to those in `sources`; by default the teacher renders them.
     """
 
-    name: Text
-    lora: Text
-    prompt: Text
+    name: NonEmpty
+    lora: PathText
+    prompt: NonEmpty
     max_error: Share = 0.01
-    trigger: Text = Field(default_factory=lambda data: make_trigger(data["name"]))
-    student_prompts: tuple[Text, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
-    sources: Text | None = None
-    targets: Text | None = None
+    trigger: NonEmpty = Field(default_factory=lambda data: make_trigger(data["name"]))
+    student_prompts: tuple[NonEmpty, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
+    sources: PathText | None = None
+    targets: PathText | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -98,14 +124,14 @@ class DataConfig(_Model):
             output folder, which is removed when the collection is written.
     """
 
-    sources: Text
+    sources: PathText
     size: tuple[Positive, Positive]
     max_sequence_length: Positive = 512
-    general_instructions: tuple[Text, ...] | Text | None = None
+    general_instructions: Annotated[tuple[NonEmpty, ...] | NonEmpty | None, _EXPANDED, _AS_WRITTEN] = None
     held_out: Count = 0
     sources_per_effect: Positive = 20
     general_targets: Count = 0
-    cache: Text | None = None
+    cache: PathText | None = None
 
 
 class StudentConfig(_Model):
@@ -119,7 +145,7 @@ class StudentConfig(_Model):
 
     rank: Positive
     init: Literal["zero", "merge"] = "zero"
-    targets: tuple[Text, ...] | None = None
+    targets: tuple[NonEmpty, ...] | None = None
 
 
 class SamplerConfig(_Model):
@@ -128,8 +154,6 @@ class SamplerConfig(_Model):
     Attributes:
         steps: passes of the student.
         shift: time shift of both schedules.
-        integer_timesteps: truncate the student's timesteps to integers, as the released code does. No
-            stock scheduler yields them, so they are for comparison and cannot be exported.
         teacher_steps: steps of a teacher that renders targets, two passes each.
         guidance: the teachers' guidance w, by a second pass with the empty prompt; 0 for none (pipelines call w + 1 the
             guidance scale, or the true CFG scale). None for the family's custom: 4 for FLUX.2 [klein], 0 for families
@@ -140,10 +164,19 @@ class SamplerConfig(_Model):
 
     steps: Positive = 8
     shift: PositiveFloat = 3.0
-    integer_timesteps: bool = False
     teacher_steps: Positive = 40
     guidance: Annotated[float, Field(ge=0)] | None = None
     guidance_embedding: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def passes_per_teacher_step(self) -> int:
+        """With guidance a teacher's step is two passes, with its prompt and with the empty one."""
+        return 1 if self.guidance == 0 else 2
+
+    @property
+    def rows_per_scored_sample(self) -> int:
+        """The critic scores a student's sample too."""
+        return 1 + self.passes_per_teacher_step
 
 
 class ObjectiveWeights(_Model):
@@ -249,8 +282,8 @@ class PromptsConfig(_Model):
         general: instructions of the general stream.
     """
 
-    file: Text | None = None
-    writer: Text = "auto"
+    file: PathText | None = None
+    writer: PathText = "auto"
     paraphrases: Positive = 4
     triggers: Positive = 8
     general: Positive = 96
@@ -275,8 +308,8 @@ class DistillConfig(_Model):
             LoRAs, their optimizer and the losses are float32 in any case.
     """
 
-    pipeline: Text
-    output: Text
+    pipeline: PathText
+    output: PathText
     effects: tuple[EffectConfig, ...] = Field(min_length=1)
     data: DataConfig
     student: StudentConfig
@@ -287,6 +320,17 @@ class DistillConfig(_Model):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def recorded(self, **chosen: Any) -> dict[str, Any]:
+        """Returns the settings as checkpoints and collections record, compare and hash them.
+
+        Args:
+            chosen: ``include`` or ``exclude`` of pydantic's ``model_dump``.
+        """
+        settings = self.model_dump(mode="json", **chosen)
+        # Was a setting once. What was written then holds it, switched off, and must count as the same run today.
+        settings["sampler"]["integer_timesteps"] = False
+        return settings
 
     @property
     def anchor_share(self) -> float:
@@ -372,9 +416,9 @@ def general_instructions(data: DataConfig) -> tuple[str, ...]:
         return everyday_instructions()
     if not isinstance(data.general_instructions, str):
         return data.general_instructions
-    path = user_path(data.general_instructions)
+    path = data.general_instructions
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CloraError(f"data.general_instructions: {path} cannot be read as text: {error}") from error
     instructions = tuple(line.strip() for line in lines if line.strip())

@@ -158,6 +158,9 @@ class PromptTable:
                 self._pixels.append(pictures.pixels[index])
         return self._rows[key]
 
+    def __len__(self) -> int:
+        return len(self._prompts)
+
     def prompt(self, row: int) -> str:
         """The prompt of a row."""
         return self._prompts[row]

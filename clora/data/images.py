@@ -14,7 +14,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.files import user_path
 
 MAX_PIXELS = 64_000_000
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
@@ -40,7 +39,7 @@ def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = N
 
 def list_images(folder: str | Path) -> list[Path]:
     """The files of an image folder in order of their names. Raises CloraError where there are none."""
-    folder = user_path(folder)
+    folder = Path(folder)
     try:
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing"

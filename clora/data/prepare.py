@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from clora.progress import stage
 
 MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets say how many
 NO_CACHE = Cache(None)
+
+Read = Callable[[str, int | None], Tensor]
+"""Reads the first images of a folder ``[N, 3, H, W]``, all of them for None."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,13 @@ def encode_data(
     Raises:
         CloraError: images, pairs or prompts that cannot be used.
     """
+
+    def read(folder: str, limit: int | None) -> Tensor:
+        return load_images(folder, config.data.size, limit)[1]
+
     with stage("encode images and prompts", None), Encoders(adapter, cache, device) as encoders:
         check_pairs(config)
-        shared = Pictures("", _shared_images(config))  # no effect can have this name
-        table = PromptTable(adapter.text_sees_image)
-        effects = _effect_rows(config, shared, table)
-        pairs = _general_pairs(config, adapter, shared, table)
+        shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
         pictures = {p.name: p.pixels for p in (shared, *(effect.pictures for effect in effects))}
         latents = {name: encoders.sources(pixels) for name, pixels in pictures.items()}
@@ -95,9 +100,52 @@ def encode_data(
     )
 
 
-def _shared_images(config: DistillConfig) -> Tensor:
-    """The images that effects without their own and the general stream use."""
-    return load_images(config.data.sources, config.data.size)[1][: num_shared(config)]
+class DataCount(NamedTuple):
+    """Sizes of the data of a distillation: images to edit, rows of the prompt table, and targets to be rendered."""
+
+    sources: int
+    prompts: int
+    renders: int
+
+
+def count_data(config: DistillConfig, text_sees_image: bool) -> DataCount:
+    """Counts what `encode_data` encodes and renders; no image is read.
+
+    Args:
+        config: the settings.
+        text_sees_image: `ModelAdapter.text_sees_image`.
+
+    Raises:
+        CloraError: a folder of images or a file of instructions cannot be read.
+    """
+
+    def read(folder: str, limit: int | None) -> Tensor:
+        return torch.empty(len(list_images(folder)[:limit]), 0)  # images without pixels
+
+    shared, effects, pairs, table = _rows(config, text_sees_image, read)
+    own = [rows.pictures for rows in effects if rows.pictures is not shared]
+    rendered = [len(rows.used) for rows, effect in zip(effects, config.effects, strict=True) if effect.targets is None]
+    return DataCount(
+        sources=sum(len(pictures.pixels) for pictures in (shared, *own)),
+        prompts=len(table),
+        renders=sum(rendered) + (len(pairs) if renders_general(config) else 0),
+    )
+
+
+def renders_general(config: DistillConfig) -> bool:
+    """Whether the base renders targets of the general stream."""
+    objective = config.objective
+    return bool(config.data.general_targets) and objective.dual_stream and objective.trajectory_anchoring
+
+
+def _rows(
+    config: DistillConfig, text_sees_image: bool, read: Read
+) -> tuple[Pictures, list[EffectRows], Tensor, PromptTable]:
+    """The shared images, each effect's rows, the general pairs, and the table of all their prompts."""
+    shared = Pictures("", read(config.data.sources, num_shared(config)))  # no effect can have this name
+    table = PromptTable(text_sees_image)
+    effects = _effect_rows(config, shared, table, read)
+    return shared, effects, _general_pairs(config, text_sees_image, shared, table), table
 
 
 def num_shared(config: DistillConfig) -> int:
@@ -112,10 +160,10 @@ def num_shared(config: DistillConfig) -> int:
     return count - config.data.held_out
 
 
-def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable) -> list[EffectRows]:
+def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, read: Read) -> list[EffectRows]:
     """Reads every effect's own images and asks the table for its prompts."""
     effects, limit = config.effects, config.data.sources_per_effect
-    pictures = [_own_pictures(effect, config) or shared for effect in effects]
+    pictures = [_own_pictures(effect, config, read) or shared for effect in effects]
     counts = [
         len(p.pixels) if effect.targets is not None else min(len(p.pixels), limit)
         for p, effect in zip(pictures, effects, strict=True)
@@ -137,25 +185,25 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable) ->
     return [rows(*parts) for parts in zip(effects, pictures, counts, strict=True)]
 
 
-def _own_pictures(effect: EffectConfig, config: DistillConfig) -> Pictures | None:
+def _own_pictures(effect: EffectConfig, config: DistillConfig, read: Read) -> Pictures | None:
     """An effect's pictures, no more than its teacher renders where no results are given with them."""
     if effect.sources is None:
         return None
     limit = config.data.sources_per_effect if effect.targets is None else None
-    return Pictures(effect.name, load_images(effect.sources, config.data.size, limit)[1])
+    return Pictures(effect.name, read(effect.sources, limit))
 
 
 def _given_targets(effect: EffectConfig, config: DistillConfig, encoders: Encoders) -> Tensor | None:
     return None if effect.targets is None else encoders.results(load_images(effect.targets, config.data.size)[1])
 
 
-def _general_pairs(config: DistillConfig, adapter: ModelAdapter, shared: Pictures, table: PromptTable) -> Tensor:
+def _general_pairs(config: DistillConfig, text_sees_image: bool, shared: Pictures, table: PromptTable) -> Tensor:
     """`DistillData.general_pairs`: as many as are to be rendered, else every picture with every instruction."""
     if not config.objective.dual_stream:
         return torch.empty(0, 3, dtype=torch.int64)
     instructions, num_sources = general_instructions(config.data), len(shared.pixels)
     every = num_sources * len(instructions)
-    count = config.data.general_targets or (min(every, MAX_PAIRS) if adapter.text_sees_image else every)
+    count = config.data.general_targets or (min(every, MAX_PAIRS) if text_sees_image else every)
     source, instruction = general_pair(torch.arange(count), num_sources, len(instructions))
     prompt = [table.rows(instructions[i], shared, s[None]) for i, s in zip(instruction.tolist(), source, strict=True)]
     return torch.stack([source, torch.cat(prompt), table.rows("", shared, source)], dim=1)
@@ -185,8 +233,7 @@ def _targets(
 
 
 def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, pairs: Tensor) -> Tensor | None:
-    config = renders.config
-    if not (config.data.general_targets and len(pairs) and config.objective.trajectory_anchoring):
+    if not renders_general(renders.config):
         return None
     source, prompt, empty = pairs.unbind(1)
     return renders.of_base(Samples(latents[source], prompt, empty), pixel_digests(shared.pixels[source]))

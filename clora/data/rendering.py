@@ -46,13 +46,13 @@ class Samples(NamedTuple):
 def num_passes(config: DistillConfig, samples: int) -> int:
     """Rows that pass through the transformer to render so many samples."""
     sampler = config.sampler
-    return samples * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
+    return samples * sampler.teacher_steps * sampler.passes_per_teacher_step
 
 
 def samples_at_once(config: DistillConfig, most: int) -> int:
     """Samples of one batch, at most so many: of two rows each where there is guidance."""
     rows = config.train.forward_rows
-    return most if rows is None else max(1, min(most, rows // (1 if config.sampler.guidance == 0 else 2)))
+    return most if rows is None else max(1, min(most, rows // config.sampler.passes_per_teacher_step))
 
 
 def target_seeds(config: DistillConfig, samples: int) -> list[int]:
@@ -174,7 +174,7 @@ def _render(
 
 
 Render = Callable[[Sequence[int], Advance], Iterator[tuple[int, Tensor]]]
-NO_TARGET_READS = {"steps", "shift", "integer_timesteps"}  # of the sampler's settings: those of the student
+NO_TARGET_READS = {"steps", "shift"}  # of the sampler's settings: those of the student
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,18 @@ def shift(u: FloatOrTensor, s: float) -> FloatOrTensor:
 _shift = shift  # for the functions below, whose parameter `shift` is the factor s as in diffusers
 
 
-def student_schedule(steps: int = 8, shift: float = 3.0, integer: bool = False) -> Tensor:
+def student_schedule(steps: int = 8, shift: float = 3.0) -> Tensor:
     """Noise levels of the few-step sampler: `shift(u)` for u = 1, 1 - 1/steps, ..., 1/steps.
 
     Args:
         steps: number of network evaluations.
         shift: time shift s.
-        integer: truncate timesteps to integers as in the released code (954, 833, 642; method.md section 5).
 
     Returns:
         `[steps]` fp32, decreasing from 1, without the final 0: 1, .9545, .9, .8333, .75, .6429, .5, .3 by default. Bit
         for bit the sigmas of `FlowMatchEulerDiscreteScheduler(shift=shift)` when a pipeline asks for `steps` steps.
     """
-    sigmas = teacher_schedule(steps, shift)[:-1]
-    # 1e-3: fp32 puts exact integers such as 600 (of 3 steps) just below themselves
-    return (sigmas * 1000 + 1e-3).floor() / 1000 if integer else sigmas
+    return teacher_schedule(steps, shift)[:-1]
 
 
 def teacher_schedule(steps: int, shift: float = 3.0) -> Tensor:

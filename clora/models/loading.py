@@ -14,7 +14,6 @@ import torch
 from clora.config.settings import DistillConfig, EffectConfig
 from clora.devices import find_device, move
 from clora.errors import CloraError
-from clora.files import user_path
 from clora.lora.load import read_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -29,10 +28,10 @@ def pipeline_folder(path: str) -> Path:
     Raises:
         CloraError: neither a folder nor a repository that can be reached.
     """
-    folder = user_path(path)
+    folder = Path(path)
     if folder.exists():
         return folder
-    if folder.is_absolute() or path.startswith((".", "~")):
+    if folder.is_absolute() or path.startswith("."):
         raise CloraError(f"pipeline {path!r}: no such folder; expected a pipeline's folder or a hub id")
     from huggingface_hub import snapshot_download
 
@@ -171,7 +170,7 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
     from diffusers import DiffusionPipeline
 
     target = find_device(device)
-    folder = user_path(path)
+    folder = Path(path)
     _refuse_pickles(folder)
     check_processors(path)
     try:

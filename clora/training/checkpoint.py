@@ -103,7 +103,7 @@ FREE_TO_CHANGE = {
 
 def _resumable(config: DistillConfig) -> dict[str, object]:
     """The settings that a resumed run must share with the one that it continues."""
-    return config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE})
+    return config.recorded(exclude={"output": True, "device": True, **FREE_TO_CHANGE})
 
 
 def check_resumable(checkpoint: Path, config: DistillConfig) -> int:

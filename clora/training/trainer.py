@@ -81,7 +81,7 @@ class DistillTrainer:
         self.dtype = adapter.latent_dtype
         device = adapter.pipeline.transformer.device
         self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
-        self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift, config.sampler.integer_timesteps)
+        self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
         self.tau = TAU_BOUNDS[config.objective.tau_rule]
         self.anchor_share = config.anchor_share
         self.update = 0
@@ -252,9 +252,8 @@ class DistillTrainer:
         n = len(rows.teacher)
         x0 = velocity_to_x0(rows.x[:n].float(), velocity[:n], rows.sigma[:n])
         renoised = add_noise(x0, rows.score_noise, rows.score_sigma).to(self.dtype)
-        parts = [rows.conditioning[slice(n)], rows.teacher, rows.uncond][
-            : 2 if self.config.sampler.guidance == 0 else 3
-        ]
+        parts = [rows.conditioning[slice(n)], rows.teacher, rows.uncond]
+        parts = parts[: self.config.sampler.rows_per_scored_sample]
         ids = torch.cat([torch.zeros(n, dtype=torch.int64), *[_teacher_ids(rows.effect[:n])] * (len(parts) - 1)])
         sigma = rows.score_sigma.repeat(len(parts))
         scores = self._routed(ids, renoised.repeat(len(parts), 1, 1), sigma, Conditioning.cat(parts))

@@ -12,6 +12,7 @@ import torch
 from clora.bank.pages import module_ranks, page_bytes, pages_that_fit
 from clora.commands.plan.cost import PassCost
 from clora.config.settings import DistillConfig, TrainConfig
+from clora.data.prepare import renders_general
 from clora.data.rendering import GENERAL_AT_ONCE, TEACHERS_AT_ONCE, samples_at_once
 
 MASTER = GRADIENT = 4
@@ -140,7 +141,7 @@ def scoring_rows(config: DistillConfig) -> int:
     """Most rows of one scoring pass: critic, teacher and, with guidance, teacher with the empty prompt."""
     objective = config.objective
     scored = config.train.batch_size * (objective.backward_simulation + objective.target_simulation)
-    rows = min(scored, rows_with_gradient(config)) * (2 if config.sampler.guidance == 0 else 3)
+    rows = min(scored, rows_with_gradient(config)) * config.sampler.rows_per_scored_sample
     return rows if config.train.forward_rows is None else min(rows, config.train.forward_rows)
 
 
@@ -150,7 +151,7 @@ def rendering_rows(config: DistillConfig) -> int:
         GENERAL_AT_ONCE if renders_general(config) else 0,
         TEACHERS_AT_ONCE if any(effect.targets is None for effect in config.effects) else 0,
     )
-    return most and samples_at_once(config, most) * (1 if config.sampler.guidance == 0 else 2)
+    return most and samples_at_once(config, most) * config.sampler.passes_per_teacher_step
 
 
 def forward_passes(config: DistillConfig) -> float:
@@ -168,42 +169,12 @@ def forward_passes(config: DistillConfig) -> float:
         return learning * anchored
     simulated = (config.sampler.steps - 1) / 2
     critic = train.critic_ratio * train.batch_size * (simulated + 1 + learning)
-    return critic + learning * (scored + anchored) + scored * (2 if config.sampler.guidance == 0 else 3)
+    return critic + learning * (scored + anchored) + scored * config.sampler.rows_per_scored_sample
 
 
 def anchoring_passes(config: DistillConfig) -> float:
     """The same of an update of the run's first part, which is trajectory anchoring alone."""
     return config.train.batch_size * (3 if config.train.gradient_checkpointing else 2)
-
-
-def rendered(config: DistillConfig, sources: Sequence[int]) -> int:
-    """Pictures that teachers and base render.
-
-    Args:
-        config: the settings.
-        sources: pictures of each effect to edit; an effect with fewer than another renders its own more than once.
-    """
-    missing = [count for count, effect in zip(sources, config.effects, strict=True) if effect.targets is None]
-    each = min(max(missing, default=0), config.data.sources_per_effect)
-    return len(missing) * each + (config.data.general_targets if renders_general(config) else 0)
-
-
-def renders_general(config: DistillConfig) -> bool:
-    """Whether the base renders targets of the general stream."""
-    return bool(config.data.general_targets) and config.objective.dual_stream and config.objective.trajectory_anchoring
-
-
-def prompt_rows(config: DistillConfig, sources: int, general: int, sees_image: bool) -> int:
-    """Encoded prompts of a run: each once, or once with each picture where a family encodes them together.
-
-    Args:
-        config: the settings.
-        sources: pictures of an effect.
-        general: general instructions, or pairs of picture and instruction.
-        sees_image: `ModelAdapter.text_sees_image`.
-    """
-    asked = sum(1 + len(effect.student_prompts) for effect in config.effects)
-    return (asked + 1) * sources + general if sees_image else asked + 1 + general
 
 
 def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:

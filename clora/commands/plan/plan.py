@@ -35,20 +35,16 @@ from clora.commands.plan.memory import (
     forward_passes,
     memory,
     peak,
-    prompt_rows,
-    rendered,
     rendering_rows,
     rows_with_gradient,
     scoring_rows,
     trained_values,
     weight_bytes,
 )
-from clora.config.settings import DistillConfig, EffectConfig, general_instructions
-from clora.data.images import list_images
-from clora.data.prepare import MAX_PAIRS, num_shared
+from clora.config.settings import DistillConfig
+from clora.data.prepare import DataCount, count_data
 from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
-from clora.files import user_path
 from clora.lora.layers import linear_shapes
 from clora.models import adapter_for
 from clora.models.loading import pipeline_folder, skeleton, with_guidance
@@ -70,13 +66,13 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
     with problems.catch():
         device = find_device(config.device)
         try:
-            plan = _model_plan(config, device, problems)
+            plan = _model_plan(config, device, problems, notes)
         except Uncounted as error:
             notes.append(str(error))
     return {"problems": list(dict.fromkeys(problems)), "notes": notes, **plan}
 
 
-def _model_plan(config: DistillConfig, device: torch.device, problems: Problems) -> dict[str, Any]:
+def _model_plan(config: DistillConfig, device: torch.device, problems: Problems, notes: list[str]) -> dict[str, Any]:
     dtype = find_dtype(config.dtype, device)
     folder = pipeline_folder(config.pipeline)
     pipeline = skeleton(str(folder), dtype)
@@ -105,14 +101,15 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         blocks=count_blocks(transformer),
         cost=pass_cost(adapter, student, config.student.rank, text_shape(adapter)),
     )
-    sources = _num_sources(config)
-    general = config.data.general_targets or _num_instructions(config) * (sources if adapter.text_sees_image else 1)
-    prompts = prompt_rows(
-        config, sources, min(general, MAX_PAIRS) if adapter.text_sees_image else general, adapter.text_sees_image
-    )
-    pictures = rendered(config, [_num_sources(config, effect) for effect in config.effects])
+    try:
+        data = count_data(config, adapter.text_sees_image)
+    except CloraError:  # among the problems
+        notes.append("what is encoded and rendered is not counted: pictures or instructions cannot be read")
+        data = DataCount(0, 0, 0)
     source = adapter.latent_shape[1] * source_rows(adapter)
-    encoded = prompts * prod(text_shape(adapter)) + pictures * prod(adapter.latent_shape) + sources * source
+    encoded = (
+        data.prompts * prod(text_shape(adapter)) + data.sources * source + data.renders * prod(adapter.latent_shape)
+    )
     model = {
         "pipeline": type(pipeline).__name__,
         "parameters": sum(p.numel() for p in transformer.parameters()),
@@ -121,20 +118,20 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems)
         "student_parameters": trained_values(facts, config.student.rank),
         "tokens": num_tokens(adapter),
     }
-    return {"model": model} | _estimates(config, facts, encoded, pictures, device, problems)
+    return {"model": model} | _estimates(config, facts, encoded, data.renders, device, problems)
 
 
 def _estimates(
     config: DistillConfig, facts: Facts, encoded: int, pictures: int, device: torch.device, problems: Problems
 ) -> dict[str, Any]:
     parts, files = memory(facts, config), disk(facts, config, encoded)
-    free, available = shutil.disk_usage(_existing(user_path(config.output))).free, device_memory(device)
+    free, available = shutil.disk_usage(_existing(Path(config.output))).free, device_memory(device)
     if available is not None and peak(parts) > available:
         problems.append(_too_large(parts, available, config))
     if sum(files.values()) > free:
         problems.append(f"output {config.output}: needs about {_size(sum(files.values()))}, free are {_size(free)}")
     sampler, train = config.sampler, config.train
-    rendering = pictures * sampler.teacher_steps * (1 if sampler.guidance == 0 else 2)
+    rendering = pictures * sampler.teacher_steps * sampler.passes_per_teacher_step
     anchoring = round(config.anchor_share * train.updates)
     training = anchoring * anchoring_passes(config) + (train.updates - anchoring) * forward_passes(config)
     rate = measure_rate(device, facts.dtype)
@@ -164,21 +161,6 @@ def _estimates(
             "all": seconds * total,
         },
     }
-
-
-def _num_sources(config: DistillConfig, effect: EffectConfig | None = None) -> int:
-    """Pictures of an effect to edit: its own, or those that effects without their own and the general stream share."""
-    try:
-        return num_shared(config) if effect is None or effect.sources is None else len(list_images(effect.sources))
-    except CloraError:  # told among the problems
-        return config.data.sources_per_effect
-
-
-def _num_instructions(config: DistillConfig) -> int:
-    try:
-        return len(general_instructions(config.data)) if config.objective.dual_stream else 0
-    except CloraError:  # told among the problems
-        return 0
 
 
 def _existing(path: Path) -> Path:

@@ -12,7 +12,6 @@ import torch
 from PIL.Image import Image
 
 from clora.errors import CloraError
-from clora.files import user_path
 from clora.progress import quiet_libraries
 
 Request = list["str | Image"]
@@ -60,7 +59,7 @@ def load_writer(path: str, device: torch.device) -> Writer:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = user_path(path)
+    folder = Path(path)
     source = folder if folder.exists() else path
     try:
         with quiet_libraries():
