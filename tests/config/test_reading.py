@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -70,6 +71,39 @@ def test_overrides(load):
     assert (config.effects[1].lora, config.data.size) == ("x.safetensors", (32, 32))
 
 
+def test_a_setting_that_was_removed_is_refused_even_where_it_is_off(load):
+    with pytest.raises(CloraError, match=r"c\.yaml: sampler\.integer_timesteps: was removed, since no stock scheduler"):
+        load(text=TEXT + "sampler: {integer_timesteps: false}\n")
+
+
+def test_paths_are_resolved_and_dumped_as_written(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {
+        "pipeline": "~/base",
+        "output": "~/out",
+        "effects.0.lora": "~/a.safetensors",
+        "effects.0.sources": "~/before",
+        "effects.0.targets": "~/after",
+        "data.sources": "~/photos",
+        "data.general_instructions": "~/edits.txt",
+        "data.cache": "~/cache",
+    }
+    config = load(*(f"{key}={path}" for key, path in paths.items()))
+    effect, data = config.effects[0], config.data
+    found = (config.pipeline, config.output, effect.lora, effect.sources, effect.targets)
+    found += (data.sources, data.general_instructions, data.cache)
+    assert found == tuple(path.replace("~", "/home/me") for path in paths.values())
+    dumped = json.dumps(config.model_dump(mode="json"))
+    assert all(f'"{path}"' in dumped for path in paths.values())
+    assert "/home/me" not in dumped
+
+
+def test_paths_without_a_home_stay_as_they_are(load):
+    config = load("data.sources=./photos//here/", "pipeline=owner/name", "prompts.writer=~/qwen")
+    assert (config.data.sources, config.pipeline) == ("./photos//here/", "owner/name")
+    assert config.prompts.writer == str(Path("~/qwen").expanduser())
+
+
 def test_unset_trigger_means_default(load):
     assert load("effects.1.trigger=null", "effects.1.student_prompts=[]").effects[1].trigger == make_trigger("comic")
 
@@ -106,6 +140,10 @@ def test_frozen(load):
         ("effects.1.trigger=<other>", "'<c> one' lacks the trigger '<other>'"),
         ("effects.0.targets=there", r"effects\.0: targets needs sources"),
         ("data.general_instructions=[]", r"needs data\.general_instructions"),
+        ("sampler.integer_timesteps=true", r"sampler\.integer_timesteps: was removed.*delete the key"),
+        ("output=~nobody-of-this-name/out", "output: ~nobody-of-this-name/out: .*write the path in full"),
+        (r'data.sources="a\0b"', r"data\.sources: expected a path, found .* zero byte"),
+        (r'data.general_instructions="a\0b"', r"data\.general_instructions: expected a path, found .* zero byte"),
         ("effects.2.name=x", "expected an entry from 0 to 1, found '2'"),
         ("pipeline.x=1", "'x' is inside text"),
         ("train.updates", "expected key=value"),

@@ -21,14 +21,6 @@ def test_student_schedule_is_the_published_one():
     torch.testing.assert_close(student_schedule(), torch.tensor(expected), rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [(8, [1000, 954, 900, 833, 750, 642, 500, 300]), (3, [1000, 857, 600]), (6, [1000, 937, 857, 750, 600, 375])],
-)
-def test_integer_schedule_truncates_timesteps(steps, expected):
-    assert (1000 * student_schedule(steps, integer=True)).round().int().tolist() == expected
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 40, 50])
 @pytest.mark.parametrize("s", [1.0, 3.0, 5.5])
 def test_schedules_equal_diffusers_bit_for_bit(steps, s):

@@ -31,10 +31,9 @@ def test_backward_steps_cover_the_schedule_uniformly():
     assert counts.max() < 1150
 
 
-@pytest.mark.parametrize("integer", [False, True])
 @pytest.mark.parametrize("rule", TAU_BOUNDS)
-def test_target_simulation_steps(rule, integer):
-    sigmas = student_schedule(integer=integer)
+def test_target_simulation_steps(rule):
+    sigmas = student_schedule()
     assert target_simulation_steps(sigmas, TAU_BOUNDS[rule].tau_max).tolist() == ALLOWED[rule]
     drawn = draw_target_steps(600, sigmas, TAU_BOUNDS[rule].tau_max, seeded())
     assert drawn.unique().tolist() == ALLOWED[rule]

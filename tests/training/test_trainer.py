@@ -226,14 +226,6 @@ def test_released_anchor_noise_without_backward_simulation(adapter):
         assert trainer.student_step(*rolled(trainer)).read()["anchor"] > 0
 
 
-def test_integer_timesteps(adapter):
-    with make_trainer(adapter, sampler={"integer_timesteps": True, "steps": 8}, train={"updates": 1}) as trainer:
-        expected = [1000, 954, 900, 833, 750, 642, 500, 300]
-        assert (trainer.sigmas * 1000).round().int().tolist() == expected
-        torch.testing.assert_close(trainer.sigmas * 1000, torch.tensor(expected).float())
-        trainer.fit(lambda update, values: None)
-
-
 def test_norm_rescale_keeps_the_norm_of_the_conditional_velocity(adapter):
     scores = []
     for rescale in (False, True):

@@ -26,13 +26,12 @@ from clora.commands.plan.memory import (
     forward_passes,
     memory,
     num_slots,
-    rendered,
     rows_with_gradient,
     scoring_rows,
     slot_bytes,
 )
 from clora.commands.plan.plan import _parameters, make_plan
-from clora.data.prepare import encode_data
+from clora.data.prepare import count_data, encode_data
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.lora.load import read_lora
@@ -233,7 +232,8 @@ def test_an_effects_own_pictures_are_rendered(job, tmp_path):
 def test_general_pairs_are_rendered_where_they_are_anchored(job, switched_off):
     objective = {} if switched_off is None else {switched_off: False}
     config = job(data={"general_targets": 5}, objective=objective)
-    assert rendered(config, [4, 4]) == 2 * 4 + (5 if switched_off is None else 0)
+    pictures = 2 * 4 + (5 if switched_off is None else 0)
+    assert make_plan(config)["passes"]["rendering"] == pictures * 2 * 2
 
 
 def test_pictures_that_are_held_out_are_not_rendered(job):
@@ -241,7 +241,7 @@ def test_pictures_that_are_held_out_are_not_rendered(job):
 
 
 def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
-    """Its values, counted in the data that a run would train on."""
+    """Its values, counted in the data that a run would train on; a prompt given twice has one row."""
     config = job(data={"general_targets": 3, "general_instructions": ("make it brighter", "keep the red circle")})
     planned = make_plan(config)["disk"]["encoded while it trains, in memory too"]
     adapter = tiny_adapter(load_pipeline(str(tiny_folder), "cpu"))
@@ -249,7 +249,41 @@ def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
     shapes = linear_shapes(adapter.pipeline.transformer)
     data = encode_data(config, adapter, {e.name: read_lora(e.lora, shapes) for e in config.effects})
     different = [data.text.embeds, data.targets, data.general_sources, data.general_targets]
-    assert planned == pytest.approx(sum(4 * t.numel() for t in different), rel=0.2)  # a prompt given twice has one row
+    assert planned == sum(4 * t.numel() for t in different)
+
+
+@pytest.mark.parametrize("text_sees_image", [False, True])
+def test_the_count_is_of_what_a_run_reads(job, tmp_path, adapter, monkeypatch, text_sees_image):
+    """One effect has its own pictures and results, one its own pictures only, one neither."""
+    write_images(tmp_path / "before", 3, 1)
+    write_images(tmp_path / "after", 3, 2)
+    write_images(tmp_path / "own", 7, 3)
+    own = [{"sources": "before", "targets": "after"}, {"sources": "own"}, {}]
+    effects = [
+        {"name": f"e{i}", "lora": "a", "prompt": f"make {i}"} | {key: str(tmp_path / f) for key, f in keys.items()}
+        for i, keys in enumerate(own)
+    ]
+    config = job(effects, data={"held_out": 1, "sources_per_effect": 5})
+    seen = {"sources": 0, "prompts": 0, "targets": 0}
+
+    def entries(cache, kind, keys, make):
+        seen[kind] = seen.get(kind, 0) + len(keys)
+        return [{"embeds": torch.zeros(1, 1), "latents": torch.zeros(1, 1)}] * len(keys)
+
+    monkeypatch.setattr("clora.data.cache.Cache.entries", entries)
+    monkeypatch.setattr(type(adapter), "text_sees_image", text_sees_image)
+    encode_data(
+        config, adapter, {effect.name: random_lora(tiny_pipeline().transformer, 2, 0) for effect in config.effects}
+    )
+    assert count_data(config, text_sees_image) == (seen["sources"], seen["prompts"], seen["targets"])
+
+
+def test_pictures_that_cannot_be_counted_are_left_out_with_a_note(job):
+    found = make_plan(job(data={"sources": "nowhere"}))
+    assert "data.sources: nowhere: expected a folder of images, found nothing" in found["problems"]
+    assert "is not counted: pictures or instructions cannot be read" in found["notes"][0]
+    assert found["passes"]["rendering"] == 0
+    assert found["memory"]["peak"] > 0
 
 
 def test_every_problem_is_told_at_once(job, tmp_path):
