@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -410,7 +411,7 @@ def test_a_finished_collection_is_not_trained_again(finished, tmp_path, capsys):
 def test_what_earlier_versions_wrote_counts_as_the_same_run(make_config, adapter, monkeypatch, tmp_path):
     """They compared and hashed ``~`` as it was written, and a setting that was removed since, switched off."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_images(tmp_path / "own", 2)
+    files = sorted(write_images(tmp_path / "own", 2).iterdir())
     config = make_config(data={"sources": "~/own"}, output="~/out")
     left_out = {"pipeline": True, "output": True, "device": True, "data": {"cache"}}
     settings = config.model_dump(mode="json", exclude=left_out)
@@ -419,7 +420,7 @@ def test_what_earlier_versions_wrote_counts_as_the_same_run(make_config, adapter
     inputs = {
         "settings": settings,
         "instructions": config.data.general_instructions,
-        "pictures": {"~/own": {f"{i}.png": content_hash(tmp_path / "own" / f"{i}.png") for i in range(2)}},
+        "pictures": {"~/own": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}},
         "pipeline": component_fingerprints(adapter.pipeline),
     }
     assert engine.inputs_digest(config, adapter.pipeline) == digest(inputs)
