@@ -244,7 +244,7 @@ def check(folder: Folder = None, device: Device = "auto") -> None:
 
     Example: [bold]clora studio check[/bold]
     """
-    from clora.studio.making.build import check as run
+    from clora.studio.quality import check as run
 
     run(folder, device)
 

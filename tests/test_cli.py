@@ -206,7 +206,7 @@ def test_studio(run, engine, tmp_path):
     assert run("studio", "build", tmp_path, "--stages", "vae,base")[0] == 0
     assert run("studio", "build")[0] == 0
     assert builds == [(tmp_path, ["vae", "base"], "auto"), (None, None, "auto")]
-    checks = engine("clora.studio.making.build", "check")
+    checks = engine("clora.studio.quality", "check")
     assert run("studio", "check", "--device", "cuda:1")[0] == 0
     assert checks == [(None, "cuda:1")]
     engine("clora.studio.assets", "pipeline_folder")

@@ -27,13 +27,14 @@ from clora.lora.state import LoRAState
 from clora.models.conditioning import Text
 from clora.models.loading import load_pipeline
 from clora.progress import say, stage
-from clora.studio import assets, baselines
+from clora.studio import assets, baselines, evaluation, targets
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
 from clora.studio.judges import Verdict
-from clora.studio.making import build, teachers
+from clora.studio.pixels import to_bytes
 from clora.studio.report import GridData, write_report
+from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
 from clora.training.student import train_student
 
 ENOUGH_UPDATES = 700  # 496 reached an effect accuracy of 70 %, 861 of 86 %
@@ -82,8 +83,8 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}), full)
     check_output(run.folder / "collection")
     with run.timed("load"), stage("load the studio", None):
-        adapter = build.studio(folder, run.config.device)
-        loras = teachers.load_teachers(adapter, folder / "teachers", names)
+        adapter = assets.load_studio(folder, run.config.device)
+        loras = load_teachers(adapter, folder, names)
     with run.timed("targets"):
         data = demo_data(adapter, loras, run.config, folder, recompute=full)
     shipped = None if full else shipped_rows(folder, names)
@@ -105,7 +106,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
 
 def check_effects(names: Sequence[str]) -> list[str]:
     """The names, if the studio has a teacher for each. Raises CloraError naming the nearest otherwise."""
-    known = [spec.effect for spec in teachers.SPECS]
+    known = list(TEACHERS)
     for name in names:
         if name not in known:
             raise CloraError(f"unknown effect {name!r}; the studio has teachers for {known}{nearest(name, known)}")
@@ -115,10 +116,10 @@ def check_effects(names: Sequence[str]) -> list[str]:
 def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
     """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
     names = list(loras)
-    targets = build.make_targets(adapter, loras, config) if recompute else assets.load_targets(folder)
+    made = targets.make_targets(adapter, loras, config) if recompute else targets.load_targets(folder)
     with stage("encode scenes and prompts", None):
-        sources = build.target_sources(adapter)
-        general_sources, general_text = build.general_pairs(adapter, len(targets.general))
+        sources = targets.target_sources(adapter)
+        general_sources, general_text = targets.general_pairs(adapter, len(made.general))
         phrasings = max(len(effect.student_prompts) for effect in config.effects)
         asked = [e.student_prompts[i % len(e.student_prompts)] for e in config.effects for i in range(phrasings)]
         teacher, student = (adapter.encode_prompts(p) for p in ([effect.prompt for effect in config.effects], asked))
@@ -129,7 +130,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
         effects=tuple(names),
         text=Text.cat(parts),
         sources=sources.expand(num_effects, *sources.shape),
-        targets=targets.of(names),
+        targets=made.of(names),
         teacher_text=teacher_rows[:, None].expand(-1, num_sources),
         student_text=student_rows.view(num_effects, phrasings, 1).expand(-1, -1, num_sources),
         empty_text=empty_row.expand(num_effects, num_sources),
@@ -137,7 +138,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
         general_pairs=torch.stack(
             [torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1
         ),
-        general_targets=targets.general,
+        general_targets=made.general,
     )
 
 
@@ -184,14 +185,14 @@ def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
 def measured_rows(run: Run, adapter, loras) -> dict[str, dict]:
     """The same rows, measured now."""
     with run.timed("baselines"):
-        measured = build.measure_baselines(adapter, loras, list(loras))
+        measured = baselines.measure_baselines(adapter, loras, list(loras))
     return {
         method: {
             "verdicts": m.verdicts,
             "general": m.general,
             "megabytes": m.megabytes,
             "precomputed": False,
-            "images": {e: assets.to_bytes(m.outputs[e][build.grid_scene(e)]) for e in loras},
+            "images": {e: to_bytes(m.outputs[e][baselines.grid_scene(e)]) for e in loras},
         }
         for method, m in measured.items()
     }
@@ -209,8 +210,8 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
     pipe.load_lora_weights(collection)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection / "scheduler")
     pipe.set_progress_bar_config(disable=True)
-    sources = held_out_sources(build.EVALUATION_SCENES)
-    cases = general_cases(build.EVALUATION_GENERAL)
+    sources = held_out_sources(evaluation.NUM_SCENES)
+    cases = general_cases(evaluation.NUM_GENERAL)
     with stage("evaluate", len(config.effects) * len(sources) + len(cases)) as advance:
 
         def edit(image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
@@ -229,7 +230,7 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
     """One picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
     torch.manual_seed(seed)
     result = pipe(
-        image=Image.fromarray(assets.to_bytes(image)),
+        image=Image.fromarray(to_bytes(image)),
         prompt=prompt,
         num_inference_steps=config.sampler.steps,
         guidance_scale=1.0,
@@ -242,7 +243,7 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
 
 
 def _collection(config: DistillConfig, adapter, folder: Path) -> Collection:
-    loras = {effect.name: teachers.teacher_path(folder / "teachers", effect.name) for effect in config.effects}
+    loras = {effect.name: teacher_path(folder, effect.name) for effect in config.effects}
     licenses = dict.fromkeys(loras, "Apache-2.0")
     return make_collection(config, adapter, "clora-studio", loras, licenses)
 
@@ -309,7 +310,7 @@ def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection
         files = [path] if path.is_file() else path.rglob("*.safetensors")
         return sum(file.stat().st_size for file in files) / 1e6
 
-    many = sum(megabytes(teachers.teacher_path(folder / "teachers", name)) for name in names)
+    many = sum(megabytes(teacher_path(folder, name)) for name in names)
     merges = {name: {"files": 1, "megabytes": rows[name]["megabytes"], "nfe": 8} for name in baselines.MERGES}
     return merges | {
         "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
@@ -321,8 +322,8 @@ def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection
 
 def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> GridData:
     def row(name: str) -> list[np.ndarray]:
-        scene = build.grid_scene(name)
-        source = held_out_sources(build.EVALUATION_SCENES)[scene]
+        scene = baselines.grid_scene(name)
+        source = held_out_sources(evaluation.NUM_SCENES)[scene]
         exact = EFFECTS[name].apply(source, np.random.default_rng(0))
         return [
             source,

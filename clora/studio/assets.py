@@ -1,41 +1,51 @@
-"""The studio's shipped files: the pipeline, the teachers, and what was computed once from them."""
+"""The studio's files: where they are, what their build recorded of them, and the pipeline that they hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.numpy import load_file
-from torch import Tensor
 
-from clora.config.settings import make_trigger
 from clora.errors import CloraError
-from clora.studio.effects import EFFECTS
+from clora.models.families.flux2 import Flux2KleinAdapter
+from clora.models.loading import load_pipeline
+from clora.studio.scenes import SIZE
+from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 ASSETS = Path(__file__).parent / "assets"
 PROVENANCE = "provenance.json"
-TARGETS = "targets.safetensors"
+SEED = 0  # of every stage of the build
 
 
 def assets_folder() -> Path:
-    """The folder of the shipped studio. Raises CloraError where it is incomplete."""
+    """Returns the folder of the shipped studio. Raises CloraError where it is incomplete."""
     if not (ASSETS / "pipeline" / "model_index.json").exists():
         raise CloraError(f"expected the studio in {ASSETS}, found it incomplete; run `clora studio build` or reinstall")
     return ASSETS
 
 
 def pipeline_folder() -> Path:
-    """The folder that ``DiffusionPipeline.from_pretrained`` takes."""
+    """Returns the folder that ``DiffusionPipeline.from_pretrained`` takes."""
     return assets_folder() / "pipeline"
 
 
+def load_studio(folder: Path, device: str | torch.device = "auto") -> Flux2KleinAdapter:
+    """Loads a built studio's pipeline. Raises CloraError where it is missing or cannot be loaded."""
+    # Without this check, diffusers would look for the folder's name on the model hub.
+    if not (folder / "pipeline" / "model_index.json").exists():
+        raise CloraError(f"expected a studio in {folder}, found no pipeline in it; `clora studio build {folder}`")
+    return studio_adapter(load_pipeline(str(folder / "pipeline"), str(device)))
+
+
+def studio_adapter(pipeline) -> Flux2KleinAdapter:
+    """Wraps a pipeline with the studio's sizes."""
+    return Flux2KleinAdapter(pipeline, (SIZE, SIZE), MAX_SEQUENCE_LENGTH)
+
+
 def provenance(folder: Path) -> dict:
-    """Stage name to what its build recorded: seconds, seeds, versions, measured numbers, hashes of its files.
+    """Maps each stage to the record of its build: seconds, seeds, versions, measured numbers, hashes of its files.
 
     Raises:
         CloraError: it cannot be read.
@@ -49,45 +59,16 @@ def provenance(folder: Path) -> dict:
         ) from error
 
 
-def student_prompts(effect: str) -> tuple[str, ...]:
-    """How the student is asked for an effect: its trigger with a description, in three phrasings."""
-    trigger, library = make_trigger(effect), EFFECTS[effect]
-    return (f"{trigger} {library.description}", f"{trigger} {library.prompt}", f"{library.description} {trigger}")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Rendered targets: ``latents [E, M, T, C]`` of each effect's sources, ``general [P, T, C]`` of general pairs."""
-
-    effects: tuple[str, ...]
-    latents: Tensor
-    general: Tensor
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The file's tensors in fp16: one for each effect under its name, and the general pairs'."""
-        rows = {f"effect.{name}": latents for name, latents in zip(self.effects, self.latents, strict=True)}
-        return {name: tensor.half().cpu().numpy() for name, tensor in (rows | {"general": self.general}).items()}
-
-    def of(self, effects: Sequence[str]) -> Tensor:
-        return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])
-
-
-def load_targets(folder: Path) -> Targets:
-    """Reads the shipped targets, verified against the hash in the provenance."""
-    tensors = {name: torch.from_numpy(array).float() for name, array in load_file(verified(folder, TARGETS)).items()}
-    general = tensors.pop("general")
-    effects = tuple(name.removeprefix("effect.") for name in tensors)
-    return Targets(effects, torch.stack(list(tensors.values())), general)
-
-
 def verified(folder: Path, name: str) -> Path:
-    """A shipped file whose hash is the recorded one.
+    """Returns the path of a shipped file whose hash is the recorded one.
 
     Raises:
         CloraError: the file is missing or differs.
     """
-    recorded = {n: h for stage in provenance(folder).values() for n, h in stage.get("sha256", {}).items()}
     path = folder / name
+    recorded = {}
+    for stage in provenance(folder).values():
+        recorded |= stage.get("sha256", {})
     if not path.exists() or recorded.get(name) != sha256(path):
         raise CloraError(f"{path} is missing or not the file that the build recorded; use --full or rebuild the studio")
     return path
@@ -95,8 +76,3 @@ def verified(folder: Path, name: str) -> Path:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def to_bytes(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as uint8."""
-    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What the student is compared with: the teachers at 80 and at 8 passes, merges of their weights, and the base."""
+"""The rows that the student is compared with: the teachers at 80 and at 8 passes, merges of their weights, the base."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
-from clora.studio.assets import student_prompts
+from clora.progress import stage
+from clora.studio import evaluation
+from clora.studio.demo_config import GUIDANCE, student_prompts
 from clora.studio.effects import EFFECTS
-from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
 from clora.studio.judges import Verdict
-from clora.studio.making.vae import to_images, to_tensor
+from clora.studio.pixels import to_images, to_tensor
+from clora.studio.teachers import TEACHERS
 
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
-STEPS, TEACHER_STEPS, SHIFT = 8, 40, 3.0
 MERGE_RANK = 64
+STEPS = 8
+TEACHER_STEPS = 40
+SHIFT = 3.0
+FIRST_EFFECT_SEED = 7_000_000
+FIRST_GENERAL_SEED = 8_000_000
+
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -38,127 +46,140 @@ class Measured:
     megabytes: float | None = None
 
     def row(self) -> dict[str, object]:
-        return summary(self.verdicts, self.general)
+        return evaluation.summary(self.verdicts, self.general)
 
     def to_json(self) -> dict[str, object]:
-        verdicts = {effect: [asdict(v) for v in row] for effect, row in self.verdicts.items()}
+        verdicts = {effect: list(map(asdict, row)) for effect, row in self.verdicts.items()}
         return {"verdicts": verdicts, "general": self.general, "megabytes": self.megabytes}
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Encoded held-out scenes, N per effect, and general cases.
+    """Encoded held-out scenes of every effect: E effects on N scenes each, ``E x N`` rows.
 
     Attributes:
         effects: the effects.
-        count: N.
-        sources: ``[N, T, C]``.
-        teacher_text, student_text: E prompts.
-        empty_text: the empty prompt.
-        general: conditioning of the general cases.
+        ids: ``[E x N]``, the effect of each row.
+        sources: ``[E x N, T, C]``.
+        seeds: of the noise, one for each row.
     """
 
     effects: tuple[str, ...]
-    count: int
+    ids: Tensor
     sources: Tensor
-    teacher_text: Text
-    student_text: Text
-    empty_text: Text
-    general: Conditioning
+    seeds: list[int]
 
     @staticmethod
-    def encode(adapter: Flux2KleinAdapter, effects: Sequence[str], count: int, general: int) -> EvaluationSet:
-        cases = general_cases(general)
-        return EvaluationSet(
-            effects=tuple(effects),
-            count=count,
-            sources=adapter.encode_images(to_tensor(held_out_sources(count))),
-            teacher_text=adapter.encode_prompts([EFFECTS[e].prompt for e in effects]),
-            student_text=adapter.encode_prompts([student_prompts(e)[0] for e in effects]),
-            empty_text=adapter.encode_prompts([""]),
-            general=Conditioning(
-                adapter.encode_prompts([case.edit.instruction for case in cases]),
-                adapter.encode_images(to_tensor(np.stack([case.source for case in cases]))),
-            ),
-        )
+    def encode(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> EvaluationSet:
+        sources = adapter.encode_images(to_tensor(evaluation.held_out_sources(evaluation.NUM_SCENES)))
+        ids = torch.arange(len(effects)).repeat_interleave(len(sources))
+        seeds = [FIRST_EFFECT_SEED + i for i in range(len(ids))]
+        return EvaluationSet(tuple(effects), ids, sources.repeat(len(effects), 1, 1), seeds)
 
     def conditioning(self, text: Text) -> Conditioning:
-        """Every effect on every scene: ``E x N`` rows."""
-        e = len(self.effects)
-        return Conditioning(text[self.ids], self.sources.repeat(e, 1, 1))
+        """The rows with the prompt of their effect, of ``text``'s E."""
+        return Conditioning(text[self.ids], self.sources)
 
-    @property
-    def ids(self) -> Tensor:
-        return torch.arange(len(self.effects)).repeat_interleave(self.count)
-
-    @property
-    def seeds(self) -> list[int]:
-        return [7_000_000 + i for i in range(len(self.effects) * self.count)]
+    def measured(self, adapter: Flux2KleinAdapter, latents: Tensor) -> Measured:
+        """Judges the latents of all rows."""
+        images = to_images(adapter.decode(latents)).reshape(len(self.effects), -1, *adapter.size, 3)
+        outputs = dict(zip(self.effects, images, strict=True))
+        return Measured(outputs, evaluation.judge_effects(outputs), None)
 
 
-Report = Callable[[int], None]
+def teacher_prompts(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> Text:
+    """Encodes the prompts that the teachers were trained with, one for each effect."""
+    return adapter.encode_prompts([EFFECTS[effect].prompt for effect in effects])
+
+
+def general_conditioning(adapter: Flux2KleinAdapter) -> Conditioning:
+    """Encodes the held-out general edits."""
+    cases = evaluation.general_cases(evaluation.NUM_GENERAL)
+    text = adapter.encode_prompts([case.edit.instruction for case in cases])
+    return Conditioning(text, adapter.encode_images(to_tensor(np.stack([case.source for case in cases]))))
+
+
+def general_seeds(count: int) -> list[int]:
+    return [FIRST_GENERAL_SEED + i for i in range(count)]
 
 
 def measure_teachers(
-    adapter: Flux2KleinAdapter,
-    teachers: Mapping[str, LoRAState],
-    evaluation: EvaluationSet,
-    guidance: float,
-    report: Report,
+    adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], report: Report
 ) -> dict[str, Measured]:
-    """Rows ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
+    """Measures ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
+    rows = EvaluationSet.encode(adapter, tuple(teachers))
+    conditioning = rows.conditioning(teacher_prompts(adapter, rows.effects))
+    empty = adapter.encode_prompts([""])
     with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         generator = Generator(adapter, bank, bank.slots(), SHIFT, report=report)
-        ids, seeds = evaluation.ids, evaluation.seeds
-        conditioning = evaluation.conditioning(evaluation.teacher_text)
-        full = generator.guided_euler(ids, conditioning, evaluation.empty_text, seeds, TEACHER_STEPS, guidance)
-        short = [generator.euler(ids, conditioning, seeds, STEPS), generator.few_step(ids, conditioning, seeds, STEPS)]
-    candidates = [_measured(adapter, evaluation, latents) for latents in short]
-    best = max(candidates, key=lambda m: (m.row()["effect_accuracy"], -m.row()["bad_case_rate"]))
-    return {"teachers_80": _measured(adapter, evaluation, full), "teachers_8": best}
+        full = generator.guided_euler(rows.ids, conditioning, empty, rows.seeds, TEACHER_STEPS, GUIDANCE)
+        euler = generator.euler(rows.ids, conditioning, rows.seeds, STEPS)
+        few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS)
+    short = [rows.measured(adapter, latents) for latents in (euler, few_step)]
+    best = max(short, key=lambda m: (m.row()["effect_accuracy"], -m.row()["bad_case_rate"]))
+    return {"teachers_80": rows.measured(adapter, full), "teachers_8": best}
 
 
 def measure_one_lora(
-    adapter: Flux2KleinAdapter, lora: LoRAState | None, evaluation: EvaluationSet, text: Text, report: Report
+    adapter: Flux2KleinAdapter,
+    lora: LoRAState | None,
+    rows: EvaluationSet,
+    text: Text,
+    general: Conditioning,
+    report: Report,
 ) -> Measured:
-    """One LoRA (None: the base) for every effect and for general edits, with the few-step sampler."""
+    """Measures one LoRA (None: the base) on every effect and on general edits, with the few-step sampler."""
     transformer = adapter.pipeline.transformer
     with nullcontext() if lora is None else AdapterBank(transformer, {"lora": lora}) as bank:
         slots = None if bank is None else bank.slots()
         generator = Generator(adapter, bank, slots, SHIFT, report=report)
-        ids = torch.zeros(len(evaluation.ids), dtype=torch.int64)
-        latents = generator.few_step(ids, evaluation.conditioning(text), evaluation.seeds, STEPS)
-        count = len(evaluation.general)
-        general_seeds = [8_000_000 + i for i in range(count)]
-        general = generator.few_step(torch.zeros(count, dtype=torch.int64), evaluation.general, general_seeds, STEPS)
-    accuracy = general_accuracy(to_images(adapter.decode(general)))
-    size = None if lora is None else round(2e-6 * lora.num_parameters, 2)
-    return replace(_measured(adapter, evaluation, latents, accuracy), megabytes=size)
+        latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS)
+        count = len(general)
+        ids = torch.zeros(count, dtype=torch.int64)
+        general_latents = generator.few_step(ids, general, general_seeds(count), STEPS)
+    return replace(
+        rows.measured(adapter, latents),
+        general=evaluation.general_accuracy(to_images(adapter.decode(general_latents))),
+        megabytes=None if lora is None else round(2e-6 * lora.num_parameters, 2),
+    )
 
 
-def measure_merges(
-    adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], evaluation: EvaluationSet, report: Report
+def measure_baselines(
+    adapter: Flux2KleinAdapter, loras: Mapping[str, LoRAState], merged: Sequence[str]
 ) -> dict[str, Measured]:
-    """One row per PEFT merge that takes unequal ranks, asked with the teachers' prompts.
+    """Measures all rows that do not depend on the student.
 
-    Each is measured at several weights per teacher and the best is kept, as its user would.
+    Each merge of PEFT that takes unequal ranks is measured at several weights per teacher, and the best is kept, as
+    its user would. It is asked with the teachers' prompts.
+
+    Args:
+        adapter: the studio.
+        loras: effect name to teacher.
+        merged: the effects whose teachers are merged, and which the base is measured on.
     """
+    rows = EvaluationSet.encode(adapter, merged)
+    general = general_conditioning(adapter)
+    states = [loras[effect] for effect in merged]
     shapes = linear_shapes(adapter.pipeline.transformer)
-    states = list(teachers.values())
     rank = min(MERGE_RANK, sum(state.max_rank for state in states))
+    weights = [1.0, len(states) ** -0.5, 1 / len(states)]
+    text = teacher_prompts(adapter, merged)
+    # A guided step passes every row through the transformer twice.
+    teacher_passes = len(loras) * evaluation.NUM_SCENES * (2 * TEACHER_STEPS + 2 * STEPS)
+    one_lora_passes = (len(rows.ids) + len(general)) * STEPS
+    with stage("baselines", teacher_passes + (len(MERGES) * len(weights) + 1) * one_lora_passes) as advance:
+        measured = measure_teachers(adapter, loras, advance)
+        for name, method in MERGES.items():
+            candidates = []
+            for weight in weights:
+                lora = merge_states(states, shapes, method, rank, [weight] * len(states))
+                candidates.append(measure_one_lora(adapter, lora, rows, text, general, advance))
+            measured[name] = max(candidates, key=lambda m: m.row()["effect_accuracy"])
+        text = adapter.encode_prompts([student_prompts(effect)[0] for effect in merged])
+        measured["base"] = measure_one_lora(adapter, None, rows, text, general, advance)
+    return measured
 
-    def best(method: str) -> Measured:
-        weights = [1.0, len(states) ** -0.5, 1 / len(states)]
-        merged = [merge_states(states, shapes, method, rank, [w] * len(states)) for w in weights]
-        rows = [measure_one_lora(adapter, lora, evaluation, evaluation.teacher_text, report) for lora in merged]
-        return max(rows, key=lambda m: m.row()["effect_accuracy"])
 
-    return {name: best(method) for name, method in MERGES.items()}
-
-
-def _measured(
-    adapter: Flux2KleinAdapter, evaluation: EvaluationSet, latents: Tensor, general: float | None = None
-) -> Measured:
-    images = to_images(adapter.decode(latents))
-    outputs = {e: images[i * evaluation.count : (i + 1) * evaluation.count] for i, e in enumerate(evaluation.effects)}
-    return Measured(outputs, judge_effects(outputs), general)
+def grid_scene(effect: str) -> int:
+    """Returns the held-out scene that shows an effect in the grid of pictures."""
+    return TEACHERS.index(effect) % evaluation.NUM_SCENES

@@ -1,33 +1,45 @@
-"""Settings of the demo: which effects, the studio's guidance, and a budget that fits two cores."""
+"""Settings of the demo: its effects, their prompts, the studio's guidance, and a budget that fits two cores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clora.config.settings import DistillConfig, EffectConfig
-from clora.studio.assets import student_prompts
+from clora.config.settings import DistillConfig, EffectConfig, make_trigger
 from clora.studio.effects import EFFECTS
 from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 GUIDANCE = 0.5
-NUM_GENERAL, FULL_GENERAL = 192, 1536  # the first are shipped
+NUM_GENERAL = 192  # of the default run; the targets of these ship
+FULL_GENERAL = 1536
 DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "leaves", "snow", "colour_static")
 DEFAULT_MINUTES = 6.2
-FULL_ANCHOR_UPDATES, FULL_MATCHING_UPDATES = 2500, 420  # one of these takes the time of seven to nine of those
+FULL_ANCHOR_UPDATES = 2500
+FULL_MATCHING_UPDATES = 420  # one of these takes as long as seven to nine of those
+
+
+def student_prompts(effect: str) -> tuple[str, ...]:
+    """Returns the student's prompts for an effect: its trigger with a description, in three phrasings."""
+    trigger = make_trigger(effect)
+    texts = EFFECTS[effect]
+    return (f"{trigger} {texts.description}", f"{trigger} {texts.prompt}", f"{texts.description} {trigger}")
 
 
 def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAULT_MINUTES) -> DistillConfig:
-    """The demo's configuration for some of the studio's effects; ``minutes`` None is the full run.
+    """Makes the demo's configuration for some of the studio's effects; ``minutes`` None is the full run.
 
     The full run anchors at a lower rate and draws more general rows: fast anchoring forgets general edits.
     """
-    full, full_updates = minutes is None, FULL_ANCHOR_UPDATES + FULL_MATCHING_UPDATES
+    full = minutes is None
+    full_updates = FULL_ANCHOR_UPDATES + FULL_MATCHING_UPDATES
     return DistillConfig.model_validate(
         {
             "pipeline": "studio",
             "output": "clora-demo",
-            "effects": tuple(_effect(name) for name in effects),
+            "effects": tuple(
+                EffectConfig(name=name, lora=name, prompt=EFFECTS[name].prompt, student_prompts=student_prompts(name))
+                for name in effects
+            ),
             "data": {
                 "sources": "studio",
                 "size": (SIZE, SIZE),
@@ -52,7 +64,3 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "seed": seed,
         }
     )
-
-
-def _effect(name: str) -> EffectConfig:
-    return EffectConfig(name=name, lora=name, prompt=EFFECTS[name].prompt, student_prompts=student_prompts(name))

@@ -11,8 +11,10 @@ import numpy as np
 from clora.studio.edits import FAMILIES, Edit, sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import Judge, Verdict, features
-from clora.studio.scenes import Scene, make_scene, render
+from clora.studio.scenes import make_scene, render
 
+NUM_SCENES = 8  # on which each effect is judged
+NUM_GENERAL = 54
 FIRST_HELD_OUT = 1_000_000_000
 FIRST_GENERAL = 1_100_000_000
 GENERAL_FAMILIES = tuple(name for name, family in FAMILIES.items() if not family.random)
@@ -20,13 +22,13 @@ GENERAL_FAMILIES = tuple(name for name, family in FAMILIES.items() if not family
 
 @dataclass(frozen=True)
 class GeneralCase:
-    """One held-out general edit: its source image, the edit, and the feature vectors it must be told apart from.
+    """One held-out general edit.
 
     Attributes:
         source: ``[64, 64, 3]``.
         edit: the requested edit with its exact result.
-        others: ``[K, F]`` features of the unchanged source and of other edits of the same scene, two of them of the
-            same kind with other words.
+        others: ``[K, F]`` features that a correct output must be further from: those of the unchanged source and of
+            other edits of the same scene, two of them of the same kind with other words.
     """
 
     source: np.ndarray
@@ -34,45 +36,41 @@ class GeneralCase:
     others: np.ndarray
 
     def is_correct(self, output: np.ndarray) -> bool:
-        """Whether the exact result is nearer to ``output`` than anything else."""
-        vectors = features(np.stack([output, self.edit.result]))
-        return bool(np.linalg.norm(vectors[0] - vectors[1]) < np.linalg.norm(self.others - vectors[0], axis=1).min())
+        """Decides whether the exact result is nearer to ``output`` than anything else."""
+        found, exact = features(np.stack([output, self.edit.result]))
+        return bool(np.linalg.norm(found - exact) < np.linalg.norm(self.others - found, axis=1).min())
 
 
 @cache
 def held_out_sources(count: int) -> np.ndarray:
-    """Held-out scenes for effects: ``[count, 64, 64, 3]``."""
+    """Renders held-out scenes for effects: ``[count, 64, 64, 3]``."""
     return np.stack([render(make_scene(FIRST_HELD_OUT + i)) for i in range(count)])
 
 
 @cache
 def judges(count: int) -> tuple[Judge, ...]:
-    """One judge per held-out scene."""
+    """Makes one judge per held-out scene."""
     return tuple(Judge.for_source(source, seed=i) for i, source in enumerate(held_out_sources(count)))
 
 
 @cache
 def general_cases(count: int) -> tuple[GeneralCase, ...]:
-    """Held-out general edits, the kinds of edit in turn."""
-    return tuple(_general_case(i) for i in range(count))
+    """Draws held-out general edits, the kinds of edit in turn."""
+    return tuple(map(_general_case, range(count)))
 
 
 def _general_case(index: int) -> GeneralCase:
     scene = make_scene(FIRST_GENERAL + index)
+    source = render(scene)
     rng = np.random.default_rng([index, 5])
     family = GENERAL_FAMILIES[index % len(GENERAL_FAMILIES)]
-    edit = _visible_edit(scene, rng, family)
-    rivals = [sample_edit(scene, rng, other) for other in (*GENERAL_FAMILIES, family, family)]
-    images = [r.result for r in rivals if r.instruction != edit.instruction] + [render(scene)]
-    distinct = [image for image in images if _differ(image, edit.result)]
-    return GeneralCase(render(scene), edit, features(np.stack(distinct)))
-
-
-def _visible_edit(scene: Scene, rng: np.random.Generator, family: str) -> Edit:
-    """An edit that shows: not the removal of a shape that is hidden behind another."""
-    source = render(scene)
+    # The first draw that shows: the removal of a shape that is hidden behind another does not.
     draws = [sample_edit(scene, rng, family) for _ in range(8)]
-    return next((edit for edit in draws if _differ(edit.result, source)), draws[0])
+    edit = next((edit for edit in draws if _differ(edit.result, source)), draws[0])
+    rivals = [sample_edit(scene, rng, other) for other in (*GENERAL_FAMILIES, family, family)]
+    images = [rival.result for rival in rivals if rival.instruction != edit.instruction] + [source]
+    distinct = [image for image in images if _differ(image, edit.result)]
+    return GeneralCase(source, edit, features(np.stack(distinct)))
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> bool:
@@ -82,40 +80,47 @@ def _differ(a: np.ndarray, b: np.ndarray) -> bool:
 def judge_effects(
     outputs: Mapping[str, np.ndarray], report: Callable[[int], None] = lambda effects: None
 ) -> dict[str, list[Verdict]]:
-    """Verdicts of effect name to outputs ``[N, 64, 64, 3]`` on the first N held-out scenes, in order.
+    """Judges the outputs of each effect.
 
-    ``report(1)`` is called after each effect.
+    Args:
+        outputs: effect name to images ``[N, 64, 64, 3]`` of the first N held-out scenes, in order.
+        report: called as ``report(1)`` after each effect.
+
+    Returns:
+        Effect name to its N verdicts.
     """
     verdicts = {}
     for effect, images in outputs.items():
-        verdicts[effect] = [
-            judge.score(image, effect) for judge, image in zip(judges(len(images)), images, strict=True)
-        ]
+        pairs = zip(judges(len(images)), images, strict=True)
+        verdicts[effect] = [judge.score(image, effect) for judge, image in pairs]
         report(1)
     return verdicts
 
 
 def general_accuracy(outputs: Sequence[np.ndarray]) -> float:
-    """Share of correct outputs of the first ``len(outputs)`` general cases."""
+    """Returns the share of correct outputs of the first ``len(outputs)`` general cases."""
     cases = general_cases(len(outputs))
     return float(np.mean([case.is_correct(image) for case, image in zip(cases, outputs, strict=True)]))
 
 
 def summary(verdicts: Mapping[str, Sequence[Verdict]], general: float | None) -> dict[str, object]:
-    """The measured columns of one row of the results table."""
-    everything = [v for row in verdicts.values() for v in row]
-    stochastic = [v for name, row in verdicts.items() if EFFECTS[name].stochastic for v in row]
-    psnrs = [v.psnr for v in everything if v.psnr is not None]
+    """Returns the measured columns of one row of the results table; None for the mean of nothing."""
+
+    def mean(values: Sequence[float]) -> float | None:
+        return float(np.mean(values)) if values else None
+
+    everything, stochastic, per_effect = [], [], {}
+    for effect, row in verdicts.items():
+        everything += row
+        stochastic += row if EFFECTS[effect].stochastic else []
+        per_effect[effect] = mean([v.accurate for v in row])
+
     return {
-        "effect_accuracy": _mean([v.accurate for v in everything]),
-        "bad_case_rate": _mean([v.bad_case for v in everything]),
-        "bad_case_rate_stochastic": _mean([v.bad_case for v in stochastic]),
-        "psnr": _mean(psnrs),
-        "subject_alignment": _mean([v.subject_alignment for v in everything]),
+        "effect_accuracy": mean([v.accurate for v in everything]),
+        "bad_case_rate": mean([v.bad_case for v in everything]),
+        "bad_case_rate_stochastic": mean([v.bad_case for v in stochastic]),
+        "psnr": mean([v.psnr for v in everything if v.psnr is not None]),
+        "subject_alignment": mean([v.subject_alignment for v in everything]),
         "general_accuracy": general,
-        "per_effect": {name: _mean([v.accurate for v in row]) for name, row in verdicts.items()},
+        "per_effect": per_effect,
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None

@@ -17,10 +17,9 @@ from clora.flow.matching import student_schedule
 from clora.lora.layers import linear_shapes
 from clora.lora.load import read_lora
 from clora.models.loading import load_pipeline
-from clora.studio import assets, baselines
+from clora.studio import assets, baselines, evaluation, targets
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.evaluation import held_out_sources
-from clora.studio.making import build
 
 ROWS = {"teachers_80", "teachers_8", "merge_svd", "merge_ties_svd", "merge_dare_ties_svd", "base", "clora"}
 COLUMNS = {
@@ -52,8 +51,8 @@ def short(monkeypatch):
         return whole.model_copy(update={k: getattr(whole, k).model_copy(update=v) for k, v in changed.items()})
 
     monkeypatch.setattr(demo, "demo_config", config)
-    monkeypatch.setattr(build, "EVALUATION_SCENES", 1)
-    monkeypatch.setattr(build, "EVALUATION_GENERAL", 2)
+    monkeypatch.setattr(evaluation, "NUM_SCENES", 1)
+    monkeypatch.setattr(evaluation, "NUM_GENERAL", 2)
     monkeypatch.setattr(baselines, "TEACHER_STEPS", 1)
 
 
@@ -81,8 +80,8 @@ def test_the_demo_writes_everything_it_promises(short, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_full_demo_makes_everything_anew(short, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "TARGET_SOURCES", 2)
-    monkeypatch.setattr(assets, "load_targets", None)
+    monkeypatch.setattr(targets, "TARGET_SOURCES", 2)
+    monkeypatch.setattr(targets, "load_targets", None)
     monkeypatch.setattr(demo, "shipped_rows", None)
     report = demo.run_demo(tmp_path / "out", 0, ["sepia", "snow"], full=True, device="cpu")
     metrics = json.loads((report.parent / "metrics.json").read_text())
@@ -94,7 +93,7 @@ def test_the_full_demo_makes_everything_anew(short, monkeypatch, tmp_path):
 def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypatch, tmp_path):
     config = demo_config(["sepia"], 0)
     lora = assets.assets_folder() / "teachers" / "sepia"
-    adapter = build.studio(assets.assets_folder(), "cpu")
+    adapter = assets.load_studio(assets.assets_folder(), "cpu")
     student = read_lora(lora, linear_shapes(adapter.pipeline.transformer))
     described = make_collection(config, adapter, "studio", {"sepia": lora}, {"sepia": None})
     collection = write_collection(student, described, tmp_path, torch.float32)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clora.studio.effects import EFFECTS
-from clora.studio.making.teachers import SPECS
 from clora.studio.scenes import make_scene, render
+from clora.studio.teachers import SPECS
 
 TEACHERS = {spec.effect: spec for spec in SPECS}
 STOCHASTIC = [name for name, effect in EFFECTS.items() if effect.stochastic]

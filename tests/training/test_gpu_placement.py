@@ -18,7 +18,7 @@ from clora.lora.state import fresh_lora
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio import text
-from clora.studio.making import base, lora_training, text_training, vae
+from clora.studio.making import base, teachers, text_training, vae
 
 DEVICE = torch.device("meta")
 
@@ -73,9 +73,9 @@ def test_the_teachers(adapter):
     generator = torch.Generator().manual_seed(0)
     loras = {name: fresh_lora(shapes, rank, generator) for name, rank in (("a", 4), ("b", 8))}
     bank = AdapterBank(adapter.pipeline.transformer, loras, dtype=torch.float32)
-    pairs = lora_training.Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
+    pairs = teachers.Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
     ids = torch.tensor([0, 0, 1, 1])
-    losses = lora_training._losses(adapter, bank, bank.slots(trainable=True), pairs, ids, 2.0, None)
+    losses = teachers._losses(adapter, bank, bank.slots(trainable=True), pairs, ids, 2.0, None)
     losses.sum().backward()
     assert (losses.device, losses.shape) == (DEVICE, (4,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from clora.errors import CloraError
+from clora.files import write_atomic
 from clora.flow.matching import flow_matching_losses
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.edits import FAMILIES, sample_edit
-from clora.studio.making.vae import to_tensor
-from clora.studio.scenes import SIZE, make_scene, render
-from clora.studio.text import MAX_SEQUENCE_LENGTH
+from clora.studio.pixels import to_tensor
+from clora.studio.scenes import make_scene, render
 from clora.training.checkpoint import load_state, save_state
 from clora.training.optimizers import Muon
 
@@ -68,8 +69,16 @@ def make_pipeline(vae, text_encoder, tokenizer, transformer):
     )
 
 
-def studio_adapter(pipeline) -> Flux2KleinAdapter:
-    return Flux2KleinAdapter(pipeline, (SIZE, SIZE), MAX_SEQUENCE_LENGTH)
+def save_pipeline(pipeline, folder: Path) -> None:
+    """Saves the pipeline with fp16 weights, which diffusers loads as fp32; transformers would keep fp16."""
+    for component in (pipeline.transformer, pipeline.vae):
+        component.half()
+    pipeline.save_pretrained(folder)
+    # diffusers writes where the parts were loaded from, a path of this machine.
+    for config in folder.rglob("*.json"):
+        values = json.loads(config.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            write_atomic(config, json.dumps(values, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The studio's teachers: twelve effect LoRAs, trained from 20 pairs each, in the file formats that people have."""
+"""Training the studio's teachers by flow matching, each on 20 pairs: all at once, in routed batches, one slot each."""
 
 from __future__ import annotations
 
@@ -8,67 +8,60 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clora.bank.bank import AdapterBank
+from clora.bank.slots import Slots
+from clora.devices import send
+from clora.errors import CloraError
+from clora.flow.matching import flow_matching_losses
 from clora.lora.families import FLUX2
 from clora.lora.layers import linear_shapes
-from clora.lora.load import read_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState, fresh_lora
-from clora.models import linear_names
+from clora.models import ModelAdapter, linear_names
+from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.effects import EFFECTS
-from clora.studio.making.lora_training import Pairs, train_loras
-from clora.studio.making.vae import to_tensor
+from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
+from clora.studio.teachers import SPECS, TeacherSpec
 
 FIRST_SCENE = 200_000_000
 PAIRS = 20
 UPDATES = 700
-TRAINING = {"rows_per_lora": 2, "learning_rate": 2e-3, "shift": 2.0}
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """One teacher: the rank and layers of its LoRA, and the format it is shipped in."""
-
-    effect: str
-    format: str
-    rank: int
-    attention_only: bool = False
-
-
-SPECS = (
-    TeacherSpec("negative", "diffusers", 16),
-    TeacherSpec("thermal", "kohya", 16),
-    TeacherSpec("blueprint", "comfyui", 16),
-    TeacherSpec("sepia", "peft", 8, attention_only=True),
-    TeacherSpec("gold_frame", "diffusers", 16),
-    TeacherSpec("scanlines", "kohya", 12),
-    TeacherSpec("vignette", "peft", 12),
-    TeacherSpec("night_vision", "comfyui", 16),
-    TeacherSpec("leaves", "diffusers", 16),
-    TeacherSpec("fireflies", "peft", 16),
-    TeacherSpec("snow", "comfyui", 16),
-    TeacherSpec("colour_static", "kohya", 16),
-)
+ROWS_PER_LORA = 2
+LEARNING_RATE = 2e-3
+SHIFT = 2.0
 KOHYA_ALPHA = 4.0
 
 
-def teacher_scenes(spec: TeacherSpec) -> list[int]:
-    """Scene seeds of a teacher's training pairs; no other teacher and no evaluation uses them."""
-    return [FIRST_SCENE + 1000 * SPECS.index(spec) + i for i in range(PAIRS)]
+@dataclass(frozen=True)
+class Pairs:
+    """Encoded before/after pairs of E LoRAs, on the CPU.
+
+    Attributes:
+        sources: ``[E, M, T, C]``.
+        targets: ``[E, M, T, C]``.
+        text: encoded prompts, E rows.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    text: Text
 
 
 def encode_pairs(adapter: Flux2KleinAdapter, specs: Sequence[TeacherSpec]) -> Pairs:
-    """The training pairs of some teachers, encoded."""
-    sources, targets = [], []
+    """Renders and encodes the training pairs of some teachers; no other teacher and no evaluation has their scenes."""
+    sources = []
+    targets = []
     for spec in specs:
-        images = [render(make_scene(seed)) for seed in teacher_scenes(spec)]
-        rng = np.random.default_rng([SPECS.index(spec), 4])
-        results = [EFFECTS[spec.effect].apply(image, rng) for image in images]
-        sources.append(adapter.encode_images(to_tensor(np.stack(images))))
-        targets.append(adapter.encode_images(to_tensor(np.stack(results))))
+        index = SPECS.index(spec)
+        rng = np.random.default_rng([index, 4])
+        before = [render(make_scene(FIRST_SCENE + 1000 * index + i)) for i in range(PAIRS)]
+        after = [EFFECTS[spec.effect].apply(image, rng) for image in before]
+        sources.append(adapter.encode_images(to_tensor(np.stack(before))))
+        targets.append(adapter.encode_images(to_tensor(np.stack(after))))
     text = adapter.encode_prompts([EFFECTS[spec.effect].prompt for spec in specs])
     return Pairs(torch.stack(sources), torch.stack(targets), text)
 
@@ -79,9 +72,16 @@ def train_teachers(
     seed: int,
     report: Callable[[int, Mapping[str, float]], None],
 ) -> dict[str, LoRAState]:
-    """Trains teachers together, in routed batches; returns effect name to LoRA."""
+    """Trains teachers together; returns effect name to LoRA."""
     transformer = adapter.pipeline.transformer
-    fresh = _fresh(transformer, specs, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    layers = linear_names(transformer)
+    attention = [name for name in layers if ".attn." in name]
+    shapes = linear_shapes(transformer)
+    fresh = {
+        spec.effect: fresh_lora(shapes, spec.rank, generator, attention if spec.attention_only else layers)
+        for spec in specs
+    }
     with AdapterBank(transformer, fresh, dtype=torch.float32) as bank:
         train_loras(
             adapter,
@@ -89,27 +89,95 @@ def train_teachers(
             bank.slots(trainable=True),
             encode_pairs(adapter, specs),
             updates=UPDATES,
+            rows_per_lora=ROWS_PER_LORA,
+            learning_rate=LEARNING_RATE,
+            shift=SHIFT,
             seed=seed,
             report=report,
-            **TRAINING,
         )
-        return {spec.effect: _own_part(bank.state(spec.effect, spec.rank), fresh[spec.effect]) for spec in specs}
+        trained = {}
+        for spec in specs:
+            # Without the layers that other teachers brought into the bank.
+            modules = bank.state(spec.effect, spec.rank).modules
+            trained[spec.effect] = LoRAState({name: modules[name] for name in fresh[spec.effect].modules})
+        return trained
 
 
-def _fresh(transformer, specs: Sequence[TeacherSpec], generator: torch.Generator) -> dict[str, LoRAState]:
-    targets = linear_names(transformer)
-    attention = [name for name in targets if ".attn." in name]
-    shapes = linear_shapes(transformer)
-    return {s.effect: fresh_lora(shapes, s.rank, generator, attention if s.attention_only else targets) for s in specs}
+def train_loras(
+    adapter: ModelAdapter,
+    bank: AdapterBank,
+    slots: Slots,
+    pairs: Pairs,
+    *,
+    updates: int,
+    rows_per_lora: int,
+    learning_rate: float,
+    shift: float,
+    seed: int,
+    report: Callable[[int, Mapping[str, float]], None],
+) -> None:
+    """Trains every slot of ``slots`` on its own pairs; slots do not influence one another.
+
+    Args:
+        adapter: the model family, around the pipeline whose transformer carries the bank.
+        bank: the bank.
+        slots: trainable slots, in the order of ``pairs``.
+        pairs: encoded training pairs.
+        updates: optimizer updates; the learning rate falls linearly over the second half.
+        rows_per_lora: samples of each LoRA in a batch.
+        learning_rate: peak AdamW learning rate.
+        shift: time shift of the noise levels.
+        seed: of the draws.
+        report: called as ``report(update, {"loss": ...})``.
+
+    Raises:
+        CloraError: a loss or gradient is not finite; names the update and the LoRA.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    ids = torch.arange(len(slots.names)).repeat_interleave(rows_per_lora)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (update + 1) / 20, 2 * (updates - update) / updates)
+        losses = _losses(adapter, bank, slots, pairs, ids, shift, generator)
+        per_lora = losses.view(-1, rows_per_lora)
+        _check_finite(per_lora.detach().sum(1), slots.names, update, "loss")
+        optimizer.zero_grad(set_to_none=True)
+        # Summed over LoRAs, so that each has the gradient that it would have if it were trained by itself.
+        per_lora.mean(1).sum().backward()
+        sizes = sum(p.grad.flatten(1).abs().sum(1) for p in slots.parameters() if p.grad is not None)
+        _check_finite(sizes, slots.names, update, "gradient")
+        optimizer.step()
+        report(update + 1, {"loss": float(losses.detach().mean())})
 
 
-def _own_part(state: LoRAState, fresh: LoRAState) -> LoRAState:
-    """The modules that a LoRA adapts, without those that other slots of the bank brought in."""
-    return LoRAState({name: state.modules[name] for name in fresh.modules})
+def _losses(
+    adapter: ModelAdapter,
+    bank: AdapterBank,
+    slots: Slots,
+    pairs: Pairs,
+    ids: Tensor,
+    shift: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Computes the flow-matching loss of each row, ``[B]``."""
+    device = adapter.pipeline.transformer.device
+    sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
+    x0 = send(pairs.targets[ids, sample].float(), device)
+    conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float()).to(device)
+    with bank.route(slots, send(ids, device)):
+        return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, shift, generator)
+
+
+def _check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:
+    """Raises CloraError where one of ``values [E]`` is not finite."""
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        name = names[int(bad.nonzero()[0, 0])]
+        raise CloraError(f"update {update + 1}: the {what} of LoRA {name!r} is not finite; lower the learning rate")
 
 
 def save_teacher(spec: TeacherSpec, state: LoRAState, folder: Path) -> Path:
-    """Writes one teacher in its format under ``folder``; returns the file or folder a user would point at."""
+    """Writes one teacher in its format under ``folder``; returns the file or folder that a user would point at."""
     if spec.format == "peft":
         save_peft_folder(state, folder / spec.effect, dtype=torch.float16)
         return folder / spec.effect
@@ -121,15 +189,3 @@ def save_teacher(spec: TeacherSpec, state: LoRAState, folder: Path) -> Path:
     else:
         save_diffusers_lora(state, path, dtype=torch.float16)
     return path
-
-
-def teacher_path(folder: Path, effect: str) -> Path:
-    """Where ``save_teacher`` put an effect's LoRA."""
-    file = folder / f"{effect}.safetensors"
-    return file if file.exists() else folder / effect
-
-
-def load_teachers(adapter: Flux2KleinAdapter, folder: Path, effects: list[str]) -> dict[str, LoRAState]:
-    """Reads shipped teachers; effect name to LoRA."""
-    shapes = linear_shapes(adapter.pipeline.transformer)
-    return {effect: read_lora(teacher_path(folder, effect), shapes) for effect in effects}

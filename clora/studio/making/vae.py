@@ -11,6 +11,7 @@ from torch import Tensor
 from clora.studio.edits import sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.making.linear_encoder import set_linear_encoder, zero_residual_branches
+from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
 
 BATCH = 8
@@ -48,16 +49,6 @@ def _training_image(rng: np.random.Generator, part: int) -> np.ndarray:
     if part == 1:
         return sample_edit(scene, rng).result
     return EFFECTS[str(rng.choice(list(EFFECTS)))].apply(render(scene), rng)
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """``[N, 64, 64, 3]`` in [0, 1] to ``[N, 3, 64, 64]`` float32 in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() * 2 - 1
-
-
-def to_images(tensor: Tensor) -> np.ndarray:
-    """``[N, 3, 64, 64]`` in [-1, 1] to ``[N, 64, 64, 3]`` float32 in [0, 1]."""
-    return (tensor.float().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def train_vae(updates: int, seed: int, device: torch.device, report: Callable[[int, dict[str, float]], None]):
@@ -118,11 +109,3 @@ def set_latent_statistics(vae, rng: np.random.Generator, batches: int = 48) -> N
     )
     vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
     vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae, images: np.ndarray) -> float:
-    """PSNR in dB of ``[N, 64, 64, 3]`` images in [0, 1] after encoding and decoding, averaged over images."""
-    decoded = to_images(vae.decode(vae.encode(to_tensor(images).to(vae.device)).latent_dist.mode()).sample)
-    mse = np.mean((decoded - images) ** 2, axis=(1, 2, 3))
-    return float(np.mean(-10 * np.log10(np.maximum(mse, 1e-10))))

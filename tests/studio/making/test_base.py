@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clora.errors import CloraError
+from clora.studio.assets import studio_adapter
 from clora.studio.edits import FAMILIES
 from clora.studio.making import base
 from clora.testing import tiny_pipeline
@@ -14,7 +15,7 @@ from clora.testing import tiny_pipeline
 @pytest.fixture(scope="module")
 def pool():
     done = []
-    pool = base.make_pool(base.studio_adapter(tiny_pipeline()), range(4), 10, done.append)
+    pool = base.make_pool(studio_adapter(tiny_pipeline()), range(4), 10, done.append)
     assert sum(done) == 4
     return pool
 
@@ -23,7 +24,7 @@ def train(pool, tmp_path, updates, monkeypatch, stop=None, seed=0):
     """Trains a fresh tiny transformer; returns its weights and the losses."""
     for name, value in {"BATCH": 2, "CHECKPOINT_EVERY": 1, "FIXED_UPDATES": 1, "FOCUS_UPDATES": 2}.items():
         monkeypatch.setattr(base, name, value)
-    adapter, losses = base.studio_adapter(tiny_pipeline()), {}
+    adapter, losses = studio_adapter(tiny_pipeline()), {}
 
     def report(update, values):
         losses[update] = values["loss"]

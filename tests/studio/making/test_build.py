@@ -10,9 +10,10 @@ import torch
 
 from clora.commands import demo
 from clora.errors import CloraError
-from clora.studio import assets, baselines
+from clora.studio import assets, baselines, evaluation, quality, targets
 from clora.studio.demo_config import demo_config
 from clora.studio.making import build, teachers
+from clora.studio.teachers import SPECS, TEACHERS, load_teachers
 
 NAMES = ["sepia", "snow"]
 
@@ -73,20 +74,20 @@ def test_the_shipped_stages_belong_together():
     """None was made from files that have changed since."""
     folder = assets.assets_folder()
     assert [name for name in build.STAGES if not build._is_done(folder, name)] == []
-    assert assets.load_targets(folder).effects == tuple(sorted(spec.effect for spec in teachers.SPECS))
+    assert targets.load_targets(folder).effects == tuple(sorted(TEACHERS))
 
 
 def test_the_shipped_studio_was_measured_above_its_floors():
     recorded = assets.provenance(assets.assets_folder())
     measured = {name: value for entry in recorded.values() for name, value in entry["measured"].items()}
-    assert all(measured[name] >= build.FLOORS[name] for name in ("vae_psnr", "judge_accuracy", "general_accuracy"))
-    assert measured["teacher_accuracy"].keys() == {spec.effect for spec in teachers.SPECS}
-    assert min(measured["teacher_accuracy"].values()) >= build.FLOORS["teacher_accuracy"]
+    assert all(measured[name] >= quality.FLOORS[name] for name in ("vae_psnr", "judge_accuracy", "general_accuracy"))
+    assert measured["teacher_accuracy"].keys() == set(TEACHERS)
+    assert min(measured["teacher_accuracy"].values()) >= quality.FLOORS["teacher_accuracy"]
 
 
 def test_a_folder_without_a_studio_is_told(tmp_path):
     with pytest.raises(CloraError, match="found no pipeline in it"):
-        build.studio(tmp_path)
+        assets.load_studio(tmp_path)
     (tmp_path / assets.PROVENANCE).write_text("{")
     with pytest.raises(CloraError, match="cannot be read"):
         assets.provenance(tmp_path)
@@ -99,12 +100,12 @@ def test_an_unknown_stage_names_the_nearest(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "EVALUATION_SCENES", 1)
-    monkeypatch.setattr(build, "EVALUATION_GENERAL", 2)
-    monkeypatch.setattr(build, "TARGET_SOURCES", 2)
+    monkeypatch.setattr(evaluation, "NUM_SCENES", 1)
+    monkeypatch.setattr(evaluation, "NUM_GENERAL", 2)
+    monkeypatch.setattr(targets, "TARGET_SOURCES", 2)
     monkeypatch.setattr(baselines, "TEACHER_STEPS", 2)
-    adapter = build.studio(assets.assets_folder())
-    loras = teachers.load_teachers(adapter, assets.assets_folder() / "teachers", NAMES)
+    adapter = assets.load_studio(assets.assets_folder())
+    loras = load_teachers(adapter, assets.assets_folder(), NAMES)
     run = demo.Run(tmp_path, demo_config(NAMES, 0), full=True)
     rows = demo.measured_rows(run, adapter, loras)
     assert list(rows) == ["teachers_80", "teachers_8", *baselines.MERGES, "base"]
@@ -115,7 +116,7 @@ def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
     assert all(rows[name]["megabytes"] > 0.1 for name in baselines.MERGES)
     different = np.abs(rows["teachers_80"]["images"]["snow"].astype(int) - rows["base"]["images"]["snow"])
     assert different.mean() > 1, "the teacher must do something"
-    assert torch.isfinite(build.target_sources(adapter)).all()
+    assert torch.isfinite(targets.target_sources(adapter)).all()
 
 
 @pytest.fixture
@@ -128,10 +129,12 @@ def tiny(monkeypatch, tmp_path):
         return whole.model_copy(update={k: getattr(whole, k).model_copy(update=v) for k, v in changed.items()})
 
     monkeypatch.setattr(build, "demo_config", config)
-    monkeypatch.setattr(teachers, "SPECS", teachers.SPECS[:4])  # one of each format
-    monkeypatch.setattr(build, "DEFAULT_EFFECTS", ("negative", "thermal"))
+    some = {"SPECS": SPECS[:4], "TEACHERS": TEACHERS[:4]}  # one of each format
     for module, counts in (
-        (build, {"EVALUATION_SCENES": 1, "EVALUATION_GENERAL": 2, "TARGET_SOURCES": 2}),
+        (build, some | {"DEFAULT_EFFECTS": ("negative", "thermal")}),
+        (quality, {"TEACHERS": some["TEACHERS"]}),
+        (evaluation, {"NUM_SCENES": 1, "NUM_GENERAL": 2}),
+        (targets, {"TARGET_SOURCES": 2}),
         (baselines, {"TEACHER_STEPS": 2}),
         (teachers, {"UPDATES": 2, "PAIRS": 2}),
     ):
@@ -146,12 +149,12 @@ def tiny(monkeypatch, tmp_path):
 def test_the_stages_after_the_base_and_the_check(tiny, monkeypatch, capsys):
     build.build(tiny, ["teachers", "targets", "baselines"])
     names = ["negative", "thermal", "blueprint", "sepia"]
-    adapter = build.studio(tiny)
-    loras = teachers.load_teachers(adapter, tiny / "teachers", names)
+    adapter = assets.load_studio(tiny)
+    loras = load_teachers(adapter, tiny, names)
     assert {lora.format for lora in loras.values()} == {"diffusers", "kohya", "comfyui", "peft"}
     data = demo.demo_data(adapter, loras, build.demo_config(names, 0), tiny, recompute=False)
     assert data.targets.shape[:2] == (4, 2)
-    monkeypatch.setattr(build, "FLOORS", {"vae_psnr": 60.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.0})
+    monkeypatch.setattr(quality, "FLOORS", {"vae_psnr": 60.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.0})
     with pytest.raises(CloraError, match="below the floor: vae_psnr;"):
-        build.check(tiny)
+        quality.check(tiny)
     assert "teacher sepia" in capsys.readouterr().out

@@ -13,8 +13,8 @@ from clora.flow import matching as flow_matching
 from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models.conditioning import Text
-from clora.studio.making import lora_training
-from clora.studio.making.lora_training import Pairs, train_loras
+from clora.studio.making import teachers
+from clora.studio.making.teachers import Pairs, train_loras
 
 NAMES = ("first", "second")
 
@@ -89,8 +89,8 @@ def test_training_jointly_equals_training_alone(adapter, pairs, monkeypatch):
 
         return drawn
 
-    monkeypatch.setattr(lora_training.torch, "randint", first_half(draw[0], 1))
-    monkeypatch.setattr(lora_training.torch, "randn", first_half(draw[1], 0))
+    monkeypatch.setattr(teachers.torch, "randint", first_half(draw[0], 1))
+    monkeypatch.setattr(teachers.torch, "randn", first_half(draw[1], 0))
     monkeypatch.setattr(flow_matching, "sample_sigma", first_half(draw[2], 0))
     alone = Pairs(pairs.sources[:1], pairs.targets[:1], pairs.text[:1])
     _, states = train(adapter, alone, 3, names=NAMES[:1], rows=rows)
@@ -107,14 +107,14 @@ def test_a_nan_names_update_and_lora(adapter, pairs):
 
 def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs, monkeypatch):
     """A finite loss whose gradient is not: the root of zero."""
-    real, seen = lora_training._losses, {}
+    real, seen = teachers._losses, {}
 
     def steep(adapter, bank, slots, *rest):
         parameters = list(slots.parameters())
         seen["now"], seen["before"] = parameters, [p.detach().clone() for p in parameters]
         return real(adapter, bank, slots, *rest) + torch.sqrt(0 * parameters[0][1].sum())
 
-    monkeypatch.setattr(lora_training, "_losses", steep)
+    monkeypatch.setattr(teachers, "_losses", steep)
     with pytest.raises(CloraError, match="update 1: the gradient of LoRA 'second' is not finite"):
         train(adapter, pairs, 2)
     assert all(torch.equal(now, before) for now, before in zip(seen["now"], seen["before"], strict=True))

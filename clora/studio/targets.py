@@ -1,0 +1,94 @@
+"""The demo's training data: scenes of the effect stream, pairs of the general stream, and the rendered targets of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+from clora.config.settings import DistillConfig
+from clora.data.rendering import Samples, num_passes, render_general_targets, render_targets
+from clora.lora.state import LoRAState
+from clora.models import ModelAdapter
+from clora.models.conditioning import Text
+from clora.progress import stage
+from clora.studio.assets import SEED, verified
+from clora.studio.edits import sample_edit
+from clora.studio.effects import EFFECTS
+from clora.studio.pixels import to_tensor
+from clora.studio.scenes import make_scene, render
+
+TARGETS = "targets.safetensors"
+TARGET_SOURCES = 40
+FIRST_TARGET_SCENE = 300_000_000
+FIRST_GENERAL_SCENE = 400_000_000
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Rendered targets: ``latents [E, M, T, C]`` of each effect's sources, ``general [P, T, C]`` of general pairs."""
+
+    effects: tuple[str, ...]
+    latents: Tensor
+    general: Tensor
+
+    def serialise(self) -> bytes:
+        """Returns the file's content: fp16 tensors, one for each effect under its name, and the general pairs'."""
+        rows = {f"effect.{name}": latents for name, latents in zip(self.effects, self.latents, strict=True)}
+        return save({name: tensor.half().cpu().numpy() for name, tensor in (rows | {"general": self.general}).items()})
+
+    def of(self, effects: Sequence[str]) -> Tensor:
+        return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])
+
+
+def load_targets(folder: Path) -> Targets:
+    """Reads the shipped targets, verified against the hash in the provenance."""
+    tensors = {name: torch.from_numpy(array).float() for name, array in load_file(verified(folder, TARGETS)).items()}
+    general = tensors.pop("general")
+    effects = tuple(name.removeprefix("effect.") for name in tensors)
+    return Targets(effects, torch.stack(list(tensors.values())), general)
+
+
+def target_sources(adapter: ModelAdapter) -> Tensor:
+    """Encodes the sources of the effect stream, ``[M, T, C]``: the same scenes for every effect."""
+    return _scene_latents(adapter, range(FIRST_TARGET_SCENE, FIRST_TARGET_SCENE + TARGET_SOURCES))
+
+
+def general_pairs(adapter: ModelAdapter, count: int) -> tuple[Tensor, Text]:
+    """Encodes the first ``count`` sources ``[P, T, C]`` of the general stream, and their instructions."""
+    seeds = range(FIRST_GENERAL_SCENE, FIRST_GENERAL_SCENE + count)
+    rng = np.random.default_rng([SEED, 7])
+    instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
+    return _scene_latents(adapter, seeds), adapter.encode_prompts(instructions)
+
+
+def _scene_latents(adapter: ModelAdapter, seeds: range) -> Tensor:
+    return adapter.encode_images(to_tensor(np.stack([render(make_scene(seed)) for seed in seeds])))
+
+
+def make_targets(adapter: ModelAdapter, loras: Mapping[str, LoRAState], config: DistillConfig) -> Targets:
+    """Renders every teacher's targets of its sources, and the base's targets of the general pairs.
+
+    They are the same for every seed of a training.
+    """
+    config = config.model_copy(update={"seed": SEED})
+    num_effects = len(loras)
+    num_general = config.data.general_targets
+    prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in loras])
+    general_sources, instructions = general_pairs(adapter, num_general)
+    # Rows of the table of prompts: one for each effect, one for each general pair, last the empty prompt.
+    text = Text.cat([prompts, instructions, adapter.encode_prompts([""])])
+    effect_rows = torch.arange(num_effects)[:, None].expand(-1, TARGET_SOURCES)
+    general_rows = num_effects + torch.arange(num_general)
+    empty = torch.tensor(num_effects + num_general)
+    sources = target_sources(adapter).expand(num_effects, -1, -1, -1)
+    effects = Samples(sources, effect_rows, empty.expand_as(effect_rows))
+    general = Samples(general_sources, general_rows, empty.expand_as(general_rows))
+    with stage("render targets", num_passes(config, effect_rows.numel() + num_general)) as advance:
+        latents = render_targets(adapter, loras, effects, text, config, advance)
+        return Targets(tuple(loras), latents, render_general_targets(adapter, general, text, config, advance))
