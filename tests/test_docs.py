@@ -1,0 +1,49 @@
+"""The documentation holds: examples run, links lead somewhere, and README lists every room."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ALONE = [  # blocks that start with their imports stand by themselves
+    block
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.M | re.S)
+    if block.startswith(("import ", "from "))
+]
+
+
+@pytest.mark.parametrize("block", ALONE, ids=["model family", "effect"])
+def test_examples_of_extensions_run(block, monkeypatch):
+    from clora.models import registry
+
+    monkeypatch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
+    exec(compile(block, "docs/extending.md", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        file, _, anchor = target.partition("#")
+        if file.startswith("http"):
+            continue
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.+)$", linked.read_text("utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page):
+    """Paths in backticks such as `clora/lora/keys.py`; those with a placeholder are not of this kind."""
+    for name in re.findall(r"`((?:clora|csrc_triton|tests|bench|docs)/[\w./]+\.\w+)`", page.read_text("utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_lists_every_room():
+    (section,) = re.findall(r"^## Where things are\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    rooms = {folder.name for folder in (ROOT / "clora").iterdir() if (folder / "__init__.py").exists()}
+    assert rooms <= set(re.findall(r"`(\w+)/`", section))
