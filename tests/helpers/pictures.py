@@ -14,8 +14,8 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
-    """The same as adapters take it, fp32 ``[1, 3, H, W]`` in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    """The same as adapters take it, fp32 ``[1, 3, H, W]`` in [-1, 1], with the strides that diffusers gives it."""
+    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def write_pictures(folder, count: int, size: tuple[int, int]) -> None:

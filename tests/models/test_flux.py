@@ -172,12 +172,10 @@ def test_the_transformer_receives_what_a_stock_call_hands_it(family, pipelines, 
         with received(pipeline.transformer) as ours, torch.no_grad():
             for sigma in sigmas[:8]:
                 adapter.velocity(noise, sigma[None], conditioning)
-        for name in ("encoder_hidden_states", "pooled_projections", "guidance"):
+        # Bit for bit, references too: `pixels` has the strides of the pipeline's own. With others the encoder's GroupNorm
+        # adds up in another order, up to 1e-6 away; on one thread, whose sums are the longest, even more.
+        for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance"):
             assert equal(stock[0].get(name), ours[0].get(name)), name
-        # Pixels that need no resizing are not made 8 bits and back, which in bf16 the encoder's roundings see.
-        theirs, mine = (passes[0]["hidden_states"].float() for passes in (stock, ours))
-        relative = float((theirs - mine).square().mean().sqrt() / theirs.square().mean().sqrt())
-        assert relative <= (1e-6 if dtype == torch.float32 else 2**-7)
         for name in ("img_ids", "txt_ids"):
             assert torch.equal(stock[0][name].float().reshape(ours[0][name].shape), ours[0][name].float()), name
         for theirs, mine in zip(stock, ours, strict=True):
