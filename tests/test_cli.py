@@ -1,4 +1,4 @@
-"""The command line: what reaches the engine, and that every mistake is one line and exit code 1."""
+"""The command line: the arguments reach the engine, and every mistake is one line and exit code 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies to a device, which the host does not wait for where that is safe."""
+"""Copies to a device: the host does not wait for them where that is safe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.mark.parametrize(("device", "later"), [("cuda", True), ("meta", True), ("mps", False), ("cpu", False)])
-def test_a_source_that_is_dropped_is_copied_at_once_where_the_device_reads_it_late(device, later, monkeypatch):
+def test_the_host_waits_where_the_device_might_read_a_source_that_is_gone(device, later, monkeypatch):
     calls, pinned = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.stride()) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append(kwargs) or self)
@@ -23,7 +23,7 @@ def test_a_source_that_is_dropped_is_copied_at_once_where_the_device_reads_it_la
     assert pinned == ([(1,)] if device == "cuda" else []), "an expanded tensor cannot be pinned"
 
 
-def test_what_is_sent_has_the_dtype_that_was_asked_for():
+def test_tensors_arrive_in_the_requested_dtype():
     values = torch.tensor([1.0, 0.1])
     assert send(values, "cpu") is values
     assert torch.equal(send(values, "cpu", torch.bfloat16), values.bfloat16())

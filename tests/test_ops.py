@@ -1,4 +1,4 @@
-"""Which implementation an op takes, what it says when it falls back, and what it refuses."""
+"""The choice of an op's implementation: what is logged when it falls back, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from clora import ops
-from clora import ops as backend
 from clora.errors import CloraError
 from clora.ops import covered, use_triton
 
@@ -20,19 +19,19 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch, caplog):
-    """No variable, nothing logged before, all levels shown."""
+    """The variable is unset, nothing has been logged yet, all levels are shown."""
     monkeypatch.delenv("CLORA_BACKEND", raising=False)
-    backend._report.cache_clear()
+    ops._report.cache_clear()
     caplog.set_level(logging.INFO, "clora.ops")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Returns pretend(...): a machine whose GPU, Triton and interpreter are as said."""
+    """Returns pretend(...): a machine whose GPU, Triton and interpreter are as stated."""
 
     def pretend(import_error="", interpreting=False, capability=(9, 0), hip=None):
-        monkeypatch.setattr(backend, "_import_error", lambda: import_error)
-        monkeypatch.setattr(backend, "interpreting", lambda: interpreting)
+        monkeypatch.setattr(ops, "_import_error", lambda: import_error)
+        monkeypatch.setattr(ops, "interpreting", lambda: interpreting)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -50,7 +49,7 @@ def anchor_inputs():
     return velocity, velocity, sigma, torch.tensor([2, 2]), torch.ones(2), None, torch.randn(2, 3), 1.0
 
 
-def test_auto_on_a_cpu_is_eager_and_says_so_once(caplog):
+def test_auto_on_a_cpu_is_eager_and_logs_it_once(caplog):
     for _ in range(2):
         ops.multi_lora_linear(*linear_inputs())
         ops.coarse_to_fine_loss(*anchor_inputs())
@@ -136,11 +135,11 @@ def test_a_gap_in_the_kernels_falls_back_or_raises(machine, caplog):
         covered("some_op", "x is fp64", GPU, "triton")
 
 
-def test_eager_runs_eagerly_and_says_nothing(machine, monkeypatch, caplog):
+def test_eager_runs_eagerly_and_logs_nothing(machine, monkeypatch, caplog):
     machine()
     monkeypatch.setenv("CLORA_BACKEND", "eager")
     assert not use_triton("op", GPU)
-    assert use_triton("op", GPU, "triton"), "the argument goes before the variable"
+    assert use_triton("op", GPU, "triton"), "the argument overrides the variable"
     monkeypatch.setenv("CLORA_BACKEND", "triton")
     assert not use_triton("op", GPU, "eager")
     assert not caplog.records
@@ -151,16 +150,16 @@ def test_an_empty_variable_is_auto(monkeypatch):
     assert not use_triton("op", CPU)
 
 
-@pytest.mark.parametrize("backend_argument", [None, "cpu"])
-def test_an_unknown_backend_is_named_with_a_suggestion(monkeypatch, backend_argument):
+@pytest.mark.parametrize("argument", [None, "cpu"])
+def test_an_unknown_backend_is_named_with_a_suggestion(monkeypatch, argument):
     monkeypatch.setenv("CLORA_BACKEND", "Trition")
     expected = {
         None: "CLORA_BACKEND=Trition: expected one of auto, triton, eager; did you mean 'triton'?",
         "cpu": "backend='cpu': expected one of auto, triton, eager",
     }
     with pytest.raises(CloraError) as error:
-        ops.multi_lora_linear(*linear_inputs(), backend=backend_argument)
-    assert str(error.value) == expected[backend_argument]
+        ops.multi_lora_linear(*linear_inputs(), backend=argument)
+    assert str(error.value) == expected[argument]
 
 
 @pytest.mark.parametrize("gap", [None, "reason"])

@@ -1,4 +1,4 @@
-"""Trainers of random teachers, and what changed in them."""
+"""Trainers of random teachers, and which of their LoRAs an update changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clora.training.trainer import CRITIC, STUDENT, DistillTrainer
 
 @contextmanager
 def make_trainer(adapter, encoded=None, pages=None, **sections):
-    """A trainer of three random teachers whose student and critic differ and do something from the start."""
+    """A trainer of three random teachers. Student and critic differ, and neither is zero at the start."""
     transformer = adapter.pipeline.transformer
     teachers = random_teachers(transformer, 3)
     student, critic = random_lora(transformer, 4, 101), random_lora(transformer, 4, 102)
@@ -25,7 +25,7 @@ def make_trainer(adapter, encoded=None, pages=None, **sections):
 
 
 def mixed_batch(trainer):
-    """A batch with rows of several effects and of the general stream, the same for every objective."""
+    """A batch of several effects' rows and of general rows; every objective draws the same one."""
     general = torch.arange(trainer.config.train.batch_size) % 3 == 1
     batch = trainer.sampler._gather(general)
     assert len(batch.effect.unique()) > 2, "draw another seed"
@@ -39,6 +39,7 @@ def rolled(trainer):
 
 
 def plain_velocity(adapter, transformer, x, sigma, conditioning):
+    """The adapter's velocity by another transformer, one whose weights hold a merged LoRA for instance."""
     stand_in = copy.copy(adapter)
     stand_in.pipeline = SimpleNamespace(transformer=transformer)
     with torch.no_grad():
@@ -46,6 +47,7 @@ def plain_velocity(adapter, transformer, x, sigma, conditioning):
 
 
 def same(state, other):
+    """Reports whether two LoRAs of the same layers have equal factors."""
     return all(
         torch.equal(state.modules[m].lora_A, other.modules[m].lora_A)
         and torch.equal(state.modules[m].lora_B, other.modules[m].lora_B)
@@ -54,10 +56,11 @@ def same(state, other):
 
 
 def changed(trainer, before):
+    """Names of the slots that differ from `slots` of an earlier moment."""
     return {name for name, state in slots(trainer).items() if not same(before[name], state)}
 
 
 def slots(trainer):
-    """Student and critic as they are trained, and the teachers."""
+    """Copies of student and critic as they are trained, and the teachers, by name."""
     teachers = {name: trainer.bank.state(name) for name in trainer.data.effects}
     return {STUDENT: trainer.student.state(STUDENT), CRITIC: trainer.critic.state(CRITIC), **teachers}
