@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -18,16 +20,9 @@ def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def write_pictures(folder, count: int, size: tuple[int, int]) -> None:
-    """PNG files of different pictures."""
+def write_images(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (20, 24)) -> Path:
+    """Writes PNG files ``0.png``, ``1.png`` ... of different pictures, those of another seed different again."""
+    folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        picture(100 + i, size).save(folder / f"{i}.png")
-
-
-def write_images(folder, count, seed=0):
-    """A new folder of PNG files of noise, 20x24 pixels."""
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        picture(100 * seed + i, size).save(folder / f"{i}.png")
     return folder

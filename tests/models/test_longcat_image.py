@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny_longcat
 from helpers.collection_cases import describe
-from helpers.pictures import picture, pixels, write_pictures
+from helpers.pictures import picture, pixels, write_images
 from helpers.tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
@@ -230,7 +230,7 @@ def test_the_card_loads_a_collection_into_the_transformer(loras, collection):
 
 
 def test_a_student_is_trained(adapter, tmp_path):
-    write_pictures(tmp_path, 3, (70, 90))
+    write_images(tmp_path, 3, size=(70, 90))
     teachers = random_teachers(adapter.pipeline.transformer, 2)
     data = {"sources": str(tmp_path), "size": SIZE, "sources_per_effect": 2, "general_targets": 2}
     config = tiny_config(list(teachers), data={**data, "max_sequence_length": MAX_SEQUENCE_LENGTH})

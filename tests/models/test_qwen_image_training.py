@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from helpers.edits import Sample, few_step
-from helpers.pictures import picture, write_pictures
+from helpers.pictures import picture, write_images
 from helpers.tiny_qwen_image import shrink, stock_call, tiny_qwen21_pipeline, tiny_qwen_pipeline
 
 from clora.collection.apply import load_collection
@@ -90,8 +90,7 @@ def check_stock_call(adapter, folder, config):
 
 
 def make_config(folder, teachers, **settings):
-    (folder / "images").mkdir()
-    write_pictures(folder / "images", 3, SIZE)
+    write_images(folder / "images", 3, size=SIZE)
     effects = []
     for name, state in teachers.items():
         save_diffusers_lora(state, folder / f"{name}.safetensors")

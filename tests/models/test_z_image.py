@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.pictures import picture, pixels, write_pictures
+from helpers.pictures import picture, pixels, write_images
 from helpers.tiny_z_image import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
 from clora.bank.bank import AdapterBank
@@ -223,7 +223,7 @@ def test_a_bfloat16_transformer_keeps_latents_in_fp32(loras, adapter, tmp_path):
 
 
 def test_a_student_is_trained(adapter, tmp_path):
-    write_pictures(tmp_path, 3, (70, 90))
+    write_images(tmp_path, 3, size=(70, 90))
     teachers = random_teachers(adapter.pipeline.transformer, 2)
     data = {"sources": str(tmp_path), "size": SIZE, "sources_per_effect": 2, "general_targets": 2}
     config = tiny_config(list(teachers), data={**data, "max_sequence_length": MAX_SEQUENCE_LENGTH})
