@@ -1,7 +1,7 @@
 """A compiled transformer (torch.compile wraps it, its modules get the prefix _orig_mod.) and LoRA loading.
 
 Report: huggingface/diffusers #5227 and its many successors. Right: clora.apply and clora.attach work on a compiled
-transformer like on the plain one, or say what to do, and the message is about compilation.
+transformer as on the plain one, or refuse with a message about compilation that states what to do.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """A Z-Image LoRA that has the fused attention.qkv and, beside it, to_q, to_k, to_v (and attention.out with to_out.0).
 
 Report: huggingface/diffusers #13203. ComfyUI applies every entry, so the change of a layer is the sum.
-Right: the sum of both, or a refusal that names the two entries; `clora inspect` says the same as loading does.
+Right: the sum of both, or a refusal that names the two entries; `clora inspect` reports what loading does.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """A FLUX.2 [klein] LoRA as one file in PEFT's prefix with the original repository's names and no adapter config.
 
 Reports: huggingface/diffusers #13162 and sgl-project/sglang #20200 (a published klein LoRA loaded on no layer).
-diffusers and sglang take alpha = rank. Right: that change, or a refusal that tells how to go on, and the way works
-whatever the file is called; `clora inspect` does not call the file useless.
+diffusers and sglang take alpha = rank. Right: that change, or a refusal that states how to go on, and that way works
+whatever the name of the file; `clora inspect` does not call the file useless.
 """
 
 import json

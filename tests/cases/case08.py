@@ -2,7 +2,7 @@
 
 Reports: kohya-ss/musubi-tuner #695 (EXIF orientation), ostris/ai-toolkit #640 (alpha learnt as black),
 the-database/traiNNer-redux #298 (16 bits), bmaltais/kohya_ss #1349 (odd PNGs).
-Right: what a viewer shows, in [-1, 1], with transparent parts on one plain colour (clora says white), within 3/255.
+Right: what a viewer shows, in [-1, 1], with transparent parts on one plain colour (clora documents white), within 3/255.
 """
 
 import struct

@@ -2,7 +2,7 @@
 
 Reports: bmaltais/kohya_ss #1629 (cached latents of the old picture are used), bghira/SimpleTuner #1172 and
 hiyouga/LlamaFactory #7085 (resuming on other data).
-Right: 1. a new run after a finished one encodes the new picture; 2. a stopped run that is started again says that its
+Right: 1. a new run after a finished one encodes the new picture; 2. a stopped run that is started again reports that its
 data changed (as it does where a LoRA changed), or starts anew; it does not go on in silence and then claim the new inputs.
 """
 

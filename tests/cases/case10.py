@@ -1,8 +1,8 @@
 """A LoRA that changes nothing: every lora_B is zero (a training that never ran, an optimizer that missed the layers).
 
 Reports: kohya-ss/musubi-tuner #66, bmaltais/kohya_ss #809, tloen/alpaca-lora #357, kohya-ss/sd-scripts #2133.
-Right: `clora inspect` says that the LoRA changes nothing, `clora plan` (or distill) refuses or warns before hours of
-rendering what the base alone would make. Also with alpha = 0, and where half of the modules are zero.
+Right: `clora inspect` reports that the LoRA changes nothing, `clora plan` (or distill) refuses or warns before hours of
+rendering what the base would make without it. Also with alpha = 0, and where half of the modules are zero.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A LoRA in two files: shards with an index, as transformers-style savers make them, or a download of half of a pair.
 
 Reports: huggingface/diffusers on sharded adapter saving; adapter_model-00001-of-00002.safetensors beside its index.
-Right: the folder is read as one LoRA, or refused as sharded. One shard by name is half of a LoRA: refused or said so.
+Right: the folder is read as one LoRA, or refused as sharded. One shard by name is half of a LoRA: refused, or reported as half.
 """
 
 import json

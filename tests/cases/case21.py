@@ -1,7 +1,7 @@
-"""A LoRA of transformer and text encoder in one file, with the norms' and biases' differences that a trainer adds.
+"""A LoRA of transformer and text encoder in one file, with the changes of norms and biases that a trainer adds.
 
 Reports: nunchux-ai/ComfyUI-nunchaku #64 (OneTrainer), kohya-ss/sd-scripts #1806 (lora_te1_).
-Right: never read in silence; the message names what is foreign, and there is a way on that needs no script of the user's.
+Right: never read in silence; the message names what is foreign and a way on for which the user writes no script.
 """
 
 import subprocess

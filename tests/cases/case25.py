@@ -3,7 +3,7 @@
 Reports: huggingface/diffusers #9803 (model.diffusion_model.), kohya-ss/sd-scripts #1463 and Comfy-Org/ComfyUI #4347 (an
 underscore at the end of every module), huggingface/peft #2608 and radixark/miles_diffusion #206 (an adapter's name
 inside the keys, other roots), torch.compile's _orig_mod. Right: read, or refused with a message that is about the spelling;
-"a LoRA for another architecture" sends the user after the wrong thing.
+"a LoRA for another architecture" would mislead the user.
 """
 
 import sys
