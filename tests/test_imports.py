@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 GROUND = {"errors", "files", "hashing", "devices", "progress", "version"}
 ENGINE = GROUND | {"ops", "lora", "config", "flow", "models", "bank"}
-MAY_IMPORT = {  # from the bottom up; a room that stands in no line is an error
+MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "version": set(),
     "errors": set(),
     "files": {"errors"},
@@ -59,7 +59,7 @@ FILES = {
 
 
 def imports_of(module):
-    """Yields (imported module, whether inside a function); those for type checkers only are left out."""
+    """Yields pairs (imported module, whether inside a function), except imports for type checkers only."""
     tree = ast.parse(FILES[module].read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -102,7 +102,7 @@ def test_the_table_has_no_circle():
 
 
 def test_slow_libraries_are_not_imported_at_the_top():
-    """So that a command which does not need them starts at once."""
+    """Commands that do not need them start at once."""
     slow = {name for name, why in INSIDE_FUNCTIONS.items() if "slow" in why} - {"torch", "triton"}
     for module in FILES:
         top = {name.split(".")[0] for name, is_inside in imports_of(module) if not is_inside}

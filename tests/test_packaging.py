@@ -1,4 +1,4 @@
-"""What is installed: metadata that matches the imports, and an import that costs nothing."""
+"""The installed package: its metadata matches the imports, and importing it costs nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_IMPORTED = {"accelerate"}
 
 @pytest.fixture(scope="module")
 def metadata():
-    """The arguments that setup.py gives to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     setuptools = pytest.importorskip("setuptools")
     given = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -39,7 +39,7 @@ def source_files():
 
 
 def imported_packages():
-    """Top-level packages imported anywhere in clora and csrc_triton, inside functions too."""
+    """Top-level packages that clora and csrc_triton import, inside functions too."""
     found = set()
     for file in source_files():
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
