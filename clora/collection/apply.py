@@ -127,9 +127,9 @@ def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
     transformer = pipeline.transformer
     before = set(getattr(transformer, "peft_config", {}))
     try:
-        if loads_lora_weights(type(pipeline)):
+        if hasattr(pipeline, "load_lora_weights"):
             pipeline.load_lora_weights(str(source.file))
-        else:
+        else:  # LongCat-Image-Edit leaves that to its transformer
             transformer.load_lora_adapter(str(source.file), prefix="transformer")
     except (ValueError, RuntimeError, KeyError) as error:
         raise CloraError(f"{source.file} does not fit the pipeline, expected {base_model}: {error}") from error
@@ -146,8 +146,3 @@ def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
             f"{source.file}: the pipeline has taken {len(loaded)} of {len(expected)} modules; expected {base_model} and "
             "a file in diffusers' format (clora export --format diffusers)"
         )
-
-
-def loads_lora_weights(pipeline_class: type) -> bool:
-    """Returns True if the pipeline itself loads LoRAs; LongCat-Image-Edit leaves that to its transformer."""
-    return hasattr(pipeline_class, "load_lora_weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from clora.collection.apply import call_arguments, loads_lora_weights, pipeline_class
+from clora.collection.apply import call_arguments, pipeline_class
 from clora.collection.hub import is_repo_id
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection
 
@@ -36,7 +36,7 @@ def model_card(collection: Collection, hub_id: str | None = None, has_samples: b
         front_matter=_front_matter(collection),
         mark=CARD_MARK,
         location=hub_id or "path/to/this/folder",
-        loads_lora_weights=loads_lora_weights(pipeline_class(collection)),
+        loads_lora_weights=hasattr(pipeline_class(collection), "load_lora_weights"),
         file=LORA_FILE,
         samples=SAMPLES_FILE if has_samples else None,
         is_on_hub=is_repo_id(collection.base_model),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from clora.errors import CloraError
@@ -35,12 +36,8 @@ def download(repo_id: str, filename: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    try:
+    with _failing(f"{repo_id!r} is no local file or folder, and {filename} cannot be downloaded from the Hub"):
         return Path(hf_hub_download(repo_id, filename))
-    except Exception as error:  # huggingface_hub and the HTTP library under it have no common error class
-        raise CloraError(
-            f"{repo_id!r} is no local file or folder, and {filename} cannot be downloaded from the Hub: {error}"
-        ) from error
 
 
 def check_repo(repo_id: str) -> None:
@@ -50,12 +47,10 @@ def check_repo(repo_id: str) -> None:
         CloraError: the id is not valid, or nobody is logged in.
     """
     from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with _failing(f"push to hub: {repo_id!r} is no repository id, expected owner/name"):
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise CloraError(f"push to hub: {repo_id!r} is no repository id, expected owner/name: {error}") from error
     if get_token() is None:
         raise CloraError(
             f"push to hub: no login for {repo_id}; run `hf auth login` or set HF_TOKEN to a token that may write"
@@ -73,10 +68,8 @@ def create_repo(repo_id: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    try:
+    with _failing(f"push to hub: {repo_id} cannot be created or written"):
         return HfApi().create_repo(repo_id, exist_ok=True).repo_id
-    except Exception as error:  # as in download
-        raise CloraError(f"push to hub: {repo_id} cannot be created or written: {error}") from error
 
 
 def upload(folder: Path, repo_id: str, patterns: Sequence[str]) -> str:
@@ -88,12 +81,17 @@ def upload(folder: Path, repo_id: str, patterns: Sequence[str]) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    try:
+    with _failing(f"{folder} is complete, but it could not be uploaded (later: hf upload {repo_id} {folder})"):
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), commit_message="Upload the collection"
         )
-    except Exception as error:  # as in download
-        raise CloraError(
-            f"{folder} is complete, but it could not be uploaded: {error}. Later: hf upload {repo_id} {folder}"
-        ) from error
     return f"{api.endpoint}/{repo_id}"
+
+
+@contextmanager
+def _failing(message: str) -> Iterator[None]:
+    """Begins any error of the block with a message: huggingface_hub and its HTTP library share no error class."""
+    try:
+        yield
+    except Exception as error:
+        raise CloraError(f"{message}: {error}") from error

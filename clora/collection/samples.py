@@ -1,4 +1,4 @@
-"""A picture of what a new student does: every effect on a picture that it was trained on, beside the result it was taught."""
+"""The samples of a collection: a picture of every effect, on an image from training, beside the target of its teacher."""
 
 from __future__ import annotations
 
@@ -21,52 +21,43 @@ from clora.models.conditioning import Conditioning
 from clora.progress import stage
 from clora.report.drawing import draw_grid
 
-CELL = 256  # pixels of a picture's longer side at most
+CELL = 256  # most pixels of an image's longer side
 
 
 def draw_samples(
     config: DistillConfig, adapter: ModelAdapter, student: LoRAState, data: DistillData, device: torch.device
 ) -> bytes:
-    """The grid as PNG: picture, target and the student's result, a row for each effect.
+    """Draws a grid as PNG: source image, target and the student's result, a row for each effect.
 
     Args:
         config: the settings.
         adapter: the model family; its transformer is on the device and carries no bank.
-        student: what was trained.
-        data: what it was trained on.
-        device: where the autoencoder goes for it.
+        student: the trained LoRA.
+        data: its training data.
+        device: where the autoencoder runs.
     """
-    with stage("draw samples", len(data.effects) * config.sampler.steps) as advance:
-        results = _results(config, adapter, student, data, advance)
-        with on_device(adapter.pipeline.vae, device):
-            columns = [_first_pictures(config), *(_decoded(adapter, part) for part in (data.targets[:, 0], results))]
-    names = ("picture", "target", f"this LoRA, {config.sampler.steps} passes")
-    return encode_png(draw_grid(names, data.effects, np.stack(columns, axis=1)))
-
-
-def _results(config: DistillConfig, adapter: ModelAdapter, student: LoRAState, data: DistillData, report) -> Tensor:
-    """Latents ``[E, T, C]`` of the first sample of each effect under its first prompt."""
-    count, sampler = len(data.effects), config.sampler
-    with AdapterBank(adapter.pipeline.transformer, {"student": student}) as bank:
-        batch = samples_at_once(config, TEACHERS_AT_ONCE)
-        generator = Generator(adapter, bank, bank.slots(), sampler.shift, batch, report)
+    num_effects, steps = len(data.effects), config.sampler.steps
+    with stage("draw samples", num_effects * steps) as advance:
+        # The first source of each effect under its first prompt.
         conditioning = Conditioning(data.text[data.student_text[:, 0, 0]], data.sources[:, 0])
-        ids = torch.zeros(count, dtype=torch.int64)
-        return generator.few_step(ids, conditioning, [config.seed] * count, sampler.steps)
-
-
-def _first_pictures(config: DistillConfig) -> np.ndarray:
-    """uint8 ``[E, H, W, 3]``, small."""
-    folders = [effect.sources or config.data.sources for effect in config.effects]
-    return np.stack([_small(load_image(list_images(folder)[0], config.data.size)) for folder in folders])
-
-
-def _decoded(adapter: ModelAdapter, latents: Tensor) -> np.ndarray:
-    """The same of latents, one by one: an autoencoder needs much memory for a large picture."""
-    return np.stack([_small(adapter.decode(row[None])[0]) for row in latents])
+        with AdapterBank(adapter.pipeline.transformer, {"student": student}) as bank:
+            at_once = samples_at_once(config, TEACHERS_AT_ONCE)
+            generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, at_once, advance)
+            ids = torch.zeros(num_effects, dtype=torch.int64)
+            results = generator.few_step(ids, conditioning, [config.seed] * num_effects, steps)
+        rows = []
+        with on_device(adapter.pipeline.vae, device):
+            for effect, target, result in zip(config.effects, data.targets[:, 0], results, strict=True):
+                source = load_image(list_images(effect.sources or config.data.sources)[0], config.data.size)
+                # One at a time: an autoencoder needs much memory for a large image.
+                decoded = [adapter.decode(latents[None])[0] for latents in (target, result)]
+                rows.append([_small(image) for image in (source, *decoded)])
+    columns = ("picture", "target", f"this LoRA, {steps} passes")
+    return encode_png(draw_grid(columns, data.effects, np.array(rows)))
 
 
 def _small(pixels: Tensor) -> np.ndarray:
+    """Scales an image ``[3, H, W]`` in [-1, 1] down to uint8 ``[h, w, 3]`` of `CELL` pixels at most."""
     image = to_pil(pixels)
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return np.asarray(image)

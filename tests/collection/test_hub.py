@@ -70,7 +70,7 @@ def test_no_right_to_write(hub):
 
 def test_a_failed_upload_says_that_nothing_is_lost(hub, tmp_path):
     hub.error = OSError("no connection")
-    with pytest.raises(CloraError, match=f"is complete, but.*no connection. Later: hf upload me/x {tmp_path}"):
+    with pytest.raises(CloraError, match=f"is complete, but.*later: hf upload me/x {tmp_path}.: no connection"):
         upload(tmp_path, "me/x", ["*"])
 
 
