@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clora.config.settings import DistillConfig
-from clora.data.batches import DistillData, general_pair
+from clora.data.batches import DistillData, EffectSamples, GeneralSamples, general_pair
 from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, linear_names
@@ -139,21 +139,31 @@ def random_data(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    count = len(effects)
-    starts = [0, count, count * (1 + phrasings), count * (1 + phrasings) + 3]  # teachers, students, general, empty
+    # The table's rows: teachers' prompts, students', three instructions, the empty prompt.
+    num_effects = len(effects)
+    first_student = num_effects
+    first_instruction = num_effects * (1 + phrasings)
+    empty = first_instruction + 3
+    table = Text(draw(empty + 1, *text))
+    images = draw(num_effects, sources, *latent)
+    targets = draw(num_effects, sources, *latent)
+    samples = []
+    for i, name in enumerate(effects):
+        student = first_student + phrasings * i + torch.arange(phrasings)
+        samples.append(
+            EffectSamples(
+                name,
+                images[i],
+                targets[i],
+                torch.full((sources,), i),
+                student[:, None].expand(-1, sources),
+                torch.full((sources,), empty),
+            )
+        )
     pair = torch.arange(12)
     source, instruction = general_pair(pair, 4, 3)
-    return DistillData(
-        effects=tuple(effects),
-        text=Text(draw(starts[-1] + 1, *text)),
-        sources=draw(count, sources, *latent),
-        targets=draw(count, sources, *latent),
-        teacher_text=torch.arange(count)[:, None].expand(-1, sources),
-        student_text=(starts[1] + torch.arange(count * phrasings)).view(count, phrasings, 1).expand(-1, -1, sources),
-        empty_text=torch.full((count, sources), starts[-1]),
-        general_sources=draw(4, *latent),
-        general_pairs=torch.stack([source, starts[2] + instruction, torch.full_like(pair, starts[-1])], dim=1),
-    )
+    pairs = torch.stack([source, first_instruction + instruction, torch.full_like(pair, empty)], dim=1)
+    return DistillData.of(table, samples, GeneralSamples(draw(4, *latent), pairs))
 
 
 def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections: Any) -> DistillConfig:

@@ -19,7 +19,7 @@ from clora.collection.metadata import Collection
 from clora.collection.write import check_output, make_collection, write_collection
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
-from clora.data.batches import DistillData
+from clora.data.batches import DistillData, EffectSamples, GeneralSamples
 from clora.devices import find_device
 from clora.errors import CloraError, nearest
 from clora.files import check_writable
@@ -115,31 +115,25 @@ def check_effects(names: Sequence[str]) -> list[str]:
 
 def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
     """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
-    names = list(loras)
     made = targets.make_targets(adapter, loras, config) if recompute else targets.load_targets(folder)
     with stage("encode scenes and prompts", None):
         sources = targets.target_sources(adapter)
         general_sources, general_text = targets.general_pairs(adapter, len(made.general))
-        phrasings = max(len(effect.student_prompts) for effect in config.effects)
-        asked = [e.student_prompts[i % len(e.student_prompts)] for e in config.effects for i in range(phrasings)]
-        teacher, student = (adapter.encode_prompts(p) for p in ([effect.prompt for effect in config.effects], asked))
+        teacher = adapter.encode_prompts([effect.prompt for effect in config.effects])
+        student = adapter.encode_prompts([prompt for effect in config.effects for prompt in effect.student_prompts])
+    # The table of prompts is these four parts, one after the other.
     parts = [teacher, student, general_text, adapter.encode_prompts([""])]
     teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
-    num_effects, num_sources = len(names), len(sources)
-    return DistillData(
-        effects=tuple(names),
-        text=Text.cat(parts),
-        sources=sources.expand(num_effects, *sources.shape),
-        targets=made.of(names),
-        teacher_text=teacher_rows[:, None].expand(-1, num_sources),
-        student_text=student_rows.view(num_effects, phrasings, 1).expand(-1, -1, num_sources),
-        empty_text=empty_row.expand(num_effects, num_sources),
-        general_sources=general_sources,
-        general_pairs=torch.stack(
-            [torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1
-        ),
-        general_targets=made.general,
-    )
+    phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
+    count = len(sources)
+    samples = [
+        EffectSamples(
+            name, sources, target, row.expand(count), asked[:, None].expand(-1, count), empty_row.expand(count)
+        )
+        for name, target, row, asked in zip(loras, made.of(list(loras)), teacher_rows, phrasings, strict=True)
+    ]
+    pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)
+    return DistillData.of(Text.cat(parts), samples, GeneralSamples(general_sources, pairs, made.general))
 
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:

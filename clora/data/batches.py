@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,27 +14,57 @@ from clora.devices import send, take
 from clora.models.conditioning import Conditioning, Text
 
 GENERAL = -1
+"""The effect of a row of the general stream, whose teacher is the base."""
+
+
+class EffectSamples(NamedTuple):
+    """One effect's part of the data: M samples, the student's prompts in P phrasings.
+
+    Attributes:
+        name: the effect.
+        sources: ``[M, S, C]`` encoded images to edit.
+        targets: ``[M, T, C]`` what the teacher makes of them (the paper's y).
+        teacher_text: ``[M]`` rows of the teacher's own prompt in `DistillData.text`.
+        student_text: ``[P, M]`` rows of trigger and description.
+        empty_text: ``[M]`` rows of the empty prompt of the unconditional branch.
+    """
+
+    name: str
+    sources: Tensor
+    targets: Tensor
+    teacher_text: Tensor
+    student_text: Tensor
+    empty_text: Tensor
+
+
+class GeneralSamples(NamedTuple):
+    """The general stream's part of the data: Q pairs of an unlabelled image and an everyday instruction.
+
+    Attributes:
+        sources: ``[G, S, C]`` encoded images.
+        pairs: ``[Q, 3]`` image, row of the instruction, row of the empty prompt.
+        targets: ``[Q, T, C]`` what the base makes of the pairs, or None. With them the general stream is anchored like
+            effects.
+    """
+
+    sources: Tensor
+    pairs: Tensor
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DistillData:
-    """Everything a distillation reads, encoded once, on the CPU. T, S, C latent tokens of results and sources, channels.
+    """Everything a distillation reads, encoded once, on the CPU; built by `of`.
 
     Prompts are rows of one table, ``text``: families whose prompts are encoded together with the image have a row per
     prompt and source, others one per prompt.
 
     Attributes:
-        effects: effect names, E of them; also the teachers' slots in the bank.
+        effects: names of the E effects; also the teachers' order in the bank.
         text: every encoded prompt.
-        sources: ``[E, M, S, C]`` source images of the effect stream.
-        targets: ``[E, M, T, C]`` what teacher e makes of source ``[e, m]`` (the paper's y).
-        teacher_text: ``[E, M]`` rows of the teachers' own prompts.
-        student_text: ``[E, P, M]`` rows of trigger and description, in P phrasings.
-        empty_text: ``[E, M]`` rows of the empty prompt of the unconditional branch.
-        general_sources: ``[G, S, C]`` unlabelled images of the general stream.
-        general_pairs: ``[Q, 3]`` the general stream's pairs: source, row of the instruction, row of the empty prompt.
-        general_targets: ``[Q, T, C]`` what the base makes of these pairs, or None. With them the general stream is
-            anchored like effects.
+        sources, targets, teacher_text, student_text, empty_text: those of `EffectSamples`, all effects stacked
+            (``[E, M, ...]``, ``student_text [E, P, M]``).
+        general_sources, general_pairs, general_targets: those of `GeneralSamples`.
     """
 
     effects: tuple[str, ...]
@@ -51,6 +83,28 @@ class DistillData:
             found = f"{len(self.general_targets)} targets of {len(self.general_pairs)} pairs"
             raise ValueError(f"expected a general target for each pair, found {found}")
 
+    @classmethod
+    def of(cls, text: Text, effects: Sequence[EffectSamples], general: GeneralSamples) -> DistillData:
+        """Stacks the effects; one with fewer samples or phrasings than others repeats its own in turn."""
+        most_samples = max(len(effect.targets) for effect in effects)
+        most_phrasings = max(len(effect.student_text) for effect in effects)
+        padded = []
+        for effect in effects:
+            rows = torch.arange(most_samples) % len(effect.targets)
+            phrasings = torch.arange(most_phrasings) % len(effect.student_text)
+            padded.append(
+                EffectSamples(
+                    effect.name,
+                    effect.sources[rows],
+                    effect.targets[rows],
+                    effect.teacher_text[rows],
+                    effect.student_text[phrasings][:, rows],
+                    effect.empty_text[rows],
+                )
+            )
+        names, *parts = zip(*padded, strict=True)
+        return cls(names, text, *map(torch.stack, parts), *general)
+
 
 def general_pair(pair: Tensor, num_sources: int, num_texts: int) -> tuple[Tensor, Tensor]:
     """Source and instruction of general pairs: all sources in turn, from round to round with another instruction."""
@@ -62,7 +116,7 @@ class Batch:
     """Routed samples: rows may use different teachers.
 
     Attributes:
-        effect: ``[B]`` index into the effects; -1 (`GENERAL`) marks the general stream, whose teacher is the base.
+        effect: ``[B]`` index into the effects; -1 (`GENERAL`) marks the general stream.
         student: conditioning of student and critic.
         teacher: conditioning of the teachers.
         uncond: the same with the empty prompt.
@@ -93,8 +147,27 @@ class Batch:
         )
 
 
+class _Rows(NamedTuple):
+    """B rows drawn from one stream.
+
+    Attributes:
+        effect: ``[B]`` as in `Batch`.
+        student, teacher, empty: ``[B]`` rows of `DistillData.text`.
+        source, target: ``[B, S, C]`` and ``[B, T, C]``.
+    """
+
+    effect: Tensor
+    student: Tensor
+    teacher: Tensor
+    empty: Tensor
+    source: Tensor
+    target: Tensor
+
+
 class BatchSampler:
     """Draws batches by probabilistic dual-stream routing (paper: PDSR) with asymmetric prompts (AOP).
+
+    Source: docs/method.md section 4(a, b).
 
     Args:
         data: the encoded data.
@@ -129,46 +202,71 @@ class BatchSampler:
         if self.objective.dual_stream and has_loss and update % self.objective.switch_every == 0:
             chance = torch.rand(self.batch_size, generator=self.generator)
             self._general = chance >= self.objective.switch_probability
-        return self._gather(self._general)
+        return self.gather(self._general)
 
     def draw_targets(self, update: int) -> Batch:
         """As `draw`, without rows that have no target."""
         if self.data.general_targets is not None:
             return self.draw(update)
-        return self._gather(torch.zeros(self.batch_size, dtype=torch.bool))
+        return self.gather(torch.zeros(self.batch_size, dtype=torch.bool))
 
-    def _gather(self, general: Tensor) -> Batch:
-        data = self.data
-        effect = self._pick(len(data.effects))
-        sample, phrasing = self._pick(data.targets.shape[1]), self._pick(data.student_text.shape[1])
-        pair = self._pick(len(data.general_pairs)) if len(data.general_pairs) else torch.zeros_like(effect)
-        teacher, empty = data.teacher_text[effect, sample], data.empty_text[effect, sample]
-        student = data.student_text[effect, phrasing, sample] if self.objective.orthogonal_prompting else teacher
-        source, target = data.sources[effect, sample], data.targets[effect, sample]
+    def state(self) -> dict[str, Tensor]:
+        """The streams last drawn, for `load_state`; the generator's state is its owner's to keep."""
+        return {"general": self._general}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores a `state`; other entries are ignored."""
+        self._general = state["general"]
+
+    def gather(self, general: Tensor) -> Batch:
+        """A batch whose rows are of the general stream where ``general [B]`` is true, else of the effect stream."""
+        # Both streams are drawn for every row, so that later random numbers do not depend on how many are of which.
+        rows = self._effect_rows()
+        others = self._general_rows() if len(self.data.general_pairs) else None
         if general.any():
-            general_source, instruction, general_empty = data.general_pairs[pair].unbind(1)
-            student, teacher = torch.where(general, instruction, student), torch.where(general, instruction, teacher)
-            empty, where = torch.where(general, general_empty, empty), general[:, None, None]
-            source = torch.where(where, data.general_sources[general_source], source)
-            target = torch.where(where, self._general_target(pair), target)
-        source = send(source, self.device)
+            chosen = []
+            for own, other in zip(rows, others, strict=True):
+                chosen.append(torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own))
+            rows = _Rows(*chosen)
+        source = send(rows.source, self.device)
 
-        def conditioned(rows: Tensor) -> Conditioning:
-            return Conditioning(data.text[rows].to(self.device), source)
+        def conditioned(text_rows: Tensor) -> Conditioning:
+            return Conditioning(self.data.text[text_rows].to(self.device), source)
 
-        has_target = ~general if data.general_targets is None else torch.ones_like(general)
+        has_target = ~general if self.data.general_targets is None else torch.ones_like(general)
         return Batch(
-            effect.masked_fill(general, GENERAL),
-            conditioned(student),
-            conditioned(teacher),
-            conditioned(empty),
-            send(target, self.device, torch.float32),
+            rows.effect,
+            conditioned(rows.student),
+            conditioned(rows.teacher),
+            conditioned(rows.empty),
+            send(rows.target, self.device, torch.float32),
             has_target,
         )
 
-    def _general_target(self, pair: Tensor) -> Tensor:
-        """The targets of general pairs, 0 where there are none."""
-        return torch.zeros(()) if self.data.general_targets is None else self.data.general_targets[pair]
+    def _effect_rows(self) -> _Rows:
+        """A random effect, sample and phrasing for each row."""
+        data = self.data
+        effect = self._pick(len(data.effects))
+        sample = self._pick(data.targets.shape[1])
+        phrasing = self._pick(data.student_text.shape[1])
+        teacher = data.teacher_text[effect, sample]
+        return _Rows(
+            effect,
+            data.student_text[effect, phrasing, sample] if self.objective.orthogonal_prompting else teacher,
+            teacher,
+            data.empty_text[effect, sample],
+            data.sources[effect, sample],
+            data.targets[effect, sample],
+        )
+
+    def _general_rows(self) -> _Rows:
+        """A random pair for each row: student and teacher, the base, read the same instruction."""
+        data = self.data
+        pair = self._pick(len(data.general_pairs))
+        source, instruction, empty = data.general_pairs[pair].unbind(1)
+        target = torch.zeros(1, 1, 1) if data.general_targets is None else data.general_targets[pair]
+        effect = torch.full_like(pair, GENERAL)
+        return _Rows(effect, instruction, instruction, empty, data.general_sources[source], target)
 
     def _pick(self, count: int) -> Tensor:
         return torch.randint(count, (self.batch_size,), generator=self.generator)

@@ -1,8 +1,12 @@
-"""A pipeline's text encoders and VAE: used once, behind a cache, and on the device only while they are used."""
+"""Prompts and images encoded by the pipeline's text encoders and VAE, once each, behind a cache.
+
+The encoders are on the device only while they encode. `clora.data.prepare.encode_data` is the entry; the form in which
+a pass of the transformer reads the result is `clora.models.conditioning`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,21 +19,21 @@ from clora.models import ModelAdapter
 from clora.models.conditioning import Text
 from clora.models.fingerprint import component_fingerprints
 
-PROMPTS_AT_ONCE, IMAGES_AT_ONCE = 64, 32  # what a stop loses at most
+PROMPTS_AT_ONCE, IMAGES_AT_ONCE = 64, 32  # an interrupted run loses no more than these
 OTHER_PARTS = ("transformer", "scheduler")  # no encoding depends on them
 
 
 class Encoders:
     """A model adapter's encoders.
 
-    Inside the context they come to the device when something is encoded that the cache does not have; at its end they go
-    back to where they were.
+    Inside the context they move to the device when something is to be encoded that the cache does not have; at its end
+    they go back to where they were.
 
     Args:
         adapter: the model family.
-        cache: what was encoded before; an entry for each prompt (with its image, where the family encodes them
-            together) and each image.
-        device: where they encode; None for where they are.
+        cache: earlier encodings; an entry for each prompt (with its image, where the family encodes them together) and
+            each image.
+        device: where they encode; None leaves them where they are.
     """
 
     def __init__(self, adapter: ModelAdapter, cache: Cache, device: torch.device | None):
@@ -37,6 +41,8 @@ class Encoders:
         self.cache = cache
         self.device = device
         self.components = component_fingerprints(adapter.pipeline)
+        parts = {name: hashed for name, hashed in self.components.items() if name not in OTHER_PARTS}
+        self._key: Key = {"family": type(adapter).__name__, "encoders": digest(parts)}
         self._homes: dict[str, torch.device] = {}
 
     def __enter__(self) -> Encoders:
@@ -58,15 +64,18 @@ class Encoders:
         images = [None] * len(prompts) if pixels is None else pixel_digests(pixels)
         limit = self.adapter.max_sequence_length
         keys = [
-            {**self._key(), "max_sequence_length": limit, "prompt": prompt, "image": image}
+            {**self._key, "max_sequence_length": limit, "prompt": prompt, "image": image}
             for prompt, image in zip(prompts, images, strict=True)
         ]
 
         def encode(rows: list[int]) -> Iterator[Entry]:
             references = None if pixels is None else [pixels[rows]]
-            return _text_rows(self.adapter.encode_prompts([prompts[i] for i in rows], references))
+            return _text_entries(self.adapter.encode_prompts([prompts[i] for i in rows], references))
 
-        return Text.cat([_text(entry) for entry in self._encode("prompts", keys, encode, PROMPTS_AT_ONCE)])
+        rows = []
+        for entry in self._encode("prompts", keys, encode, PROMPTS_AT_ONCE):
+            rows.append(Text(**{name: part[None] for name, part in entry.items()}))
+        return Text.cat(rows)
 
     def sources(self, pixels: Tensor) -> Tensor:
         """Encoded images to edit ``[N, S, C]``."""
@@ -77,7 +86,7 @@ class Encoders:
         return self._images("results", pixels, self.adapter.encode_images)
 
     def _images(self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        keys = [{**self._key(), "image": image} for image in pixel_digests(pixels)]
+        keys = [{**self._key, "image": image} for image in pixel_digests(pixels)]
 
         def rows(indices: list[int]) -> Iterator[Entry]:
             return ({"latents": row} for row in encode(pixels[indices]))
@@ -95,11 +104,8 @@ class Encoders:
 
         return self.cache.entries(kind, keys, make)
 
-    def _key(self) -> Key:
-        parts = {name: hashed for name, hashed in self.components.items() if name not in OTHER_PARTS}
-        return {"family": type(self.adapter).__name__, "encoders": digest(parts)}
-
     def _bring(self) -> None:
+        """Moves the encoders to the device, unless they are there."""
         if self.device is None or self._homes:
             return
         for name, part in self.adapter.pipeline.components.items():
@@ -113,17 +119,13 @@ def pixel_digests(pixels: Tensor) -> list[str]:
     return [tensor_digest({"pixels": image}) for image in pixels]
 
 
-def _text_rows(text: Text) -> Iterator[Entry]:
-    """Each prompt's tensors; padding at its end is left out, so that they do not depend on the prompts beside it."""
+def _text_entries(text: Text) -> Iterator[Entry]:
+    """Each prompt's tensors without the padding at its end, which depends on the prompts encoded beside it."""
     positions = torch.arange(1, text.embeds.shape[1] + 1)
     for row in range(len(text)):
-        parts: Mapping[str, Tensor | None] = vars(text[row])
         length = len(positions) if text.mask is None else int((positions * text.mask[row]).max())
-        yield {name: part if name == "pooled" else part[:length] for name, part in parts.items() if part is not None}
-
-
-def _text(entry: Entry) -> Text:
-    return Text(*(entry[name][None] if name in entry else None for name in ("embeds", "mask", "pooled")))
+        parts = {name: part for name, part in vars(text[row]).items() if part is not None}
+        yield {name: part if name == "pooled" else part[:length] for name, part in parts.items()}
 
 
 class Pictures(NamedTuple):
@@ -137,34 +139,30 @@ class PromptTable:
     """Collects prompts, then encodes each different one once.
 
     A row is a prompt, or a prompt and the image it is about where the family encodes them together.
+
+    Attributes:
+        prompts: the prompt of each row.
     """
 
     def __init__(self, text_sees_image: bool):
+        self.prompts: list[str] = []
         self._sees = text_sees_image
         self._rows: dict[tuple[object, ...], int] = {}
-        self._prompts: list[str] = []
         self._pixels: list[Tensor] = []
 
     def rows(self, prompt: str, pictures: Pictures, indices: Tensor) -> Tensor:
-        """Rows of one prompt about some of the pictures, int64 as ``indices``."""
-        return torch.tensor([self._row(prompt, pictures, index) for index in indices.tolist()], dtype=torch.int64)
-
-    def _row(self, prompt: str, pictures: Pictures, index: int) -> int:
-        key = (prompt, pictures.name, index) if self._sees else (prompt,)
-        if key not in self._rows:
-            self._rows[key] = len(self._prompts)
-            self._prompts.append(prompt)
-            if self._sees:
-                self._pixels.append(pictures.pixels[index])
-        return self._rows[key]
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def prompt(self, row: int) -> str:
-        """The prompt of a row."""
-        return self._prompts[row]
+        """Rows of one prompt about some of the pictures, int64 like ``indices``; new ones are added."""
+        rows = []
+        for index in indices.tolist():
+            key = (prompt, pictures.name, index) if self._sees else (prompt,)
+            if key not in self._rows:
+                self._rows[key] = len(self.prompts)
+                self.prompts.append(prompt)
+                if self._sees:
+                    self._pixels.append(pictures.pixels[index])
+            rows.append(self._rows[key])
+        return torch.tensor(rows, dtype=torch.int64)
 
     def encode(self, encoders: Encoders) -> Text:
-        """The table. Raises CloraError for a prompt of too many tokens."""
-        return encoders.prompts(self._prompts, torch.stack(self._pixels) if self._pixels else None)
+        """The encoded table. Raises CloraError for a prompt of too many tokens."""
+        return encoders.prompts(self.prompts, torch.stack(self._pixels) if self._pixels else None)

@@ -15,13 +15,16 @@ from clora.flow.sampling import euler_sample, few_step_sample, guided
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
 
+Report = Callable[[int], None]
+"""``report(passes)``, called with the rows of each pass through the transformer."""
+
 
 class Generator:
-    """Samples from slots of a bank (``slots`` None: a plain transformer without a bank).
+    """Samples from slots of a bank, or from a plain transformer where bank and slots are None.
 
-    Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in. What
-    goes in and what comes out is on the CPU; one batch at a time is on the transformer's device. Latents are in the
-    dtype that a stock call keeps them in.
+    Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in.
+    Inputs and outputs are on the CPU; one batch at a time is on the transformer's device. Latents are in the dtype
+    that a stock call keeps them in.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Generator:
         slots: Slots | None,
         shift: float,
         batch_size: int = 24,
-        report: Callable[[int], None] = lambda passes: None,
+        report: Report = lambda passes: None,
     ):
         self.adapter = adapter
         self.bank = bank
@@ -54,7 +57,7 @@ class Generator:
     ) -> Tensor:
         """The teachers' sampler: ``steps`` Euler steps with guidance w, two passes each; latents ``[N, T, C]``.
 
-        The noise levels are those of a stock call. ``empty_text`` has one row, or one for each sample; with w = 0 it is
+        The noise levels are those of a stock call. ``empty_text`` has one row, or one for each sample. With w = 0 it is
         not read and a step is one pass.
         """
         if guidance == 0:
@@ -63,6 +66,7 @@ class Generator:
         empty_text = empty_text[torch.zeros(len(ids), dtype=torch.int64)] if len(empty_text) == 1 else empty_text
 
         def sample(rows: slice) -> Tensor:
+            # Both passes of a step are one batch of 2 N rows: with the prompts, then with the empty ones.
             cond = conditioning[rows]
             both = Conditioning.cat([cond, cond.with_text(empty_text[rows])]).to(self.device)
 
@@ -77,12 +81,12 @@ class Generator:
     def euler(self, ids: Tensor, conditioning: Conditioning, seeds: list[int], steps: int) -> Tensor:
         """Plain Euler steps without guidance; latents ``[N, T, C]``."""
         sigmas = self.adapter.teacher_schedule(steps)
-        return self._batched(
-            lambda rows: euler_sample(
-                self._conditioned(ids[rows], conditioning[rows].to(self.device)), self._noise(seeds[rows]), sigmas
-            ),
-            len(ids),
-        )
+
+        def sample(rows: slice) -> Tensor:
+            velocity = self._conditioned(ids[rows], conditioning[rows])
+            return euler_sample(velocity, self._noise(seeds[rows]), sigmas)
+
+        return self._batched(sample, len(ids))
 
     def few_step(self, ids: Tensor, conditioning: Conditioning, seeds: list[int], steps: int) -> Tensor:
         """The student's stochastic few-step sampler without guidance; latents ``[N, T, C]``."""
@@ -90,12 +94,13 @@ class Generator:
 
         def sample(rows: slice) -> Tensor:
             noises = [self._noise(seeds[rows], k + 1) for k in range(steps - 1)]
-            velocity = self._conditioned(ids[rows], conditioning[rows].to(self.device))
+            velocity = self._conditioned(ids[rows], conditioning[rows])
             return few_step_sample(velocity, self._noise(seeds[rows]), sigmas, noises=noises)
 
         return self._batched(sample, len(ids))
 
     def _conditioned(self, ids: Tensor, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
+        conditioning = conditioning.to(self.device)
         return lambda x, sigma: self._velocity(ids, x, sigma, conditioning)
 
     def _velocity(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
@@ -106,10 +111,10 @@ class Generator:
             return self.adapter.velocity(x, sigma, conditioning)
 
     def _noise(self, seeds: list[int], draw: int = 0) -> Tensor:
-        def one(seed: int) -> Tensor:
-            return torch.randn(self.adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * seed + draw))
-
-        return send(torch.stack([one(seed) for seed in seeds]), self.device, self.dtype)
+        """fp32 noise of each sample, in the latents' dtype on the device; ``draw`` counts the noises of one sample."""
+        generators = [torch.Generator().manual_seed(1000 * seed + draw) for seed in seeds]
+        noises = [torch.randn(self.adapter.latent_shape, generator=generator) for generator in generators]
+        return send(torch.stack(noises), self.device, self.dtype)
 
     @torch.no_grad()
     def _batched(self, sample: Callable[[slice], Tensor], count: int) -> Tensor:

@@ -1,17 +1,22 @@
-"""The data of a distillation: images and prompts encoded, targets rendered by the teachers."""
+"""The data of a distillation: images and prompts encoded, targets rendered by the teachers.
+
+`encode_data` is the entry. It reads the images (`clora.data.images`), collects and encodes prompts
+(`clora.data.encoders`), renders the targets that are not given (`clora.data.rendering`), all behind one cache
+(`clora.data.cache`), and returns what batches are drawn from (`clora.data.batches`).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clora.config.settings import DistillConfig, EffectConfig, general_instructions
-from clora.data.batches import DistillData, general_pair
+from clora.config.settings import DistillConfig, general_instructions
+from clora.data.batches import DistillData, EffectSamples, GeneralSamples, general_pair
 from clora.data.cache import Cache
 from clora.data.encoders import Encoders, Pictures, PromptTable, pixel_digests
 from clora.data.images import list_images, load_images
@@ -22,7 +27,7 @@ from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.progress import stage
 
-MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets say how many
+MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets limit them
 NO_CACHE = Cache(None)
 
 Read = Callable[[str, int | None], Tensor]
@@ -63,7 +68,7 @@ def encode_data(
         config: the settings.
         adapter: the model family.
         teachers: effect name to LoRA.
-        cache: what other runs, or this one before it was stopped, have encoded and rendered.
+        cache: encodings and renders of other runs, or of this one before it was stopped.
         device: where the encoders go while they are needed, and then, to stay, the transformer; None leaves them.
 
     Raises:
@@ -77,27 +82,26 @@ def encode_data(
         check_pairs(config)
         shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
-        pictures = {p.name: p.pixels for p in (shared, *(effect.pictures for effect in effects))}
+        pictures = {p.name: p.pixels for p in (shared, *(effect.pictures for effect in effects.values()))}
         latents = {name: encoders.sources(pixels) for name, pixels in pictures.items()}
-        sources = [latents[effect.pictures.name][effect.used] for effect in effects]
-        given = [_given_targets(effect, config, encoders) for effect in config.effects]
+        sources = {name: latents[effect.pictures.name][effect.used] for name, effect in effects.items()}
+        targets = {}
+        for effect in config.effects:
+            if effect.targets is not None:
+                targets[effect.name] = encoders.results(read(effect.targets, None))
     if device is not None:
         move(adapter.pipeline.transformer, device)
     renders = CachedTargets(config, adapter, table, text, cache, encoders.components)
-    targets = _targets(renders, teachers, effects, sources, given)
-    count = max(len(images) for images in targets)
-    return DistillData(
-        effects=tuple(teachers),
-        text=text,
-        sources=torch.stack([_in_turn(images, count) for images in sources]),
-        targets=torch.stack([_in_turn(images, count) for images in targets]),
-        teacher_text=torch.stack([_in_turn(effect.teacher, count) for effect in effects]),
-        student_text=torch.stack([_in_turn(effect.student.T, count).T for effect in effects]),
-        empty_text=torch.stack([_in_turn(effect.empty, count) for effect in effects]),
-        general_sources=latents[shared.name],
-        general_pairs=pairs,
-        general_targets=_general_targets(renders, shared, latents[shared.name], pairs),
+    targets |= _rendered(
+        renders, {name: lora for name, lora in teachers.items() if name not in targets}, effects, sources
     )
+    samples = [
+        EffectSamples(name, sources[name], targets[name], effect.teacher, effect.student, effect.empty)
+        for name, effect in effects.items()
+    ]
+    general = latents[shared.name]
+    general_targets = _general_targets(renders, shared, general, pairs)
+    return DistillData.of(text, samples, GeneralSamples(general, pairs, general_targets))
 
 
 class DataCount(NamedTuple):
@@ -123,11 +127,11 @@ def count_data(config: DistillConfig, text_sees_image: bool) -> DataCount:
         return torch.empty(len(list_images(folder)[:limit]), 0)  # images without pixels
 
     shared, effects, pairs, table = _rows(config, text_sees_image, read)
-    own = [rows.pictures for rows in effects if rows.pictures is not shared]
-    rendered = [len(rows.used) for rows, effect in zip(effects, config.effects, strict=True) if effect.targets is None]
+    own = [effect.pictures for effect in effects.values() if effect.pictures is not shared]
+    rendered = [len(effects[effect.name].used) for effect in config.effects if effect.targets is None]
     return DataCount(
         sources=sum(len(pictures.pixels) for pictures in (shared, *own)),
-        prompts=len(table),
+        prompts=len(table.prompts),
         renders=sum(rendered) + (len(pairs) if renders_general(config) else 0),
     )
 
@@ -140,16 +144,17 @@ def renders_general(config: DistillConfig) -> bool:
 
 def _rows(
     config: DistillConfig, text_sees_image: bool, read: Read
-) -> tuple[Pictures, list[EffectRows], Tensor, PromptTable]:
+) -> tuple[Pictures, dict[str, EffectRows], Tensor, PromptTable]:
     """The shared images, each effect's rows, the general pairs, and the table of all their prompts."""
-    shared = Pictures("", read(config.data.sources, num_shared(config)))  # no effect can have this name
+    # Effects without images of their own and the general stream share these; no effect can have the name "".
+    shared = Pictures("", read(config.data.sources, num_shared(config)))
     table = PromptTable(text_sees_image)
     effects = _effect_rows(config, shared, table, read)
     return shared, effects, _general_pairs(config, text_sees_image, shared, table), table
 
 
 def num_shared(config: DistillConfig) -> int:
-    """How many images of ``data.sources`` are trained on. Raises CloraError where none is left."""
+    """The number of images of ``data.sources`` that are trained on. Raises CloraError where none is left."""
     with about("data.sources"):
         count = len(list_images(config.data.sources))
     if count <= config.data.held_out:
@@ -160,48 +165,40 @@ def num_shared(config: DistillConfig) -> int:
     return count - config.data.held_out
 
 
-def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, read: Read) -> list[EffectRows]:
-    """Reads every effect's own images and asks the table for its prompts."""
-    effects, limit = config.effects, config.data.sources_per_effect
-    pictures = [_own_pictures(effect, config, read) or shared for effect in effects]
-    counts = [
-        len(p.pixels) if effect.targets is not None else min(len(p.pixels), limit)
-        for p, effect in zip(pictures, effects, strict=True)
-    ]
-    rendered = max((n for n, effect in zip(counts, effects, strict=True) if effect.targets is None), default=0)
-    phrasings = max(len(effect.student_prompts) for effect in effects)
-
-    def rows(effect: EffectConfig, own: Pictures, count: int) -> EffectRows:
-        used = _in_turn(torch.arange(count), count if effect.targets is not None else rendered)
-        prompts = [effect.student_prompts[i % len(effect.student_prompts)] for i in range(phrasings)]
-        return EffectRows(
+def _effect_rows(
+    config: DistillConfig, shared: Pictures, table: PromptTable, read: Read
+) -> dict[str, EffectRows]:
+    """Reads every effect's own images and enters its prompts into the table."""
+    pictures, counts = [], []
+    for effect in config.effects:
+        # Given pairs are all used; a teacher renders no more than ``sources_per_effect``.
+        limit = config.data.sources_per_effect if effect.targets is None else None
+        own = shared
+        if effect.sources is not None:
+            own = Pictures(effect.name, read(effect.sources, limit))
+        pictures.append(own)
+        counts.append(len(own.pixels[:limit]))
+    # Every teacher renders as many as the one with the most sources: fewer are rendered again with other seeds.
+    rendered = [count for count, effect in zip(counts, config.effects, strict=True) if effect.targets is None]
+    rows = {}
+    for effect, own, count in zip(config.effects, pictures, counts, strict=True):
+        used = torch.arange(max(rendered) if effect.targets is None else count) % count
+        rows[effect.name] = EffectRows(
             pictures=own,
             used=used,
             teacher=table.rows(effect.prompt, own, used),
-            student=torch.stack([table.rows(prompt, own, used) for prompt in prompts]),
+            student=torch.stack([table.rows(prompt, own, used) for prompt in effect.student_prompts]),
             empty=table.rows("", own, used),
         )
-
-    return [rows(*parts) for parts in zip(effects, pictures, counts, strict=True)]
-
-
-def _own_pictures(effect: EffectConfig, config: DistillConfig, read: Read) -> Pictures | None:
-    """An effect's pictures, no more than its teacher renders where no results are given with them."""
-    if effect.sources is None:
-        return None
-    limit = config.data.sources_per_effect if effect.targets is None else None
-    return Pictures(effect.name, read(effect.sources, limit))
-
-
-def _given_targets(effect: EffectConfig, config: DistillConfig, encoders: Encoders) -> Tensor | None:
-    return None if effect.targets is None else encoders.results(load_images(effect.targets, config.data.size)[1])
+    return rows
 
 
 def _general_pairs(config: DistillConfig, text_sees_image: bool, shared: Pictures, table: PromptTable) -> Tensor:
-    """`DistillData.general_pairs`: as many as are to be rendered, else every picture with every instruction."""
+    """`GeneralSamples.pairs`: as many as are to be rendered, else every picture with every instruction."""
     if not config.objective.dual_stream:
         return torch.empty(0, 3, dtype=torch.int64)
-    instructions, num_sources = general_instructions(config.data), len(shared.pixels)
+    instructions = general_instructions(config.data)
+    num_sources = len(shared.pixels)
     every = num_sources * len(instructions)
     count = config.data.general_targets or (min(every, MAX_PAIRS) if text_sees_image else every)
     source, instruction = general_pair(torch.arange(count), num_sources, len(instructions))
@@ -209,57 +206,55 @@ def _general_pairs(config: DistillConfig, text_sees_image: bool, shared: Picture
     return torch.stack([source, torch.cat(prompt), table.rows("", shared, source)], dim=1)
 
 
-def _targets(
+def _rendered(
     renders: CachedTargets,
     teachers: Mapping[str, LoRAState],
-    effects: Sequence[EffectRows],
-    sources: Sequence[Tensor],
-    given: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Each effect's targets ``[M, T, C]``: the images given with it, else its teacher's renders."""
-    missing = [i for i, targets in enumerate(given) if targets is None]
-    if not missing:
-        return list(given)
-    chosen = [effects[i] for i in missing]
-    samples = Samples(
-        torch.stack([sources[i] for i in missing]),
+    effects: Mapping[str, EffectRows],
+    sources: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Renders the targets ``[M, T, C]`` of these teachers, each of its effect's sources."""
+    if not teachers:
+        return {}
+    chosen = [effects[name] for name in teachers]
+    samples = Samples.of_teachers(
+        torch.stack([sources[name] for name in teachers]),
         torch.stack([effect.teacher for effect in chosen]),
         torch.stack([effect.empty for effect in chosen]),
+        renders.config.seed,
     )
-    images = [image for effect in chosen for image in pixel_digests(effect.pictures.pixels[effect.used])]
-    names = list(teachers)
-    rendered = iter(renders.of_teachers({names[i]: teachers[names[i]] for i in missing}, samples, images))
-    return [next(rendered) if targets is None else targets for targets in given]
+    images = []
+    for effect in chosen:
+        images += pixel_digests(effect.pictures.pixels[effect.used])
+    latents = renders.render("render targets", teachers, samples, images)
+    return dict(zip(teachers, latents.unflatten(0, (len(teachers), -1)), strict=True))
 
 
 def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, pairs: Tensor) -> Tensor | None:
-    if not renders_general(renders.config):
+    """The base's renders ``[Q, T, C]`` of the general pairs, where the config asks for them."""
+    config = renders.config
+    if not renders_general(config):
         return None
     source, prompt, empty = pairs.unbind(1)
-    return renders.of_base(Samples(latents[source], prompt, empty), pixel_digests(shared.pixels[source]))
+    samples = Samples.of_base(latents[source], prompt, empty, config.seed)
+    return renders.render("render general targets", {}, samples, pixel_digests(shared.pixels[source]))
 
 
 def check_pairs(config: DistillConfig) -> None:
-    """Given targets must go by the names of their sources, else images would be paired with others' results."""
+    """Refuses given targets whose names are not those of their sources: images would be paired with others' results."""
     for i, effect in enumerate(config.effects):
         if effect.targets is None or effect.sources is None:
             continue
-        names = [_stems(effect.sources, f"effects.{i}.sources"), _stems(effect.targets, f"effects.{i}.targets")]
-        if names[0] != names[1] or max(names[0].values()) > 1:
-            odd = sorted(
-                (names[0] - names[1]) + (names[1] - names[0]) + Counter(k for k in names[0] if names[0][k] > 1)
-            )
+        sources = _stems(effect.sources, f"effects.{i}.sources")
+        targets = _stems(effect.targets, f"effects.{i}.targets")
+        twice = Counter(stem for stem, count in sources.items() if count > 1)
+        odd = (sources - targets) + (targets - sources) + twice
+        if odd:
             raise CloraError(
                 f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold one image of each name, "
-                f"found no pair for {odd[:5]}"
+                f"found no pair for {sorted(odd)[:5]}"
             )
 
 
 def _stems(folder: str, setting: str) -> Counter[str]:
     with about(setting):
         return Counter(file.stem for file in list_images(folder))
-
-
-def _in_turn(rows: Tensor, count: int) -> Tensor:
-    """The first ``count`` rows; fewer are repeated in turn."""
-    return rows[torch.arange(count) % len(rows)]

@@ -1,8 +1,8 @@
-"""Targets: what every teacher makes of its own sources, and the base of general edits."""
+"""Targets: the pictures that teachers make of their own sources, and the base of general edits (method.md section 4a)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,57 +12,66 @@ from torch import Tensor
 from clora.bank.bank import AdapterBank
 from clora.bank.pages import teacher_pages
 from clora.config.settings import DistillConfig
+from clora.data.batches import GENERAL
 from clora.data.cache import Cache, Entry, Key
 from clora.data.encoders import PromptTable
-from clora.data.generation import Generator
+from clora.data.generation import Generator, Report
 from clora.hashing import digest, tensor_digest
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
-from clora.progress import Advance, stage
+from clora.progress import stage
 
 FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
 TEACHERS_AT_ONCE, GENERAL_AT_ONCE = 16, 24  # samples of a batch, where ``train.forward_rows`` allows as many
-
-Report = Callable[[int], None]
+NO_TARGET_READS = {"steps", "shift"}  # the student's settings in the section ``sampler``
 
 
 class Samples(NamedTuple):
-    """What is rendered: sources ``[..., S, C]``, rows of their prompts and of the empty prompts beside them ``[...]``."""
+    """N pictures to render.
+
+    Attributes:
+        sources: ``[N, S, C]`` encoded images to edit.
+        prompt, empty: ``[N]`` rows of the encoded prompts, and of the empty prompts for the pass without a prompt.
+        teacher: ``[N]`` index into the teachers; -1 (`GENERAL`) is the base.
+        seed: ``[N]`` int64 seeds of the noise.
+    """
 
     sources: Tensor
     prompt: Tensor
     empty: Tensor
+    teacher: Tensor
+    seed: Tensor
 
-    def flat(self) -> Samples:
-        """The same as ``[N]``."""
-        return Samples(self.sources.flatten(0, -3), self.prompt.flatten(), self.empty.flatten())
+    @staticmethod
+    def of_teachers(sources: Tensor, prompt: Tensor, empty: Tensor, seed: int) -> Samples:
+        """The samples of E teachers with M sources each, from ``[E, M, S, C]`` and ``[E, M]``, teacher by teacher."""
+        teacher = torch.arange(len(prompt)).repeat_interleave(prompt.shape[1])
+        return Samples(
+            sources.flatten(0, 1), prompt.flatten(), empty.flatten(), teacher, seed + torch.arange(len(teacher))
+        )
 
-    def at(self, rows: Sequence[int]) -> Samples:
-        """Some of ``[N]``."""
+    @staticmethod
+    def of_base(sources: Tensor, prompt: Tensor, empty: Tensor, seed: int) -> Samples:
+        """The base's samples of Q general pairs (`DistillData.general_pairs`), from ``[Q, S, C]`` and ``[Q]``."""
+        seeds = seed + FIRST_GENERAL_SEED + torch.arange(len(prompt))
+        return Samples(sources, prompt, empty, torch.full_like(prompt, GENERAL), seeds)
+
+    def at(self, rows: Sequence[int] | slice) -> Samples:
+        """Some of the samples."""
         return Samples(*(part[rows] for part in self))
 
 
 def num_passes(config: DistillConfig, samples: int) -> int:
-    """Rows that pass through the transformer to render so many samples."""
+    """Rows that pass through the transformer to render this number of samples."""
     sampler = config.sampler
     return samples * sampler.teacher_steps * sampler.passes_per_teacher_step
 
 
 def samples_at_once(config: DistillConfig, most: int) -> int:
-    """Samples of one batch, at most so many: of two rows each where there is guidance."""
+    """Samples of one batch, at most ``most``; with guidance each is two rows of ``train.forward_rows``."""
     rows = config.train.forward_rows
     return most if rows is None else max(1, min(most, rows // config.sampler.passes_per_teacher_step))
-
-
-def target_seeds(config: DistillConfig, samples: int) -> list[int]:
-    """The seeds of the teachers' renders, one for each of ``[E, M]`` in order."""
-    return [config.seed + i for i in range(samples)]
-
-
-def general_seeds(config: DistillConfig, samples: int) -> list[int]:
-    """The seeds of the base's renders of general pairs."""
-    return [config.seed + FIRST_GENERAL_SEED + i for i in range(samples)]
 
 
 def render_targets(
@@ -72,109 +81,55 @@ def render_targets(
     text: Text,
     config: DistillConfig,
     report: Report,
-) -> Tensor:
-    """What every teacher makes of its own sources (the paper's y): guided Euler sampling with its own prompt.
+) -> Iterator[Tensor]:
+    """Renders samples by guided Euler sampling, each with its teacher's own prompt (the paper's y) or by the base.
 
     Args:
         adapter: the model family.
-        teachers: effect name to LoRA, E of them.
-        samples: ``[E, M]`` of them.
+        teachers: effect name to LoRA, in the order that ``samples.teacher`` counts.
+        samples: N pictures to render.
         text: the encoded prompts.
-        config: sampler settings and seed.
+        config: sampler settings.
         report: called as ``report(passes)``.
 
-    Returns:
-        ``[E, M, T, C]``.
+    Yields:
+        Each sample's latents ``[T, C]`` in order, as soon as its batch is done.
     """
-    every = range(samples.prompt.numel())
-    rendered = render_some_targets(every, adapter, teachers, samples, text, config, report)
-    return torch.stack([latents for _, latents in rendered]).unflatten(0, samples.prompt.shape)
 
+    def render(generator: Generator, batch: Samples, slots: Tensor) -> Tensor:
+        return generator.guided_euler(
+            slots,
+            Conditioning(text[batch.prompt], batch.sources),
+            text[batch.empty],
+            batch.seed.tolist(),
+            config.sampler.teacher_steps,
+            config.sampler.guidance,
+            config.objective.norm_rescale,
+        )
 
-def render_some_targets(
-    wanted: Sequence[int],
-    adapter: ModelAdapter,
-    teachers: Mapping[str, LoRAState],
-    samples: Samples,
-    text: Text,
-    config: DistillConfig,
-    report: Report,
-) -> Iterator[tuple[int, Tensor]]:
-    """`render_targets` for some of ``[E, M]``, counted row by row: yields each with its latents when its batch is done."""
-    effect = torch.arange(len(teachers)).repeat_interleave(samples.prompt.shape[1])
-    names = [list(teachers)[i] for i in sorted({int(effect[n]) for n in wanted})]
-    slot = {name: i for i, name in enumerate(names)}
-    ids = torch.tensor([slot.get(name, -1) for name in teachers])[effect]
-    transformer, states = adapter.pipeline.transformer, {name: teachers[name] for name in names}
+    used = sorted(set(samples.teacher.tolist()) - {GENERAL})
+    if not used:  # the base renders with no bank attached, in larger batches
+        at_once = samples_at_once(config, GENERAL_AT_ONCE)
+        generator = Generator(adapter, None, None, config.sampler.shift, at_once, report)
+        for start in range(0, len(samples.prompt), at_once):
+            batch = samples.at(slice(start, start + at_once))
+            yield from render(generator, batch, batch.teacher)
+        return
+    # The bank holds only teachers that have something to render, so that their ids are counted anew.
+    names = [list(teachers)[i] for i in used]
+    states = {name: teachers[name] for name in names}
+    slot = {teacher: i for i, teacher in enumerate(used)}
+    ids = torch.tensor([slot.get(teacher, GENERAL) for teacher in samples.teacher.tolist()])
+    transformer = adapter.pipeline.transformer
     pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
+    at_once = samples_at_once(config, TEACHERS_AT_ONCE)
     with AdapterBank(transformer, states, pages=pages) as bank:
-        count = samples_at_once(config, TEACHERS_AT_ONCE)
-        generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, count, report)
-        seeds = target_seeds(config, len(effect))
-        chunks = [list(wanted[c]) for c in bank.chunks(ids[list(wanted)], count)]
-        for rows, following in zip(chunks, [*chunks[1:], []], strict=True):
+        generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, at_once, report)
+        chunks = bank.chunks(ids, at_once)
+        for rows, following in zip(chunks, [*chunks[1:], slice(0)], strict=True):
             with bank.placed(ids[rows]) as slots:
-                bank.fetch(ids[following])
-                yield from _render(generator, rows, slots, samples.flat(), text, seeds, config)
-
-
-def render_general_targets(
-    adapter: ModelAdapter, samples: Samples, text: Text, config: DistillConfig, report: Report
-) -> Tensor:
-    """What the base makes of general pairs (`DistillData.general_pairs`), as teachers do.
-
-    Args:
-        adapter: the model family.
-        samples: ``[Q]`` of them.
-        text: the encoded prompts.
-        config: sampler settings and seed.
-        report: called as ``report(passes)``.
-
-    Returns:
-        ``[Q, T, C]``.
-    """
-    rendered = render_some_general_targets(range(len(samples.prompt)), adapter, samples, text, config, report)
-    return torch.stack([latents for _, latents in rendered])
-
-
-def render_some_general_targets(
-    wanted: Sequence[int], adapter: ModelAdapter, samples: Samples, text: Text, config: DistillConfig, report: Report
-) -> Iterator[tuple[int, Tensor]]:
-    """`render_general_targets` for some of ``[Q]``: yields each with its latents when its batch is done."""
-    count = samples_at_once(config, GENERAL_AT_ONCE)
-    generator = Generator(adapter, None, None, config.sampler.shift, count, report)
-    seeds = general_seeds(config, len(samples.prompt))
-    for start in range(0, len(wanted), generator.batch_size):
-        rows = list(wanted[start : start + generator.batch_size])
-        slots = torch.full((len(rows),), -1)  # the base alone reads none
-        yield from _render(generator, rows, slots, samples, text, seeds, config)
-
-
-def _render(
-    generator: Generator,
-    rows: Sequence[int],
-    slots: Tensor,
-    samples: Samples,
-    text: Text,
-    seeds: list[int],
-    config: DistillConfig,
-) -> Iterator[tuple[int, Tensor]]:
-    """One batch: row of ``samples`` and latents of each."""
-    sampler, batch = config.sampler, samples.at(rows)
-    latents = generator.guided_euler(
-        slots,
-        Conditioning(text[batch.prompt], batch.sources),
-        text[batch.empty],
-        [seeds[row] for row in rows],
-        sampler.teacher_steps,
-        sampler.guidance,
-        config.objective.norm_rescale,
-    )
-    yield from zip(rows, latents, strict=True)
-
-
-Render = Callable[[Sequence[int], Advance], Iterator[tuple[int, Tensor]]]
-NO_TARGET_READS = {"steps", "shift"}  # of the sampler's settings: those of the student
+                bank.fetch(ids[following])  # the next batch's teachers arrive while this one is rendered
+                yield from render(generator, samples.at(rows), slots)
 
 
 @dataclass(frozen=True)
@@ -182,11 +137,11 @@ class CachedTargets:
     """Renders what the cache does not have; an entry is one picture.
 
     Attributes:
-        config: sampler settings and seed.
+        config: sampler settings.
         adapter: the model family.
         table, text: the prompts, and the same encoded.
-        cache: what was rendered before.
-        components: what the pipeline is (`clora.models.fingerprint.component_fingerprints`).
+        cache: earlier renders.
+        components: fingerprints of the pipeline's parts (`clora.models.fingerprint.component_fingerprints`).
     """
 
     config: DistillConfig
@@ -196,37 +151,31 @@ class CachedTargets:
     cache: Cache
     components: Mapping[str, str]
 
-    def of_teachers(self, teachers: Mapping[str, LoRAState], samples: Samples, images: Sequence[str]) -> Tensor:
-        """What E teachers make of ``samples [E, M]``, ``[E, M, T, C]``; ``images`` has the hash of each source in order."""
-        (num_effects, num_sources), made_from = samples.prompt.shape, [lora_digest(lora) for lora in teachers.values()]
-        loras = [lora for lora in made_from for _ in range(num_sources)]
+    def render(self, title: str, teachers: Mapping[str, LoRAState], samples: Samples, images: Sequence[str]) -> Tensor:
+        """The latents of N samples.
 
-        def render(wanted: Sequence[int], advance: Advance) -> Iterator[tuple[int, Tensor]]:
-            return render_some_targets(wanted, self.adapter, teachers, samples, self.text, self.config, advance)
+        Args:
+            title: of the stage that shows the progress.
+            teachers: as in `render_targets`; none where the base renders all.
+            samples: N pictures to render.
+            images: the hash of each sample's source (`clora.data.encoders.pixel_digests`).
 
-        keys = self._keys(samples, images, loras, target_seeds(self.config, num_effects * num_sources))
-        return self._targets("render targets", keys, render).unflatten(0, (num_effects, num_sources))
+        Returns:
+            ``[N, T, C]``.
+        """
 
-    def of_base(self, samples: Samples, images: Sequence[str]) -> Tensor:
-        """What the base makes of ``samples [Q]``, ``[Q, T, C]``."""
-
-        def render(wanted: Sequence[int], advance: Advance) -> Iterator[tuple[int, Tensor]]:
-            return render_some_general_targets(wanted, self.adapter, samples, self.text, self.config, advance)
-
-        keys = self._keys(samples, images, [None] * len(images), general_seeds(self.config, len(images)))
-        return self._targets("render general targets", keys, render)
-
-    def _targets(self, title: str, keys: Sequence[Key], render: Render) -> Tensor:
         def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
             with stage(title, num_passes(self.config, len(missing))) as advance:
-                for i, latents in render(missing, advance):
+                chosen = samples.at(missing)
+                rendered = render_targets(self.adapter, teachers, chosen, self.text, self.config, advance)
+                for i, latents in zip(missing, rendered, strict=True):
                     yield i, {"latents": latents}
 
-        return torch.stack([entry["latents"] for entry in self.cache.entries("targets", keys, make)])
+        entries = self.cache.entries("targets", self._keys(teachers, samples, images), make)
+        return torch.stack([entry["latents"] for entry in entries])
 
-    def _keys(
-        self, samples: Samples, images: Sequence[str], loras: Sequence[str | None], seeds: Sequence[int]
-    ) -> list[Key]:
+    def _keys(self, teachers: Mapping[str, LoRAState], samples: Samples, images: Sequence[str]) -> list[Key]:
+        """Everything that a render depends on, whatever other renders share its batch."""
         shared = {
             "family": type(self.adapter).__name__,
             "pipeline": digest(self.components),
@@ -235,16 +184,17 @@ class CachedTargets:
             "sampler": self.config.sampler.model_dump(mode="json", exclude=NO_TARGET_READS),
             "norm_rescale": self.config.objective.norm_rescale,
         }
-        prompts = [self.table.prompt(row) for row in samples.prompt.flatten().tolist()]
+        loras = [*map(lora_digest, teachers.values()), None]  # the last, number -1, is the base
+        rows = zip(samples.prompt.tolist(), images, samples.teacher.tolist(), samples.seed.tolist(), strict=True)
         return [
-            {**shared, "prompt": prompt, "image": image, "lora": lora, "seed": seed}
-            for prompt, image, lora, seed in zip(prompts, images, loras, seeds, strict=True)
+            {**shared, "prompt": self.table.prompts[row], "image": image, "lora": loras[teacher], "seed": seed}
+            for row, image, teacher, seed in rows
         ]
 
 
 def lora_digest(state: LoRAState) -> str:
-    """The hash of what a LoRA does, whatever file it came from."""
-    factors = (
-        (f"{name}.{side}", getattr(m, side)) for name, m in state.modules.items() for side in ("lora_A", "lora_B")
-    )
-    return tensor_digest(dict(factors))
+    """The hash of a LoRA's factors, whatever file they came from."""
+    factors = {}
+    for name, module in state.modules.items():
+        factors |= {f"{name}.lora_A": module.lora_A, f"{name}.lora_B": module.lora_B}
+    return tensor_digest(factors)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from clora.config.settings import DistillConfig
-from clora.data.rendering import Samples, num_passes, render_general_targets, render_targets
+from clora.data.rendering import Samples, num_passes, render_targets
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.conditioning import Text
@@ -76,7 +76,6 @@ def make_targets(adapter: ModelAdapter, loras: Mapping[str, LoRAState], config: 
 
     They are the same for every seed of a training.
     """
-    config = config.model_copy(update={"seed": SEED})
     num_effects = len(loras)
     num_general = config.data.general_targets
     prompts = adapter.encode_prompts([EFFECTS[name].prompt for name in loras])
@@ -87,8 +86,9 @@ def make_targets(adapter: ModelAdapter, loras: Mapping[str, LoRAState], config: 
     general_rows = num_effects + torch.arange(num_general)
     empty = torch.tensor(num_effects + num_general)
     sources = target_sources(adapter).expand(num_effects, -1, -1, -1)
-    effects = Samples(sources, effect_rows, empty.expand_as(effect_rows))
-    general = Samples(general_sources, general_rows, empty.expand_as(general_rows))
+    effects = Samples.of_teachers(sources, effect_rows, empty.expand_as(effect_rows), SEED)
+    general = Samples.of_base(general_sources, general_rows, empty.expand_as(general_rows), SEED)
     with stage("render targets", num_passes(config, effect_rows.numel() + num_general)) as advance:
-        latents = render_targets(adapter, loras, effects, text, config, advance)
-        return Targets(tuple(loras), latents, render_general_targets(adapter, general, text, config, advance))
+        latents = torch.stack(list(render_targets(adapter, loras, effects, text, config, advance)))
+        of_base = torch.stack(list(render_targets(adapter, {}, general, text, config, advance)))
+    return Targets(tuple(loras), latents.unflatten(0, effect_rows.shape), of_base)

@@ -1,4 +1,4 @@
-"""The rows of one student update: its parts joined into one batch.
+"""The rows of one student update: its parts joined into one batch, and that batch split to bound memory.
 
 Source: docs/method.md section 4(c).
 """
@@ -28,14 +28,14 @@ class Part:
 
 @dataclass(frozen=True)
 class StudentRows:
-    """The joined rows of one student forward, distribution-matching rows first.
+    """The joined rows of one student forward: D distribution-matching rows first, then A anchor rows.
 
     Attributes:
         x, conditioning: per student row.
         sigma, kind, weight, effect: the same, on the CPU.
-        teacher, uncond: the teachers' conditioning of the rows to be scored, with and without their prompts.
+        teacher, uncond: the teachers' conditioning of the D rows to be scored, with and without their prompts.
         score_sigma: ``[D]`` noise level at which each of these is scored, on the CPU.
-        score_noise: ``[D, T, C]`` with which each of these is noised again for it.
+        score_noise: ``[D, T, C]`` noise that takes each of these there.
         anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
     """
 
@@ -55,17 +55,18 @@ class StudentRows:
     def join(
         parts: Sequence[Part], score_sigma: Tensor, score_noise: Tensor, anchor_target: Tensor | None
     ) -> StudentRows:
-        """Joins the parts."""
-        counts = torch.tensor([len(part.batch) for part in parts])
+        """Joins the parts, those to be scored before the anchor rows."""
+        scored = slice(len(score_sigma))
+        weights = [torch.full((len(part.batch),), part.weight) for part in parts]
         return StudentRows(
             x=torch.cat([part.x for part in parts]),
             sigma=torch.cat([part.sigma for part in parts]),
-            kind=torch.tensor([part.kind for part in parts]).repeat_interleave(counts),
-            weight=torch.tensor([part.weight for part in parts]).repeat_interleave(counts),
+            kind=kinds(parts),
+            weight=torch.cat(weights),
             effect=torch.cat([part.batch.effect for part in parts]),
             conditioning=Conditioning.cat([part.batch.student for part in parts]),
-            teacher=Conditioning.cat([part.batch.teacher for part in parts])[slice(len(score_sigma))],
-            uncond=Conditioning.cat([part.batch.uncond for part in parts])[slice(len(score_sigma))],
+            teacher=Conditioning.cat([part.batch.teacher for part in parts])[scored],
+            uncond=Conditioning.cat([part.batch.uncond for part in parts])[scored],
             score_sigma=score_sigma,
             score_noise=score_noise,
             anchor_target=anchor_target,
@@ -77,9 +78,14 @@ class StudentRows:
         return [self] if len(parts) == 1 else [self._part(rows) for rows in parts]
 
     def _part(self, rows: slice) -> StudentRows:
-        kind, scored = self.kind[rows], len(self.teacher)
-        share = torch.bincount(kind, minlength=3) / torch.bincount(self.kind, minlength=3)  # a loss is a kind's mean
-        anchors = slice(max(rows.start - scored, 0), max(rows.stop - scored, 0))
+        kind = self.kind[rows]
+        # The loss of a kind is the mean over its rows. A part takes the mean over its own rows of a kind, so that they
+        # are weighed with their share of all rows of that kind: the parts' losses and gradients then add up.
+        share = torch.bincount(kind, minlength=3) / torch.bincount(self.kind, minlength=3)
+        # The scored rows are the first D, so that the same slice fits their tensors, cut off at their end; the anchor
+        # rows follow, counted from D on.
+        num_scored = len(self.teacher)
+        anchors = slice(max(rows.start - num_scored, 0), max(rows.stop - num_scored, 0))
         return replace(
             self,
             x=self.x[rows],
@@ -94,6 +100,12 @@ class StudentRows:
             score_noise=self.score_noise[rows],
             anchor_target=None if self.anchor_target is None else self.anchor_target[anchors],
         )
+
+
+def kinds(parts: Sequence[Part]) -> Tensor:
+    """int64 ``[R]``, the kind of each row of the parts."""
+    counts = torch.tensor([len(part.batch) for part in parts], dtype=torch.int64)
+    return torch.tensor([part.kind for part in parts], dtype=torch.int64).repeat_interleave(counts)
 
 
 def slices(count: int, limit: int | None) -> list[slice]:

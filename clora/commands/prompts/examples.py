@@ -8,7 +8,8 @@ from torch import Tensor
 
 from clora.config.settings import DistillConfig, EffectConfig
 from clora.data.images import list_images, load_image
-from clora.data.rendering import Report, Samples, render_targets
+from clora.data.generation import Report
+from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -58,9 +59,10 @@ def rendered_pairs(
     shown = [torch.cat([pixels, pixels])] if adapter.text_sees_image else None
     text = adapter.encode_prompts([effect.prompt] * NUM_PAIRS + [""] * NUM_PAIRS, shown)
     rows = torch.arange(2 * NUM_PAIRS).view(2, 1, NUM_PAIRS)
-    samples = Samples(adapter.encode_sources([pixels])[0][None], *rows)
-    (results,) = render_targets(adapter, {effect.name: teacher}, samples, text, config, report)
-    return [(to_pil(before), to_pil(after)) for before, after in zip(pixels, adapter.decode(results), strict=True)]
+    samples = Samples.of_teachers(adapter.encode_sources([pixels])[0][None], *rows, config.seed)
+    latents = torch.stack(list(render_targets(adapter, {effect.name: teacher}, samples, text, config, report)))
+    results = adapter.decode(latents)
+    return [(to_pil(before), to_pil(after)) for before, after in zip(pixels, results, strict=True)]
 
 
 def _first_sources(folder: str, size: tuple[int, int]) -> Tensor:
