@@ -21,7 +21,7 @@ from clora.lora.load import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
-from clora.training.student import target_modules
+from clora.training.student import student_layers
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -110,7 +110,7 @@ def find_layer_problems(
     """
     problems, ranks = Problems(), {}
     with problems.catch():
-        target_modules(transformer, config.student.targets)
+        student_layers(transformer, config.student.targets)
     for i, effect in enumerate(config.effects):
         with problems.catch(), about(f"effects.{i}.lora"):
             ranks[effect.name] = lora_ranks(effect.lora, shapes)

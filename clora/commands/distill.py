@@ -41,7 +41,7 @@ from clora.models.fingerprint import component_fingerprints
 from clora.models.loading import load_pipeline, load_teacher, with_guidance
 from clora.progress import say, stage, up_to
 from clora.training.checkpoint import check_resumable, load_values
-from clora.training.student import target_modules, train_student
+from clora.training.student import student_layers, train_student
 from clora.training.trainer import Report
 
 CHECKPOINT = ".checkpoint.safetensors"
@@ -68,7 +68,7 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     with stage("load pipeline and LoRAs", None):
         config, adapter, teachers = _load(config)
         collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
-    target_modules(adapter.pipeline.transformer, config.student.targets)  # both before hours of rendering
+    student_layers(adapter.pipeline.transformer, config.student.targets)  # both before hours of rendering
     is_done = not (output / CHECKPOINT).exists() and is_finished(output, collection)
     _say_what_is_there(output, config, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)

@@ -58,10 +58,9 @@ def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState
 
     Ranks that the mean leaves empty get a random ``lora_A``, else they would never learn.
     """
-    shapes = linear_shapes(transformer)
     generator = torch.Generator().manual_seed(config.seed)
-    targets = target_modules(transformer, config.student.targets)
-    fresh = fresh_lora(shapes, config.student.rank, generator, targets)
+    layers = student_layers(transformer, config.student.targets)
+    fresh = fresh_lora(linear_shapes(transformer), config.student.rank, generator, layers)
     if config.student.init == "zero":
         return fresh
     merged = sum_svd(teachers, config.student.rank, [1 / len(teachers)] * len(teachers))
@@ -71,14 +70,16 @@ def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState
 def _fill(fresh: LoRAModule, merged: LoRAModule | None) -> LoRAModule:
     if merged is None:
         return fresh
-    norms = merged.lora_A.norm(dim=1)  # square roots of the singular values; padded teachers give some that are 0
+    # A row's norm is the square root of its singular value; of teachers padded with zeros some are 0. A rank whose
+    # lora_A and lora_B are both 0 would get no gradient.
+    norms = merged.lora_A.norm(dim=1)
     alive = int((norms > 1e-5 * norms.max()).sum())
     a = torch.cat([merged.lora_A[:alive], fresh.lora_A[alive:]])
     b = torch.cat([merged.lora_B[:, :alive], fresh.lora_B[:, alive:]], dim=1)
     return LoRAModule(a, b)
 
 
-def target_modules(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
+def student_layers(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
     """The linear layers of the blocks whose names end in one of ``suffixes``; all of them for None.
 
     Raises:

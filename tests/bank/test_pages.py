@@ -239,8 +239,9 @@ def test_rendering_is_the_same_to_the_bit(adapter, sources):
     results, passes = [], []
     for budget in (None, 2.5 * page_bytes(shapes, ranks, torch.float32) / 1e9):
         config = tiny_config(list(teachers), train={"teacher_memory_gb": budget, "forward_rows": 6})
-        samples, report = Samples(data.sources, data.teacher_text, data.empty_text), []
-        results.append(render_targets(adapter, teachers, samples, data.text, config, report.append))
+        samples = Samples.of_teachers(data.sources, data.teacher_text, data.empty_text, config.seed)
+        report = []
+        results.append(torch.stack(list(render_targets(adapter, teachers, samples, data.text, config, report.append))))
         passes.append(report)
     assert (passes[0] == passes[1]) == (sources == 3)
     if sources == 3:

@@ -154,8 +154,9 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
         data={"general_targets": 0},
     )
     passes = []
-    samples = Samples(data.sources, data.teacher_text, data.empty_text)
-    out = render_targets(adapter, teachers, samples, data.text, config, passes.append)
+    samples = Samples.of_teachers(data.sources, data.teacher_text, data.empty_text, config.seed)
+    out = torch.stack(list(render_targets(adapter, teachers, samples, data.text, config, passes.append)))
+    out = out.unflatten(0, (2, 2))
     assert out.shape == data.sources.shape
     assert passes == [6] * 3 + [2] * 3
     assert rendering_rows(config) == 6
@@ -225,7 +226,7 @@ def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
     table.encode(encoders)
     assert encoders.asked[0] == ["p", "p", "q", "p"]
     assert torch.equal(encoders.asked[1], pixels[[2, 0, 0, 2]])
-    assert [table.prompt(row) for row in (1, 2)] == ["p", "q"]
+    assert table.prompts[1:3] == ["p", "q"]
 
 
 def wrong_architecture(tmp_path):
@@ -330,7 +331,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
     make_bad, message = BAD[case]
-    monkeypatch.setattr(targets_module, "render_some_targets", None)  # that takes hours: mistakes are told before
+    monkeypatch.setattr(targets_module, "render_targets", None)  # that takes hours: mistakes are told before
     with pytest.raises(CloraError, match=message):
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"
@@ -340,21 +341,21 @@ def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monke
 def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkeypatch, tmp_path):
     sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
     seen = {}
-    render = targets_module.render_some_targets
+    render = targets_module.render_targets
 
-    def rendered(wanted, adapter, teachers, *rest):
-        seen["names"] = list(teachers)
-        return render(wanted, adapter, teachers, *rest)
+    def rendered(adapter, teachers, *rest):
+        seen.setdefault("names", []).append(list(teachers))
+        return render(adapter, teachers, *rest)
 
     def train(config, used, teachers, data, report, checkpoint):
         seen.update(data=data, checkpoint=checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(targets_module, "render_some_targets", rendered)
+    monkeypatch.setattr(targets_module, "render_targets", rendered)
     monkeypatch.setattr(engine, "train_student", train)
     with pytest.raises(KeyboardInterrupt):
         distill(make_config({"sources": str(sources), "targets": str(targets)}, data={"general_targets": 3}))
-    assert seen["names"] == [EFFECTS[1]]
+    assert seen["names"] == [[EFFECTS[1]], []], "the teacher without given targets, then the base"
     assert len(seen["data"].general_targets) == 3
     assert seen["data"].general_targets.std(0).any(), "each pair has its own render"
     assert seen["checkpoint"].parent == tmp_path / "out"
@@ -492,7 +493,7 @@ def test_what_was_encoded_and_rendered_is_kept_until_the_collection_is_written(
             distill(config)
     assert "what was encoded and rendered is kept for the same command" in capsys.readouterr().err
     assert {file.name for file in (output / engine.CACHE).iterdir()} == {"prompts", "sources", "targets"}
-    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    monkeypatch.setattr(targets_module, "render_targets", None)
     distill(config)
     assert not (output / engine.CACHE).exists(), "the folder is made to be shared"
 
@@ -501,7 +502,7 @@ def test_runs_share_a_folder_of_their_own(make_config, monkeypatch, tmp_path):
     shared = {"cache": str(tmp_path / "kept")}
     distill(make_config(data=shared))
     assert not (tmp_path / "out" / engine.CACHE).exists()
-    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    monkeypatch.setattr(targets_module, "render_targets", None)
     distill(make_config(data=shared, output=str(tmp_path / "other"), train={"learning_rate": 1e-3}))
     assert (tmp_path / "kept" / "targets").is_dir()
 
@@ -539,7 +540,7 @@ def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make
         patch.setattr("clora.commands.distill.write_collection", no_disk)
         with pytest.raises(CloraError, match="disk is full"):
             distill(make_config())  # trained whole: the checkpoint stays
-    monkeypatch.setattr(targets_module, "render_some_targets", None)
+    monkeypatch.setattr(targets_module, "render_targets", None)
     with pytest.raises(CloraError, match=r"written by another run \(seed differ"):
         distill(make_config(seed=99))
 

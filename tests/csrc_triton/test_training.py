@@ -16,6 +16,7 @@ from helpers.trainers import make_trainer, slots
 from clora.bank.bank import AdapterBank
 from clora.models.conditioning import Conditioning
 from clora.testing import random_teachers, tiny_adapter, tiny_pipeline
+from clora.training.faults import raise_first
 from csrc_triton.coarse_to_fine import launch as loss_launch
 from csrc_triton.multi_lora import launch as linear_launch
 from csrc_triton.registration import INTERPRETED
@@ -96,13 +97,13 @@ def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
 def test_an_update_never_waits_for_the_gpu(device_adapter, monkeypatch, pages, train):
     monkeypatch.setenv("CLORA_BACKEND", "triton")
     with make_trainer(device_adapter, pages=pages, train=train) as trainer:
-        trainer._iterate(0.5).read()
+        raise_first(trainer._iterate(0.5))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            readings = trainer._iterate(0.5)
+            checks = trainer._iterate(0.5)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        readings.read()
+        raise_first(checks)
 
 
 def test_recomputed_activations_give_the_same_gradients(device_adapter, inputs, monkeypatch):

@@ -1,4 +1,4 @@
-"""Encoding and rendering behind the cache: what is there is read, the rest alone is made, and the result is the same."""
+"""Encoding and rendering behind the cache: what is there is read, only the rest is made, and the result is the same."""
 
 from __future__ import annotations
 

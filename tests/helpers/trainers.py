@@ -27,7 +27,7 @@ def make_trainer(adapter, encoded=None, pages=None, **sections):
 def mixed_batch(trainer):
     """A batch of several effects' rows and of general rows; every objective draws the same one."""
     general = torch.arange(trainer.config.train.batch_size) % 3 == 1
-    batch = trainer.sampler._gather(general)
+    batch = trainer.sampler.gather(general)
     assert len(batch.effect.unique()) > 2, "draw another seed"
     return batch
 

@@ -1,4 +1,4 @@
-"""The steps of an update never make the host wait for the device; only their readings do, once."""
+"""The steps of an update never make the host wait for the device; only the reading of their checks does, once."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_an_update(parts, pages, train):
         for matching in (False, True):
             trainer.anchor_share = 0.0 if matching else 1.0
             with host_waits() as waits:
-                readings = trainer._iterate(0.5)
+                checks = trainer._iterate(0.5)
             assert waits == []
-            assert {value.device for value in readings.values.values()} == {DEVICE}
-            assert {fault.happened.device for fault in readings.faults} == {DEVICE}
+            for check in checks:
+                read = (*check.values.values(), check.nonfinite, check.gradient_norm, check.strength)
+                assert {tensor.device for tensor in read} == {DEVICE}

@@ -13,6 +13,7 @@ from clora.data.batches import GENERAL
 from clora.flow.matching import shift
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION
 from clora.testing import merge_lora, random_data
+from clora.training.faults import raise_first
 from clora.training.trainer import CRITIC, STUDENT
 
 TERMS = {"backward_simulation": "dmd_bs", "target_simulation": "dmd_ts", "trajectory_anchoring": "anchor"}
@@ -49,7 +50,7 @@ def test_each_step_trains_its_own_slot(adapter):
 def test_a_part_switched_off_removes_its_term_alone(adapter, part):
     for objective in ({part: False}, {"weights": {part: 0.0}}):
         with make_trainer(adapter, objective=objective) as trainer:
-            values = trainer.student_step(*rolled(trainer)).read()
+            values = raise_first([trainer.student_step(*rolled(trainer))])
         for other, term in TERMS.items():
             assert (values[term] == 0) == (other == part), (objective, values)
 
@@ -58,7 +59,7 @@ def test_weights_scale_their_terms(adapter):
     values = []
     for weight in (1.0, 3.0):
         with make_trainer(adapter, objective={"weights": dict.fromkeys(TERMS, weight)}) as trainer:
-            values.append(trainer.student_step(*rolled(trainer)).read())
+            values.append(raise_first([trainer.student_step(*rolled(trainer))]))
     assert values[1] == pytest.approx({name: 3 * value for name, value in values[0].items()}, rel=1e-4)
 
 
@@ -120,9 +121,9 @@ def test_an_update_in_several_passes_has_the_same_gradients(adapter, limit, gene
             trainer._step = keep
             batch, rollout = rolled(trainer)
             hook = adapter.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
-            readings = trainer.student_step(batch, rollout) | trainer.critic_step(batch, rollout)
+            checks = [trainer.student_step(batch, rollout), trainer.critic_step(batch, rollout)]
             hook.remove()
-            found.append((readings.read(), gradients))
+            found.append((raise_first(checks), gradients))
     num_anchors = len(batch if general_targets else batch[batch.effect >= 0])
     num_rows = len(batch) + len(batch[batch.effect >= 0]) + num_anchors
     assert len(sizes) == -(-num_rows // limit) + -(-len(batch) // limit)
@@ -175,7 +176,7 @@ def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, m
             return out
 
         monkeypatch.setattr(trainer, "_velocity", record)
-        values = trainer.critic_step(batch, trainer.simulate(batch)).read()
+        values = raise_first([trainer.critic_step(batch, trainer.simulate(batch))])
     assert {names for names, *_ in calls[:-1]} == {(STUDENT,)}
     _, x_student, sigma_student, _, v_student = calls[-2]
     names, x, sigma, text, v = calls[-1]
@@ -223,7 +224,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
 
 def test_released_anchor_noise_without_backward_simulation(adapter):
     with make_trainer(adapter, objective={"anchor_noise": "released", "backward_simulation": False}) as trainer:
-        assert trainer.student_step(*rolled(trainer)).read()["anchor"] > 0
+        assert raise_first([trainer.student_step(*rolled(trainer))])["anchor"] > 0
 
 
 def test_norm_rescale_keeps_the_norm_of_the_conditional_velocity(adapter):

@@ -10,7 +10,7 @@ from clora.errors import CloraError
 from clora.testing import random_data, tiny_config
 from clora.training import trainer as training
 from clora.training.checkpoint import check_resumable
-from clora.training.faults import Readings
+from clora.training.faults import StepCheck, raise_first
 from clora.training.trainer import CRITIC, STUDENT
 
 
@@ -65,6 +65,12 @@ def test_a_broken_checkpoint_is_refused(adapter, tmp_path, content):
             trainer.load(checkpoint)
 
 
+def finite_step(values):
+    """The check of a step that nothing is wrong with."""
+    row = torch.zeros(1)
+    return StepCheck("a step", values, row > 0, row[0], row, "strongest", str)
+
+
 def test_no_critic_is_trained_where_nothing_is_scored(adapter):
     off = {"backward_simulation": False, "target_simulation": False}
     with make_trainer(adapter, objective=off) as trainer:
@@ -89,7 +95,7 @@ def test_a_nan_source_stops_the_critic(adapter):
     data.general_sources[:] = torch.nan
     with make_trainer(adapter, data) as trainer:
         with pytest.raises(CloraError, match="update 1: the critic's loss.*effect of the general stream"):
-            trainer.critic_step(*rolled(trainer)).read()
+            raise_first([trainer.critic_step(*rolled(trainer))])
 
 
 def test_what_went_wrong_is_never_in_a_checkpoint(adapter, tmp_path, monkeypatch):
@@ -136,7 +142,7 @@ def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, lo
     with make_trainer(adapter) as trainer:
         batch, rollout = rolled(trainer)
         with pytest.raises(CloraError, match=f"update 1: {message}"):
-            getattr(trainer, step)(batch, rollout).read()
+            raise_first([getattr(trainer, step)(batch, rollout)])
 
 
 def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
@@ -198,7 +204,7 @@ def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
         def compare(batch, rollout):
             pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
             equal.append(all(torch.equal(critic, student) for critic, student in pairs))
-            return Readings({})
+            return finite_step({})
 
         monkeypatch.setattr(trainer, "critic_step", compare)
         trainer.fit(lambda update, values: None)
@@ -233,7 +239,7 @@ def test_a_resumed_run_has_only_the_time_that_was_left(adapter, tmp_path, monkey
     monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
     train = {"updates": 10**6, "minutes": 1.0, "checkpoint_every": 1}
     monkeypatch.setattr(
-        training.DistillTrainer, "_iterate", lambda self, progress: Readings({"progress": torch.tensor(progress)})
+        training.DistillTrainer, "_iterate", lambda self, progress: [finite_step({"progress": torch.tensor(progress)})]
     )
     seen = []
 

@@ -48,7 +48,7 @@ from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.models import adapter_for
 from clora.models.loading import pipeline_folder, skeleton, with_guidance
-from clora.training.student import target_modules
+from clora.training.student import student_layers
 
 
 def make_plan(config: DistillConfig) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
     )
     config = with_guidance(config, adapter)
     problems += find_prompt_problems(config, adapter)
-    student = target_modules(transformer, config.student.targets)
+    student = student_layers(transformer, config.student.targets)
     facts = Facts(
         transformer=weight_bytes(transformer, folder / "transformer"),
         encoders=sum(

@@ -7,8 +7,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from clora.config.settings import DistillConfig, EffectConfig
-from clora.data.images import list_images, load_image
 from clora.data.generation import Report
+from clora.data.images import list_images, load_image
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState

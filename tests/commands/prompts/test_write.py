@@ -149,10 +149,10 @@ def test_a_model_that_sees_is_shown_what_the_teachers_make(config_file, fake_wri
     text = adapter.encode_prompts(["make it snow", "make it comic", ""])
     for row, (name, shown) in enumerate(zip(NAMES[1:], pictures[1:], strict=True)):
         teacher = load_lora(files / f"{name}.safetensors", adapter.pipeline.transformer)
-        samples = Samples(sources[None], torch.full((1, 2), row), torch.full((1, 2), 2))
+        samples = Samples.of_teachers(sources[None], torch.full((1, 2), row), torch.full((1, 2), 2), config.seed)
         settings = with_guidance(config, adapter)
-        (result,) = render_targets(adapter, {name: teacher}, samples, text, settings, lambda n: None)
-        after = adapter.decode(result)
+        results = list(render_targets(adapter, {name: teacher}, samples, text, settings, lambda n: None))
+        after = adapter.decode(torch.stack(results))
         for i in (0, 1):
             assert np.array_equal(shown[2 * i], np.asarray(to_pil(pixels[i])))
             difference = np.abs(shown[2 * i + 1].astype(int) - np.asarray(to_pil(after[i])).astype(int))
