@@ -165,9 +165,7 @@ def num_shared(config: DistillConfig) -> int:
     return count - config.data.held_out
 
 
-def _effect_rows(
-    config: DistillConfig, shared: Pictures, table: PromptTable, read: Read
-) -> dict[str, EffectRows]:
+def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, read: Read) -> dict[str, EffectRows]:
     """Reads every effect's own images and enters its prompts into the table."""
     pictures, counts = [], []
     for effect in config.effects:
