@@ -268,7 +268,7 @@ def test_the_count_is_of_what_a_run_reads(job, tmp_path, adapter, monkeypatch, t
 
     def entries(cache, kind, keys, make):
         seen[kind] = seen.get(kind, 0) + len(keys)
-        return [{"embeds": torch.zeros(1, 1), "latents": torch.zeros(1, 1)}] * len(keys)
+        return [{"embeds" if kind == "prompts" else "latents": torch.zeros(1, 1)}] * len(keys)
 
     monkeypatch.setattr("clora.data.cache.Cache.entries", entries)
     monkeypatch.setattr(type(adapter), "text_sees_image", text_sees_image)
