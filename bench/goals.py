@@ -1,16 +1,18 @@
-"""The ratios to reach, and what the records of a GPU say of them."""
+"""The ratios to reach, and whether the records of a GPU reach them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.cases import QWEN_IMAGE
 from bench.providers import BASE, OURS, is_ours
 
 Record = dict
+Figure = Callable[[Record], float | None]
+"""A number of a record; None where what it needs was not measured."""
 MAX_SLOWER = 1.02
-"""Ours over the fastest other provider, at most, in every case of a layer or of its low-rank part."""
+"""Largest ratio of ours to the fastest other provider, in every case of a layer or of its low-rank part."""
 GRADIENT_ERROR = 1e-5
 
 
@@ -19,20 +21,29 @@ class Goal:
     """A bound on a figure of every case that it applies to.
 
     Attributes:
-        title: what is compared.
-        shape: (K, N) of the linear cases it applies to; None for all of the kind.
-        applies: which records it is about.
-        figure: the figure of a record; None where what it needs was not measured.
+        title: the comparison.
+        family: class name of the cases that it applies to.
+        figure: the figure of a record.
         limit: the bound.
-        at_most: whether the figure may not be above it, or not below.
+        at_most: the figure may not be above the bound; otherwise it may not be below it.
+        applies: further condition on the fields of a case.
+        shape: (K, N) of the linear layer; None for every shape.
     """
 
     title: str
-    shape: tuple[int, int] | None
-    applies: Callable[[Record], bool]
-    figure: Callable[[Record], float | None]
+    family: str
+    figure: Figure
     limit: float
-    at_most: bool
+    at_most: bool = False
+    applies: Callable[[dict], bool] = lambda case: True
+    shape: tuple[int, int] | None = None
+
+    def concerns(self, record: Record) -> bool:
+        """Tests whether the goal applies to the case of a record."""
+        case = record["case"]
+        if record["family"] != self.family or not self.applies(case):
+            return False
+        return self.shape is None or self.shape == (case["in_features"], case["out_features"])
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,12 @@ def median(record: Record, provider: str) -> float | None:
     return record["providers"].get(provider, {}).get("median_ms")
 
 
-def ratio(over: str, under: str) -> Callable[[Record], float | None]:
+def ratio(over: str, under: str) -> Figure:
     """Figure: the median of `over` by that of `under`."""
 
     def figure(record: Record) -> float | None:
-        above, below = median(record, over), median(record, under)
+        above = median(record, over)
+        below = median(record, under)
         return None if above is None or below is None else above / below
 
     return figure
@@ -68,22 +80,23 @@ def ratio(over: str, under: str) -> Callable[[Record], float | None]:
 
 def fastest_other(record: Record) -> tuple[str, float] | None:
     """Name and median of the fastest provider that computes the case and is not ours."""
-    times = {name: median(record, name) for name in record["providers"] if name != BASE and not is_ours(name)}
-    timed = {name: ms for name, ms in times.items() if ms is not None}
-    return min(timed.items(), key=lambda item: item[1]) if timed else None
+    others = [name for name in record["providers"] if name != BASE and not is_ours(name)]
+    times = {name: ms for name in others if (ms := median(record, name)) is not None}
+    return min(times.items(), key=lambda item: item[1], default=None)
 
 
 def over_fastest_other(record: Record) -> float | None:
     """Figure: ours by the fastest other provider."""
-    mine, other = median(record, OURS), fastest_other(record)
+    mine = median(record, OURS)
+    other = fastest_other(record)
     return None if mine is None or other is None else mine / other[1]
 
 
 def memory_over_peft(record: Record) -> float | None:
     """Figure: peak memory of ours by that of eager PEFT."""
-    peaks = [record["providers"].get(name, {}).get("peak_mib") for name in (OURS, "peft", "peft_mixed")]
-    others = [peak for peak in peaks[1:] if peak]
-    return None if peaks[0] is None or not others else peaks[0] / min(others)
+    mine, *others = (record["providers"].get(name, {}).get("peak_mib") for name in (OURS, "peft", "peft_mixed"))
+    others = [peak for peak in others if peak]
+    return None if mine is None or not others else mine / min(others)
 
 
 def gradient_error(record: Record) -> float | None:
@@ -93,87 +106,75 @@ def gradient_error(record: Record) -> float | None:
 
 def goals() -> list[Goal]:
     """All goals, in the order of the report."""
-    return [*_linear_goals(), *_loss_goals(), *_stack_goals()]
+    return [
+        *_of_shapes(
+            "forward, rank 64, over the base layer alone",
+            ratio(OURS, BASE),
+            (1.12, 1.07, 1.10),
+            lambda case: case["mode"] == "forward" and case["rank"] == 64,
+            at_most=True,
+        ),
+        *_of_shapes(
+            "forward, 4 and more adapters, PEFT mixed over ours",
+            ratio("peft_mixed", OURS),
+            (1.5, 1.5, 1.2),
+            lambda case: case["mode"] == "forward" and case["adapters"] >= 4,
+        ),
+        *_of_shapes(
+            "forward, one adapter, PEFT over ours",
+            ratio("peft", OURS),
+            (1.25, 1.25, 1.06),
+            lambda case: case["mode"] == "forward" and case["adapters"] == 1,
+        ),
+        *_of_shapes(
+            "forward, one adapter, compiled PEFT over ours",
+            ratio("peft_compiled", OURS),
+            (1.12, 1.12, 1.03),
+            lambda case: case["mode"] == "forward" and case["adapters"] == 1,
+        ),
+        *_of_shapes(
+            "student, forward and backward, PEFT over ours",
+            ratio("peft", OURS),
+            (1.20, 1.15, 1.10),
+            lambda case: case["mode"] == "student" and case["adapters"] == 1,
+        ),
+        *_against_all("LinearCase", ""),
+        *_against_all("AddCase", "low-rank part alone, "),
+        _loss("loss, fp64 eager over ours", ratio("paper_fp64", OURS), 10.0),
+        _loss("loss, torch.compile over ours", ratio("compiled", OURS), 1.0),
+        _loss("loss, its gradient compiled too, over ours", ratio("compiled_returned", OURS), 1.0),
+        _loss("loss, error of the gradient against fp64", gradient_error, GRADIENT_ERROR, at_most=True),
+        Goal("stack, PEFT mixed over ours", "StackCase", ratio("peft_mixed", OURS), 1.0),
+        Goal("stack, PEFT switched per sample over ours", "StackCase", ratio("peft_switch", OURS), 1.0),
+        Goal("stack, peak memory over PEFT's", "StackCase", memory_over_peft, 1.0, at_most=True),
+    ]
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """What the finished records say of every goal."""
-    return [_verdict(goal, records) for goal in goals()]
+    """The verdict of the finished records on every goal."""
+    found = []
+    for goal in goals():
+        figures = [(goal.figure(record), record["name"]) for record in records if goal.concerns(record)]
+        known = [(figure, name) for figure, name in figures if figure is not None]
+        worst, name = (max if goal.at_most else min)(known, default=(None, ""))
+        found.append(Verdict(goal, len(known), worst, name))
+    return found
 
 
-def _verdict(goal: Goal, records: Sequence[Record]) -> Verdict:
-    figures = [(goal.figure(record), record["name"]) for record in records if goal.applies(record)]
-    known = [(figure, name) for figure, name in figures if figure is not None]
-    if not known:
-        return Verdict(goal, 0, None, "")
-    worst, name = (max if goal.at_most else min)(known)
-    return Verdict(goal, len(known), worst, name)
+def _of_shapes(
+    title: str, figure: Figure, limits: Sequence[float], applies: Callable[[dict], bool], at_most: bool = False
+) -> list[Goal]:
+    """A goal for each shape of Qwen-Image's linear layers, with its own limit."""
+    bounds = zip(QWEN_IMAGE, limits, strict=True)
+    return [Goal(title, "LinearCase", figure, limit, at_most, applies, shape) for shape, limit in bounds]
 
 
-def _linear_goals() -> Iterator[Goal]:
-    rows = (
-        ("forward, rank 64, over the base layer alone", "forward", _rank_64, BASE, (1.12, 1.07, 1.10)),
-        (
-            "forward, 4 and more adapters, PEFT mixed over ours",
-            "forward",
-            _four_adapters,
-            "peft_mixed",
-            (1.5, 1.5, 1.2),
-        ),
-        ("forward, one adapter, PEFT over ours", "forward", _one_adapter, "peft", (1.25, 1.25, 1.06)),
-        ("forward, one adapter, compiled PEFT over ours", "forward", _one_adapter, "peft_compiled", (1.12, 1.12, 1.03)),
-        ("student, forward and backward, PEFT over ours", "student", _one_adapter, "peft", (1.20, 1.15, 1.10)),
-    )
-    for title, mode, applies, other, limits in rows:
-        figure = ratio(OURS, BASE) if other == BASE else ratio(other, OURS)
-        for shape, limit in zip(QWEN_IMAGE, limits, strict=True):
-            yield Goal(title, shape, _linear(mode, shape, applies), figure, limit, at_most=other == BASE)
-    yield from _against_all("LinearCase", "")
-    yield from _against_all("AddCase", "low-rank part alone, ")
-
-
-def _against_all(family: str, title: str) -> Iterator[Goal]:
-    of = lambda record: record["family"] == family  # noqa: E731
-    yield Goal(f"{title}ours over the fastest other provider", None, of, over_fastest_other, MAX_SLOWER, at_most=True)
-    yield Goal(f"{title}peak memory over PEFT's", None, of, memory_over_peft, 1.0, at_most=True)
-
-
-def _loss_goals() -> list[Goal]:
-    fp32 = lambda record: record["family"] == "LossCase" and record["case"]["dtype"] == "float32"  # noqa: E731
+def _against_all(family: str, title: str) -> list[Goal]:
     return [
-        Goal("loss, fp64 eager over ours", None, fp32, ratio("paper_fp64", OURS), 10.0, at_most=False),
-        Goal("loss, torch.compile over ours", None, fp32, ratio("compiled", OURS), 1.0, at_most=False),
-        Goal("loss, its gradient compiled too, over ours", None, fp32, ratio("compiled_returned", OURS), 1.0, False),
-        Goal("loss, error of the gradient against fp64", None, fp32, gradient_error, GRADIENT_ERROR, at_most=True),
+        Goal(f"{title}ours over the fastest other provider", family, over_fastest_other, MAX_SLOWER, at_most=True),
+        Goal(f"{title}peak memory over PEFT's", family, memory_over_peft, 1.0, at_most=True),
     ]
 
 
-def _stack_goals() -> list[Goal]:
-    stack = lambda record: record["family"] == "StackCase"  # noqa: E731
-    return [
-        Goal("stack, PEFT mixed over ours", None, stack, ratio("peft_mixed", OURS), 1.0, at_most=False),
-        Goal("stack, PEFT switched per sample over ours", None, stack, ratio("peft_switch", OURS), 1.0, at_most=False),
-        Goal("stack, peak memory over PEFT's", None, stack, memory_over_peft, 1.0, at_most=True),
-    ]
-
-
-def _linear(mode: str, shape: tuple[int, int], applies: Callable[[dict], bool]) -> Callable[[Record], bool]:
-    def of(record: Record) -> bool:
-        case = record["case"]
-        if record["family"] != "LinearCase" or (case["in_features"], case["out_features"]) != shape:
-            return False
-        return case["mode"] == mode and applies(case)
-
-    return of
-
-
-def _rank_64(case: dict) -> bool:
-    return case["rank"] == 64
-
-
-def _one_adapter(case: dict) -> bool:
-    return case["adapters"] == 1
-
-
-def _four_adapters(case: dict) -> bool:
-    return case["adapters"] >= 4
+def _loss(title: str, figure: Figure, limit: float, at_most: bool = False) -> Goal:
+    return Goal(title, "LossCase", figure, limit, at_most, lambda case: case["dtype"] == "float32")

@@ -1,4 +1,4 @@
-"""What a figure was measured on: GPU, versions, revision of the sources, and the roof of the GPU in the same run."""
+"""Where a figure was measured: GPU, versions, revision of the sources, and the roof of the GPU in the same run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,18 +16,20 @@ import torch
 from bench.timing import Stopwatch, interleave
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("bench", "csrc_triton", *(f"clora/{name}.py" for name in ("adapter_bank", "backend", "ops", "slots")))
+SOURCES = ("bench", "csrc_triton", "clora/bank", "clora/ops.py")
 NOT_SOURCES = (
     "bench/results",
+    "bench/__main__.py",
     "bench/design_table.py",
     "bench/goals.py",
     "bench/report.py",
     "bench/run.py",
     "csrc_triton/multi_lora/designs.json",
 )
-"""In those folders, but without influence on a measurement: results may be committed and judged between two runs. Of the
-table of designs a record keeps what it chose for the case (`bench.worker.chosen_designs`)."""
+"""In those folders, but without influence on a measurement: results may be committed and judged between two runs. From the
+table of designs a record keeps the choice for its case (`bench.worker.chosen_designs`)."""
 SUFFIXES = (".py", ".json")
+DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 ROOF_SIZE = 8192
 """Rows and columns of the product: 1.1 TFLOP, operands of 128 MiB."""
 COPY_BYTES = 2 << 30
@@ -43,7 +46,7 @@ def describe(device: torch.device, stopwatch: Stopwatch) -> dict:
     return {
         "gpu": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
-        "driver": _driver(),
+        "driver": (_output(DRIVER, ROOT) or "unknown").splitlines()[0],
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -73,7 +76,11 @@ def measure_roof(device: torch.device, stopwatch: Stopwatch) -> dict[str, float]
 def revision(root: Path = ROOT) -> str:
     """Hash of the Python and JSON files that a measurement depends on: with the same one it need not be repeated."""
     digest = hashlib.sha256()
-    for file in sorted(file for path in SOURCES for file in _files(root / path)):
+    files = []
+    for path in SOURCES:
+        found = (root / path).rglob("*") if (root / path).is_dir() else [root / path]
+        files += [file for file in found if file.suffix in SUFFIXES]
+    for file in sorted(files):
         relative = file.relative_to(root)
         if not any(relative.is_relative_to(path) for path in NOT_SOURCES):
             digest.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
@@ -81,21 +88,11 @@ def revision(root: Path = ROOT) -> str:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The checkout's commit, "+" where it was changed; in a copy without git, what the variable GIT_COMMIT says."""
+    """The checkout's commit, with "+" if files were changed; in a copy without git, the variable GIT_COMMIT."""
     head = _output(["git", "rev-parse", "--short=12", "HEAD"], root)
     if head is None:
         return os.environ.get("GIT_COMMIT", "unknown")
     return head + "+" * (_output(["git", "status", "--porcelain", "-uno"], root) != "")
-
-
-def _files(path: Path) -> list[Path]:
-    """A file, or the sources anywhere in a folder."""
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in SUFFIXES]
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return (_output(command, ROOT) or "unknown").splitlines()[0]
 
 
 def _version(package: str) -> str:
@@ -105,8 +102,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _output(command: list[str], folder: Path) -> str | None:
-    """What a command prints; None where it fails or does not exist."""
+def _output(command: Sequence[str], folder: Path) -> str | None:
+    """The output of a command; None where it fails or does not exist."""
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

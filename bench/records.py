@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.cases import Case
 
 STEPS = ("inputs", "timing")
-"""Where a measurement can be beside at a provider: making inputs and truth, and timing all that passed."""
+"""Places of a measurement outside any provider: making inputs and truth, and timing all providers that passed."""
 MAX_STOPS = 2
 """Ended this often at the same provider, a case is measured without it: it may be what hangs or crashes."""
 
@@ -47,7 +47,7 @@ def read_all(folder: Path) -> list[dict]:
 
 
 def is_finished(record: dict | None, revision: str, designs: list[str]) -> bool:
-    """Whether a case need not be measured again at this revision, with these designs of its layers."""
+    """Tests whether a case need not be measured again at this revision, with these designs of its layers."""
     if record is None or record["status"] == "running":
         return False
     return record["revision"] == revision and record["designs"] == designs
@@ -57,13 +57,21 @@ def begin(case: Case, revision: str, designs: list[str], earlier: dict | None) -
     """The record of a measurement that starts now.
 
     Args:
-        designs: that the table gives its layers.
+        designs: those that the table chooses for its layers.
         earlier: what an earlier process left of the case. Where that ended within it at the same revision, its faulty
             providers are kept, so that they are not tried again, and so is the count of where it ended.
     """
-    record = {"name": case.name, "family": type(case).__name__, "case": asdict(case)}
-    record |= {"revision": revision, "designs": designs}
-    record |= {"status": "running", "current": None, "stopped": {}, "providers": {}}
+    record = {
+        "name": case.name,
+        "family": type(case).__name__,
+        "case": asdict(case),
+        "revision": revision,
+        "designs": designs,
+        "status": "running",
+        "current": None,
+        "stopped": {},
+        "providers": {},
+    }
     if earlier is None or earlier["revision"] != revision or earlier["status"] != "running":
         return record
     record["providers"] = {name: entry for name, entry in earlier["providers"].items() if "failed" in entry}

@@ -1,4 +1,4 @@
-"""Tests and benchmarks of a GPU machine in one command: `python -m bench.run [--budget-s N] [--out DIR]`."""
+"""Tests and benchmarks of a GPU machine in one command: `python -m bench [--budget-s N] [--out DIR]`."""
 
 from __future__ import annotations
 
@@ -17,22 +17,33 @@ from bench.timing import countdown
 
 NO_GPU = 2
 TEST_SHARE = 0.5
-"""Of the time, at most; the rest is for the cases."""
+"""Largest part of the time for tests; the rest is for the cases."""
 MORE_TIME = 1.5
-"""A test file that the budget stopped is run again with this much more time than it had, and not before."""
+"""A test file that the budget stopped is run again only with this many times the time that it had."""
+TEST_OPTIONS = ("-o", "addopts=--strict-markers --import-mode=importlib", "-m", "not soak")
+"""In place of the options in pyproject.toml, which leave out slow tests and need plugins that a bare GPU machine lacks."""
 MAX_PROCESSES = 30
-"""So many are broken only where no other will do better."""
+"""After this many broken processes another one will not do better."""
 A_DAY = 86400.0
 Run = Callable[..., subprocess.CompletedProcess]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the kernels' tests, then measures every case that is not yet measured at this revision, most telling first.
+    """Runs the kernels' tests, then measures every case not yet measured at this revision, the most telling first.
 
     Returns:
         0; 1 where tests failed or the cases could not be measured; 2 without a GPU.
     """
-    arguments = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description="GPU tests, then benchmarks; see bench/README.md"
+    )
+    parser.add_argument(
+        "--budget-s", type=float, default=A_DAY, help="stop after this many seconds; a later run goes on"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
+    parser.add_argument("--only", default="*", help="cases whose name matches this pattern, such as 'loss-*'")
+    parser.add_argument("--skip-tests", action="store_true", help="only the benchmarks")
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench.run: no CUDA device found, nothing was run; `pytest bench` runs what a CPU can")
         return NO_GPU
@@ -51,7 +62,7 @@ def run_tests(folder: Path, current: str, left: Callable[[], float], run: Run = 
     """Runs the kernels' test files that did not pass at this revision, and notes each outcome in the folder.
 
     Returns:
-        Whether none failed.
+        False if a test failed, now or earlier at this revision.
     """
     note = records.read(folder / TESTS)
     if note is None or note["revision"] != current:
@@ -70,20 +81,23 @@ def run_tests(folder: Path, current: str, left: Callable[[], float], run: Run = 
 
 def _test_files() -> list[str]:
     """Relative to the repository; first those of kernels on the GPU, last those that only compile, as any machine can."""
-    stems = {file: file.stem for file in (ROOT / "tests" / "csrc_triton").glob("test_*.py")}
-    files = sorted(stems, key=lambda file: ("_triton" not in stems[file], stems[file].endswith("_compiled"), file))
-    return [file.relative_to(ROOT).as_posix() for file in files]
+    files = [file.relative_to(ROOT).as_posix() for file in (ROOT / "tests" / "csrc_triton").glob("test_*.py")]
+    return sorted(files, key=lambda file: ("_triton.py" not in file, "_compiled.py" in file, file))
 
 
 def _run_test_file(file: str, limit: float, run: Run) -> dict:
-    """A file's outcome: "passed", "failed" or "stopped"; with limit_s the time that stopped it, else 0."""
-    command = [sys.executable, "-m", "pytest", "-q", file]
+    """A file's outcome: "passed", "failed" or "stopped"; limit_s is the time that stopped it, else 0."""
+    command = [sys.executable, "-m", "pytest", "-q", *TEST_OPTIONS, file]
     try:
         done = run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-        outcome, output, limit = "passed" if done.returncode == 0 else "failed", done.stdout + done.stderr, 0
+        outcome = "passed" if done.returncode == 0 else "failed"
+        output = done.stdout + done.stderr
+        limit = 0
     except subprocess.TimeoutExpired as stopped:
-        printed = stopped.stdout or b""
-        outcome, output = "stopped", printed.decode("utf-8", "replace") if isinstance(printed, bytes) else printed
+        outcome = "stopped"
+        output = stopped.stdout or ""
+        if isinstance(output, bytes):  # on POSIX, even in text mode
+            output = output.decode("utf-8", "replace")
     lines = [line for line in output.splitlines() if line.strip()]
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"outcome": outcome, "summary": lines[-1] if lines else "", "failures": failures, "limit_s": limit}
@@ -93,7 +107,7 @@ def run_cases(folder: Path, left: Callable[[], float], only: str = "*", run: Run
     """Measures the cases in a process of their own; where that breaks, the next one goes on without the culprit.
 
     Returns:
-        Whether a process came to its end, or to that of the time.
+        False if no process reached the end of the cases or of the time.
     """
     for _ in range(MAX_PROCESSES):
         limit = left()
@@ -109,19 +123,6 @@ def run_cases(folder: Path, left: Callable[[], float], only: str = "*", run: Run
             return code == 0
         print(f"bench.worker ended with code {code}; the next process goes on", flush=True)
     return False
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.run", description="GPU tests, then benchmarks; see bench/README.md"
-    )
-    parser.add_argument(
-        "--budget-s", type=float, default=A_DAY, help="stop after this many seconds; a later run goes on"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
-    parser.add_argument("--only", default="*", help="cases whose name matches this pattern, such as 'loss-*'")
-    parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")
-    return parser
 
 
 if __name__ == "__main__":

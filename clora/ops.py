@@ -1,6 +1,10 @@
-"""The numerical operations of clora, on Triton or eager PyTorch (`clora.ops`).
+"""The numerical operations of clora, on Triton kernels or eager PyTorch.
 
-The only module that imports the ops of `csrc_triton`, whose kernels it loads when they are first used.
+First the choice of the backend, then the ops. `auto` (the default) takes Triton for tensors on an NVIDIA GPU and eager
+PyTorch elsewhere, on AMD GPUs too, and logs once why it fell back. `triton` and `eager` insist; `triton` runs on AMD GPUs.
+The environment variable `CLORA_BACKEND` chooses, or for one call the op's argument `backend`.
+
+Only this module imports `csrc_triton`, whose kernels it loads when they are first used.
 """
 
 from __future__ import annotations
@@ -31,6 +35,129 @@ __all__ = [
 ]
 
 
+VARIABLE = "CLORA_BACKEND"
+BACKENDS = ("auto", "triton", "eager")
+MIN_CAPABILITY = (8, 0)
+"""Oldest NVIDIA GPU that Triton supports (Ampere)."""
+
+logger = logging.getLogger(__name__)
+
+
+class Obstacle(NamedTuple):
+    """The reason why the kernels cannot run, and what the user can do about it, if anything."""
+
+    reason: str
+    remedy: str = ""
+
+
+def use_triton(op: str, device: torch.device, backend: str | None = None) -> bool:
+    """Chooses the Triton kernels for a call, as far as the machine decides; `covered` decides by the arguments.
+
+    Args:
+        op: name of the op, for messages.
+        device: where its tensors are.
+        backend: `auto`, `triton` or `eager`; None takes `CLORA_BACKEND`, and `auto` where that is unset or empty.
+
+    Raises:
+        CloraError: the backend's name is unknown, or it is `triton` and the kernels cannot run there.
+    """
+    choice = _choice(backend)
+    if choice == "eager":
+        return False
+    obstacle = _obstacle(device, explicit=choice == "triton")
+    if obstacle is not None:
+        _fall_back(op, obstacle, device.type, backend)
+    return obstacle is None
+
+
+def covered(op: str, gap: str | None, device: torch.device, backend: str | None = None) -> bool:
+    """Chooses the Triton kernels for a call that `use_triton` allowed, unless its arguments are beyond them.
+
+    Args:
+        gap: what they do not compute in this call, or None.
+
+    Raises:
+        CloraError: there is a gap and the backend is `triton`.
+    """
+    if gap is not None:
+        _fall_back(op, Obstacle(f"the kernels of {op} do not cover this call ({gap})"), device.type, backend)
+    return gap is None
+
+
+# So that torch.compile evaluates the choice while it traces and keeps the answer. This is all that
+# torch.compiler.assume_constant_result does, but calling it here would import torch._dynamo, which takes seconds.
+use_triton._dynamo_marked_constant = covered._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _choice(backend: str | None) -> str:
+    choice = os.environ.get(VARIABLE) or "auto" if backend is None else backend
+    if choice not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise CloraError(f"{_source(backend)}: expected one of {known}{nearest(str(choice).lower(), BACKENDS)}")
+    return choice
+
+
+def _source(backend: str | None) -> str:
+    """The variable or argument that chose the backend, for messages."""
+    return f"{VARIABLE}={os.environ.get(VARIABLE, '')}" if backend is None else f"backend={backend!r}"
+
+
+def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | None) -> None:
+    """Raises if the user chose Triton; otherwise logs why eager PyTorch runs."""
+    if _choice(backend) == "triton":
+        remedy = f"{obstacle.remedy}, or use" if obstacle.remedy else "use"
+        found = f"{_source(backend)}, but {op} cannot run on Triton: {obstacle.reason}"
+        raise CloraError(f"{found}; {remedy} backend 'auto'")
+    _report(obstacle.reason, device_type)
+
+
+def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
+    """Finds what keeps every kernel from running on a device. `auto` imports Triton only on NVIDIA GPUs."""
+    off_gpu = device.type != "cuda"  # AMD GPUs are "cuda" too
+    no_gpu = Obstacle(
+        f"the tensors are on {device.type}, and the kernels need a GPU",
+        "move them to one, or for tests start Python with TRITON_INTERPRET=1 to interpret the kernels, slowly",
+    )
+    if off_gpu and not explicit:
+        return no_gpu
+    if torch.version.hip and not explicit:
+        return Obstacle(f"{device} is an AMD GPU, on which they have never run ({VARIABLE}=triton runs them there)")
+    if error := _import_error():
+        return Obstacle(f"Triton cannot be imported ({error})", "install it with `pip install triton` (Linux)")
+    if interpreting():
+        return None if explicit else Obstacle("TRITON_INTERPRET is set, a mode for tests", "unset it")
+    if off_gpu:
+        return no_gpu
+    if not torch.version.hip and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        return Obstacle(f"{device} has compute capability {found}, and Triton needs {needed}")
+    return None
+
+
+@functools.cache
+def _import_error() -> str:
+    """The error of importing Triton; empty if it can be imported."""
+    try:
+        import triton.language  # noqa: F401
+    except Exception as error:  # a broken installation raises more than ImportError
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def interpreting() -> bool:
+    """Detects that Triton, which must be importable, was imported to interpret kernels."""
+    from csrc_triton.registration import INTERPRETED
+
+    return INTERPRETED
+
+
+@functools.cache
+def _report(reason: str, device_type: str) -> None:
+    """Logs a fallback, once per reason: expected on a CPU, worth a warning on a GPU."""
+    level = logging.WARNING if device_type == "cuda" else logging.INFO
+    logger.log(level, "running on eager PyTorch instead of the Triton kernels: %s", reason)
+
+
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -44,15 +171,15 @@ def multi_lora_linear(
 ) -> Tensor:
     """Linear layer whose samples each add the low-rank delta of their own adapter.
 
-    Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_linear`. What the Triton
-    kernels cover of it: `csrc_triton.multi_lora.op.unsupported`.
+    Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_linear`. The calls that the Triton
+    kernels do not cover: `csrc_triton.multi_lora.op.unsupported`.
 
     Args:
         backend: `auto`, `triton` or `eager` for this call; None takes `CLORA_BACKEND`.
 
     Raises:
         ValueError: a shape or dtype is wrong.
-        CloraError: Triton was asked for and cannot run this call, or the backend is unknown.
+        CloraError: the backend is `triton` and cannot run this call, or it is unknown.
     """
     arguments = (x, weight, bias, lora_A, lora_B, scale, adapter_ids)
     if use_triton("multi_lora_linear", x.device, backend):
@@ -78,7 +205,7 @@ def multi_lora_linears(
         [multi_lora_linear(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
          for weight, bias, lora_A, lora_B in projections]
 
-    Layer by layer, exactly so, where eager PyTorch computes or the kernels do not cover one of the layers.
+    Exactly this, layer by layer, on eager PyTorch and where the kernels do not cover one of the layers.
 
     Args:
         projections: ``(weight, bias, lora_A, lora_B)`` of each layer; ranks and outputs may differ.
@@ -110,8 +237,8 @@ def multi_lora_add(
 ) -> Tensor:
     """Adds each sample's low-rank delta to the output of a base layer that was computed elsewhere.
 
-    Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_add`. What the Triton kernels cover of
-    it: `csrc_triton.multi_lora.add.unsupported`.
+    Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_add`. The calls that the Triton kernels
+    do not cover: `csrc_triton.multi_lora.op.unsupported_add`.
 
     Args:
         backend: as in `multi_lora_linear`.
@@ -121,9 +248,9 @@ def multi_lora_add(
     """
     arguments = (y, x, lora_A, lora_B, scale, adapter_ids)
     if use_triton("multi_lora_add", x.device, backend):
-        from csrc_triton.multi_lora.add import multi_lora_add_triton, unsupported
+        from csrc_triton.multi_lora.op import multi_lora_add_triton, unsupported_add
 
-        if covered("multi_lora_add", unsupported(*arguments), x.device, backend):
+        if covered("multi_lora_add", unsupported_add(*arguments), x.device, backend):
             return multi_lora_add_triton(*arguments)
     return multi_lora.multi_lora_add(*arguments)
 
@@ -150,7 +277,7 @@ def coarse_to_fine_loss(
 
     Raises:
         ValueError: a shape is wrong.
-        CloraError: Triton was asked for and cannot run this call, or the backend is unknown.
+        CloraError: the backend is `triton` and cannot run this call, or it is unknown.
     """
     arguments = (velocity, x, sigma, kind, weight, scores, anchor_target, guidance)
     if use_triton("coarse_to_fine_loss", velocity.device, backend):
@@ -159,128 +286,3 @@ def coarse_to_fine_loss(
         if covered("coarse_to_fine_loss", unsupported(*arguments), velocity.device, backend):
             return coarse_to_fine_loss_triton(*arguments)
     return coarse_to_fine.coarse_to_fine_loss(*arguments)
-
-
-VARIABLE = "CLORA_BACKEND"
-BACKENDS = ("auto", "triton", "eager")
-MIN_CAPABILITY = (8, 0)
-"""Oldest NVIDIA GPU that Triton supports (Ampere)."""
-
-logger = logging.getLogger(__name__)
-
-
-class Obstacle(NamedTuple):
-    """Why the kernels cannot run, and what would let them, if anything short of eager PyTorch."""
-
-    reason: str
-    remedy: str = ""
-
-
-def use_triton(op: str, device: torch.device, backend: str | None = None) -> bool:
-    """Whether a call may run on the Triton kernels, as far as the machine goes; `covered` says the rest.
-
-    Args:
-        op: name of the op, for messages.
-        device: where its tensors are.
-        backend: `auto`, `triton` or `eager`; None takes `CLORA_BACKEND`, and `auto` where that is unset or empty.
-
-    Raises:
-        CloraError: the backend's name is unknown, or it is `triton` and the kernels cannot run there.
-    """
-    choice = _choice(backend)
-    if choice == "eager":
-        return False
-    obstacle = _obstacle(device, explicit=choice == "triton")
-    if obstacle is not None:
-        _fall_back(op, obstacle, device.type, backend)
-    return obstacle is None
-
-
-def covered(op: str, gap: str | None, device: torch.device, backend: str | None = None) -> bool:
-    """Whether the kernels compute this call of an op, after `use_triton`.
-
-    Args:
-        gap: what they do not compute in it, or None.
-
-    Raises:
-        CloraError: there is a gap and the backend is `triton`.
-    """
-    if gap is not None:
-        _fall_back(op, Obstacle(f"the kernels of {op} do not cover this call ({gap})"), device.type, backend)
-    return gap is None
-
-
-# So that torch.compile evaluates the choice while it traces and keeps the answer. This is all that
-# torch.compiler.assume_constant_result does, but calling it here would import torch._dynamo, which takes seconds.
-use_triton._dynamo_marked_constant = covered._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _choice(backend: str | None) -> str:
-    choice = os.environ.get(VARIABLE) or "auto" if backend is None else backend
-    if choice not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise CloraError(f"{_source(backend)}: expected one of {known}{nearest(str(choice).lower(), BACKENDS)}")
-    return choice
-
-
-def _source(backend: str | None) -> str:
-    """How the backend was chosen, for messages."""
-    return f"{VARIABLE}={os.environ.get(VARIABLE, '')}" if backend is None else f"backend={backend!r}"
-
-
-def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | None) -> None:
-    """Raises if Triton was asked for; otherwise logs why eager PyTorch runs."""
-    if _choice(backend) == "triton":
-        remedy = f"{obstacle.remedy}, or use" if obstacle.remedy else "use"
-        found = f"{_source(backend)}, but {op} cannot run on Triton: {obstacle.reason}"
-        raise CloraError(f"{found}; {remedy} backend 'auto'")
-    _report(obstacle.reason, device_type)
-
-
-def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
-    """What keeps every kernel from running on this device. `auto` imports Triton on NVIDIA GPUs alone."""
-    off_gpu = device.type != "cuda"  # AMD GPUs are "cuda" too
-    no_gpu = Obstacle(
-        f"the tensors are on {device.type}, and the kernels need a GPU",
-        "move them to one, or for tests start Python with TRITON_INTERPRET=1 to interpret the kernels, slowly",
-    )
-    if off_gpu and not explicit:
-        return no_gpu
-    if torch.version.hip and not explicit:
-        return Obstacle(f"{device} is an AMD GPU, on which they have never run ({VARIABLE}=triton runs them there)")
-    if error := _import_error():
-        return Obstacle(f"Triton cannot be imported ({error})", "install it with `pip install triton` (Linux)")
-    if interpreting():
-        return None if explicit else Obstacle("TRITON_INTERPRET is set, a mode for tests", "unset it")
-    return no_gpu if off_gpu else _too_old(device)
-
-
-def _too_old(device: torch.device) -> Obstacle | None:
-    if torch.version.hip or (found := torch.cuda.get_device_capability(device)) >= MIN_CAPABILITY:
-        return None
-    versions = (".".join(map(str, version)) for version in (found, MIN_CAPABILITY))
-    return Obstacle("{} has compute capability {}, and Triton needs {}".format(device, *versions))
-
-
-@functools.cache
-def _import_error() -> str:
-    """Why Triton cannot be imported; empty if it can."""
-    try:
-        import triton.language  # noqa: F401
-    except Exception as error:  # a broken installation raises more than ImportError
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def interpreting() -> bool:
-    """Whether Triton was imported to interpret kernels; only where it can be imported."""
-    from csrc_triton.registration import INTERPRETED
-
-    return INTERPRETED
-
-
-@functools.cache
-def _report(reason: str, device_type: str) -> None:
-    """Logs a fallback, once per reason: expected on a CPU, worth a warning on a GPU."""
-    level = logging.WARNING if device_type == "cuda" else logging.INFO
-    logger.log(level, "running on eager PyTorch instead of the Triton kernels: %s", reason)

@@ -11,16 +11,16 @@ from csrc_triton.coarse_to_fine.reference import gradient_dtype
 from csrc_triton.registration import wrap_triton
 
 TILE = 2048
+"""Elements per loop iteration of a program: 8 per thread, one 16-byte load of bf16 or two of fp32."""
 WARPS = 8
-"""Elements per loop iteration of a program, and its warps: 8 a thread, one 16-byte load of bf16 or two of fp32."""
 MAX_CHUNKS = 128
 """Chunks per row at most: each program of `finish_kernel` reads the partial sums of a whole row."""
 ROWS = 8
-"""Rows that the program of `finish_kernel` which makes the loss takes at a time, a warp each; 16 spilled on sm_90."""
+"""Rows at a time, a warp each, in the program of `finish_kernel` that makes the loss; 16 spilled on sm_90."""
 
 
 class Chunks(NamedTuple):
-    """How a row is divided: a function of its size alone, so that a row's result does not depend on its batch.
+    """The division of a row: a function of its size only, so that a row's result does not depend on its batch.
 
     Attributes:
         count: chunks per row.
@@ -62,12 +62,19 @@ def loss_kernels(
         loss `[]`, terms `[3]`, gradient_norm `[R]` (fp32), nonfinite `[R]` (bool) and the gradient with respect to
         velocity `[R, ...]` in `gradient_dtype`.
     """
-    latents = [_dense_rows(t) for t in (velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target)]
-    sigma, kind, weight, score_sigma = (t.contiguous() for t in (sigma, kind, weight, score_sigma))
+    # Rows are read where they lie, whatever is between them; only a row that is not contiguous itself is copied.
+    latents = [
+        t if t.shape[0] == 0 or t[0].is_contiguous() else t.contiguous()
+        for t in (velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target)
+    ]
     velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target = latents
-    rows, scored, numel = velocity.shape[0], score_sigma.shape[0], velocity.shape[1:].numel()
+    sigma, kind, weight, score_sigma = (t.contiguous() for t in (sigma, kind, weight, score_sigma))
+    rows = velocity.shape[0]
+    scored = score_sigma.shape[0]
+    numel = velocity.shape[1:].numel()
     chunks = chunks_of(numel)
     outputs = loss_outputs(velocity)
+    # The direction of an fp32 gradient is written where the gradient will be, which replaces it element by element.
     gradient = outputs[-1]
     direction = gradient if gradient.dtype == torch.float32 else _empty(velocity, tuple(velocity.shape))
     pitch = _power_of_two(chunks.count)
@@ -104,13 +111,8 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.floa
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _dense_rows(t: Tensor) -> Tensor:
-    """The tensor itself if each of its rows is contiguous, whatever lies between them; else a contiguous copy."""
-    return t if t.shape[0] == 0 or t[0].is_contiguous() else t.contiguous()
-
-
 def _power_of_two(n: int) -> int:
-    """The smallest power of two not below n, at least 1; by comparisons alone, so that a traced n is not fixed."""
+    """The smallest power of two not below n, at least 1; by comparisons only, so that a traced n is not fixed."""
     power = 1
     while power < n:
         power *= 2

@@ -21,11 +21,11 @@ def coarse_to_fine_loss_triton(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`reference.coarse_to_fine_loss` and its gradient in two launches; arguments, results and errors are the same.
 
-    It computes in fp32 only. A row's results are the same to the bit in any batch, but that its gradient is divided by
-    the number of rows of its kind.
+    It computes in fp32 only. A row's results are the same to the bit in any batch, except that its gradient is divided
+    by the number of rows of its kind.
 
     Raises:
-        ValueError: a shape is wrong, or `unsupported` gives a reason; then the reference computes it.
+        ValueError: a shape is wrong, or `unsupported` returns a reason; then the reference computes it.
     """
     scores, anchor_target = complete(velocity, x, sigma, kind, weight, scores, anchor_target)
     if reason := unsupported(velocity, x, sigma, kind, weight, scores, anchor_target, guidance):
@@ -47,19 +47,16 @@ def unsupported(
     anchor_target: Tensor | None,
     guidance: float,
 ) -> str | None:
-    """Why the kernels cannot compute a call whose shapes are right, or None."""
+    """The reason why the kernels cannot compute a call whose shapes are right, or None."""
     if torch.float64 in (velocity.dtype, x.dtype):
         return "velocity or x is fp64, which the eager reference computes in"
     tensors = {"x": x, "sigma": sigma, "kind": kind, "weight": weight, "anchor_target": anchor_target}
-    tensors |= {f"scores.{name}": tensor for name, tensor in (scores._asdict() if scores else {}).items()}
+    if scores is not None:
+        tensors |= {f"scores.{name}": tensor for name, tensor in scores._asdict().items()}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != velocity.device:
             return f"{name} is on {tensor.device}, velocity on {velocity.device}"
     return None
-
-
-def _loss_fake(velocity: Tensor, *others) -> tuple[Tensor, ...]:
-    return loss_outputs(velocity)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -91,5 +88,6 @@ class _Untraced(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-loss_op = kernel_op("clora::coarse_to_fine_loss", loss_kernels, _loss_fake)
+loss_op = kernel_op("clora::coarse_to_fine_loss")(loss_kernels)
+loss_op.register_fake(lambda velocity, *others: loss_outputs(velocity))
 loss_op.register_autograd(_backward, setup_context=_setup)

@@ -86,10 +86,12 @@ def coarse_to_fine_loss(
     scores = Scores(*(t.detach().to(dtype) for t in scores))
     v, x, sigma, weight, anchor_target = (t.detach().to(dtype) for t in (velocity, x, sigma, weight, anchor_target))
 
+    # [3, R]: the rows of each kind. A row's part of the loss is its term by the number of rows of its kind, so that
+    # factor [R] is d loss / d row over the row's elements.
     members = torch.stack([kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR)])
     counts = members.sum(1, keepdim=True).clamp(min=1)
     factor = (members.to(dtype) / counts).sum(0) * weight / v.shape[1:].numel()
-    d = scores.sigma.shape[0]
+    d = scores.sigma.shape[0]  # the rest are anchors
     dmd = _dmd_rows(v[:d], x[:d], sigma[:d], scores, guidance, factor[:d])
     anchors = _anchor_rows(v[d:], anchor_target, factor[d:])
     rows, norm, gradient = (torch.cat(parts) for parts in zip(dmd, anchors, strict=True))
@@ -171,35 +173,30 @@ def complete(
     """Scores and anchor target, of no rows where they are None, after a check of all shapes.
 
     Raises:
-        ValueError: a shape is not as `coarse_to_fine_loss` says.
+        ValueError: a shape is not as `coarse_to_fine_loss` takes it.
     """
     if scores is None:
         scores = Scores(x[:0], sigma[:0], x[:0], x[:0], x[:0])
     if anchor_target is None:
         anchor_target = x[:0]
-    _check_shapes(velocity, x, sigma, kind, weight, scores, anchor_target)
-    return scores, anchor_target
-
-
-def _check_shapes(velocity, x, sigma, kind, weight, scores: Scores, anchor_target) -> None:
     if velocity.ndim < 2:
         raise ValueError(
             f"velocity: expected [R, ...] with at least one latent dimension, found {list(velocity.shape)}"
         )
-    rows, latent, d = velocity.shape[0], velocity.shape[1:], scores.sigma.shape[0]
+    rows, *latent = velocity.shape
+    d = scores.sigma.shape[0]
     expected = {
         "x": (x, (rows, *latent)),
         "sigma": (sigma, (rows,)),
         "kind": (kind, (rows,)),
         "weight": (weight, (rows,)),
-        "scores.renoised": (scores.renoised, (d, *latent)),
-        "scores.critic": (scores.critic, (d, *latent)),
-        "scores.teacher": (scores.teacher, (d, *latent)),
-        "scores.teacher_uncond": (scores.teacher_uncond, (d, *latent)),
         "anchor_target": (anchor_target, (rows - d, *latent)),
     }
+    for name in ("renoised", "critic", "teacher", "teacher_uncond"):
+        expected[f"scores.{name}"] = (getattr(scores, name), (d, *latent))
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(
                 f"{name}: expected shape {list(shape)} ({rows} rows, {d} scored), found {list(tensor.shape)}"
             )
+    return scores, anchor_target

@@ -1,4 +1,4 @@
-"""Which of the two forward designs a shape takes: a table of measurements, `designs.json`, and nothing else."""
+"""The forward design of a call, "fused" or "split": from `designs.json`, a table of measurements, and nothing else."""
 
 import json
 from collections.abc import Sequence
@@ -6,11 +6,23 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 DESIGNS = ("fused", "split")
 DEFAULT = "split"
 """Where nothing was measured: cuBLAS computes the base layer, so that at most the two extra passes over y are lost."""
 TABLE = Path(__file__).with_name("designs.json")
+
+
+def design_of(x: Tensor, weight: Tensor, lora_A: Tensor, design: str | None) -> str:
+    """The design that the caller asked for, else the one for these tensors on their GPU, else the default."""
+    if design is not None or x.device.type != "cuda":
+        return design or DEFAULT
+    import triton
+
+    capability = torch.cuda.get_device_capability(x.device)
+    n, k = weight.shape
+    return design_for(x.shape[1], k, n, lora_A.shape[1], x.dtype, capability, triton.__version__)
 
 
 def design_for(
@@ -34,36 +46,24 @@ def design_for(
             "rank": R, "min_tokens": T, "design": "fused" or "split"}``; of the entries of a shape, the one with the
             largest min_tokens that is not above `tokens` decides. Default: `designs.json`.
     """
-    shape = (
-        tuple(capability),
-        release(triton),
-        str(dtype).removeprefix("torch."),
-        in_features,
-        out_features,
-        _padded(rank),
-    )
-    entries = [entry for entry in (_table() if table is None else table) if _shape_of(entry) == shape]
-    best = None
-    for entry in entries:
-        if tokens >= entry["min_tokens"] and (best is None or entry["min_tokens"] > best["min_tokens"]):
+    asked = {
+        "capability": list(capability),
+        "triton": release(triton),
+        "dtype": str(dtype).removeprefix("torch."),
+        "in_features": in_features,
+        "out_features": out_features,
+    }
+    best = {"min_tokens": -1, "design": DEFAULT}
+    for entry in _table() if table is None else table:
+        of_this_shape = asked.items() <= entry.items() and _padded(entry["rank"]) == _padded(rank)
+        if of_this_shape and best["min_tokens"] < entry["min_tokens"] <= tokens:
             best = entry
-    return DEFAULT if best is None else best["design"]
+    return best["design"]
 
 
 def release(version: str) -> str:
     """The first two numbers of a version: "3.7" of "3.7.1+git"."""
     return ".".join(version.split(".")[:2])
-
-
-def _shape_of(entry: dict) -> tuple:
-    return (
-        tuple(entry["capability"]),
-        entry["triton"],
-        entry["dtype"],
-        entry["in_features"],
-        entry["out_features"],
-        _padded(entry["rank"]),
-    )
 
 
 def _padded(rank: int) -> int:

@@ -1,7 +1,7 @@
 """Launches of the multi-adapter linear layer's kernels: grids, workspaces, tiles. No value is read on the host.
 
 Shapes are as in `reference.py`. ``low`` is `[B, T, sum of ranks]`: the ranks of the projections that share an input stand
-side by side, and an `offset` says where one begins. Rows of base samples in it are never written nor read.
+side by side, and `offset` is where one begins. Rows of base samples in it are never written nor read.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ from csrc_triton.multi_lora.kernels import (
     shrink_kernel,
 )
 from csrc_triton.multi_lora.tiles import (
-    Machine,
     expand_tiles,
     gradient_tiles,
     linear_tiles,
@@ -40,10 +39,26 @@ def shrink(x: Tensor, factors: Sequence[Tensor], scale: Tensor, ids: Tensor, low
         factors: of each projection `[E, R, C]`, any strides.
         low: written, in the dtype of x.
     """
+    x = _unit_stride(x)
+    num_samples, tokens, channels = x.shape
     for first in range(0, len(factors), MAX_SHARED):
         group = _of_one_layout(factors[first : first + MAX_SHARED])
-        _shrink_group(_unit_stride(x), group, scale, ids, low, offset)
-        offset += sum(factor.shape[1] for factor in group)
+        ranks = [int(factor.shape[1]) for factor in group]
+        tiles = shrink_tiles(
+            machine_of(x.device), tokens, int(channels), sum(ranks), x.element_size(), group[0].element_size()
+        )
+        row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
+        # The kernel takes three factors; those of rank 0 are not read.
+        missing = MAX_SHARED - len(group)
+        group += [group[0]] * missing
+        strides = [stride for factor in group for stride in factor.stride()[:2]]
+        r0, r1, r2 = ranks + [0] * missing
+        _launch(
+            shrink_kernel, num_samples * row_tiles * triton.cdiv(sum(ranks), tiles["BLOCK_R"]),
+            x, low, *group, scale, ids, tokens, row_tiles, x.stride(0), x.stride(1), *strides, group[0].stride(2),
+            C=int(channels), R0=r0, R1=r1, R2=r2, LOW_R=int(low.shape[2]), LOW_OFFSET=offset, **tiles,
+        )  # fmt: skip
+        offset += sum(ranks)
 
 
 def expand_add(y: Tensor, low: Tensor, offset: int, factor: Tensor, ids: Tensor) -> None:
@@ -57,12 +72,11 @@ def expand_add(y: Tensor, low: Tensor, offset: int, factor: Tensor, ids: Tensor)
     rank = int(factor.shape[2])
     tiles = expand_tiles(machine_of(y.device), tokens, int(outputs), rank, y.element_size())
     row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
-    programs = num_samples * row_tiles * triton.cdiv(int(outputs), tiles["BLOCK_N"])
-    if programs:
-        wrap_triton(expand_add_kernel)[(programs,)](
-            y, low, factor, ids, tokens, row_tiles, *factor.stride(),
-            N=int(outputs), R=rank, LOW_R=int(low.shape[2]), LOW_OFFSET=offset, **tiles,
-        )  # fmt: skip
+    _launch(
+        expand_add_kernel, num_samples * row_tiles * triton.cdiv(int(outputs), tiles["BLOCK_N"]),
+        y, low, factor, ids, tokens, row_tiles, *factor.stride(),
+        N=int(outputs), R=rank, LOW_R=int(low.shape[2]), LOW_OFFSET=offset, **tiles,
+    )  # fmt: skip
 
 
 def linear(
@@ -79,23 +93,28 @@ def linear(
     Returns:
         `[B, T, N]`: y where it was given.
     """
-    x, weight, transposed = _unit_stride(x), *_contiguous_weight(weight)
-    (num_samples, tokens, channels), outputs, rank = x.shape, int(weight.shape[0]), int(factor.shape[2])
+    x = _unit_stride(x)
+    transposed = weight.mT.is_contiguous() and not weight.is_contiguous()  # memory holds it as [C, N]
+    if not transposed:
+        weight = weight.contiguous()
+    num_samples, tokens, channels = x.shape
+    outputs = int(weight.shape[0])
     out = x.new_empty(num_samples, tokens, outputs) if y is None else y
-    machine = _with_descriptors_if_aligned(machine_of(x.device), x, weight.mT if transposed else weight)
-    tiles = linear_tiles(machine, tokens, outputs, int(channels), rank, x.element_size())
+    machine = machine_of(x.device)
+    if machine.descriptors and not _aligned(x, weight.mT if transposed else weight):
+        machine = machine._replace(descriptors=False)
+    tiles = linear_tiles(machine, tokens, outputs, int(channels), int(factor.shape[2]), x.element_size())
+    if tiles["DESCRIPTORS"]:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
     all_row_tiles = num_samples * row_tiles
-    programs = all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"])
-    if programs:
-        if tiles["DESCRIPTORS"]:
-            triton.set_allocator(_descriptor_memory)
-        wrap_triton(linear_kernel)[(programs,)](
-            x, weight, weight if bias is None else bias, out, low, factor, ids,
-            tokens, row_tiles, all_row_tiles, x.stride(0), x.stride(1), *factor.stride(),
-            C=int(channels), N=outputs, R=rank, LOW_R=int(low.shape[2]), LOW_OFFSET=offset,
-            WEIGHT_CN=transposed, HAS_BIAS=bias is not None, ADD=y is not None, **tiles,
-        )  # fmt: skip
+    _launch(
+        linear_kernel, all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"]),
+        x, weight, weight if bias is None else bias, out, low, factor, ids,
+        tokens, row_tiles, all_row_tiles, x.stride(0), x.stride(1), *factor.stride(),
+        C=int(channels), N=outputs, R=int(factor.shape[2]), LOW_R=int(low.shape[2]), LOW_OFFSET=offset,
+        WEIGHT_CN=transposed, HAS_BIAS=bias is not None, ADD=y is not None, **tiles,
+    )  # fmt: skip
     return out
 
 
@@ -121,13 +140,15 @@ def gradients(
     partial = x.new_empty((num_samples, chunks, channels, rank), dtype=torch.float32)
     # Without shrunk these three are neither read nor written.
     factor, scale, low = (low_in, ids, partial) if shrunk is None else shrunk
-    programs = num_samples * chunks * _programs_per_chunk(tiles, int(channels), rank, shrunk is not None)
-    if programs:
-        wrap_triton(gradients_kernel)[(programs,)](
-            x, low_in, partial, low, factor, scale, ids,
-            tokens, chunks, x.stride(0), x.stride(1), *factor.stride(),
-            C=int(channels), R=rank, LOW_R=int(low_in.shape[2]), LOW_OFFSET=offset, SHRINK=shrunk is not None, **tiles,
-        )  # fmt: skip
+    # A program takes a block of channels for the partial sums, or a tile of rows for the shrink.
+    per_rank_block = triton.cdiv(int(channels), tiles["BLOCK_C"])
+    if shrunk is not None:
+        per_rank_block += tiles["CHUNK"] // tiles["BLOCK_M"]
+    _launch(
+        gradients_kernel, num_samples * chunks * per_rank_block * triton.cdiv(rank, tiles["BLOCK_R"]),
+        x, low_in, partial, low, factor, scale, ids, tokens, chunks, x.stride(0), x.stride(1), *factor.stride(),
+        C=int(channels), R=rank, LOW_R=int(low_in.shape[2]), LOW_OFFSET=offset, SHRINK=shrunk is not None, **tiles,
+    )  # fmt: skip
     return partial
 
 
@@ -144,37 +165,18 @@ def reduce(partial: Tensor, offset: int, out: Tensor, ids: Tensor, transposed: b
     if transposed:
         per_channel, per_rank, rank = per_rank, per_channel, int(out.shape[1])
     tiles = reduce_tiles(rank)
-    programs = out.shape[0] * triton.cdiv(int(channels), tiles["BLOCK_C"])
-    wrap_triton(reduce_kernel)[(programs,)](
+    _launch(
+        reduce_kernel, out.shape[0] * triton.cdiv(int(channels), tiles["BLOCK_C"]),
         partial, out, ids, num_samples, chunks, per_adapter, per_channel, per_rank,
         C=int(channels), R=rank, PARTIAL_R=int(ranks), PARTIAL_OFFSET=offset, **tiles,
     )  # fmt: skip
     return out
 
 
-def _shrink_group(x, factors, scale, ids, low, offset: int) -> None:
-    num_samples, tokens, channels = x.shape
-    ranks = [int(factor.shape[1]) for factor in factors]
-    tiles = shrink_tiles(
-        machine_of(x.device), tokens, int(channels), sum(ranks), x.element_size(), factors[0].element_size()
-    )
-    row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
-    programs = num_samples * row_tiles * triton.cdiv(sum(ranks), tiles["BLOCK_R"])
-    if not programs:
-        return
-    missing = MAX_SHARED - len(factors)
-    factors, ranks = [*factors, *[factors[0]] * missing], ranks + [0] * missing
-    strides = [stride for factor in factors for stride in factor.stride()[:2]]
-    wrap_triton(shrink_kernel)[(programs,)](
-        x, low, *factors, scale, ids, tokens, row_tiles, x.stride(0), x.stride(1), *strides, factors[0].stride(2),
-        C=int(channels), R0=ranks[0], R1=ranks[1], R2=ranks[2],
-        LOW_R=int(low.shape[2]), LOW_OFFSET=offset, **tiles,
-    )  # fmt: skip
-
-
-def _programs_per_chunk(tiles, channels: int, rank: int, shrinks: bool) -> int:
-    per_rank = triton.cdiv(channels, tiles["BLOCK_C"]) + shrinks * (tiles["CHUNK"] // tiles["BLOCK_M"])
-    return per_rank * triton.cdiv(rank, tiles["BLOCK_R"])
+def _launch(kernel, programs: int, *arguments, **constants) -> None:
+    """Launches a kernel on a grid of programs, which may be empty."""
+    if programs:
+        wrap_triton(kernel)[(programs,)](*arguments, **constants)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -189,22 +191,11 @@ def _of_one_layout(factors: Sequence[Tensor]) -> list[Tensor]:
     return [_unit_stride(factor.to(dtype)) for factor in factors]
 
 
-def _contiguous_weight(weight: Tensor) -> tuple[Tensor, bool]:
-    """The weight `[N, C]` and whether memory holds it as `[C, N]`."""
-    if weight.mT.is_contiguous() and not weight.is_contiguous():
-        return weight, True
-    return weight.contiguous(), False
-
-
-def _with_descriptors_if_aligned(machine: Machine, *tensors: Tensor) -> Machine:
-    """A descriptor's start and row strides are multiples of 16 bytes; otherwise it reads wrong values without an error."""
-    return machine._replace(descriptors=machine.descriptors and all(map(_aligned, tensors)))
-
-
-def _aligned(tensor: Tensor) -> bool:
-    outer = tensor.stride()[:-1]
-    return 0 not in outer and all(n * tensor.element_size() % 16 == 0 for n in (tensor.storage_offset(), *outer))
-
-
-def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def _aligned(*tensors: Tensor) -> bool:
+    """Tests whether all rows begin at multiples of 16 bytes; others a descriptor would misread without an error."""
+    for tensor in tensors:
+        outer = tensor.stride()[:-1]
+        starts = [elements * tensor.element_size() for elements in (tensor.storage_offset(), *outer)]
+        if 0 in outer or any(start % 16 for start in starts):
+            return False
+    return True

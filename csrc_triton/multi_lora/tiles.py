@@ -5,12 +5,13 @@ and registers and from what the compiler emits (`csrc_triton/README.md`).
 """
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 MAX_BLOCK_R = 256
-"""Ranks per program at most: 64 rows of fp32 sums, 128 registers of each thread of four warps."""
+"""Largest number of ranks per program: 64 rows of fp32 sums, 128 registers of each thread of four warps."""
 LINEAR_BLOCK_R = 64
 """Ranks per step behind the base product: their operands reuse the shared memory of its channel loop."""
 
@@ -21,11 +22,11 @@ RESERVED = 16384
 
 
 class Machine(NamedTuple):
-    """What the tile sizes depend on.
+    """The properties of a GPU that the tile sizes depend on.
 
     Attributes:
         shared_memory: bytes that one program may use.
-        descriptors: whether tensor descriptors become hardware copies (TMA: sm_90 and later).
+        descriptors: tensor descriptors become hardware copies (TMA: sm_90 and later).
     """
 
     shared_memory: int
@@ -47,12 +48,8 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(properties.shared_memory_per_block_optin, descriptors=properties.major >= 9)
 
 
-def power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
-
-
 def up_to(limit: int, size: int) -> int:
-    """The smallest power of two from 16 to `limit` that holds `size`; compares only, so that a size may be symbolic."""
+    """The smallest power of two from 16 to `limit` that holds `size`; by comparisons only, so that a size may be symbolic."""
     block = 16
     while block < limit and block < size:
         block *= 2
@@ -75,8 +72,9 @@ def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_byte
     block_r = rank_block(rank)
     block_m = up_to(32 if x_bytes == 4 and block_r > 128 else 64, tokens)
     per_channel = block_m * x_bytes + block_r * factor_bytes
-    largest = up_to(_channel_limit(channels, x_bytes), channels)
-    stages, block_c = _stages(machine, per_channel, block_r * x_bytes, largest)
+    # Rows that do not begin at 16 bytes are loaded element by element, through registers: fewer channels then.
+    limit = 128 if x_bytes == 2 and channels % 16 == 0 else 32
+    stages, block_c = _stages(machine, per_channel, block_r * x_bytes, up_to(limit, channels))
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
 
 
@@ -92,9 +90,7 @@ def expand_tiles(machine: Machine, tokens: int, outputs: int, rank: int, x_bytes
 def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, rank: int, x_bytes: int) -> Tiles:
     """Tiles of `linear_kernel`."""
     limits = _linear_limits(machine, x_bytes, channels % 16 == 0 and outputs % 16 == 0)
-    block_m, block_n, block_c = (
-        up_to(limit, size) for limit, size in zip(limits, (tokens, outputs, channels), strict=True)
-    )
+    block_m, block_n, block_c = map(up_to, limits, (tokens, outputs, channels))
     stages = 3 if (block_m + block_n) * block_c * x_bytes * 3 <= machine.shared_memory - RESERVED else 2
     return {
         "BLOCK_M": block_m,
@@ -112,7 +108,7 @@ def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_by
     """Tiles of `gradients_kernel`; a chunk's partials are 4 rank / CHUNK of the bytes of its 16-bit rows."""
     shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes, factor_bytes)
     block_r = shrink["BLOCK_R"]
-    # Likewise: sums of 128 x 128 (rank 128) spilled on sm_80, and 64 rows a step at rank 64.
+    # On sm_80 sums of 128 x 128 (rank 128) spilled, and so did 64 rows a step at rank 64.
     large = x_bytes == 2 and machine.shared_memory > HOPPER
     block_c = up_to(128 if large and block_r < MAX_BLOCK_R else 64, channels)
     per_row = (block_c + block_r) * x_bytes
@@ -136,15 +132,8 @@ def reduce_tiles(rank: int) -> Tiles:
     return {"BLOCK_C": max(1024 // block_r, 1), "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
 
 
-def _channel_limit(channels: int, x_bytes: int) -> int:
-    """Channels per step at most; rows that do not begin at 16 bytes are loaded element by element, through registers."""
-    if x_bytes == 4:
-        return 32
-    return 128 if channels % 16 == 0 else 32
-
-
 def _linear_limits(machine: Machine, x_bytes: int, aligned: bool) -> tuple[int, int, int]:
-    """Rows, outputs and channels of a tile of the base product, where the layer is large."""
+    """Largest numbers of rows, outputs and channels in a tile of the base product."""
     if x_bytes == 4:  # no tensor cores: the sums and both operands stand in registers
         return 64, 64, 16
     if not aligned:
@@ -157,7 +146,8 @@ def _linear_limits(machine: Machine, x_bytes: int, aligned: bool) -> tuple[int, 
 def _stages(machine: Machine, per_channel: int, extra_per_channel: int, largest: int) -> tuple[int, int]:
     """Pipeline stages and the largest block of channels that fit: at least three stages where any block allows it."""
     blocks = [block for block in (128, 64, 32, 16) if block <= largest]
-    for block, stages in [(b, s) for b in blocks for s in (4, 3)] + [(b, 2) for b in blocks]:
-        if (stages * per_channel + extra_per_channel) * block <= machine.shared_memory - RESERVED:
-            return stages, block
+    for most in ((4, 3), (2,)):
+        for block, stages in product(blocks, most):
+            if (stages * per_channel + extra_per_channel) * block <= machine.shared_memory - RESERVED:
+                return stages, block
     return 1, 16

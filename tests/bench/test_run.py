@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 import torch
 
 import bench.run
 from bench import records
+from bench.machine import ROOT
 from bench.report import NAME, TESTS
-from bench.run import run_cases, run_tests
+from bench.run import TEST_OPTIONS, run_cases, run_tests
 from bench.timing import countdown
 from bench.worker import DEVICE_LOST
 
@@ -62,7 +64,7 @@ def test_the_whole_command(codes, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(run_cases, "__defaults__", ("*", processes))
     assert bench.run.main(["--out", str(tmp_path), "--budget-s", "100", "--only", "loss-*"]) == expected
     tests, cases = processes.commands
-    assert tests[1:] == ["-m", "pytest", "-q", FILE]
+    assert tests[1:] == ["-m", "pytest", "-q", *TEST_OPTIONS, FILE]
     assert cases[1:6] == ["-m", "bench.worker", str(tmp_path / "some-gpu-1"), "--only", "loss-*"]
     assert 45 < processes.limits[0] < 50
     assert 90 < float(cases[-1]) < 100
@@ -125,3 +127,33 @@ def test_a_process_that_a_provider_broke_is_followed_by_another(results, expecte
 
 def test_without_time_nothing_is_started(tmp_path):
     assert run_cases(tmp_path, left(0.0), run=Processes())
+
+
+def test_slow_tests_run_without_the_plugins_that_pyproject_names(tmp_path, monkeypatch):
+    """Slow kernel tests belong to a GPU machine, which may have no pytest-xdist; those of hours stay out."""
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.pytest.ini_options]\n"
+        "addopts = \"--strict-markers -n auto --option-of-a-missing-plugin -m 'not slow and not soak'\"\n"
+        'markers = ["slow", "soak"]\n'
+    )
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "def test_fast(): pass\n"
+        "@pytest.mark.slow\n"
+        "def test_slow(): pass\n"
+        "@pytest.mark.soak\n"
+        "def test_soak(): raise AssertionError\n"
+    )
+    monkeypatch.setattr(bench.run, "ROOT", tmp_path)
+    monkeypatch.setattr(bench.run, "_test_files", lambda: ["test_a.py"])
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # as where none is installed
+    assert run_tests(tmp_path, "r1", left())
+    assert "2 passed, 1 deselected" in records.read(tmp_path / TESTS)["files"]["test_a.py"]["summary"]
+
+
+def test_the_package_is_the_same_command():
+    out = subprocess.run(
+        [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for option in ("--budget-s", "--out", "--only", "--skip-tests"):
+        assert option in out.stdout

@@ -14,3 +14,15 @@ def poisoned_memory(monkeypatch):
         return out.fill_(torch.nan) if type(out) is torch.Tensor and out.is_floating_point() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """The same of `torch.empty`, for outputs and workspaces of the loss: NaN, or True where boolean."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)

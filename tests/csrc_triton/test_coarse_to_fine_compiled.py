@@ -1,6 +1,7 @@
-"""What the loss's kernels become for GPUs that are not there, and what torch.compile sees of them.
+"""The loss's kernels compiled for GPUs that are not there, and as torch.compile sees them.
 
-Both need kernels that are not interpreted, in a process of their own: this file run as a script.
+Both need kernels that are not interpreted, in a process of their own: this file run as a script, with "few" or "rest" as
+its argument.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,41 +27,55 @@ SHAPES = {  # name: (rows, scored, elements per row, dtype)
     "odd": (3, 2, 262_145, torch.float32),
     "one_element": (1, 1, 1, torch.float16),
 }
+FEW = "aligned"
+"""The shape of the fast tests; those of the others are slow."""
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The printed result of this file run as a script."""
+    """Returns found("few") or found("rest"): the printed result of this file run as a script."""
     pytest.importorskip("triton")
-    cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = inherited | cache | {"PYTHONPATH": path}
-    out = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
-    assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout.splitlines()[-1])
+
+    @cache
+    def run(which):
+        folder = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        command = [sys.executable, __file__, which]
+        out = subprocess.run(command, env=inherited | folder | path, capture_output=True, text=True, timeout=600)
+        assert out.returncode == 0, out.stderr
+        return json.loads(out.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def code_of(found):
+    return lambda shape, kernel, target: found("few" if shape == FEW else "rest")["code"][shape][kernel][target]
 
 
 each_target = pytest.mark.parametrize("target", [*NVIDIA, "gfx942"])
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
-each_shape = pytest.mark.parametrize("shape", SHAPES)
+each_shape = pytest.mark.parametrize(
+    "shape", [FEW, *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES if shape != FEW)]
+)
 
 
 @each_target
 @each_kernel
 @each_shape
-def test_nothing_spills(found, shape, kernel, target):
-    code = found["code"][shape][kernel][target]
+def test_nothing_spills(code_of, shape, kernel, target):
+    code = code_of(shape, kernel, target)
     assert code["spilled"] == 0
     assert code["shared"] <= 16 * 1024, "far below every GPU's 48 KiB or more"
 
 
 @each_kernel
 @each_shape
-def test_no_atomics_no_fp64_and_no_lost_nan(found, shape, kernel):
+def test_no_atomics_no_fp64_and_no_lost_nan(code_of, shape, kernel):
     for target in NVIDIA:
-        code = found["code"][shape][kernel][target]
+        code = code_of(shape, kernel, target)
         assert not code["atomics"], "the order of atomic additions is not fixed"
         assert not code["fp64"], "slow, and nothing in these kernels needs it"
         assert not code["nan_lost"], "a maximum of NaN and a number is the number; in the interpreter it is NaN"
@@ -67,22 +83,22 @@ def test_no_atomics_no_fp64_and_no_lost_nan(found, shape, kernel):
 
 @each_kernel
 @each_shape
-def test_rows_and_chunks_are_addressed_in_64_bits(found, shape, kernel):
+def test_rows_and_chunks_are_addressed_in_64_bits(code_of, shape, kernel):
     """Every pointer that moves by a scalar (row, chunk) moves by an i64; the 32-bit tiles lie within a chunk."""
-    moves = found["code"][shape][kernel]["sm_90"]["scalar_moves"]
+    moves = code_of(shape, kernel, "sm_90")["scalar_moves"]
     assert moves
     assert set(moves) == {"i64"}
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize(("kernel", "loads"), [("partials_kernel", 8), ("finish_kernel", 4)])
-def test_aligned_rows_are_read_16_bytes_at_a_time(found, kernel, loads, target):
+def test_aligned_rows_are_read_16_bytes_at_a_time(code_of, kernel, loads, target):
     """8 tensors of bf16, one load each; then fp32: two partial sums, a row per warp, and two loads of the direction."""
-    assert found["code"]["aligned"][kernel][target]["wide_loads"] == loads
+    assert code_of("aligned", kernel, target)["wide_loads"] == loads
 
 
 def test_torch_compile_sees_the_kernels_and_what_they_write(found):
-    forward, backward = found["graphs"]
+    forward, backward = found("few")["graphs"]
     outputs = ["p_loss", "p_terms", "p_gradient_norm", "p_nonfinite", "p_gradient"]
     assert forward["kernels"] == [["p_direction", "p_distance", "p_square"], outputs]
     assert backward["kernels"] == []
@@ -92,16 +108,16 @@ def test_torch_compile_sees_the_kernels_and_what_they_write(found):
     assert set(backward["other"]) <= free | {"aten.mul.Tensor"}
 
 
-def compiled_kernels():
-    """{shape: {kernel: {target: facts}}} of every launch that the op does for `SHAPES`."""
+def compiled_kernels(shapes):
+    """{shape: {kernel: {target: facts}}} of every launch that the op does for these of `SHAPES`."""
     from helpers import triton_compiler
 
     from csrc_triton.coarse_to_fine import kernels, launch
 
     found = {}
-    for name, shape in SHAPES.items():
+    for name in shapes:
         launch.wrap_triton = recorder = triton_compiler.Recorder()
-        launch_on_meta(launch, *shape)
+        launch_on_meta(launch, *SHAPES[name])
         found[name] = {
             recorded.kernel: {
                 target: facts(triton_compiler, triton_compiler.compile_launch(kernels, recorded, target))
@@ -140,7 +156,7 @@ def facts(triton_compiler, compiled):
 
 
 def traced_graphs():
-    """What AOTAutograd makes of the op's forward and backward: the kernels' mutated arguments, the other operators."""
+    """AOTAutograd's graphs of the op, forward and backward: the kernels' mutated arguments, the other operators."""
     import triton
     from helpers.loss_cases import CASES, make
     from helpers.triton_compiler import TARGETS
@@ -173,5 +189,6 @@ def traced_graphs():
 
 
 if __name__ == "__main__":
-    graphs = traced_graphs()
-    print(json.dumps({"graphs": graphs, "code": compiled_kernels()}))
+    few = sys.argv[1:] == ["few"]
+    graphs = traced_graphs() if few else []
+    print(json.dumps({"graphs": graphs, "code": compiled_kernels([s for s in SHAPES if (s == FEW) == few])}))

@@ -20,10 +20,13 @@ from clora.testing import random_lora
 from csrc_triton.registration import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-COMPILED = [(family, "aot_eager") for family in FAMILIES] + ([] if INTERPRETED else [(FAMILIES[0], "inductor")])
+RECOMPUTED = "QwenImageEditPlusPipeline"
+COMPILED = [
+    *(pytest.param(f, "aot_eager", marks=[] if f == RECOMPUTED else pytest.mark.slow) for f in FAMILIES),
+    *([] if INTERPRETED else [(FAMILIES[0], "inductor")]),
+]
 FIRST, OTHER = ([1, -1], ["0", "1"]), ([-1, 0], ["1", "2"])
 """The ids of a pass and the slots that they count."""
-RECOMPUTED = "QwenImageEditPlusPipeline"
 ALLOWED = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 """PyTorch's setting without which a recomputed part of a graph may not change what is outside it."""
 
@@ -74,7 +77,7 @@ def test_a_block_is_one_graph_for_all_ids_and_slots(family, compiler, monkeypatc
     assert counter.frame_count == len(passes.blocks)
 
 
-@pytest.mark.parametrize("family", ["Flux2KleinPipeline", RECOMPUTED])
+@pytest.mark.parametrize("family", [pytest.param("Flux2KleinPipeline", marks=pytest.mark.slow), RECOMPUTED])
 def test_a_transformer_on_eager_ops_is_one_graph_for_all_ids_and_slots(family, monkeypatch):
     monkeypatch.setenv("CLORA_BACKEND", "eager")
     passes, counter = Passes(family), CompileCounterWithBackend("aot_eager")

@@ -1,7 +1,7 @@
-"""What the multi-adapter layer's kernels become for GPUs that are not there, and what torch.compile sees of them.
+"""The multi-adapter layer's kernels compiled for GPUs that are not there, and as torch.compile sees them.
 
-Both need kernels that are not interpreted, in a process of their own: this file run as a script. It prints every fact as
-JSON; its argument "table" prints the resources that `csrc_triton/README.md` lists.
+Both need kernels that are not interpreted, in a process of their own: this file run as a script, with "few" or "rest" as its
+argument. It prints every fact as JSON; with "table" it prints the resources that `csrc_triton/README.md` lists.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -54,26 +56,32 @@ COMPILED = [  # (shape, launches, targets)
     ("fp32", ("shrink", "expand_add", "linear", "grad_B", "grad_A_qkv"), ("sm_90", "gfx942")),
     ("odd", ("shrink", "linear", "grad_B"), ("sm_80",)),
 ]
-COMBINATIONS = [
-    (shape, name, target) for shape, launches, targets in COMPILED for name in launches for target in targets
-]
+COMBINATIONS = [(shape, *each) for shape, launches, targets in COMPILED for each in product(launches, targets)]
+FEW = [("square", name, "sm_90") for name in EVERY_KERNEL]
+"""Every launch once, on the GPU that differs most from others; the rest are slow tests."""
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The printed result of this file run as a script."""
+    """Returns found("few") or found("rest"): the printed result of this file run as a script."""
     pytest.importorskip("triton")
-    cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    out = subprocess.run([sys.executable, __file__], env=inherited | cache, capture_output=True, text=True, timeout=900)
-    assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout.splitlines()[-1])
+
+    @cache
+    def run(which):
+        folder = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, __file__, which]
+        out = subprocess.run(command, env=inherited | folder, capture_output=True, text=True, timeout=900)
+        assert out.returncode == 0, out.stderr
+        return json.loads(out.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture
 def code_of(found):
-    return lambda *combination: found["code"]["/".join(combination)]
+    return lambda *combination: found("few" if combination in FEW else "rest")["code"]["/".join(combination)]
 
 
 def those(**wanted):
@@ -81,7 +89,8 @@ def those(**wanted):
     position = {"shape": 0, "name": 1, "target": 2}
     chosen = [c for c in COMBINATIONS if all(c[position[key]] in values for key, values in wanted.items())]
     assert chosen
-    return pytest.mark.parametrize("combination", chosen, ids="/".join)
+    marked = [pytest.param(c, id="/".join(c), marks=[] if c in FEW else pytest.mark.slow) for c in chosen]
+    return pytest.mark.parametrize("combination", marked)
 
 
 @those()
@@ -136,22 +145,22 @@ def test_first_elements_are_addressed_in_64_bits(code_of, combination):
 
 
 def test_torch_compile_sees_the_kernels_and_what_they_write(found):
-    forward, backward = found["graphs"]
+    forward, backward = found("few")["graphs"]
     assert forward["kernels"] == [["p_low"], ["p_y"]]
     assert backward["kernels"] == [["p_low", "p_partial"], ["p_out"], ["p_y"], ["p_partial"], ["p_out"]]
     for graph in (forward, backward):
         assert not graph["copies"], "an input or a weight that seems to be written would be copied"
 
 
-def compiled_kernels():
-    """{"shape/launch/target": facts} of `COMPILED`."""
+def compiled_kernels(combinations):
+    """{"shape/launch/target": facts} of combinations."""
     from helpers import triton_compiler
 
     from csrc_triton.multi_lora import kernels, launch
     from csrc_triton.multi_lora.tiles import Machine
 
     found = {}
-    for shape, name, target in COMBINATIONS:
+    for shape, name, target in combinations:
         machine = Machine(SHARED_MEMORY[target], descriptors=target in ("sm_90", "sm_100"))
         launch.machine_of = lambda device, machine=machine: machine
         launch.wrap_triton = recorder = triton_compiler.Recorder()
@@ -163,7 +172,7 @@ def compiled_kernels():
 
 
 def launches_of(launch, shape: Shape):
-    """What the op launches for a layer, on meta tensors."""
+    """Every launch of the op for a layer, on meta tensors, by name."""
     k, n, r, dtype = shape
     empty = lambda *sizes, dtype=dtype: torch.empty(sizes, dtype=dtype, device="meta")  # noqa: E731
     rows = lambda width: empty(SAMPLES, TOKENS, width)  # noqa: E731
@@ -206,7 +215,7 @@ def facts(triton_compiler, compiled):
 
 
 def traced_graphs():
-    """What AOTAutograd makes of the op with a trained adapter: the kernels' mutated arguments, copies of tensors."""
+    """AOTAutograd's graphs of the op with a trained adapter: the kernels' mutated arguments, copies of tensors."""
     import triton
     from helpers.triton_compiler import TARGETS
     from torch._dynamo.backends.common import aot_autograd
@@ -249,8 +258,10 @@ def print_table(code):
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    if sys.argv[1:] == ["table"]:
-        print_table(compiled_kernels())
+    (argument,) = sys.argv[1:]
+    if argument == "table":
+        print_table(compiled_kernels(COMBINATIONS))
     else:
-        graphs = traced_graphs()
-        print(json.dumps({"graphs": graphs, "code": compiled_kernels()}))
+        graphs = traced_graphs() if argument == "few" else []
+        combinations = [c for c in COMBINATIONS if (c in FEW) == (argument == "few")]
+        print(json.dumps({"graphs": graphs, "code": compiled_kernels(combinations)}))

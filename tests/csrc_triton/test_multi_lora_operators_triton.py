@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def operator_arguments(arguments):
     x, weight, bias, lora_A, lora_B, scale, ids = arguments
-    return x, [weight], [bias], [True], [lora_A], [lora_B], scale, ids
+    return x, None, [weight], [bias], [True], [lora_A], [lora_B], scale, ids
 
 
 @each_design
@@ -51,9 +51,9 @@ def test_opcheck_forward(design, monkeypatch):
 
 
 def test_opcheck_backward():
-    x, weights, _, _, lora_A, lora_B, scale, ids = operator_arguments(make(Case(5, 9, 11, 2, 3, [1, -1, 0])))
+    x, _, weights, _, _, lora_A, lora_B, scale, ids = operator_arguments(make(Case(5, 9, 11, 2, 3, [1, -1, 0])))
     upstream, low = torch.randn(3, 5, 11, device=DEVICE), torch.randn(3, 5, 3, device=DEVICE)
-    call = ([upstream], x, low, weights, lora_A, lora_B, [0], 3, scale, ids, True, True, True, "fused")
+    call = ([upstream], x, low, weights, lora_A, lora_B, [0], 3, scale, ids, True, "fused")
     torch.library.opcheck(op.backward_op, call)
 
 

@@ -67,6 +67,7 @@ def factors(states):
     }
 
 
+@pytest.mark.slow
 def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
     expected_reports, start, expected, none = train(device_adapter, monkeypatch, "eager")
     assert set(none) == {"pass"}, "eager PyTorch launches no kernel"
