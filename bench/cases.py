@@ -1,4 +1,4 @@
-"""What is measured: linear layers, their low-rank part alone, losses and a transformer stack, the most telling cases first.
+"""The measured cases: linear layers, their low-rank part alone, losses and a transformer stack, the most telling first.
 
 Legend: B samples, T tokens of a sample, M = B T rows, K inputs, N outputs, E adapters, R rank.
 """

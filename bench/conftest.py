@@ -1,4 +1,4 @@
-"""What the benchmarks under pytest share: the gate before each, and the GPU's clock."""
+"""Fixtures of the benchmarks under pytest: the gate before each, and the GPU's clock."""
 
 from __future__ import annotations
 

@@ -27,15 +27,28 @@ Shape = tuple[tuple[int, ...], str, str, int, int, int]
 def entries_of(found: Iterable[Record]) -> list[dict]:
     """Entries as `design_for` reads them, from the forward cases in which both designs were timed.
 
-    The number of samples must not matter to the choice, so that cases that differ in it alone count together, by the
+    The number of samples must not matter to the choice, so that cases that differ only in it count together, by the
     geometric mean of fused over split. An entry holds up to the next one of its shape; equal neighbours are one.
     """
     ratios: dict[Shape, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in found:
-        fused, split = median(record, "ours_fused"), median(record, "ours_split")
-        if record["family"] == "LinearCase" and record["case"]["mode"] == "forward" and fused and split:
-            ratios[_shape(record)][record["case"]["tokens"]].append(log(fused / split))
-    return [entry for shape in sorted(ratios) for entry in _entries(shape, ratios[shape])]
+        fused = median(record, "ours_fused")
+        split = median(record, "ours_split")
+        case = record["case"]
+        if record["family"] == "LinearCase" and case["mode"] == "forward" and fused and split:
+            machine = record["machine"]
+            gpu = (tuple(machine["capability"]), release(machine["triton"]))
+            ratios[(*gpu, *(case[key] for key in KEYS[2:]))][case["tokens"]].append(log(fused / split))
+    entries: list[dict] = []
+    for shape in sorted(ratios):
+        last = None
+        for tokens, logs in sorted(ratios[shape].items()):
+            design = "fused" if sum(logs) <= 0 else "split"
+            if design != last:
+                entry = dict(zip(KEYS, shape, strict=True)) | {"capability": list(shape[0])}
+                entries.append(entry | {"min_tokens": tokens, "design": design})
+            last = design
+    return entries
 
 
 def merged(earlier: Sequence[dict], new: Sequence[dict]) -> list[dict]:
@@ -55,22 +68,6 @@ def main(argv: Sequence[str]) -> int:
     TABLE.write_text(f"[\n{rows}\n]\n", "utf-8")
     print(f"{TABLE}: {len(new)} entries of this GPU and Triton, {len(table)} in all")
     return 0
-
-
-def _shape(record: Record) -> Shape:
-    case, machine = record["case"], record["machine"]
-    layer = (case["dtype"], case["in_features"], case["out_features"], case["rank"])
-    return tuple(machine["capability"]), release(machine["triton"]), *layer
-
-
-def _entries(shape: Shape, by_tokens: dict[int, list[float]]) -> list[dict]:
-    entries = []
-    for tokens, logs in sorted(by_tokens.items()):
-        design = "fused" if sum(logs) <= 0 else "split"
-        if not entries or entries[-1]["design"] != design:
-            entry = dict(zip(KEYS, shape, strict=True)) | {"capability": list(shape[0])}
-            entries.append(entry | {"min_tokens": tokens, "design": design})
-    return entries
 
 
 if __name__ == "__main__":

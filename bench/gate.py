@@ -31,7 +31,7 @@ def bounds(eager: Mapping[str, float], expected: Outputs) -> dict[str, float]:
 
 
 def violation(found: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:
-    """Which output is off and by how much; None where the gate is passed. NaN never passes."""
+    """Names the output that is off and its error; None where the gate is passed. NaN never passes."""
     for name, bound in allowed.items():
         if not found[name] <= bound:
             return f"{name}: error {found[name]:.2e} against fp64, at most {bound:.2e} allowed"
@@ -42,11 +42,7 @@ def _error(output: Tensor | None, expected: Tensor) -> float:
     if output is None or output.shape != expected.shape:
         return float("inf")
     # By slices, so that no further fp64 copy of a large output is needed.
-    pairs = list(zip(_slices(output), _slices(expected), strict=True))
-    squared = sum((out.double() - ref).square().sum() for out, ref in pairs)
-    norm = sum(ref.square().sum() for _, ref in pairs)
+    output, expected = (t.detach() if t.ndim > 2 else t.detach()[None] for t in (output, expected))
+    squared = sum((out.double() - ref).square().sum() for out, ref in zip(output, expected, strict=True))
+    norm = sum(ref.square().sum() for ref in expected)
     return float((squared / norm).sqrt())
-
-
-def _slices(tensor: Tensor) -> list[Tensor]:
-    return list(tensor.detach().unbind()) if tensor.ndim > 2 else [tensor.detach()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +47,23 @@ class LinearInputs:
     ids: tuple[int, ...]
     upstream: Tensor | None
 
-    @property
+    @cached_property
     def scale(self) -> Tensor:
         """`[E]` fp32 on x's device."""
         return torch.tensor(self.scales, device=self.x.device)
 
-    @property
+    @cached_property
     def adapter_ids(self) -> Tensor:
         """`[B]` int32 on x's device."""
         return torch.tensor(self.ids, dtype=torch.int32, device=self.x.device)
 
     def base(self, x: Tensor) -> Tensor:
-        """What the layer without adapters makes of x, in a new tensor."""
+        """The output of the layer without adapters, in a new tensor."""
         return F.linear(x, self.weight, self.bias)
+
+    def arguments(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple:
+        """The arguments of `clora.ops.multi_lora_linear`."""
+        return x, self.weight, self.bias, lora_A, lora_B, self.scale, self.adapter_ids
 
     def layer(self) -> nn.Linear:
         """The same as a frozen module, nothing copied."""
@@ -108,9 +112,18 @@ def run(inputs: LinearInputs, forward: Forward) -> Outputs:
     return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
 
 
+def by(inputs: LinearInputs, op: Callable[..., Tensor], **options) -> Call:
+    """A call of an op that takes the `arguments` of the inputs."""
+    return partial(run, inputs, lambda *leaves: op(*inputs.arguments(*leaves), **options))
+
+
 def expected(inputs: LinearInputs) -> Outputs:
     """The result in fp64: every sample's base and its adapter's delta as one matrix, and differentiated through both."""
-    exact = _in_fp64(inputs)
+    upcast = {}
+    for field in fields(inputs):
+        if isinstance(value := getattr(inputs, field.name), Tensor):
+            upcast[field.name] = value.detach().double().requires_grad_(value.requires_grad)
+    exact = replace(inputs, **upcast)
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         deltas = [scale * lora_B[e] @ lora_A[e] for e, scale in enumerate(inputs.scales)]
@@ -122,66 +135,61 @@ def expected(inputs: LinearInputs) -> Outputs:
 
 def eager(inputs: LinearInputs) -> Outputs:
     """The result of clora's eager definition in the dtype of the case."""
-    scale, ids = inputs.scale, inputs.adapter_ids
-    return run(
-        inputs,
-        lambda x, a, b: multi_lora_linear(x, inputs.weight, inputs.bias, a, b, scale, ids, backend="eager"),
-    )
+    return by(inputs, multi_lora_linear, backend="eager")()
 
 
 def providers(case: LinearCase) -> dict[str, Builder]:
     """Name to builder of every provider that can compute the case's mode and number of adapters."""
-    ours = {
-        OURS: ours_dispatched,
-        "ours_fused": partial(ours_design, design="fused"),
-        "ours_split": partial(ours_design, design="split"),
-    }
-    shared = {BASE: base, "baddbmm": baddbmm}
-    if case.mode == "student":
-        single = {"peft": peft_student, "peft_compiled": partial(peft_student, compile=True)}
-        return {**shared, **single, "unsloth_style": unsloth_style, **ours, "ours_fp32_factors": ours_fp32_factors}
-    routed = {"grouped_mm": grouped_mm, "merged": merged_per_sample}
+    found = {BASE: base, "baddbmm": baddbmm, **peft_providers(case)}
     if case.adapters == 1:
-        single = {"peft": peft, "peft_compiled": partial(peft, compile=True), "unsloth_style": unsloth_style}
-        return {**shared, **single, **routed, **ours}
-    mixed = {"peft_mixed": peft_mixed, "peft_mixed_compiled": partial(peft_mixed, compile=True)}
-    return {**shared, **mixed, **routed, **ours}
+        found["unsloth_style"] = unsloth_style
+    if case.mode == "forward":
+        found |= {"grouped_mm": grouped_mm, "merged": merged_per_sample}
+    found[OURS] = ours
+    found["ours_fused"] = partial(ours_design, design="fused")
+    found["ours_split"] = partial(ours_design, design="split")
+    if case.mode == "student":
+        found["ours_fp32_factors"] = lambda inputs: ours(with_fp32_factors(inputs))
+    return found
+
+
+def peft_providers(case: LinearCase) -> dict[str, Builder]:
+    """PEFT's way to compute the case, plain and under torch.compile."""
+    if case.mode == "student":
+        name, builder = "peft", peft_student
+    elif case.adapters == 1:
+        name, builder = "peft", peft
+    else:
+        name, builder = "peft_mixed", peft_mixed
+    return {name: builder, f"{name}_compiled": partial(builder, compile=True)}
 
 
 def base(inputs: LinearInputs) -> Call:
-    """The linear layer alone; in mode "student" with the gradient of x."""
+    """Only the linear layer; in mode "student" with the gradient of x."""
 
     def call() -> Outputs:
+        with torch.set_grad_enabled(inputs.upstream is not None):
+            y = inputs.base(inputs.x)
         if inputs.upstream is None:
-            with torch.no_grad():
-                return {"y": F.linear(inputs.x, inputs.weight, inputs.bias)}
-        y = F.linear(inputs.x, inputs.weight, inputs.bias)
+            return {"y": y}
         return {"y": y.detach(), "dx": torch.autograd.grad(y, inputs.x, inputs.upstream)[0]}
 
     return call
 
 
-def ours_dispatched(inputs: LinearInputs) -> Call:
+def ours(inputs: LinearInputs) -> Call:
     """`clora.ops.multi_lora_linear`, which chooses backend and design itself."""
-    scale, ids = inputs.scale, inputs.adapter_ids
-    forward = lambda x, a, b: multi_lora_linear(x, inputs.weight, inputs.bias, a, b, scale, ids)  # noqa: E731
-    return partial(run, inputs, forward)
+    return by(inputs, multi_lora_linear)
 
 
 def ours_design(inputs: LinearInputs, design: str) -> Call:
     """The Triton op, forced to one of its two designs."""
     need_gpu(inputs.x)
-    op = need("csrc_triton.multi_lora.op").multi_lora_linear_triton
-    scale, ids = inputs.scale, inputs.adapter_ids
-    return partial(run, inputs, lambda x, a, b: op(x, inputs.weight, inputs.bias, a, b, scale, ids, design=design))
-
-
-def ours_fp32_factors(inputs: LinearInputs) -> Call:
-    """As dispatched, with fp32 factors and gradients over the 16-bit base: what the trainer has."""
-    return ours_dispatched(with_fp32_factors(inputs))
+    return by(inputs, need("csrc_triton.multi_lora.op").multi_lora_linear_triton, design=design)
 
 
 def with_fp32_factors(inputs: LinearInputs) -> LinearInputs:
+    """The same with fp32 factors and gradients over the 16-bit base: as the trainer has them."""
     a, b = (factor.detach().float().requires_grad_() for factor in (inputs.lora_A, inputs.lora_B))
     return replace(inputs, lora_A=a, lora_B=b)
 
@@ -217,7 +225,7 @@ def peft_mixed(inputs: LinearInputs, compile: bool = False) -> Call:
 
 
 def baddbmm(inputs: LinearInputs) -> Call:
-    """cuBLAS alone: the base layer, then a batched product per factor, the second added in place."""
+    """Only cuBLAS: the base layer, then a batched product per factor, the second added in place."""
     scale, ids = inputs.scale.to(inputs.x.dtype), inputs.adapter_ids
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -255,12 +263,15 @@ def merged_per_sample(inputs: LinearInputs) -> Call:
     """The weight of each adapter merged in the call, in the case's dtype, then one product per sample."""
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        weights = [
-            torch.addmm(inputs.weight, lora_B[e], lora_A[e], alpha=scale) for e, scale in enumerate(inputs.scales)
-        ]
+        weights = []
+        for e, scale in enumerate(inputs.scales):
+            weights.append(torch.addmm(inputs.weight, lora_B[e], lora_A[e], alpha=scale))
         y = x.new_empty(*x.shape[:2], inputs.weight.shape[0])
         for sample, e in enumerate(inputs.ids):
-            _linear_into(y[sample], x[sample], weights[e], inputs.bias)
+            if inputs.bias is None:
+                torch.mm(x[sample], weights[e].mT, out=y[sample])
+            else:
+                torch.addmm(inputs.bias, x[sample], weights[e].mT, out=y[sample])
         return y
 
     return partial(run, inputs, forward)
@@ -312,22 +323,5 @@ def _peft_layer(inputs: LinearInputs) -> nn.Module:
     return holder.linear
 
 
-def _in_fp64(inputs: LinearInputs) -> LinearInputs:
-    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    upcast = {
-        name: tensor.detach().double().requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor)
-    }
-    return replace(inputs, **upcast)
-
-
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x, weight.mT, out=out)
-    else:
-        torch.addmm(bias, x, weight.mT, out=out)

@@ -1,7 +1,7 @@
 """Inputs of a loss case, its result in fp64, and ways to compute it. Every call makes the loss and its gradient.
 
-Where the gradient comes from: the op returns it with the loss, and a training step takes it from there (`_returned`);
-losses of others have a backward pass (`_backward`).
+The op returns its gradient with the loss, and a training step takes it from there (`_returned`); losses of others have a
+backward pass (`_backward`).
 
 Legend: B rows, the first D of them scored (distribution matching), the rest anchors; `...` the latent's shape.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import LossCase
-from bench.providers import OURS, Builder, Call, Outputs, compiled
+from bench.providers import OURS, Builder, Outputs, compiled
 from clora.ops import Scores, coarse_to_fine_loss
 
 GUIDANCE = 4.0
@@ -74,34 +74,26 @@ def expected(inputs: LossInputs) -> Outputs:
 
 def eager(inputs: LossInputs) -> Outputs:
     """The result of the eager definition, in fp32 but for fp64 inputs."""
-    return _backward(inputs, lambda inputs: _of_ops(inputs, backend="eager")[0])
+    return _backward(inputs, _eager_loss)
 
 
 def providers(case: LossCase) -> dict[str, Builder]:
-    """Name to builder: the paper's fp64, eager fp32, that compiled (two ways), and ours."""
+    """Name to builder: the paper's fp64, eager fp32, that compiled with and without a backward pass, and ours."""
     return {
         "paper_fp64": lambda inputs: partial(_backward, inputs, partial(paper_loss, case=case)),
         "eager": lambda inputs: partial(eager, inputs),
-        "compiled": compiled_loss,
-        "compiled_returned": compiled_with_gradient,
+        "compiled": lambda inputs: partial(_backward, inputs, compiled(_eager_loss)),
+        "compiled_returned": lambda inputs: partial(_returned, inputs, compiled(partial(_of_ops, backend="eager"))),
         OURS: lambda inputs: partial(_returned, inputs, _of_ops),
     }
-
-
-def compiled_loss(inputs: LossInputs) -> Call:
-    """The eager definition under torch.compile, with its backward pass."""
-    return partial(_backward, inputs, compiled(lambda inputs: _of_ops(inputs, backend="eager")[0]))
-
-
-def compiled_with_gradient(inputs: LossInputs) -> Call:
-    """The same with the gradient that it returns: one graph, no backward pass."""
-    return partial(_returned, inputs, compiled(partial(_of_ops, backend="eager")))
 
 
 def paper_loss(inputs: LossInputs, case: LossCase) -> Tensor:
     """docs/method.md section 4(c) literally, in fp64: x0 of every prediction, one surrogate per row, one term per kind."""
     d = len(inputs.scores.sigma)
-    v, x, sigma = inputs.velocity.double(), inputs.x.double(), _per_row(inputs.sigma, inputs.x)
+    v = inputs.velocity.double()
+    x = inputs.x.double()
+    sigma = _per_row(inputs.sigma, x)
     rows = []
     if d:
         rows.append(_matching_rows((x - sigma * v)[:d], inputs.scores, inputs.guidance))
@@ -114,11 +106,11 @@ def paper_loss(inputs: LossInputs, case: LossCase) -> Tensor:
 
 def _matching_rows(x_g: Tensor, scores: Scores, guidance: float) -> Tensor:
     """`[D]` terms whose gradient with respect to x_g is g / numel, as half a squared distance to a fixed target."""
-    renoised, sigma = scores.renoised.double(), _per_row(scores.sigma, scores.renoised)
+    renoised = scores.renoised.double()
+    sigma = _per_row(scores.sigma, renoised)
     with torch.no_grad():
-        fake, cond, uncond = (
-            renoised - sigma * u.double() for u in (scores.critic, scores.teacher, scores.teacher_uncond)
-        )
+        velocities = (scores.critic, scores.teacher, scores.teacher_uncond)
+        fake, cond, uncond = (renoised - sigma * velocity.double() for velocity in velocities)
         real = cond + guidance * (cond - uncond)
         distance = (x_g - real).abs().mean(dim=tuple(range(1, x_g.ndim)), keepdim=True)
         target = x_g - torch.nan_to_num((fake - real) / distance)
@@ -129,6 +121,10 @@ def _of_ops(inputs: LossInputs, backend: str | None = None) -> tuple[Tensor, Ten
     """Loss and gradient."""
     loss, terms = coarse_to_fine_loss(**inputs.arguments(), backend=backend)
     return loss, terms["velocity_gradient"]
+
+
+def _eager_loss(inputs: LossInputs) -> Tensor:
+    return _of_ops(inputs, backend="eager")[0]
 
 
 def _returned(inputs: LossInputs, loss: Callable[[LossInputs], tuple[Tensor, Tensor]]) -> Outputs:

@@ -27,7 +27,7 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how cases are timed.
+    """The device and the way that cases are timed.
 
     Attributes:
         roof: as `machine.measure_roof` returns it.

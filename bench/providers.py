@@ -1,4 +1,4 @@
-"""What a provider is: a way to compute a case, built once per case and then called again and again."""
+"""A provider: a way to compute a case, built once per case and then called again and again."""
 
 from __future__ import annotations
 

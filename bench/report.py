@@ -1,4 +1,4 @@
-"""RESULTS.md from the records of a GPU: goals, cases that others win, every figure, what failed.
+"""RESULTS.md from the records of a GPU: goals, cases that others win, every figure, failures.
 
 `python -m bench.report FOLDER` makes it anew, on any machine.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def report(found: Sequence[Record], tests: dict | None = None) -> str:
     """The report as Markdown.
 
     Args:
-        found: records of one GPU, of any state.
-        tests: what `bench.run` noted of the tests.
+        found: records of one GPU, of any status.
+        tests: outcomes of the test files, as `bench.run` noted them.
     """
     finished = [record for record in found if record["status"] != "running"]
     done = [record for record in finished if record["status"] == "done"]
@@ -54,25 +55,23 @@ def report(found: Sequence[Record], tests: dict | None = None) -> str:
 
 
 def _machines(finished: Sequence[Record]) -> list[str]:
-    """One line per machine, software and revision that the records are of."""
-    seen: dict[str, list[Record]] = {}
+    """One line per machine, software and revision."""
+    groups: dict[str, list[Record]] = defaultdict(list)
     for record in finished:
         machine = {key: value for key, value in record["machine"].items() if key != "roof"}
-        seen.setdefault(json.dumps([machine, record["revision"]], sort_keys=True), []).append(record)
-    return [line for group in seen.values() for line in _machine(group)] or ["Nothing was measured yet."]
-
-
-def _machine(group: Sequence[Record]) -> list[str]:
-    machine = group[0]["machine"]
-    versions = ", ".join(
-        f"{key} {machine[key]}" for key in ("commit", "driver", "python", "torch", "cuda", "triton", "peft")
-    )
-    roofs = [record["machine"]["roof"] for record in group]
-    return [
-        f"- {machine['gpu']}, {versions}; revision {group[0]['revision']}; {len(group)} cases; roof as measured: "
-        f"{_range(roof['tflop_per_s'] for roof in roofs)} TFLOP/s (bf16 product of 8192), "
-        f"{_range(roof['gb_per_s'] for roof in roofs)} GB/s (copy)."
-    ]
+        groups[json.dumps([machine, record["revision"]], sort_keys=True)].append(record)
+    lines = []
+    for group in groups.values():
+        machine = group[0]["machine"]
+        keys = ("commit", "driver", "python", "torch", "cuda", "triton", "peft")
+        versions = ", ".join(f"{key} {machine[key]}" for key in keys)
+        roofs = [record["machine"]["roof"] for record in group]
+        lines.append(
+            f"- {machine['gpu']}, {versions}; revision {group[0]['revision']}; {len(group)} cases; roof as measured: "
+            f"{_range(roof['tflop_per_s'] for roof in roofs)} TFLOP/s (bf16 product of 8192), "
+            f"{_range(roof['gb_per_s'] for roof in roofs)} GB/s (copy)."
+        )
+    return lines or ["Nothing was measured yet."]
 
 
 def _tests(tests: dict | None) -> list[str]:
@@ -86,11 +85,11 @@ def _tests(tests: dict | None) -> list[str]:
 
 
 def _goals(found: Iterable[Verdict]) -> list[str]:
-    """Worst of the measured cases beside the bound."""
+    """The worst of the measured cases beside each bound."""
     rows = []
     for verdict in found:
         goal = verdict.goal
-        shape = f"{goal.shape[0]} -> {goal.shape[1]}" if goal.shape else "all"
+        shape = "all" if goal.shape is None else "{} -> {}".format(*goal.shape)
         bound = f"{'at most' if goal.at_most else 'at least'} {_number(goal.limit)}"
         outcome = {None: "not measured", True: "met", False: "**not met**"}[verdict.met]
         worst = "" if verdict.worst is None else _number(verdict.worst)
@@ -100,50 +99,48 @@ def _goals(found: Iterable[Verdict]) -> list[str]:
 
 def _losses(done: Sequence[Record]) -> list[str]:
     """Cases in which another provider is faster, the largest gap first."""
-    gaps = [(gap, record) for record in done if (gap := over_fastest_other(record)) is not None and gap > 1]
     rows = []
-    for gap, record in sorted(gaps, key=lambda pair: -pair[0]):
-        name, other = fastest_other(record)
-        rows.append([record["name"], f"{name} {other:.4f}", f"{median(record, OURS):.4f}", f"{gap:.3f}"])
+    for record in done:
+        gap = over_fastest_other(record)
+        if gap is not None and gap > 1:
+            name, other = fastest_other(record)
+            rows.append([gap, record["name"], f"{name} {other:.4f}", f"{median(record, OURS):.4f}", f"{gap:.3f}"])
     if not rows:
         return ["None of the measured cases."]
-    return _table(["case", "fastest other, ms", "ours, ms", "ours over it"], rows)
+    rows.sort(key=lambda row: -row[0])
+    return _table(["case", "fastest other, ms", "ours, ms", "ours over it"], [row[1:] for row in rows])
 
 
 def _family(family: str, title: str, done: Sequence[Record]) -> list[str]:
-    """All providers of all cases of a family, one row each."""
-    rows = [row for record in done if record["family"] == family for row in _rows(record)]
+    """All providers of all cases of a family, one row each, the fastest first; a case is named in its first row."""
+    rows = []
+    for record in done:
+        if record["family"] != family:
+            continue
+        base = median(record, BASE)
+        timed = [(name, entry) for name, entry in record["providers"].items() if "median_ms" in entry]
+        for i, (name, entry) in enumerate(sorted(timed, key=lambda pair: pair[1]["median_ms"])):
+            interval = f"{entry['p10_ms']:.4f} to {entry['p90_ms']:.4f}"
+            peak = "" if entry.get("peak_mib") is None else f"{entry['peak_mib']:.0f}"
+            over = "" if base is None else f"{entry['median_ms'] / base:.3f}"
+            times = [f"{entry['median_ms']:.4f}", interval, f"{entry['host_ms']:.3f}"]
+            rows.append(["" if i else record["name"], name, *times, f"{entry['roof_percent']:.0f} %", peak, over])
     if not rows:
         return []
     header = ["case", "provider", "median, ms", "10 to 90 %", "host, ms", "of the roof", "peak, MiB", "over base"]
     return [f"## {title}", "", *_table(header, rows)]
 
 
-def _rows(record: Record) -> list[list]:
-    """The fastest first; the case is named in its first row."""
-    timed = [(name, entry) for name, entry in record["providers"].items() if "median_ms" in entry]
-    timed.sort(key=lambda pair: pair[1]["median_ms"])
-    base = median(record, BASE)
-    rows = []
-    for name, entry in timed:
-        peak = "" if entry.get("peak_mib") is None else f"{entry['peak_mib']:.0f}"
-        over = "" if base is None else f"{entry['median_ms'] / base:.3f}"
-        interval = f"{entry['p10_ms']:.4f} to {entry['p90_ms']:.4f}"
-        figures = [f"{entry['median_ms']:.4f}", interval, f"{entry['host_ms']:.3f}", f"{entry['roof_percent']:.0f} %"]
-        rows.append(["" if rows else record["name"], name, *figures, peak, over])
-    return rows
-
-
 def _faults(finished: Sequence[Record]) -> list[str]:
-    """What was not timed and why, once per reason and provider."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """Everything that was not timed and the reason, once per reason and provider."""
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in finished:
         if record["status"] == "failed":
-            reasons.setdefault(("the whole case", record["error"]), []).append(record["name"])
+            reasons["the whole case", record["error"]].append(record["name"])
         for name, entry in record["providers"].items():
             for fault in FAULTS:
                 if fault in entry:
-                    reasons.setdefault((name, f"{fault}: {entry[fault]}"), []).append(record["name"])
+                    reasons[name, f"{fault}: {entry[fault]}"].append(record["name"])
     if not reasons:
         return ["Everything was timed."]
     rows = [[name, reason, len(cases), cases[0]] for (name, reason), cases in reasons.items()]
@@ -160,8 +157,8 @@ def _number(value: float) -> str:
 
 
 def _range(values: Iterable[float]) -> str:
-    found = list(values)
-    low, high = f"{min(found):.0f}", f"{max(found):.0f}"
+    found = [f"{value:.0f}" for value in sorted(values)]
+    low, high = found[0], found[-1]
     return low if low == high else f"{low} to {high}"
 
 

@@ -30,7 +30,7 @@ class Block(nn.Module):
     def __init__(self, hidden: int, heads: int):
         super().__init__()
         self.heads = heads
-        for name in ("to_q", "to_k", "to_v", "to_out"):
+        for name in LAYERS[:4]:
             self.add_module(name, nn.Linear(hidden, hidden))
         self.up = nn.Linear(hidden, 4 * hidden)
         self.down = nn.Linear(4 * hidden, hidden)
@@ -94,11 +94,8 @@ def make_inputs(case: StackCase, device: torch.device, seed: int = 0) -> StackIn
     for name, layer in layers.items():
         n, k = layer.weight.shape
         weights |= {f"{name}.weight": draw(n, k, std=k**-0.5), f"{name}.bias": draw(n, std=0.1)}
-        a, b = (
-            draw(case.adapters, case.rank, k, std=k**-0.5),
-            draw(case.adapters, n, case.rank, std=0.5 * case.rank**-0.5),
-        )
-        factors[name] = (a, b)
+        lora_A = draw(case.adapters, case.rank, k, std=k**-0.5)
+        factors[name] = lora_A, draw(case.adapters, n, case.rank, std=0.5 * case.rank**-0.5)
     return StackInputs(case, draw(case.samples, case.tokens, case.hidden), weights, factors, tuple(adapter_of(case)))
 
 
@@ -155,12 +152,14 @@ def peft_switch(inputs: StackInputs) -> Call:
 def ours(inputs: StackInputs) -> Call:
     """The trainer's own `AdapterBank` around the stack, which computes q, k and v in one call; fp32 factors, as trained."""
 
-    def state(e: int) -> LoRAState:
-        return LoRAState({name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()})
-
+    loras = {}
+    for e in range(inputs.case.adapters):
+        modules = {name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()}
+        loras[f"a{e}"] = LoRAState(modules)
     model = inputs.model()
-    bank = AdapterBank(model, {f"a{e}": state(e) for e in range(inputs.case.adapters)}, dtype=torch.float32)
-    slots, ids = bank.slots(), inputs.adapter_ids()
+    bank = AdapterBank(model, loras, dtype=torch.float32)
+    slots = bank.slots()
+    ids = inputs.adapter_ids()
 
     def call() -> Outputs:
         with bank.route(slots, ids):
@@ -181,7 +180,11 @@ class RoutedLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, factors: tuple[Tensor, Tensor], scale: Tensor, ids: Tensor, op: Callable):
         super().__init__()
-        self.base, self.factors, self.scale, self.ids, self.op = base, factors, scale, ids, op
+        self.base = base
+        self.factors = factors
+        self.scale = scale
+        self.ids = ids
+        self.op = op
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, self.base.weight, self.base.bias, *self.factors, self.scale, self.ids)
@@ -189,22 +192,23 @@ class RoutedLinear(nn.Module):
 
 def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None) -> Call:
     """The stack with `op` in every layer; `shared_op(x, projections, scale, ids)` computes q, k and v where given."""
-    model, ids = inputs.model(), inputs.adapter_ids()
+    model = inputs.model()
+    ids = inputs.adapter_ids()
     scale = torch.ones(inputs.case.adapters, device=inputs.x.device)
     for name, factors in inputs.factors.items():
         parent, _, child = name.rpartition(".")
         block = model.get_submodule(parent)
         setattr(block, child, RoutedLinear(getattr(block, child), factors, scale, ids, op))
     if shared_op is not None:
+
+        def qkv(block: Block, x: Tensor) -> list[Tensor]:
+            layers = (block.to_q, block.to_k, block.to_v)
+            projections = [(layer.base.weight, layer.base.bias, *layer.factors) for layer in layers]
+            return shared_op(x, projections, scale, ids)
+
         for block in model.blocks:
-            block.qkv = partial(_shared_qkv, block, shared_op)
+            block.qkv = partial(qkv, block)
     return partial(_run, model, inputs.x)
-
-
-def _shared_qkv(block: Block, shared_op: Callable, x: Tensor) -> list[Tensor]:
-    layers = (block.to_q, block.to_k, block.to_v)
-    projections = [(layer.base.weight, layer.base.bias, *layer.factors) for layer in layers]
-    return shared_op(x, projections, block.to_q.scale, block.to_q.ids)
 
 
 def _peft_model(inputs: StackInputs) -> nn.Module:

@@ -23,7 +23,7 @@ GPU = torch.device("cuda", 0)
 DEVICE_LOST = 3
 """Exit code after a provider broke the GPU."""
 FIRST_ESTIMATE_S = 30.0
-"""Time that a case is expected to take before one was measured: compilation dominates."""
+"""Expected time of a case before one was measured: compilation dominates."""
 
 
 def measure_all(
@@ -34,7 +34,7 @@ def measure_all(
     Args:
         machine: kept in each record; its capability and Triton choose the designs.
         current: the revision.
-        left: seconds that are left.
+        left: returns the seconds that are left.
 
     Returns:
         Number of cases left.
@@ -42,7 +42,11 @@ def measure_all(
     Raises:
         DeviceLost: the GPU stopped working; the case's record says where.
     """
-    todo = [case for case in cases if not _is_finished(case, folder, machine, current)]
+    todo = []
+    for case in cases:
+        record = records.read(records.path_of(folder, case))
+        if not records.is_finished(record, current, chosen_designs(case, machine)):
+            todo.append(case)
     taken = []
     for position, case in enumerate(todo):
         begun = left()
@@ -55,7 +59,7 @@ def measure_all(
 
 
 def measure_one(case: Case, folder: Path, bench: Bench, machine: dict, current: str) -> dict:
-    """Measures a case and writes its record, at each step what is known so far."""
+    """Measures a case and writes its record, after each step as far as it goes."""
     path = records.path_of(folder, case)
     record = records.begin(case, current, chosen_designs(case, machine), records.read(path)) | {"machine": machine}
     begun = time.monotonic()
@@ -68,19 +72,14 @@ def measure_one(case: Case, folder: Path, bench: Bench, machine: dict, current: 
 
 
 def chosen_designs(case: Case, machine: dict) -> list[str]:
-    """What `designs.json` gives the layers of a case on this machine: with another choice it is measured anew."""
-    capability, triton = tuple(machine["capability"]), machine["triton"]
-    return [
-        design_for(case.tokens, k, n, case.rank, getattr(torch, case.dtype), capability, triton) for k, n in case.layers
-    ]
-
-
-def _is_finished(case: Case, folder: Path, machine: dict, current: str) -> bool:
-    return records.is_finished(records.read(records.path_of(folder, case)), current, chosen_designs(case, machine))
+    """The choice of `designs.json` for each layer of a case on this machine: with another one it is measured anew."""
+    dtype = getattr(torch, case.dtype)
+    gpu = (tuple(machine["capability"]), machine["triton"])
+    return [design_for(case.tokens, k, n, case.rank, dtype, *gpu) for k, n in case.layers]
 
 
 def _line(record: dict) -> str:
-    """The case in one line: the times of all providers, or why there are none."""
+    """The case in one line: the times of all providers, or the error."""
     if record["status"] == "failed":
         return f"{record['name']}: failed: {record['error']}"
     times = {name: entry["median_ms"] for name, entry in record["providers"].items() if "median_ms" in entry}

@@ -86,7 +86,7 @@ def partials_kernel(
 def _partials(p_partials, o_row, m_row, chunks, CHUNKS: tl.constexpr):
     """`[ROWS, CHUNKS]` of which all but the first `chunks` columns are 0."""
     o_chunk = tl.arange(0, CHUNKS)
-    # The pitch is a constant and only rows are masked, so that the loads are wide whatever the number of chunks.
+    # The pitch is a constant and only rows are masked, so that the loads are wide for every number of chunks.
     b_partials = tl.load(p_partials + o_row[:, None] * CHUNKS + o_chunk[None, :], mask=m_row[:, None], other=0.0)
     return tl.where((o_chunk < chunks)[None, :], b_partials, 0.0)
 
@@ -130,7 +130,7 @@ def finish_kernel(
     rows, scored, numel, chunks,
     TILE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """First program: the loss and what is reported of the rows, ROWS of them at a time. Others: a chunk of the gradient.
+    """First program: the loss and the reports per row, ROWS of them at a time. Others: a chunk of the gradient.
 
     ::
 

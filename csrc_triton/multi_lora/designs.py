@@ -10,7 +10,7 @@ from torch import Tensor
 
 DESIGNS = ("fused", "split")
 DEFAULT = "split"
-"""Where nothing was measured: cuBLAS computes the base layer, so that at most the two extra passes over y are lost."""
+"""For shapes without a measurement: cuBLAS computes the base layer, so that at most two extra passes over y are lost."""
 TABLE = Path(__file__).with_name("designs.json")
 
 

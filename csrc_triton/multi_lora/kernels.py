@@ -4,7 +4,7 @@ Legend: B samples, T tokens, C channels summed over, N output channels, R rank, 
 with adapter id -1. No tile crosses two samples, so that a sample's result does not depend on its batch.
 Prefixes: p_ pointer, s_ stride, b_ block of values, o_ offsets, m_ mask, i_ index. Sums are fp32. A tile's first element
 is addressed in int64, once per program; offsets within the tile are int32, which saves registers.
-What follows from the batch is not specialised (do_not_specialize): another batch size compiles nothing.
+Numbers that follow from the batch are not specialised (do_not_specialize): another batch size compiles nothing.
 Only builtins of `tl` are called: tests compile this file for GPUs in a process where Triton's own library is interpreted.
 """
 
@@ -24,7 +24,7 @@ def _shrink_rows(
 ):  # fmt: skip
     """``low = scale * x @ factor``; the rows are wgmma's M, which needs 64 of them per four warps."""
     o_m, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
-    # Rows past the sample's end repeat its last one instead of taking a mask: what they give is not stored.
+    # Rows past the sample's end repeat its last one instead of taking a mask: their results are not stored.
     p_block = p_x + tl.minimum(o_m, rows - 1)[:, None] * s_xt + o_c[None, :]
     p_factor = p_factor[None, :] + o_c[:, None] * s_fc
     b_low = tl.full([BLOCK_M, BLOCK_R], 0, tl.float32)
@@ -51,7 +51,7 @@ def _channels_times_rank(
     LOW_R: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``x^T low`` over the rows of a chunk, ``[BLOCK_C, BLOCK_R]``: the channels are wgmma's M, whatever the rank."""
+    """``x^T low`` over the rows of a chunk, ``[BLOCK_C, BLOCK_R]``: the channels are wgmma's M at every rank."""
     o_t = tl.arange(0, BLOCK_T)
     p_x = p_x + o_t[:, None] * s_xt + o_c[None, :]
     p_low = p_low + o_t[:, None] * LOW_R + o_r[None, :]

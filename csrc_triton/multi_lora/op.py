@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the backward pass needs of a layer whose output was used.
+    """A layer in the backward pass: only those whose output was used.
 
     Attributes:
         grad: `[B, T, N]` gradient of the layer's output.
@@ -364,7 +364,7 @@ def _save(ctx, x, y, layers: list[Layer], low, scale, ids, design) -> None:
 
 
 def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, list, list]:
-    """Gradients of x, of y, of each lora_A and of each lora_B; an output that was not used gives its factors none."""
+    """Gradients of x, of y, of each lora_A and of each lora_B; without one for an output that was not used."""
     x, low, scale, ids, *tensors = ctx.saved_tensors  # once: under checkpointing a second reading raises
     count = len(upstream)
     *offsets, ranks = _offsets(tensors[1::3])
@@ -392,7 +392,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
 
 
 def _offsets(lora_A: Sequence[Tensor]) -> list[int]:
-    """Where each layer's ranks begin among all; the last entry is their sum."""
+    """Start of each layer's ranks among all; the last entry is their sum."""
     return list(accumulate((int(a.shape[1]) for a in lora_A), initial=0))
 
 

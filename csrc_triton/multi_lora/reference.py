@@ -27,8 +27,8 @@ def multi_lora_linear(
             if e >= 0:
                 y[b] += scale[e] * (x[b] @ lora_A[e].T) @ lora_B[e].T
 
-    Rows with id -1 equal the base layer exactly, forward and backward, whatever the adapters hold (NaN included), and
-    (for finite x) send no gradient to any adapter. Never synchronises with the host. Differentiable in x, lora_A and lora_B.
+    Rows with id -1 equal the base layer exactly, forward and backward, for any adapters (NaN included). For finite x they
+    send no gradient to any adapter. Never synchronises with the host. Differentiable in x, lora_A and lora_B.
     Source: docs/method.md section 2.
 
     Args:
@@ -38,7 +38,7 @@ def multi_lora_linear(
         lora_A: `[E, R, K]`; cast to x's dtype after the gather, so fp32 masters work over a bf16 base.
         lora_B: `[E, N, R]`, likewise.
         scale: `[E]`.
-        adapter_ids: `[B]` int32 or int64 on x's device, each -1 (base alone) or in [0, E). The caller guarantees the
+        adapter_ids: `[B]` int32 or int64 on x's device, each -1 (only the base) or in [0, E). The caller guarantees the
             range: checking it here would synchronise.
 
     Returns:
@@ -108,7 +108,7 @@ def _one_adapter(y, x, lora_A, lora_B, scale, adapter_ids) -> Tensor:
 
 
 def check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids) -> None:
-    """Raises ValueError naming the argument whose shape or dtype is not as `multi_lora_linear` takes it."""
+    """Raises ValueError that names an argument whose shape or dtype is not as `multi_lora_linear` takes it."""
     if x.ndim != 3 or weight.ndim != 2 or lora_A.ndim != 3:
         found = f"x {list(x.shape)}, weight {list(weight.shape)}, lora_A {list(lora_A.shape)}"
         raise ValueError(f"expected x [B, T, K], weight [N, K] and lora_A [E, R, K], found {found}")
@@ -129,7 +129,7 @@ def check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids) -> None:
 
 
 def check_add_shapes(y, x, lora_A, lora_B, scale, adapter_ids) -> None:
-    """Raises ValueError naming the argument whose shape or dtype is not as `multi_lora_add` takes it."""
+    """Raises ValueError that names an argument whose shape or dtype is not as `multi_lora_add` takes it."""
     if y.ndim != 3 or x.ndim != 3 or y.shape[:2] != x.shape[:2]:
         raise ValueError(f"expected y [B, T, N] and x [B, T, K], found {list(y.shape)} and {list(x.shape)}")
     weight = y.new_empty(()).expand(y.shape[2], x.shape[2])  # stands for the layer's

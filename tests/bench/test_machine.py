@@ -1,4 +1,4 @@
-"""Which sources and which machine a figure belongs to."""
+"""The sources and the machine that a figure belongs to."""
 
 from __future__ import annotations
 

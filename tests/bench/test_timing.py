@@ -40,7 +40,7 @@ def test_countdown():
 
 @pytest.fixture
 def log(monkeypatch):
-    """What a GPU would be told, in order; events are a second apart."""
+    """Commands that a GPU would get, in order; events are a second apart."""
     entries = []
 
     class Event:

@@ -38,7 +38,7 @@ def differences(c):
 
 
 def condition(c):
-    """How much the relative error of the inputs grows in these differences."""
+    """Growth of the inputs' relative error in these differences."""
     ratios = [sum(p.abs() for p in parts).mean(1) / sum(parts).abs().mean(1) for parts in differences(upcast(c))]
     return max([1.0, *torch.cat(ratios).tolist()])
 

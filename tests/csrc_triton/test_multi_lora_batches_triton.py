@@ -1,4 +1,4 @@
-"""What the kernels of `multi_lora_linear` do not depend on: the rest of the batch and the layout of the arguments."""
+"""Results of the kernels of `multi_lora_linear` depend neither on the rest of the batch nor on the arguments' layout."""
 
 from __future__ import annotations
 

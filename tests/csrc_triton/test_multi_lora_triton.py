@@ -34,10 +34,17 @@ from csrc_triton.multi_lora.tiles import Machine, rank_block
 from csrc_triton.registration import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+slow = pytest.mark.slow
 
 
-@each_design
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "design"),
+    [
+        pytest.param(name, design, marks=slow if (name, design) == ("several_chunks", "fused") else [])
+        for name in CASES
+        for design in ("fused", "split")
+    ],
+)
 def test_fp32(name, design):
     assert_as_accurate_as_eager(ours(design), make(CASES[name]))
 
@@ -83,7 +90,7 @@ def test_tensor_descriptors(monkeypatch, dtype):
 
 
 @each_design
-@pytest.mark.parametrize("wanted", ["x", "A", "B", "xA", "xB", "AB"])
+@pytest.mark.parametrize("wanted", ["x", "A", "B", *(pytest.param(two, marks=slow) for two in ("xA", "xB", "AB"))])
 def test_gradients_that_are_asked_for_equal_all_of_them(wanted, design):
     arguments = make(CASES["mixed"])
     upstream = upstream_of(arguments)

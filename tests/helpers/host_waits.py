@@ -1,8 +1,8 @@
-"""Finds what would make the host wait for a GPU, on a machine without one.
+"""Finds calls that would make the host wait for a GPU, on a machine without one.
 
 The device is ``meta``. Reading its values (``float``, ``if``, ``nonzero``, ``tolist``, ``.cpu()``) is an error anyway; the
 mode here also records copies from the CPU that wait: a plain ``.to``, indexing by indices on the CPU or in a list,
-``torch.tensor`` with a device. It does not see what only a GPU's kernels and optimizers do; there PyTorch's own check can
+``torch.tensor`` with a device. It misses the waits of a GPU's own kernels and optimizers, which PyTorch's check finds on one
 (``test_an_update_never_waits_for_the_gpu`` of csrc_triton/test_training.py).
 """
 

@@ -1,4 +1,4 @@
-"""Compiles what a launch function launches, for GPUs that are not there, and reads the result.
+"""Compiles the launches of a launch function for GPUs that are not there, and reads the result.
 
 A launch function runs on meta tensors with `wrap_triton` replaced by a recorder; each recorded launch is compiled from its
 own arguments, as Triton would specialise them, by a copy of the kernels that is not interpreted.
@@ -48,7 +48,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel takes: registers per thread, bytes of stack, bytes of shared memory."""
+    """Resources of one program of a compiled kernel: registers per thread, bytes of stack, bytes of shared memory."""
 
     registers: int
     stack: int
