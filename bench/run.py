@@ -20,8 +20,8 @@ TEST_SHARE = 0.5
 """Largest part of the time for tests; the rest is for the cases."""
 MORE_TIME = 1.5
 """A test file that the budget stopped is run again only with this many times the time that it had."""
-TEST_OPTIONS = ("-o", "addopts=--strict-markers --import-mode=importlib", "-m", "not soak")
-"""In place of the options in pyproject.toml, which leave out slow tests and need plugins that a bare GPU machine lacks."""
+TEST_OPTIONS = ("-m", "not soak")
+"""In place of pyproject.toml's own -m, which leaves out the slow tests too."""
 MAX_PROCESSES = 30
 """After this many broken processes another one will not do better."""
 A_DAY = 86400.0
