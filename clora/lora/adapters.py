@@ -26,6 +26,7 @@ from clora.lora.source import LoRASource
 from clora.lora.state import LoRAModule
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_KINDS = {"lora": "LoRA", "lokr": "LoKr", "hada": "LoHa", "diff": "diff"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Adapter:
     """One module of a file, whose tensors are complete and fit together.
 
     Attributes:
+        source: the open file.
         stem: the module's name as in the file.
         kind: ``LoRA``, ``LoKr``, ``LoHa`` or ``diff``.
         parts: part to key (see `clora.lora.keys.FileKeys`).
@@ -43,6 +45,7 @@ class Adapter:
         exact_rank: the rank of factors that hold the change exactly.
     """
 
+    source: LoRASource
     stem: str
     kind: str
     parts: Mapping[str, str]
@@ -53,38 +56,58 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
-        """Whether DoRA's magnitude follows."""
+        """True where DoRA's magnitude follows."""
         return "magnitude" in self.parts
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads its tensors but alpha in fp32, by part. Raises CloraError for a value that is not finite."""
+        return self.source.read({part: key for part, key in self.parts.items() if part != "alpha"})
+
+    def sizes(self) -> str:
+        """Returns the names and shapes of its matrices' tensors, for error messages."""
+        return " and ".join(_sizes(self.source, self.parts, matrix) for matrix in self.matrices)
 
 
 def read_adapter(source: LoRASource, stem: str, parts: Mapping[str, str]) -> Adapter:
-    """Tells the adapter type of one module of a file from its tensors' names and shapes.
+    """Finds the adapter type of one module of a file from its tensors' names and shapes.
 
     Raises:
         CloraError: a tensor is missing, is of another type, is no matrix, or disagrees with another one.
     """
     kind, matrices = _matrices(source, stem, parts)
-    _check_types(source, parts)
-    shapes = [_product_shape(source, parts, matrix) for matrix in matrices]
-    ranks = [source.shapes[parts[matrix[1]]][0] for matrix in matrices if len(matrix) == 2]
-    adapter = Adapter(
-        stem,
-        kind,
-        parts,
-        matrices,
-        _combined_shape(source, kind, stem, shapes),
-        # As LyCORIS and ComfyUI take it: that of the second product of a LoKr where it has two.
-        ranks[-1 if kind == "LoKr" else 0] if ranks else None,
-        _exact_rank(source, parts, matrices),
-    )
-    _check_vectors(source, adapter)
+    for part, key in parts.items():
+        if part != "alpha" and source.dtypes[key] not in _FLOATS:
+            raise CloraError(f"{source.file}: {key} is stored as {source.dtypes[key]}; expected floating-point numbers")
+    shapes = [_matrix_shape(source, parts, matrix) for matrix in matrices]
+    if kind == "LoKr":
+        shape = (shapes[0][0] * shapes[1][0], shapes[0][1] * shapes[1][1])
+    elif len(set(shapes)) == 1:
+        shape = shapes[0]
+    else:
+        raise CloraError(f"{source.file}: the two matrices of {stem} are {list(shapes[0])} and {list(shapes[1])}")
+
+    # Kronecker and Hadamard products of matrices of ranks r and s both have factors of rank r * s. A product's rank is
+    # the length of its inner side, that of a whole matrix the length of its shorter side.
+    rank = None
+    exact_rank = 1
+    for matrix, (rows, columns) in zip(matrices, shapes, strict=True):
+        if len(matrix) == 2:
+            inner = source.shapes[parts[matrix[1]]][0]
+            exact_rank *= inner
+            # alpha is divided by the second product's rank in a LoKr of two, as LyCORIS and ComfyUI do.
+            rank = inner if rank is None or kind == "LoKr" else rank
+        else:
+            exact_rank *= min(rows, columns)
+
+    adapter = Adapter(source, stem, kind, parts, matrices, shape, rank, exact_rank)
+    _check_vectors(adapter)
     if source.config.use_dora and not adapter.is_dora:
         raise CloraError(f"{source.file}: the config says DoRA but {stem} has no magnitude; export it again")
     return adapter
 
 
 def change(adapter: Adapter, tensors: Mapping[str, Tensor], scale: float, max_rank: int) -> LoRAModule | Tensor:
-    """The change of the weight, DoRA's magnitude left out.
+    """Computes the change of the weight, DoRA's magnitude left out.
 
     Args:
         adapter: what the tensors are.
@@ -98,22 +121,32 @@ def change(adapter: Adapter, tensors: Mapping[str, Tensor], scale: float, max_ra
     if adapter.kind == "LoRA":
         return LoRAModule(tensors["lora_A"], tensors["lora_B"] * scale)
     factors = [_factors(tensors, matrix) for matrix in adapter.matrices]
-    if adapter.exact_rank <= max_rank:
-        up, down = factors[0] if len(factors) == 1 else _PRODUCTS[adapter.kind](*factors[0], *factors[1])
-        return LoRAModule(down.float(), (up * scale).float())
-    whole = [up @ down for up, down in factors]
+    if adapter.exact_rank > max_rank:
+        whole = [up @ down for up, down in factors]
+        if adapter.kind == "LoKr":
+            return torch.kron(*whole) * scale
+        return scale * (whole[0] if adapter.kind == "diff" else whole[0] * whole[1])
+
+    up, down = factors[0]
     if adapter.kind == "LoKr":
-        return torch.kron(*whole) * scale
-    return scale * (whole[0] if len(whole) == 1 else whole[0] * whole[1])
+        # kron(U1 D1, U2 D2) = kron(U1, U2) kron(D1, D2)
+        up = torch.kron(up, factors[1][0])
+        down = torch.kron(down, factors[1][1])
+    elif adapter.kind == "LoHa":
+        # (U1 D1) * (U2 D2) sums, over all pairs of ranks (i, j), column i of U1 times column j of U2 (elementwise), as a
+        # column, times row i of D1 times row j of D2, as a row: [out, r s] and [r s, in].
+        up = (up[:, :, None] * factors[1][0][:, None, :]).flatten(1)
+        down = (down[:, None, :] * factors[1][1][None, :, :]).flatten(0, 1)
+    return LoRAModule(down.float(), (up * scale).float())
 
 
 def decompose_weight(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA: the change that gives every row (or column) of ``base + delta`` the stored length.
+    """Computes DoRA's change, which gives every row (or column) of ``base + delta`` the stored length.
 
     Args:
         base: ``[out, in]``.
         delta: ``[out, in]``.
-        magnitude: ``[out]`` or ``[out, 1]`` for rows, ``[1, in]`` for columns (LyCORIS unless told otherwise).
+        magnitude: ``[out]`` or ``[out, 1]`` for rows, ``[1, in]`` for columns (LyCORIS by default).
 
     Returns:
         ``[out, in]`` fp64, to be added to ``base``.
@@ -123,104 +156,6 @@ def decompose_weight(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(merged, dim=0 if is_column else 1, keepdim=True)
     stored = magnitude.double().reshape(length.shape)
     return merged * (stored / length.clamp_min(torch.finfo(torch.float64).tiny)) - base.double()
-
-
-def _matrices(source: LoRASource, stem: str, parts: Mapping[str, str]) -> tuple[str, tuple[tuple[str, ...], ...]]:
-    """The adapter type and the parts of its matrices. Raises CloraError where some are missing or of two types."""
-    kinds = {"lora": "LoRA", "lokr": "LoKr", "hada": "LoHa", "diff": "diff"}
-    found = sorted({kinds[part.partition("_")[0]] for part in parts if part not in ("alpha", "magnitude")})
-    if len(found) > 1:
-        raise CloraError(f"{source.file}: {stem} is {' and '.join(found)} at once ({', '.join(parts.values())})")
-    kind = found[0] if found else "LoRA"
-    matrices = {
-        "LoRA": (("lora_B", "lora_A"),),
-        "LoKr": tuple(_whole_or_product(parts, f"lokr_w{number}") for number in (1, 2)),
-        "LoHa": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
-        "diff": (("diff",),),
-    }[kind]
-    expected = {part for matrix in matrices for part in matrix}
-    missing, extra = sorted(expected - set(parts)), sorted(set(parts) - expected - {"alpha", "magnitude"})
-    if missing or extra:
-        wrong = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(extra)} too"
-        raise CloraError(f"{source.file}: {stem} {wrong} (found only {', '.join(parts.values())})")
-    return kind, matrices
-
-
-def _whole_or_product(parts: Mapping[str, str], name: str) -> tuple[str, ...]:
-    product = (f"{name}_a", f"{name}_b")
-    return product if any(part in parts for part in product) else (name,)
-
-
-def _check_types(source: LoRASource, parts: Mapping[str, str]) -> None:
-    for part, key in parts.items():
-        if part != "alpha" and source.dtypes[key] not in _FLOATS:
-            raise CloraError(f"{source.file}: {key} is stored as {source.dtypes[key]}; expected floating-point numbers")
-
-
-def _product_shape(source: LoRASource, parts: Mapping[str, str], matrix: tuple[str, ...]) -> tuple[int, int]:
-    """The shape of one matrix of an adapter. Raises CloraError where its tensors are no matrices or disagree."""
-    shapes = [source.shapes[parts[part]] for part in matrix]
-    # The down matrix is named first, as lora_A is.
-    found = " and ".join(f"{parts[part]} is {list(source.shapes[parts[part]])}" for part in reversed(matrix))
-    expected = "two matrices, [rank, in] and [out, rank]" if len(matrix) == 2 else "a matrix"
-    if any(len(shape) != 2 or 0 in shape for shape in shapes):
-        raise CloraError(f"{source.file}: {found}; expected {expected}")
-    if len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
-        raise CloraError(f"{source.file}: rank mismatch, {found}; expected [rank, in] and [out, rank] of one rank")
-    return shapes[0][0], shapes[-1][1]
-
-
-def _combined_shape(source: LoRASource, kind: str, stem: str, shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    if kind == "LoKr":
-        (rows, columns), (other_rows, other_columns) = shapes
-        return rows * other_rows, columns * other_columns
-    if len(set(shapes)) > 1:
-        raise CloraError(f"{source.file}: the two matrices of {stem} are {list(shapes[0])} and {list(shapes[1])}")
-    return shapes[0]
-
-
-def _exact_rank(source: LoRASource, parts: Mapping[str, str], matrices: tuple[tuple[str, ...], ...]) -> int:
-    """Both Kronecker and Hadamard products of matrices of rank r and s have factors of rank r * s."""
-    rank = 1
-    for matrix in matrices:
-        # A product's rank is the length of its inner side, a whole matrix has that of its shorter side.
-        rank *= min(source.shapes[parts[matrix[-1]]]) if len(matrix) == 1 else source.shapes[parts[matrix[1]]][0]
-    return rank
-
-
-def _check_vectors(source: LoRASource, adapter: Adapter) -> None:
-    """Raises CloraError where alpha is no single number or DoRA's magnitude fits neither rows nor columns."""
-    out_features, in_features = adapter.shape
-    fitting = {"alpha": {(), (1,)}, "magnitude": {(out_features,), (out_features, 1), (1, in_features)}}
-    for part, shapes in fitting.items():
-        if part in adapter.parts and source.shapes[adapter.parts[part]] not in shapes:
-            found = list(source.shapes[adapter.parts[part]])
-            expected = "a single number" if part == "alpha" else f"[{out_features}, 1] or [1, {in_features}]"
-            raise CloraError(f"{source.file}: {adapter.parts[part]} has shape {found}; expected {expected}")
-
-
-def _factors(tensors: Mapping[str, Tensor], matrix: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """``(up, down)`` of one matrix in fp64; a whole one is its own product with the identity, on its shorter side."""
-    if len(matrix) == 2:
-        return tensors[matrix[0]].double(), tensors[matrix[1]].double()
-    whole = tensors[matrix[0]].double()
-    identity = torch.eye(min(whole.shape), dtype=torch.float64)
-    return (identity, whole) if whole.shape[0] <= whole.shape[1] else (whole, identity)
-
-
-def _kronecker(up_1: Tensor, down_1: Tensor, up_2: Tensor, down_2: Tensor) -> tuple[Tensor, Tensor]:
-    """kron(U1 D1, U2 D2) = kron(U1, U2) kron(D1, D2)."""
-    return torch.kron(up_1, up_2), torch.kron(down_1, down_2)
-
-
-def _hadamard(up_1: Tensor, down_1: Tensor, up_2: Tensor, down_2: Tensor) -> tuple[Tensor, Tensor]:
-    """(U1 D1) * (U2 D2) sums, over all pairs of ranks, the products of both columns times those of both rows."""
-    up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
-    down = (down_1[:, None, :] * down_2[None, :, :]).flatten(0, 1)
-    return up, down
-
-
-_PRODUCTS = {"LoKr": _kronecker, "LoHa": _hadamard}
 
 
 @dataclass(frozen=True)
@@ -238,16 +173,18 @@ class Strength:
     scale: float
 
 
-def find_strength(source: LoRASource, adapter: Adapter) -> Strength:
+def find_strength(adapter: Adapter) -> Strength:
     """Reads the alpha of one module of a file.
 
     Raises:
         CloraError: the config states another rank than the tensors have, PEFT weights come without a config, or alpha
             is not finite.
     """
+    source = adapter.source
     module = split_prefix(adapter.stem)[1]
-    stated_rank, stated_alpha = source.config.module_rank(module), source.config.module_alpha(module)
-    # LyCORIS never scales a LoKr of two whole matrices, whatever its alpha says; PEFT does, by its config's rank.
+    stated_rank = source.config.module_rank(module)
+    stated_alpha = source.config.module_alpha(module)
+    # LyCORIS never scales a LoKr of two whole matrices, whatever its alpha; PEFT does, by its config's rank.
     rank = adapter.rank or stated_rank
     if adapter.kind == "diff":
         return Strength(None, "none", 1.0)
@@ -255,7 +192,7 @@ def find_strength(source: LoRASource, adapter: Adapter) -> Strength:
         message = f"{source.file}: {adapter.stem} has rank {rank} but its config says {stated_rank}"
         raise CloraError(f"{message}, so its strength is not known; export it again")
     if "alpha" in adapter.parts and adapter.rank is not None:
-        alpha = source.read_finite({"alpha": adapter.parts["alpha"]})["alpha"].item()
+        alpha = source.read({"alpha": adapter.parts["alpha"]})["alpha"].item()
         return Strength(alpha, "tensor", source.config.scale(alpha, adapter.rank))
     if stated_alpha is not None and rank is not None:
         return Strength(stated_alpha, "config", source.config.scale(stated_alpha, rank))
@@ -267,3 +204,71 @@ def find_strength(source: LoRASource, adapter: Adapter) -> Strength:
     if rank is None:
         return Strength(None, "none", 1.0)
     return Strength(float(rank), "rank", source.config.scale(rank, rank))
+
+
+def _matrices(source: LoRASource, stem: str, parts: Mapping[str, str]) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    """Returns the adapter type and its matrices' parts. Raises CloraError where some are missing or of two types."""
+    found = sorted({_KINDS[part.partition("_")[0]] for part in parts if part not in ("alpha", "magnitude")})
+    if len(found) > 1:
+        raise CloraError(f"{source.file}: {stem} is {' and '.join(found)} at once ({', '.join(parts.values())})")
+    kind = found[0] if found else "LoRA"
+    matrices: list[tuple[str, ...]] = []
+    if kind == "LoRA":
+        matrices = [("lora_B", "lora_A")]
+    elif kind == "LoHa":
+        matrices = [("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")]
+    elif kind == "LoKr":
+        for name in ("lokr_w1", "lokr_w2"):
+            is_product = f"{name}_a" in parts or f"{name}_b" in parts
+            matrices.append((f"{name}_a", f"{name}_b") if is_product else (name,))
+    else:
+        matrices = [("diff",)]
+    expected = set().union(*matrices)
+    missing = sorted(expected - set(parts))
+    extra = sorted(set(parts) - expected - {"alpha", "magnitude"})
+    if missing or extra:
+        wrong = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(extra)} too"
+        raise CloraError(f"{source.file}: {stem} {wrong} (found only {', '.join(parts.values())})")
+    return kind, tuple(matrices)
+
+
+def _matrix_shape(source: LoRASource, parts: Mapping[str, str], matrix: tuple[str, ...]) -> tuple[int, int]:
+    """Returns the shape of one matrix of an adapter. Raises CloraError where its tensors are no matrices or disagree."""
+    shapes = [source.shapes[parts[part]] for part in matrix]
+    found = _sizes(source, parts, matrix)
+    if any(len(shape) != 2 or 0 in shape for shape in shapes):
+        expected = "two matrices, [rank, in] and [out, rank]" if len(matrix) == 2 else "a matrix"
+        raise CloraError(f"{source.file}: {found}; expected {expected}")
+    if len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
+        raise CloraError(f"{source.file}: rank mismatch, {found}; expected [rank, in] and [out, rank] of one rank")
+    return shapes[0][0], shapes[-1][1]
+
+
+def _sizes(source: LoRASource, parts: Mapping[str, str], matrix: tuple[str, ...]) -> str:
+    # The down matrix is named first, as lora_A is.
+    keys = [parts[part] for part in reversed(matrix)]
+    return " and ".join(f"{key} is {list(source.shapes[key])}" for key in keys)
+
+
+def _check_vectors(adapter: Adapter) -> None:
+    """Raises CloraError where alpha is no single number or DoRA's magnitude fits neither rows nor columns."""
+    rows, columns = adapter.shape
+    for part, fitting, expected in (
+        ("alpha", [(), (1,)], "a single number"),
+        ("magnitude", [(rows,), (rows, 1), (1, columns)], f"[{rows}, 1] or [1, {columns}]"),
+    ):
+        if part in adapter.parts:
+            key = adapter.parts[part]
+            shape = adapter.source.shapes[key]
+            if shape not in fitting:
+                raise CloraError(f"{adapter.source.file}: {key} has shape {list(shape)}; expected {expected}")
+
+
+def _factors(tensors: Mapping[str, Tensor], matrix: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Returns ``(up, down)`` of one matrix in fp64, whose product it is."""
+    if len(matrix) == 2:
+        return tensors[matrix[0]].double(), tensors[matrix[1]].double()
+    # A whole matrix is its own product with the identity, on its shorter side.
+    whole = tensors[matrix[0]].double()
+    identity = torch.eye(min(whole.shape), dtype=torch.float64)
+    return (identity, whole) if whole.shape[0] <= whole.shape[1] else (whole, identity)

@@ -1,4 +1,7 @@
-"""Lower ranks by SVD, and what a change of rank or of storage type costs."""
+"""Low-rank updates as matrices: factors of a dense change, lower ranks, errors, and merges of several LoRAs.
+
+Ranks and errors are found in fp64 and without the ``[out, in]`` product of factors wherever that is possible.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clora.errors import CloraError, nearest
+from clora.lora.layers import LayerShapes
 from clora.lora.state import LoRAModule, LoRAState
 
 # The kernels take ranks up to this one; a bank with a higher one runs on eager PyTorch.
@@ -24,7 +28,7 @@ _ITERATIONS = 4
 
 
 def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ERROR) -> tuple[LoRAModule, float]:
-    """The lowest rank whose error is small enough, or the highest allowed one.
+    """Factorises a dense change at the lowest rank whose error is small enough, or at the highest allowed one.
 
     Args:
         delta: ``[out, in]``.
@@ -33,13 +37,14 @@ def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ER
 
     Returns:
         The factors, which share the singular values evenly, and ``|delta - B A| / |delta|`` in the Frobenius norm, which
-        is above `max_error` where `max_rank` does not suffice. It is the same at every call.
+        is above `max_error` where `max_rank` does not suffice. Both are the same at every call.
     """
     delta = delta.float()
+    # The sketch is random: its own seed makes the result repeatable, and the caller's generator stays as it is.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for the sketch
+        torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(delta, min(max_rank + _OVERSAMPLING, *delta.shape), _ITERATIONS)
-    # What no rank of the sketch holds, then what is lost with each rank from the last one on.
+    # Squared norms: of what no rank of the sketch holds, and of what is lost with each rank from the last one on.
     missed = (delta - (left * values) @ right.T).double().square().sum()
     lost = values.double().square().flip(0).cumsum(0).flip(0)
     total = delta.double().square().sum()
@@ -68,7 +73,7 @@ class ModuleSVD:
     basis_A: Tensor
 
     def truncated(self, rank: int) -> LoRAModule:
-        """The best approximation of that rank; its factors share the singular values, ``U sqrt(S)`` and ``sqrt(S) V^T``."""
+        """Returns the best approximation of that rank, whose factors are ``U sqrt(S)`` and ``sqrt(S) V^T``."""
         root = self.values[:rank].sqrt()
         lora_B = self.basis_B @ (self.left[:, :rank] * root)
         lora_A = (root[:, None] * self.right[:rank]) @ self.basis_A.T
@@ -76,7 +81,7 @@ class ModuleSVD:
 
 
 def module_svd(lora_A: Tensor, lora_B: Tensor) -> ModuleSVD:
-    """The SVD of ``lora_B @ lora_A`` without its ``[out, in]`` product.
+    """Computes the SVD of ``lora_B @ lora_A`` without that ``[out, in]`` product.
 
     With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` it is that of ``R_B R_A^T``, which is at most ``[rank, rank]``.
 
@@ -91,7 +96,7 @@ def module_svd(lora_A: Tensor, lora_B: Tensor) -> ModuleSVD:
 
 
 def reduce_to_rank(state: LoRAState, rank: int) -> LoRAState:
-    """Every module at most of this rank; one that already is stays as it is, to the bit.
+    """Reduces every module to at most this rank; one that already is stays as it is, to the bit.
 
     Raises:
         CloraError: a rank below 1.
@@ -102,7 +107,9 @@ def reduce_to_rank(state: LoRAState, rank: int) -> LoRAState:
 
 
 def reduce_to_energy(state: LoRAState, energy: float, uniform: bool) -> LoRAState:
-    """The lowest ranks at which every module keeps a share of its energy, the sum of its squared singular values.
+    """Reduces every module to the lowest rank at which it keeps a share of its energy.
+
+    The energy of a module is the sum of its squared singular values.
 
     Args:
         state: what to reduce.
@@ -114,54 +121,60 @@ def reduce_to_energy(state: LoRAState, energy: float, uniform: bool) -> LoRAStat
     """
     if not 0 < energy <= 1:
         raise CloraError(f"expected a share of energy above 0 and at most 1, found {energy:g}")
-    ranks = {name: _energy_rank(module, energy) for name, module in state.modules.items()}
+    ranks = {}
+    for name, module in state.modules.items():
+        kept = _kept_energy(module)
+        ranks[name] = int((kept < energy * kept[-1]).sum()) + 1
     return _reduced(state, dict.fromkeys(ranks, max(ranks.values(), default=1)) if uniform else ranks)
 
 
-def _reduced(state: LoRAState, ranks: dict[str, int]) -> LoRAState:
-    modules = {
-        name: module if module.rank <= ranks[name] else module_svd(module.lora_A, module.lora_B).truncated(ranks[name])
-        for name, module in state.modules.items()
-    }
+def _reduced(state: LoRAState, ranks: Mapping[str, int]) -> LoRAState:
+    modules = dict(state.modules)
+    for name, module in state.modules.items():
+        if module.rank > ranks[name]:
+            modules[name] = module_svd(module.lora_A, module.lora_B).truncated(ranks[name])
     return LoRAState(modules, state.metadata, state.format)
 
 
-def _energy_rank(module: LoRAModule, energy: float) -> int:
-    kept = module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
-    return int((kept < energy * kept[-1]).sum()) + 1
-
-
 def energy_share(module: LoRAModule, rank: int) -> float:
-    """The share of a module's energy that its best approximation of that rank keeps."""
-    kept = module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
+    """Returns the share of a module's energy that its best approximation of that rank keeps."""
+    kept = _kept_energy(module)
     return (kept[rank - 1] / kept[-1]).item() if kept[-1] > 0 else 1.0
 
 
+def _kept_energy(module: LoRAModule) -> Tensor:
+    """Returns the energy that each rank from 1 on keeps, ``[rank]`` fp64."""
+    return module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
+
+
 def stored_as(module: LoRAModule, dtype: torch.dtype) -> LoRAModule:
-    """What a reader finds of a module that was written in that type, in fp32."""
+    """Returns the module, in fp32, that a reader finds after it was written in that type."""
     return LoRAModule(module.lora_A.to(dtype).float(), module.lora_B.to(dtype).float())
 
 
 def balanced(module: LoRAModule) -> LoRAModule:
-    """The same update, exactly, with both factors of each rank about equally large: best for fp8's narrow range.
+    """Returns the same update, exactly, with both factors of each rank about equally large, for fp8's narrow range.
 
     They are scaled by powers of two, since fp8 has a smallest step of 0.002 and no place for a scale of its own.
     """
-    size_A, size_B = module.lora_A.abs().amax(dim=1), module.lora_B.abs().amax(dim=0)
+    size_A = module.lora_A.abs().amax(dim=1)  # [rank]
+    size_B = module.lora_B.abs().amax(dim=0)  # [rank]
     exponent = ((size_B / size_A).log2() / 2).round()
     factor = torch.where((size_A > 0) & (size_B > 0), exponent, 0.0).exp2()
     return LoRAModule(module.lora_A * factor[:, None], module.lora_B / factor)
 
 
 def relative_error(before: LoRAModule, after: LoRAModule) -> float:
-    """``|after - before| / |before|`` of the updates, in the Frobenius norm; 0 where both are zero."""
+    """Returns ``|after - before| / |before|`` of the updates, in the Frobenius norm; 0 where both are zero."""
+    # Up to its sign, the difference is itself an update, of the sum of both ranks.
     difference = LoRAModule(torch.cat([before.lora_A, after.lora_A]), torch.cat([before.lora_B, -after.lora_B], dim=1))
-    norm, change = _norm(before), _norm(difference)
+    norm = _norm(before)
+    change = _norm(difference)
     return change / norm if norm else (float("inf") if change else 0.0)
 
 
 def _norm(module: LoRAModule) -> float:
-    """The Frobenius norm of an update, without its ``[out, in]`` product."""
+    """Returns the Frobenius norm of an update, without its ``[out, in]`` product."""
     factor_B = torch.linalg.qr(module.lora_B.double(), mode="r").R
     factor_A = torch.linalg.qr(module.lora_A.double().T, mode="r").R
     return (factor_B @ factor_A.T).norm().item()
@@ -169,14 +182,13 @@ def _norm(module: LoRAModule) -> float:
 
 # The methods of PEFT that take adapters of unequal rank.
 MERGE_METHODS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-
 # Share of each update that the pruning methods keep; half is in the middle of what TIES and DARE report as good.
 _DENSITY = 0.5
 
 
 def merge_states(
     states: Sequence[LoRAState],
-    target_modules: Mapping[str, tuple[int, int]],
+    shapes: LayerShapes,
     method: str,
     rank: int,
     weights: Sequence[float] | None = None,
@@ -189,7 +201,7 @@ def merge_states(
 
     Args:
         states: at least one; ranks and modules may differ.
-        target_modules: from `clora.lora.layers.linear_shapes`.
+        shapes: of the transformer's layers.
         method: one of `MERGE_METHODS`.
         rank: rank of the result (at most the layer's smaller side).
         weights: one factor per LoRA, all 1 by default: each effect at full strength.
@@ -198,7 +210,7 @@ def merge_states(
     Raises:
         CloraError: no states, an unknown method or module, a rank below 1, or a wrong number of weights.
     """
-    weights = _checked_weights(states, rank, weights)
+    gathered = _by_module(states, rank, weights)
     if method not in MERGE_METHODS:
         raise CloraError(
             f"unknown merge method {method!r}; expected one of {', '.join(MERGE_METHODS)}{nearest(method, MERGE_METHODS)}"
@@ -206,17 +218,17 @@ def merge_states(
     modules = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, parts in _by_module(states, weights).items():
-            if name not in target_modules:
-                raise CloraError(f"{name} is no linear layer of the model{nearest(name, target_modules)}")
-            modules[name] = _peft_merge(parts, target_modules[name], method, rank)
+        for name, parts in gathered.items():
+            if name not in shapes:
+                raise CloraError(f"{name} is no linear layer of the model{nearest(name, shapes)}")
+            modules[name] = _peft_merge(parts, shapes[name], method, rank)
     return LoRAState(modules, format=f"merge_{method}")
 
 
 def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None = None) -> LoRAState:
-    """The best rank-`rank` approximation of the weighted sum of all updates, in fp64 inside.
+    """Returns the best rank-`rank` approximation of the weighted sum of all updates, in fp64 inside.
 
-    It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `clora.lora.algebra.module_svd`).
+    It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `module_svd`).
 
     Args:
         states: at least one; ranks and modules may differ.
@@ -230,12 +242,18 @@ def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | N
     Raises:
         CloraError: no states, a rank below 1, or a wrong number of weights.
     """
-    weights = _checked_weights(states, rank, weights)
-    modules = {name: _truncated_sum(parts, rank) for name, parts in _by_module(states, weights).items()}
+    modules = {}
+    for name, parts in _by_module(states, rank, weights).items():
+        lora_A = torch.cat([part.lora_A for part, _ in parts])
+        lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1)
+        modules[name] = module_svd(lora_A, lora_B).truncated(rank)
     return LoRAState(modules, format="merge_sum_svd")
 
 
-def _checked_weights(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None) -> list[float]:
+def _by_module(
+    states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None
+) -> dict[str, list[tuple[LoRAModule, float]]]:
+    """Returns the (update, weight) pairs of each module, over the LoRAs that have it. Raises CloraError as both merges."""
     if not states:
         raise CloraError("nothing to merge; expected at least one LoRA")
     if rank < 1:
@@ -243,11 +261,6 @@ def _checked_weights(states: Sequence[LoRAState], rank: int, weights: Sequence[f
     weights = [1.0] * len(states) if weights is None else [float(weight) for weight in weights]
     if len(weights) != len(states):
         raise CloraError(f"expected one weight per LoRA, found {len(weights)} weights for {len(states)} LoRAs")
-    return weights
-
-
-def _by_module(states: Sequence[LoRAState], weights: Sequence[float]) -> dict[str, list[tuple[LoRAModule, float]]]:
-    """The (update, weight) pairs of each module, over the LoRAs that have it."""
     gathered: dict[str, list[tuple[LoRAModule, float]]] = {}
     for state, weight in zip(states, weights, strict=True):
         for name, module in state.modules.items():
@@ -278,14 +291,8 @@ def _peft_merge(
         "merged",
         combination_type=method,
         svd_rank=rank,
-        # Only the first `rank` vectors are used, and the full U of a 12288-row layer alone takes 600 MB.
+        # Only the first `rank` vectors are used, and the full U of a 12288-row layer would take 600 MB.
         svd_full_matrices=False,
         density=_DENSITY,
     )
     return LoRAModule(layer.lora_A["merged"].weight.data.clone(), layer.lora_B["merged"].weight.data.clone())
-
-
-def _truncated_sum(parts: Sequence[tuple[LoRAModule, float]], rank: int) -> LoRAModule:
-    lora_A = torch.cat([part.lora_A for part, _ in parts])
-    lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1)
-    return module_svd(lora_A, lora_B).truncated(rank)

@@ -39,11 +39,11 @@ from clora.lora.families import (
     original_part,
 )
 from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
-from clora.lora.layers import pipeline_shapes, pipeline_weights
+from clora.lora.layers import LayerShapes, pipeline_shapes, pipeline_weights
 from clora.lora.load import read_lora
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.source import LoRASource, open_lora
-from clora.lora.state import LoRAModule, LoRAState
+from clora.lora.state import LoRAState
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 DTYPES = {
@@ -52,6 +52,7 @@ DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
+# The same, as safetensors' headers name them.
 _STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8"}
 _SHOWN_MODULES = 20
 
@@ -80,8 +81,8 @@ def convert_lora(
         rank: the largest rank to keep.
         energy: instead, the share of every module's energy to keep (`clora.lora.algebra.reduce_to_energy`).
         dtype: one of `DTYPES`; by default the type that the file is stored in.
-        pipeline: folder of the pipeline that the LoRA is for, where the file's names do not tell, and with its weights
-            where the file holds DoRA, which depends on them.
+        pipeline: folder of the pipeline that the LoRA is for, where the file's names do not show it, and with its
+            weights where the file holds DoRA, which depends on them.
         max_error: as in `clora.lora.load.read_lora`.
 
     Returns:
@@ -96,7 +97,9 @@ def convert_lora(
     """
     _check_choices(format, dtype, rank, energy)
     source = open_lora(path)
-    output = _checked_output(source.file, output)
+    output = user_path(output)
+    if output.resolve() in (source.file.resolve(), source.file.resolve().parent):
+        raise CloraError(f"{output} is what is being exported; choose another name for the output")
     shapes = None if pipeline is None else pipeline_shapes(pipeline)
     weights = None if pipeline is None else pipeline_weights(pipeline)
     state = read_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
@@ -109,16 +112,25 @@ def convert_lora(
     if dtype == "fp8":
         smaller = LoRAState({name: balanced(module) for name, module in smaller.modules.items()}, state.metadata)
     _write(smaller, output, format, DTYPES[dtype], shapes)
-    modules = [
-        _describe(name, module, smaller.modules[name], DTYPES[dtype]) | {"load_error": state.errors.get(name, 0.0)}
-        for name, module in state.modules.items()
-    ]
+    modules = []
+    for name, before in state.modules.items():
+        after = smaller.modules[name]
+        modules.append(
+            {
+                "name": name,
+                "rank_before": before.rank,
+                "rank": after.rank,
+                "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
+                "error": relative_error(before, stored_as(after, DTYPES[dtype])),
+                "load_error": state.errors.get(name, 0.0),
+            }
+        )
     return {
         "file": str(source.file),
         "output": str(output),
         "format": format,
         "dtype": dtype,
-        "bytes": _size(output),
+        "bytes": sum(file.stat().st_size for file in ([output] if output.is_file() else output.iterdir())),
         "rank": smaller.max_rank,
         "max_error": max(entry["error"] for entry in modules),
         "load_error": max(entry["load_error"] for entry in modules),
@@ -142,7 +154,7 @@ def render(report: Mapping[str, Any]) -> Group:
         table.add_column(column, overflow="fold", justify="left" if column == "module" else "right")
     for entry in modules[:_SHOWN_MODULES]:
         ranks = (
-            str(entry["rank"]) if entry["rank"] == entry["rank_before"] else f"{entry['rank_before']} > {entry['rank']}"
+            f"{entry['rank_before']} > {entry['rank']}" if entry["rank"] < entry["rank_before"] else str(entry["rank"])
         )
         table.add_row(Text(entry["name"]), ranks, f"{entry['energy']:.2%}", f"{entry['error']:.2e}")
     return Group(Text(report["output"], style="bold", no_wrap=True, overflow="ignore"), table, *map(Text, lines))
@@ -156,15 +168,8 @@ def _check_choices(format: str, dtype: str | None, rank: int | None, energy: flo
         raise CloraError(f"expected a rank or a share of energy, found both ({rank} and {energy:g}); leave one out")
 
 
-def _checked_output(file: Path, output: str | Path) -> Path:
-    output = user_path(output)
-    if output.resolve() in (file.resolve(), file.resolve().parent):
-        raise CloraError(f"{output} is what is being exported; choose another name for the output")
-    return output
-
-
-def _shapes_in_file(source: LoRASource) -> dict[str, tuple[int, int]]:
-    """The layers of the model as far as the file shows them. Raises CloraError where it does not."""
+def _shapes_in_file(source: LoRASource) -> LayerShapes:
+    """Returns the layers of the model as far as the file shows them. Raises CloraError where it does not."""
     shapes = {}
     for stem, parts in sort_keys(source.shapes).modules.items():
         format_name, module = split_prefix(stem)
@@ -178,13 +183,13 @@ def _shapes_in_file(source: LoRASource) -> dict[str, tuple[int, int]]:
 
 
 def _stored_dtype(source: LoRASource) -> str:
-    """The type of the file's matrices, fp32 where they differ or have another."""
+    """Returns the type of the file's matrices, fp32 where they differ or have another."""
     found = {_STORED.get(source.dtypes[key], "fp32") for key, shape in source.shapes.items() if len(shape) == 2}
     return found.pop() if len(found) == 1 else "fp32"
 
 
 def _family(state: LoRAState) -> Family | None:
-    """Whose original names kohya and ComfyUI know the modules by, where no pipeline is given.
+    """Returns the family whose original names kohya and ComfyUI expect, where no pipeline is given.
 
     Raises:
         CloraError: the names fit several families, which name these modules differently.
@@ -209,7 +214,7 @@ def _write(
     output: Path,
     format: str,
     dtype: torch.dtype,
-    shapes: Mapping[str, tuple[int, int]] | None,
+    shapes: LayerShapes | None,
 ) -> None:
     metadata = {key: value for key, value in state.metadata.items() if _KEPT_METADATA.fullmatch(key)}
     if format == "diffusers":
@@ -220,18 +225,3 @@ def _write(
         save = save_kohya if format == "kohya" else save_comfyui
         family = _family(state) if shapes is None else family_of(shapes)
         save(state, output, dtype=dtype, family=family, shapes=shapes, metadata=metadata)
-
-
-def _describe(name: str, before: LoRAModule, after: LoRAModule, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "name": name,
-        "rank_before": before.rank,
-        "rank": after.rank,
-        "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
-        "error": relative_error(before, stored_as(after, dtype)),
-    }
-
-
-def _size(output: Path) -> int:
-    files = [output] if output.is_file() else list(output.iterdir())
-    return sum(file.stat().st_size for file in files)

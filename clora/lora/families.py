@@ -1,8 +1,8 @@
-"""The model families whose modules have other names in LoRA files than in diffusers.
+"""The model families whose layers have other names in LoRA files than in diffusers.
 
 The original repositories of FLUX.1, FLUX.2 and Z-Image, and with them ComfyUI and kohya, fuse layers that diffusers
-splits, and name them differently. A file's names are resolved against the modules that the target really has, so that
-kohya's underscores are never guessed; which table applies is told by modules that only one family has.
+splits, and name them differently. A file's names are resolved against the layers that the transformer really has, so
+that kohya's underscores are never guessed. Which table applies follows from layers that only one family has.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from clora.lora.layers import LayerShapes
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,13 @@ class Family:
     others: tuple[str, ...] = ()
 
     def diffusers_names(self) -> set[str]:
-        """The general names of its modules in diffusers."""
-        return {*self.others, *(module for parts in self.originals.values() for module in parts)}
+        """Returns the general names of its modules in diffusers."""
+        return set(self.others).union(*self.originals.values())
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows of a file's module are one module of the transformer.
+    """The rows of a file's module that belong to one module of the transformer.
 
     Attributes:
         module: the transformer's module.
@@ -53,24 +59,23 @@ class Route:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a module of the transformer stands in its family's original naming.
+    """The place of a module of the transformer in its family's original naming.
 
     Attributes:
         name: the original module.
-        index: which of its `count` stacked parts this is.
-        count: number of modules that diffusers splits it into.
+        modules: the diffusers modules whose rows that one stacks, in that order.
         swap_halves: as in `Route`.
     """
 
     name: str
-    index: int = 0
-    count: int = 1
+    modules: tuple[str, ...]
     swap_halves: bool = False
 
 
 def _double_blocks(mlp_in: str, mlp_out: str) -> dict[str, tuple[str, ...]]:
-    """The double blocks of FLUX, which differ in what diffusers calls the layers of their MLPs."""
-    block, own = "double_blocks.N.", "transformer_blocks.N."
+    """Returns the double blocks of FLUX.1 or FLUX.2, whose MLPs have other names in diffusers."""
+    block = "double_blocks.N."
+    own = "transformer_blocks.N."
     return {
         f"{block}img_attn.qkv": (f"{own}attn.to_q", f"{own}attn.to_k", f"{own}attn.to_v"),
         f"{block}img_attn.proj": (f"{own}attn.to_out.0",),
@@ -93,8 +98,8 @@ _FLUX_ENDS = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
+# Of what one original module produces, diffusers expects the halves the other way round.
 _SWAPPED = {"norm_out.linear"}
-
 _SINGLE = "single_transformer_blocks.N."
 
 FLUX1 = Family(
@@ -108,18 +113,15 @@ FLUX1 = Family(
     | {
         "double_blocks.N.img_mod.lin": ("transformer_blocks.N.norm1.linear",),
         "double_blocks.N.txt_mod.lin": ("transformer_blocks.N.norm1_context.linear",),
-        "single_blocks.N.linear1": (
-            f"{_SINGLE}attn.to_q",
-            f"{_SINGLE}attn.to_k",
-            f"{_SINGLE}attn.to_v",
-            f"{_SINGLE}proj_mlp",
+        "single_blocks.N.linear1": tuple(
+            _SINGLE + name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
         ),
         "single_blocks.N.linear2": (f"{_SINGLE}proj_out",),
         "single_blocks.N.modulation.lin": (f"{_SINGLE}norm.linear",),
     },
 )
 
-# linear1 and linear2 keep their inner order in diffusers, so they map whole.
+# linear1 and linear2 keep their inner order in diffusers, so each maps as a whole.
 FLUX2 = Family(
     "FLUX.2",
     ("double_stream_modulation_img.linear",),
@@ -136,25 +138,27 @@ FLUX2 = Family(
     },
 )
 
+_QWEN_ENDS = (
+    "img_in",
+    "norm_out.linear",
+    "proj_out",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+)
+_QWEN_BLOCK = ("mod.1", "mlp.net.0.proj", "mlp.net.2")
+
 # The repository, ComfyUI and every trainer name its layers as diffusers does.
 QWEN_IMAGE = Family(
     "Qwen-Image",
     ("img_in", "txt_in", "norm_out.linear"),
     {},
     (
-        "img_in",
+        *_QWEN_ENDS,
         "txt_in",
-        "norm_out.linear",
-        "proj_out",
-        "time_text_embed.timestep_embedder.linear_1",
-        "time_text_embed.timestep_embedder.linear_2",
         *(f"transformer_blocks.N.attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
         *(f"transformer_blocks.N.attn.add_{name}_proj" for name in "qkv"),
-        *(
-            f"transformer_blocks.N.{side}_{name}"
-            for side in ("img", "txt")
-            for name in ("mod.1", "mlp.net.0.proj", "mlp.net.2")
-        ),
+        *(f"transformer_blocks.N.img_{name}" for name in _QWEN_BLOCK),
+        *(f"transformer_blocks.N.txt_{name}" for name in _QWEN_BLOCK),
     ),
 )
 
@@ -163,21 +167,22 @@ QWEN_IMAGE21 = Family(
     ("txt_in.in_layer", "modulation.1"),
     {},
     (
-        "img_in",
+        *_QWEN_ENDS,
         "txt_in.in_layer",
         "txt_in.out_layer",
         "modulation.1",
-        "norm_out.linear",
-        "proj_out",
-        "time_text_embed.timestep_embedder.linear_1",
-        "time_text_embed.timestep_embedder.linear_2",
         *(f"transformer_blocks.N.attn.to_{name}" for name in ("q", "k", "v", "out.0")),
         *(f"transformer_blocks.N.img_mlp.{name}" for name in ("proj", "gate_layer", "out")),
     ),
 )
 
-_Z_MODULATED = ("layers.N", "noise_refiner.N")
-_Z_BLOCKS = (*_Z_MODULATED, "context_refiner.N", "siglip_refiner.N")
+
+def _z_attention(block: str) -> dict[str, tuple[str, ...]]:
+    own = f"{block}.attention."
+    return {f"{own}qkv": (f"{own}to_q", f"{own}to_k", f"{own}to_v"), f"{own}out": (f"{own}to_out.0",)}
+
+
+_Z_BLOCKS = ("layers.N", "noise_refiner.N", "context_refiner.N", "siglip_refiner.N")
 
 Z_IMAGE = Family(
     "Z-Image",
@@ -187,19 +192,24 @@ Z_IMAGE = Family(
         "final_layer.linear": ("all_final_layer.2-1.linear",),
         "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
     }
-    | {f"{block}.attention.qkv": tuple(f"{block}.attention.to_{name}" for name in "qkv") for block in _Z_BLOCKS}
-    | {f"{block}.attention.out": (f"{block}.attention.to_out.0",) for block in _Z_BLOCKS},
+    | _z_attention("layers.N")
+    | _z_attention("noise_refiner.N")
+    | _z_attention("context_refiner.N")
+    | _z_attention("siglip_refiner.N"),
     (
         "t_embedder.mlp.0",
         "t_embedder.mlp.2",
         "cap_embedder.1",
         "siglip_embedder.1",
-        *(f"{block}.adaLN_modulation.0" for block in _Z_MODULATED),
-        *(f"{block}.feed_forward.{name}" for block in _Z_BLOCKS for name in ("w1", "w2", "w3")),
+        "layers.N.adaLN_modulation.0",
+        "noise_refiner.N.adaLN_modulation.0",
+        *(f"{block}.feed_forward.w1" for block in _Z_BLOCKS),
+        *(f"{block}.feed_forward.w2" for block in _Z_BLOCKS),
+        *(f"{block}.feed_forward.w3" for block in _Z_BLOCKS),
     ),
 )
 
-# FLUX.1's layers with another time embedding. It was released in diffusers' layout, there is no other naming.
+# FLUX.1's layers with another time embedding. It was released in diffusers' layout; no other naming exists.
 LONGCAT_IMAGE = Family(
     "LongCat-Image",
     ("x_embedder", "time_embed.timestep_embedder.linear_1"),
@@ -214,93 +224,80 @@ LONGCAT_IMAGE = Family(
 FAMILIES = (QWEN_IMAGE, QWEN_IMAGE21, FLUX1, FLUX2, Z_IMAGE, LONGCAT_IMAGE)
 
 
-def family_of(target_modules: Iterable[str]) -> Family | None:
-    """The family of a transformer, told by its own modules; None where clora has no table of its names."""
-    modules = set(target_modules)
+def family_of(modules: Iterable[str]) -> Family | None:
+    """Returns the family of a transformer with these modules; None where clora has no table of its names."""
+    modules = set(modules)
     return next((family for family in FAMILIES if modules.issuperset(family.marks)), None)
 
 
 def families_with(names: Iterable[str]) -> list[str]:
-    """The families that know every one of these names, in diffusers' or the original naming, dotted or underscored.
+    """Returns the families that have every one of these names, in diffusers' or the original naming, in any spelling.
 
     Args:
-        names: module names as in a file, without the format's prefix.
+        names: module names as in a file, dotted or underscored, without the format's prefix.
     """
     names = list(names)
-    return [family.name for family in FAMILIES if names and all(map(_any_name(family).fullmatch, names))]
+    found = []
+    for family in FAMILIES:
+        known = sorted(family.diffusers_names() | set(family.originals))
+        # As escaped, "blocks.N.x" is "blocks\.N\.x"; it becomes "blocks[._]\d+[._]x".
+        pattern = re.compile(
+            "|".join(re.escape(name).replace(r"\.", "[._]").replace("]N[", r"]\d+[") for name in known)
+        )
+        if names and all(map(pattern.fullmatch, names)):
+            found.append(family.name)
+    return found
 
 
 def is_original_only(name: str) -> bool:
-    """Whether a dotted name is that of a module in an original repository, and of none in diffusers."""
-    general = _general(name)[0]
-    return any(general in family.originals for family in FAMILIES) and not any(
-        general in family.diffusers_names() for family in FAMILIES
-    )
+    """Returns True for a dotted name that original repositories have and no diffusers class has."""
+    general, _ = _general(name)
+    in_diffusers = any(general in family.diffusers_names() for family in FAMILIES)
+    return not in_diffusers and any(general in family.originals for family in FAMILIES)
 
 
 def original_part(module: str, family: Family) -> Part:
-    """Where a diffusers module stands in the original naming; itself where that naming has no such module."""
+    """Returns the place of a diffusers module in the original naming; its own name where that has none for it."""
     general, number = _general(module)
     for name, parts in family.originals.items():
         if general in parts:
-            return Part(name.replace(".N.", f".{number}."), parts.index(general), len(parts), general in _SWAPPED)
-    return Part(module)
+            modules = tuple(part.replace(".N.", f".{number}.") for part in parts)
+            return Part(name.replace(".N.", f".{number}."), modules, general in _SWAPPED)
+    return Part(module, (module,))
 
 
-def original_parts(module: str, family: Family) -> tuple[str, ...]:
-    """The diffusers modules that are one module in the original naming with this one, in the order of its rows."""
-    general, number = _general(module)
-    found = next((parts for parts in family.originals.values() if general in parts), (module,))
-    return tuple(part.replace(".N.", f".{number}.") for part in found)
+def reordered(rows: Tensor, swap_halves: bool) -> Tensor:
+    """Returns rows ``[out, ...]`` in the other naming's order (see `Route`)."""
+    return torch.cat(rows.chunk(2)[::-1]) if swap_halves else rows
 
 
-def routes(target_modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Route, ...]]:
-    """Every spelling under which a file may name the target's modules.
+def routes(shapes: LayerShapes) -> dict[str, tuple[Route, ...]]:
+    """Returns every spelling under which a file may name a transformer's modules.
 
     Args:
-        target_modules: module path to (out_features, in_features) of all of the transformer's linear layers.
+        shapes: of all of its linear layers.
 
     Returns:
-        name without format prefix (diffusers or original naming, with dots or kohya's underscores) to the rows of each
+        Name without format prefix (diffusers or original naming, with dots or kohya's underscores) to the rows of each
         module that it stands for; a fused name stands for several.
     """
-    family = family_of(target_modules)
-    table = {} if family is None else _original_routes(family, target_modules)
-    # The target's own names win over an original name that happens to be spelled alike.
-    table |= {module: (Route(module, 0, out),) for module, (out, _) in target_modules.items()}
+    table: dict[str, tuple[Route, ...]] = {}
+    family = family_of(shapes)
+    if family is not None:
+        for module in shapes:
+            part = original_part(module, family)
+            if all(other in shapes for other in part.modules):
+                stops = accumulate(shapes[other][0] for other in part.modules)
+                table[part.name] = tuple(
+                    Route(other, stop - shapes[other][0], stop, part.swap_halves)
+                    for other, stop in zip(part.modules, stops, strict=True)
+                )
+    # The transformer's own names win over an original name that happens to be spelled alike.
+    table |= {module: (Route(module, 0, out),) for module, (out, _) in shapes.items()}
     return {name.replace(".", "_"): route for name, route in table.items()} | table
 
 
-def _original_routes(family: Family, target_modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Route, ...]]:
-    table = {}
-    for name, parts in family.originals.items():
-        for number in _block_numbers(parts[0], target_modules):
-            modules = [part.replace(".N.", f".{number}.") for part in parts]
-            if all(module in target_modules for module in modules):
-                table[name.replace(".N.", f".{number}.")] = _stacked(modules, target_modules)
-    return table
-
-
-def _block_numbers(general: str, target_modules: Iterable[str]) -> list[str]:
-    """The numbers of the blocks that have this module; one empty string for a module outside the blocks."""
-    return [number for found, number in map(_general, target_modules) if found == general]
-
-
-def _stacked(modules: list[str], target_modules: Mapping[str, tuple[int, int]]) -> tuple[Route, ...]:
-    found, start = [], 0
-    for module in modules:
-        stop = start + target_modules[module][0]
-        found.append(Route(module, start, stop, module in _SWAPPED))
-        start = stop
-    return tuple(found)
-
-
 def _general(module: str) -> tuple[str, str]:
-    """A module's name with N for its block, and the block's number; the number is empty outside the blocks."""
+    """Returns a module's name with N for its block, and the block's number, empty outside the blocks."""
     match = re.match(r"(\w+\.)(\d+)(\..+)", module)
     return (module, "") if match is None else (f"{match[1]}N{match[3]}", match[2])
-
-
-def _any_name(family: Family) -> re.Pattern[str]:
-    names = sorted(family.diffusers_names() | set(family.originals))
-    return re.compile("|".join(re.escape(name).replace(r"\.", "[._]").replace("]N[", r"]\d+[") for name in names))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from clora.errors import CloraError
 from clora.files import replacing
-from clora.lora.families import Family, Part, original_part, original_parts
-from clora.lora.source import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from clora.lora.adapter_config import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from clora.lora.families import Family, Part, original_part, reordered
+from clora.lora.layers import LayerShapes
 from clora.lora.state import LoRAModule, LoRAState
 
 _WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
@@ -24,31 +25,26 @@ def save_diffusers_lora(
     state: LoRAState,
     path: str | Path,
     *,
-    rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the file that diffusers (any version), ComfyUI and, for FLUX, sglang read alike.
 
-    Its keys are ``transformer.X.lora_A.weight`` and ``lora_B``, every module has the same rank, and alpha = rank
-    without being written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.
+    Its keys are ``transformer.X.lora_A.weight`` and ``lora_B``. Every module is zero-padded to the largest rank, and
+    alpha = rank is not written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.
 
     Args:
         state: what to write.
         path: the ``.safetensors`` file.
-        rank: rank of every module, zero-padded; the largest one by default.
         dtype: stored type.
         metadata: entries for the file's header, under your own keys.
 
     Raises:
         CloraError: the file cannot be written, a value is not finite, or `metadata` takes diffusers' own key.
-        ValueError: `rank` is below that of a module.
     """
-    metadata = dict(metadata or {})
-    if METADATA_KEY in metadata:
+    if METADATA_KEY in (metadata or {}):
         raise CloraError(f"metadata key {METADATA_KEY!r} is diffusers' own and alpha = rank needs none; rename yours")
-    padded = state.padded(state.max_rank if rank is None else rank)
-    write_safetensors(_named(padded.modules, "transformer.", dtype), path, metadata)
+    _write(_named(state.padded(state.max_rank).modules, "transformer.", dtype), path, metadata)
 
 
 def save_peft_folder(
@@ -80,15 +76,16 @@ def save_peft_folder(
         rank_pattern=ranks,
         alpha_pattern=dict(ranks) if alpha is None else {},
     )
+    # PEFT holds the modules as a set, which JSON has not.
+    text = json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True)
     modules = {name: _with_alpha(module, alpha) for name, module in state.modules.items()}
-    folder = Path(folder)
     tensors = _named(modules, "base_model.model.", dtype)
+    folder = Path(folder)
     _refuse_nonfinite(tensors, folder)
-    # The inner file, the config, is renamed first: weights without their config would be read with alpha = rank.
-    with replacing(folder / PEFT_WEIGHTS) as weights_file, replacing(folder / PEFT_CONFIG) as config_file:
-        _write_and_compare(tensors, weights_file, metadata or {})
-        # PEFT holds the modules as a set.
-        config_file.write_text(json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True), encoding="utf-8")
+    # The config is renamed before the weights: without it they would be read with alpha = rank.
+    with replacing(folder / PEFT_WEIGHTS) as weights, replacing(folder / PEFT_CONFIG) as config_file:
+        _write_and_compare(tensors, weights, metadata)
+        config_file.write_text(text, encoding="utf-8")
 
 
 def save_kohya(
@@ -98,7 +95,7 @@ def save_kohya(
     dtype: torch.dtype = torch.float32,
     *,
     family: Family | None,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
+    shapes: LayerShapes | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``.
@@ -109,8 +106,8 @@ def save_kohya(
         alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
         family: whose original names the modules get, where q, k and v may be one module; None for diffusers' names.
-        shapes: from `clora.lora.layers.linear_shapes`; needed where a module is fused of unequal parts, of which the
-            state lacks one.
+        shapes: of the transformer's layers; needed where a module is fused of unequal parts, of which the state lacks
+            one.
         metadata: entries for the file's header.
 
     Raises:
@@ -118,11 +115,12 @@ def save_kohya(
     """
     tensors = {}
     for name, module in _renamed(state, family, shapes).items():
-        stem, module = "lora_unet_" + name.replace(".", "_"), _with_alpha(module, alpha)
+        stem = "lora_unet_" + name.replace(".", "_")
+        module = _with_alpha(module, alpha)
         tensors[f"{stem}.lora_down.weight"] = module.lora_A.to(dtype)
         tensors[f"{stem}.lora_up.weight"] = module.lora_B.to(dtype)
         tensors[f"{stem}.alpha"] = torch.tensor(float(module.rank if alpha is None else alpha))
-    write_safetensors(tensors, path, metadata or {})
+    _write(tensors, path, metadata)
 
 
 def save_comfyui(
@@ -131,7 +129,7 @@ def save_comfyui(
     dtype: torch.dtype = torch.float32,
     *,
     family: Family | None,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
+    shapes: LayerShapes | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, alpha = rank.
@@ -146,27 +144,7 @@ def save_comfyui(
     Raises:
         CloraError: the file cannot be written, a value is not finite, or `shapes` are needed.
     """
-    modules = _renamed(state, family, shapes)
-    write_safetensors(_named(modules, "diffusion_model.", dtype), path, metadata or {})
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Writes under a temporary name, reads back, compares, then renames.
-
-    Args:
-        tensors: what to write; all values must be finite.
-        path: a ``.safetensors`` file; its folder is created where missing.
-        metadata: string entries for the header.
-
-    Raises:
-        CloraError: the path cannot be written, or a value is not finite in its stored type.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CloraError(f"{path}: expected a name that ends in .safetensors")
-    _refuse_nonfinite(tensors, path)
-    with replacing(path) as file:
-        _write_and_compare(tensors, file, metadata)
+    _write(_named(_renamed(state, family, shapes), "diffusion_model.", dtype), path, metadata)
 
 
 def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:
@@ -180,11 +158,20 @@ def _refuse_nonfinite(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise CloraError(f"{path}: {name} holds NaN or infinite values as {tensor.dtype}; nothing was written")
 
 
-def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+def _write(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None) -> None:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CloraError(f"{path}: expected a name that ends in .safetensors")
+    _refuse_nonfinite(tensors, path)
+    with replacing(path) as file:
+        _write_and_compare(tensors, file, metadata)
+
+
+def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None) -> None:
     """Raises OSError where the file does not hold what was written, as on a full or failing disk."""
     # safetensors refuses tensors that share memory, as the parts of a fused module do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", **metadata}
+    metadata = {"format": "pt"} | dict(metadata or {})
     file.touch()
     mode = file.stat().st_mode
     try:
@@ -209,7 +196,7 @@ def _named(modules: Mapping[str, LoRAModule], prefix: str, dtype: torch.dtype) -
 
 
 def _with_alpha(module: LoRAModule, alpha: float | None) -> LoRAModule:
-    """The factors to store beside a stated alpha: a loader multiplies them by alpha / rank."""
+    """Returns the factors to store beside a stated alpha: a loader multiplies them by alpha / rank."""
     if alpha is None:
         return module
     if alpha <= 0:
@@ -217,46 +204,34 @@ def _with_alpha(module: LoRAModule, alpha: float | None) -> LoRAModule:
     return LoRAModule(module.lora_A, module.lora_B * (module.rank / alpha))
 
 
-def _renamed(
-    state: LoRAState, family: Family | None, shapes: Mapping[str, tuple[int, int]] | None
-) -> Mapping[str, LoRAModule]:
-    """The same LoRA under a family's original names."""
+def _renamed(state: LoRAState, family: Family | None, shapes: LayerShapes | None) -> Mapping[str, LoRAModule]:
+    """Returns the modules under a family's original names, those that it fuses as one."""
     if family is None:
         return state.modules
-    groups = {original_part(name, family).name: original_parts(name, family) for name in state.modules}
-    return {
-        original: _fuse([_part(name, names, state, family, shapes) for name in names])
-        for original, names in groups.items()
-    }
+    renamed = {}
+    for module in state.modules:
+        part = original_part(module, family)
+        if part.name not in renamed:
+            renamed[part.name] = _fused([_block(name, part, state, shapes) for name in part.modules])
+    return renamed
 
 
-def _part(
-    name: str,
-    names: Sequence[str],
-    state: LoRAState,
-    family: Family,
-    shapes: Mapping[str, tuple[int, int]] | None,
-) -> LoRAModule:
-    """One row block of a fused module; zero where the state lacks it."""
+def _block(name: str, part: Part, state: LoRAState, shapes: LayerShapes | None) -> LoRAModule:
+    """Returns one row block of a fused module; zero where the state lacks it."""
     if name in state.modules:
-        return _to_original(state.modules[name], original_part(name, family))
-    present = next(state.modules[other] for other in names if other in state.modules)
-    if shapes is None and any(other.endswith(_WIDE_PART) for other in names):
+        module = state.modules[name]
+        return LoRAModule(module.lora_A, reordered(module.lora_B, part.swap_halves))
+    present = next(state.modules[other] for other in part.modules if other in state.modules)
+    if shapes is None and any(other.endswith(_WIDE_PART) for other in part.modules):
         raise CloraError(
-            f"{names} are one module in the original naming, the LoRA lacks {name}, and its size is not known; name the "
-            "LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
+            f"{part.modules} are one module in the original naming, the LoRA lacks {name}, and its size is not known; "
+            "name the LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
         )
     rows = len(present.lora_B) if shapes is None else shapes[name][0]  # q, k and v have the same
     return LoRAModule(present.lora_A, present.lora_B.new_zeros(rows, present.rank))
 
 
-def _to_original(module: LoRAModule, part: Part) -> LoRAModule:
-    if not part.swap_halves:
-        return module
-    return LoRAModule(module.lora_A, torch.cat(module.lora_B.chunk(2)[::-1]))
-
-
-def _fuse(blocks: Sequence[LoRAModule]) -> LoRAModule:
+def _fused(blocks: Sequence[LoRAModule]) -> LoRAModule:
     """Stacks the row blocks of one fused module.
 
     Returns:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from clora.lora.layers import LayerShapes
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,11 @@ class LoRAModule:
         return self.lora_A.shape[0]
 
     def delta(self) -> Tensor:
-        """The change of the layer's weight, ``[out, in]``."""
+        """Returns the change of the layer's weight, ``[out, in]``."""
         return self.lora_B @ self.lora_A
 
     def padded(self, rank: int) -> LoRAModule:
-        """The same update with zero rows and columns up to ``rank``.
+        """Returns the same update with zero rows and columns up to ``rank``.
 
         Raises:
             ValueError: ``rank`` is below the module's own rank.
@@ -71,26 +73,26 @@ class LoRAState:
         return sum(module.lora_A.numel() + module.lora_B.numel() for module in self.modules.values())
 
     def padded(self, rank: int) -> LoRAState:
-        """The same LoRA with every module zero-padded to ``rank``."""
-        modules = {name: module.padded(rank) for name, module in self.modules.items()}
-        return LoRAState(modules, self.metadata, self.format, self.errors)
+        """Returns the same LoRA with every module zero-padded to ``rank``."""
+        return replace(self, modules={name: module.padded(rank) for name, module in self.modules.items()})
 
 
 def fresh_lora(
-    shapes: Mapping[str, tuple[int, int]], rank: int, generator: torch.Generator, modules: Sequence[str] | None = None
+    shapes: LayerShapes, rank: int, generator: torch.Generator, modules: Sequence[str] | None = None
 ) -> LoRAState:
-    """An untrained LoRA: Kaiming-uniform ``lora_A``, zero ``lora_B``, so that its delta is zero.
+    """Makes an untrained LoRA: random ``lora_A``, zero ``lora_B``, so that its delta is zero.
 
     Args:
-        shapes: module path to ``(out, in)`` (`clora.lora.layers.linear_shapes`).
+        shapes: of the transformer's layers.
         rank: rank of every module.
         generator: source of ``lora_A``.
         modules: the modules to adapt; all of ``shapes`` by default.
     """
-
-    def module(out_features: int, in_features: int) -> LoRAModule:
+    made = {}
+    for name in shapes if modules is None else modules:
+        out_features, in_features = shapes[name]
+        # Uniform within 1 / sqrt(in), as nn.Linear begins (Kaiming with a = sqrt(5)) and PEFT's lora_A with it.
         bound = in_features**-0.5
-        a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
-        return LoRAModule(a, torch.zeros(out_features, rank))
-
-    return LoRAState({name: module(*shapes[name]) for name in (shapes if modules is None else modules)})
+        lora_A = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
+        made[name] = LoRAModule(lora_A, torch.zeros(out_features, rank))
+    return LoRAState(made)

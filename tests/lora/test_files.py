@@ -42,7 +42,7 @@ def with_shared_qkv(state):
 
 def test_diffusers_export(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = random_state(ranks=(2, 4)), tmp_path / "out" / "pytorch_lora_weights.safetensors"
-    save_diffusers_lora(state, path, rank=6, metadata={"clora": json.dumps({"effects": ["snow"]})})
+    save_diffusers_lora(state.padded(6), path, metadata={"clora": json.dumps({"effects": ["snow"]})})
     with safe_open(path, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "clora": '{"effects": ["snow"]}'}
         assert all(opened.get_slice(key).get_shape()[0] == 6 for key in opened.keys() if "lora_A" in key)  # noqa: SIM118

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from clora.errors import CloraError
+from clora.lora.adapter_config import AdapterConfig
 from clora.lora.families import FLUX2, original_part, routes
 from clora.lora.inspect import inspect_lora
 from clora.lora.keys import sort_keys
 from clora.lora.load import read_lora
-from clora.lora.source import AdapterConfig
 
 MODULE = "transformer_blocks.0.attn.to_out.0"  # [16, 16]
 RANK, ALPHA = 4, 3.0
@@ -194,4 +194,4 @@ def test_sort_keys_finds_a_tensor_by_two_names():
 )
 def test_adapter_config_refused(values, words):
     with pytest.raises(CloraError, match=words):
-        AdapterConfig.parse(values, "adapter_config.json")
+        AdapterConfig.parse(json.dumps(values), "adapter_config.json")

@@ -1,0 +1,151 @@
+"""Rank and alpha as PEFT and diffusers state them beside the weights.
+
+PEFT writes ``adapter_config.json`` next to its weights, diffusers the same fields into the header of its file. Both are
+needed to scale an update by alpha / rank, and both can describe updates that the tensors alone do not determine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clora.errors import CloraError
+
+METADATA_KEY = "lora_adapter_metadata"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+_KINDS = ("LORA", "LOHA", "LOKR")
+# With these starts PEFT also replaces the base's weights, so that the file alone does not determine the update.
+_REPLACES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+# Options of PEFT's LoRA whose update is another than alpha / r * B A.
+_OTHER_UPDATES = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Rank and alpha as stated beside the weights; everything may be absent."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> AdapterConfig:
+        """Reads ``adapter_config.json`` or diffusers' ``lora_adapter_metadata``.
+
+        Args:
+            text: a JSON object; diffusers' ``transformer.`` prefix is removed from its fields.
+            where: the place that error messages name.
+
+        Raises:
+            CloraError: no JSON object, another adapter type than LoRA, LoHa or LoKr, an option whose update the tensors
+                alone do not determine, or a value of the wrong type.
+        """
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CloraError(f"{where} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CloraError(f"{where} must be a JSON object, found {type(values).__name__}")
+        values = {key.removeprefix("transformer."): value for key, value in values.items()}
+        _refuse_other_adapters(values, where)
+        alpha = values.get("lora_alpha", values.get("alpha"))  # LoHa and LoKr call it alpha
+        try:
+            return cls(
+                rank=None if values.get("r") is None else int(values["r"]),
+                alpha=None if alpha is None else _finite(alpha),
+                rank_pattern={key: int(value) for key, value in (values.get("rank_pattern") or {}).items()},
+                alpha_pattern={key: _finite(value) for key, value in (values.get("alpha_pattern") or {}).items()},
+                use_rslora=bool(values.get("use_rslora")),
+                use_dora=bool(values.get("use_dora")),
+            )
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise CloraError(f"{where}: r, alpha and their patterns must be numbers ({error})") from error
+
+    def module_rank(self, module: str) -> int | None:
+        """Returns the stated rank of a module, None where there is none."""
+        return _match_pattern(self.rank_pattern, module, self.rank)
+
+    def module_alpha(self, module: str) -> float | None:
+        """Returns the stated alpha of a module, None where there is none."""
+        return _match_pattern(self.alpha_pattern, module, self.alpha)
+
+    def scale(self, alpha: float, rank: int) -> float:
+        """Returns the factor on the update: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def find_config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> AdapterConfig:
+    """Reads what is stated beside a LoRA file's tensors.
+
+    Args:
+        file: the weights.
+        keys: the names of its tensors.
+        metadata: its header's entries.
+
+    Returns:
+        The contents of ``adapter_config.json`` for PEFT weights, else of diffusers' metadata entry, else nothing.
+
+    Raises:
+        CloraError: as `AdapterConfig.parse`, or the config cannot be read.
+    """
+    beside = file.with_name(PEFT_CONFIG)
+    is_peft = file.name == PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in keys)
+    if is_peft and beside.is_file():
+        try:
+            return AdapterConfig.parse(beside.read_text(encoding="utf-8"), str(beside))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CloraError(f"{beside} cannot be read: {error}") from error
+    if METADATA_KEY in metadata:
+        return AdapterConfig.parse(metadata[METADATA_KEY], f"{METADATA_KEY} of {file}")
+    return AdapterConfig()
+
+
+def _refuse_other_adapters(values: Mapping[str, Any], where: str) -> None:
+    kind = values.get("peft_type") or "LORA"
+    if kind not in _KINDS:
+        raise CloraError(f"{where} describes {kind}, which is not supported; expected one of {', '.join(_KINDS)}")
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REPLACES_BASE):
+        raise CloraError(
+            f"{where}: with init_lora_weights = {start!r} the update is relative to a base that PEFT changed, so the "
+            "file alone does not determine it; convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    other = [name for name in _OTHER_UPDATES if values.get(name)]
+    if other:
+        raise CloraError(f"{where}: {', '.join(other)} makes another update than alpha / r * B A; not supported")
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"found {number}")
+    return number
+
+
+def _match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Applies PEFT's rule: the first key that is, as a regular expression, the module's name or a dotted tail of it."""
+    for key, value in pattern.items():
+        try:
+            if key == module or re.fullmatch(rf"(.*\.)?({key})", module):
+                return value
+        except re.error as error:
+            raise CloraError(f"adapter config: {key!r} is no valid module pattern ({error})") from error
+    return default
