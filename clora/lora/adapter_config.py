@@ -1,7 +1,7 @@
 """Rank and alpha as PEFT and diffusers state them beside the weights.
 
-PEFT writes ``adapter_config.json`` next to its weights, diffusers the same fields into the header of its file. Both are
-needed to scale an update by alpha / rank, and both can describe updates that the tensors alone do not determine.
+PEFT writes ``adapter_config.json`` next to its weights, diffusers the same fields into the header of its file. They
+scale an update by alpha / rank, and they can describe updates that the tensors by themselves do not determine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 _KINDS = ("LORA", "LOHA", "LOKR")
-# With these starts PEFT also replaces the base's weights, so that the file alone does not determine the update.
+# With these starts PEFT also replaces the base's weights, so that the file by itself does not determine the update.
 _REPLACES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # Options of PEFT's LoRA whose update is another than alpha / r * B A.
 _OTHER_UPDATES = (
@@ -56,7 +56,7 @@ class AdapterConfig:
 
         Raises:
             CloraError: no JSON object, another adapter type than LoRA, LoHa or LoKr, an option whose update the tensors
-                alone do not determine, or a value of the wrong type.
+                by themselves do not determine, or a value of the wrong type.
         """
         try:
             values = json.loads(text)
@@ -93,7 +93,7 @@ class AdapterConfig:
 
 
 def find_config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> AdapterConfig:
-    """Reads what is stated beside a LoRA file's tensors.
+    """Reads the config that a LoRA file's writer stated beside the tensors.
 
     Args:
         file: the weights.
@@ -126,7 +126,7 @@ def _refuse_other_adapters(values: Mapping[str, Any], where: str) -> None:
     if isinstance(start, str) and start.lower().startswith(_REPLACES_BASE):
         raise CloraError(
             f"{where}: with init_lora_weights = {start!r} the update is relative to a base that PEFT changed, so the "
-            "file alone does not determine it; convert it with PEFT's path_initial_model_for_weight_conversion"
+            "file by itself does not determine it; convert it with PEFT's path_initial_model_for_weight_conversion"
         )
     other = [name for name in _OTHER_UPDATES if values.get(name)]
     if other:

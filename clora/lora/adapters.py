@@ -1,4 +1,4 @@
-"""The adapter types: what the tensors of one module of a file mean as a change of a weight.
+"""The adapter types: the change of a weight that the tensors of one module of a file mean.
 
 =======  =====================================================  ==========================
 type     change of the ``[out, in]`` weight                     made of
@@ -102,7 +102,7 @@ def read_adapter(source: LoRASource, stem: str, parts: Mapping[str, str]) -> Ada
     adapter = Adapter(source, stem, kind, parts, matrices, shape, rank, exact_rank)
     _check_vectors(adapter)
     if source.config.use_dora and not adapter.is_dora:
-        raise CloraError(f"{source.file}: the config says DoRA but {stem} has no magnitude; export it again")
+        raise CloraError(f"{source.file}: the config states DoRA but {stem} has no magnitude; export it again")
     return adapter
 
 
@@ -110,7 +110,7 @@ def change(adapter: Adapter, tensors: Mapping[str, Tensor], scale: float, max_ra
     """Computes the change of the weight, DoRA's magnitude left out.
 
     Args:
-        adapter: what the tensors are.
+        adapter: the module that the tensors are of.
         tensors: fp32 by part.
         scale: the factor on the product.
         max_rank: the largest rank of exact factors; a LoRA has its own whatever that is.
@@ -160,7 +160,7 @@ def decompose_weight(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Strength:
-    """How strongly a module of a file is applied.
+    """The strength with which a module of a file is applied.
 
     Attributes:
         alpha: the stated or implied alpha; None where the adapter type has none.
@@ -189,7 +189,7 @@ def find_strength(adapter: Adapter) -> Strength:
     if adapter.kind == "diff":
         return Strength(None, "none", 1.0)
     if stated_rank not in (None, rank):
-        message = f"{source.file}: {adapter.stem} has rank {rank} but its config says {stated_rank}"
+        message = f"{source.file}: {adapter.stem} has rank {rank} but its config states {stated_rank}"
         raise CloraError(f"{message}, so its strength is not known; export it again")
     if "alpha" in adapter.parts and adapter.rank is not None:
         alpha = source.read({"alpha": adapter.parts["alpha"]})["alpha"].item()

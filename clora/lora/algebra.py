@@ -112,7 +112,7 @@ def reduce_to_energy(state: LoRAState, energy: float, uniform: bool) -> LoRAStat
     The energy of a module is the sum of its squared singular values.
 
     Args:
-        state: what to reduce.
+        state: the LoRA to reduce.
         energy: the share to keep, above 0 and at most 1.
         uniform: for a file of one rank: the largest of these ranks for every module that has it.
 

@@ -1,4 +1,4 @@
-"""``clora export``: a LoRA of any format in another one, at a lower rank or in another type, and what that costs."""
+"""``clora export``: a LoRA of any format in another one, at a lower rank or in another type, and the error of that."""
 
 from __future__ import annotations
 
@@ -26,15 +26,10 @@ from clora.lora.algebra import (
     stored_as,
 )
 from clora.lora.families import (
-    FAMILIES,
-    FLUX1,
-    FLUX2,
-    LONGCAT_IMAGE,
-    QWEN_IMAGE,
-    Z_IMAGE,
     Family,
     families_with,
     family_of,
+    family_of_pipeline,
     is_original_only,
     original_part,
 )
@@ -58,8 +53,6 @@ _SHOWN_MODULES = 20
 
 # Metadata that stays true in another format: clora's own and the licence. Ranks and alphas of trainers do not.
 _KEPT_METADATA = re.compile(r"clora\..*|(modelspec\.)?license")
-# How the pipelines' class names begin, the longer beginnings first.
-_PIPELINES = {"Flux2": FLUX2, "Flux": FLUX1, "QwenImage": QWEN_IMAGE, "ZImage": Z_IMAGE, "LongCatImage": LONGCAT_IMAGE}
 
 
 def convert_lora(
@@ -112,7 +105,7 @@ def convert_lora(
     if dtype == "fp8":
         smaller = LoRAState({name: balanced(module) for name, module in smaller.modules.items()}, state.metadata)
     _write(smaller, output, format, DTYPES[dtype], shapes)
-    modules = []
+    modules: list[dict[str, Any]] = []
     for name, before in state.modules.items():
         after = smaller.modules[name]
         modules.append(
@@ -194,12 +187,14 @@ def _family(state: LoRAState) -> Family | None:
     Raises:
         CloraError: the names fit several families, which name these modules differently.
     """
-    pipeline = state.metadata.get("clora.pipeline", "")
-    for beginning, family in _PIPELINES.items():
-        if pipeline.startswith(beginning):
-            return family
-    known = [family for family in FAMILIES if family.name in families_with(state.modules)]
-    spellings = {tuple(original_part(name, family).name for name in state.modules) for family in known}
+    # A collection names its pipeline.
+    family = family_of_pipeline(state.metadata.get("clora.pipeline", ""))
+    if family is not None:
+        return family
+    known = families_with(state.modules)
+    spellings = set()
+    for family in known:
+        spellings.add(tuple(original_part(name, family).name for name in state.modules))
     if len(spellings) > 1:
         raise CloraError(
             f"{' and '.join(family.name for family in known)} have layers like {next(iter(state.modules))}, and these "

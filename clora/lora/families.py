@@ -24,12 +24,14 @@ class Family:
 
     Attributes:
         name: as people call it.
+        pipelines: how the names of its pipelines' classes begin.
         marks: modules of its diffusers class, outside the blocks, that together no other family has.
         originals: name in the original repository to the diffusers modules whose rows it stacks, in that order.
         others: diffusers modules that have no second name.
     """
 
     name: str
+    pipelines: str
     marks: tuple[str, ...]
     originals: Mapping[str, tuple[str, ...]]
     others: tuple[str, ...] = ()
@@ -72,151 +74,142 @@ class Part:
     swap_halves: bool = False
 
 
-def _double_blocks(mlp_in: str, mlp_out: str) -> dict[str, tuple[str, ...]]:
-    """Returns the double blocks of FLUX.1 or FLUX.2, whose MLPs have other names in diffusers."""
-    block = "double_blocks.N."
-    own = "transformer_blocks.N."
-    return {
-        f"{block}img_attn.qkv": (f"{own}attn.to_q", f"{own}attn.to_k", f"{own}attn.to_v"),
-        f"{block}img_attn.proj": (f"{own}attn.to_out.0",),
-        f"{block}img_mlp.0": (f"{own}ff.{mlp_in}",),
-        f"{block}img_mlp.2": (f"{own}ff.{mlp_out}",),
-        f"{block}txt_attn.qkv": (f"{own}attn.add_q_proj", f"{own}attn.add_k_proj", f"{own}attn.add_v_proj"),
-        f"{block}txt_attn.proj": (f"{own}attn.to_add_out",),
-        f"{block}txt_mlp.0": (f"{own}ff_context.{mlp_in}",),
-        f"{block}txt_mlp.2": (f"{own}ff_context.{mlp_out}",),
+def _names(start: str, names: str) -> tuple[str, ...]:
+    return tuple(start + name for name in names.split())
+
+
+def _originals(original: str, own: str, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Returns entries of `Family.originals` whose names all begin alike in either naming."""
+    return {original + name: _names(own, modules) for name, modules in names.items()}
+
+
+def _flux_double_blocks(mlp_in: str, mlp_out: str) -> dict[str, tuple[str, ...]]:
+    """Returns the double blocks of FLUX.1 or FLUX.2, whose MLPs have different names in diffusers."""
+    names = {
+        "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+        "img_attn.proj": "attn.to_out.0",
+        "img_mlp.0": f"ff.{mlp_in}",
+        "img_mlp.2": f"ff.{mlp_out}",
+        "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "txt_attn.proj": "attn.to_add_out",
+        "txt_mlp.0": f"ff_context.{mlp_in}",
+        "txt_mlp.2": f"ff_context.{mlp_out}",
     }
+    return _originals("double_blocks.N.", "transformer_blocks.N.", names)
 
 
-def _embedder(original: str, own: str) -> dict[str, tuple[str, ...]]:
-    return {f"{original}.in_layer": (f"{own}.linear_1",), f"{original}.out_layer": (f"{own}.linear_2",)}
-
-
+_EMBEDDER = {"in_layer": "linear_1", "out_layer": "linear_2"}
 _FLUX_ENDS = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
-# Of what one original module produces, diffusers expects the halves the other way round.
+# Of the outputs of this one, diffusers expects the halves the other way round.
 _SWAPPED = {"norm_out.linear"}
-_SINGLE = "single_transformer_blocks.N."
 
 FLUX1 = Family(
     "FLUX.1",
+    "Flux",
     ("x_embedder", "time_text_embed.text_embedder.linear_1"),
     _FLUX_ENDS
-    | _embedder("time_in", "time_text_embed.timestep_embedder")
-    | _embedder("vector_in", "time_text_embed.text_embedder")
-    | _embedder("guidance_in", "time_text_embed.guidance_embedder")
-    | _double_blocks("net.0.proj", "net.2")
+    | _originals("time_in.", "time_text_embed.timestep_embedder.", _EMBEDDER)
+    | _originals("vector_in.", "time_text_embed.text_embedder.", _EMBEDDER)
+    | _originals("guidance_in.", "time_text_embed.guidance_embedder.", _EMBEDDER)
+    | _flux_double_blocks("net.0.proj", "net.2")
     | {
         "double_blocks.N.img_mod.lin": ("transformer_blocks.N.norm1.linear",),
         "double_blocks.N.txt_mod.lin": ("transformer_blocks.N.norm1_context.linear",),
-        "single_blocks.N.linear1": tuple(
-            _SINGLE + name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-        ),
-        "single_blocks.N.linear2": (f"{_SINGLE}proj_out",),
-        "single_blocks.N.modulation.lin": (f"{_SINGLE}norm.linear",),
+        "single_blocks.N.linear1": _names("single_transformer_blocks.N.", "attn.to_q attn.to_k attn.to_v proj_mlp"),
+        "single_blocks.N.linear2": ("single_transformer_blocks.N.proj_out",),
+        "single_blocks.N.modulation.lin": ("single_transformer_blocks.N.norm.linear",),
     },
 )
 
-# linear1 and linear2 keep their inner order in diffusers, so each maps as a whole.
 FLUX2 = Family(
     "FLUX.2",
+    "Flux2",
     ("double_stream_modulation_img.linear",),
     _FLUX_ENDS
-    | _embedder("time_in", "time_guidance_embed.timestep_embedder")
-    | _embedder("guidance_in", "time_guidance_embed.guidance_embedder")
-    | _double_blocks("linear_in", "linear_out")
+    | _originals("time_in.", "time_guidance_embed.timestep_embedder.", _EMBEDDER)
+    | _originals("guidance_in.", "time_guidance_embed.guidance_embedder.", _EMBEDDER)
+    | _flux_double_blocks("linear_in", "linear_out")
     | {
         "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
         "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
         "single_stream_modulation.lin": ("single_stream_modulation.linear",),
-        "single_blocks.N.linear1": (f"{_SINGLE}attn.to_qkv_mlp_proj",),
-        "single_blocks.N.linear2": (f"{_SINGLE}attn.to_out",),
+        # Both keep their inner order in diffusers, so each maps as a whole.
+        "single_blocks.N.linear1": ("single_transformer_blocks.N.attn.to_qkv_mlp_proj",),
+        "single_blocks.N.linear2": ("single_transformer_blocks.N.attn.to_out",),
     },
 )
 
-_QWEN_ENDS = (
-    "img_in",
-    "norm_out.linear",
-    "proj_out",
-    "time_text_embed.timestep_embedder.linear_1",
-    "time_text_embed.timestep_embedder.linear_2",
+# The repositories, ComfyUI and every trainer name Qwen-Image's layers as diffusers does.
+_QWEN_ENDS = _names("", "img_in norm_out.linear proj_out") + _names(
+    "time_text_embed.timestep_embedder.", "linear_1 linear_2"
 )
-_QWEN_BLOCK = ("mod.1", "mlp.net.0.proj", "mlp.net.2")
 
-# The repository, ComfyUI and every trainer name its layers as diffusers does.
 QWEN_IMAGE = Family(
     "Qwen-Image",
+    "QwenImage",
     ("img_in", "txt_in", "norm_out.linear"),
     {},
     (
-        *_QWEN_ENDS,
         "txt_in",
-        *(f"transformer_blocks.N.attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
-        *(f"transformer_blocks.N.attn.add_{name}_proj" for name in "qkv"),
-        *(f"transformer_blocks.N.img_{name}" for name in _QWEN_BLOCK),
-        *(f"transformer_blocks.N.txt_{name}" for name in _QWEN_BLOCK),
+        *_QWEN_ENDS,
+        *_names("transformer_blocks.N.attn.", "to_q to_k to_v to_out.0 to_add_out add_q_proj add_k_proj add_v_proj"),
+        *_names("transformer_blocks.N.", "img_mod.1 img_mlp.net.0.proj img_mlp.net.2"),
+        *_names("transformer_blocks.N.", "txt_mod.1 txt_mlp.net.0.proj txt_mlp.net.2"),
     ),
 )
 
 QWEN_IMAGE21 = Family(
     "Qwen-Image-2.1",
+    "QwenImage21",
     ("txt_in.in_layer", "modulation.1"),
     {},
     (
-        *_QWEN_ENDS,
-        "txt_in.in_layer",
-        "txt_in.out_layer",
         "modulation.1",
-        *(f"transformer_blocks.N.attn.to_{name}" for name in ("q", "k", "v", "out.0")),
-        *(f"transformer_blocks.N.img_mlp.{name}" for name in ("proj", "gate_layer", "out")),
+        *_QWEN_ENDS,
+        *_names("txt_in.", "in_layer out_layer"),
+        *_names("transformer_blocks.N.attn.", "to_q to_k to_v to_out.0"),
+        *_names("transformer_blocks.N.img_mlp.", "proj gate_layer out"),
     ),
 )
 
-
-def _z_attention(block: str) -> dict[str, tuple[str, ...]]:
-    own = f"{block}.attention."
-    return {f"{own}qkv": (f"{own}to_q", f"{own}to_k", f"{own}to_v"), f"{own}out": (f"{own}to_out.0",)}
-
-
-_Z_BLOCKS = ("layers.N", "noise_refiner.N", "context_refiner.N", "siglip_refiner.N")
+_Z_ATTENTION = {"qkv": "to_q to_k to_v", "out": "to_out.0"}
+_Z_MLP = "feed_forward.w1 feed_forward.w2 feed_forward.w3"
 
 Z_IMAGE = Family(
     "Z-Image",
+    "ZImage",
     ("cap_embedder.1", "t_embedder.mlp.0", "all_x_embedder.2-1"),
     {
         "x_embedder": ("all_x_embedder.2-1",),
         "final_layer.linear": ("all_final_layer.2-1.linear",),
         "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
     }
-    | _z_attention("layers.N")
-    | _z_attention("noise_refiner.N")
-    | _z_attention("context_refiner.N")
-    | _z_attention("siglip_refiner.N"),
+    | _originals("layers.N.attention.", "layers.N.attention.", _Z_ATTENTION)
+    | _originals("noise_refiner.N.attention.", "noise_refiner.N.attention.", _Z_ATTENTION)
+    | _originals("context_refiner.N.attention.", "context_refiner.N.attention.", _Z_ATTENTION)
+    | _originals("siglip_refiner.N.attention.", "siglip_refiner.N.attention.", _Z_ATTENTION),
     (
-        "t_embedder.mlp.0",
-        "t_embedder.mlp.2",
-        "cap_embedder.1",
-        "siglip_embedder.1",
-        "layers.N.adaLN_modulation.0",
-        "noise_refiner.N.adaLN_modulation.0",
-        *(f"{block}.feed_forward.w1" for block in _Z_BLOCKS),
-        *(f"{block}.feed_forward.w2" for block in _Z_BLOCKS),
-        *(f"{block}.feed_forward.w3" for block in _Z_BLOCKS),
+        *_names("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.1 siglip_embedder.1"),
+        *_names("layers.N.", f"adaLN_modulation.0 {_Z_MLP}"),
+        *_names("noise_refiner.N.", f"adaLN_modulation.0 {_Z_MLP}"),
+        *_names("context_refiner.N.", _Z_MLP),
+        *_names("siglip_refiner.N.", _Z_MLP),
     ),
 )
 
 # FLUX.1's layers with another time embedding. It was released in diffusers' layout; no other naming exists.
 LONGCAT_IMAGE = Family(
     "LongCat-Image",
+    "LongCatImage",
     ("x_embedder", "time_embed.timestep_embedder.linear_1"),
     {},
     (
-        "time_embed.timestep_embedder.linear_1",
-        "time_embed.timestep_embedder.linear_2",
+        *_names("time_embed.timestep_embedder.", "linear_1 linear_2"),
         *sorted(name for name in FLUX1.diffusers_names() if not name.startswith("time_text_embed")),
     ),
 )
@@ -230,7 +223,13 @@ def family_of(modules: Iterable[str]) -> Family | None:
     return next((family for family in FAMILIES if modules.issuperset(family.marks)), None)
 
 
-def families_with(names: Iterable[str]) -> list[str]:
+def family_of_pipeline(name: str) -> Family | None:
+    """Returns the family of a pipeline's class, by the longest beginning that fits its name."""
+    fitting = [family for family in FAMILIES if name.startswith(family.pipelines)]
+    return max(fitting, key=lambda family: len(family.pipelines), default=None)
+
+
+def families_with(names: Iterable[str]) -> list[Family]:
     """Returns the families that have every one of these names, in diffusers' or the original naming, in any spelling.
 
     Args:
@@ -245,7 +244,7 @@ def families_with(names: Iterable[str]) -> list[str]:
             "|".join(re.escape(name).replace(r"\.", "[._]").replace("]N[", r"]\d+[") for name in known)
         )
         if names and all(map(pattern.fullmatch, names)):
-            found.append(family.name)
+            found.append(family)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What is in a LoRA file, for people: ``clora inspect``."""
+"""Describes a LoRA file to people: ``clora inspect``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def inspect_lora(path: str | Path, shapes: LayerShapes | None = None) -> dict[st
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
         ``types, ranks, alphas, scales`` (count by value), ``modules`` (one entry each: ``name, type, targets`` (the
         layers), ``rank, alpha, alpha_from, scale, loads_as_rank, error``), ``max_error`` (of the factors that stand for
-        dense changes; None where all is exact), ``families`` (that know all of its names; the model's own one where a
+        dense changes; None where all is exact), ``families`` (that have all of its names; the model's own one where a
         model is given), ``matched`` (layers that it changes; None without a model), ``unmatched`` (module names),
         ``problems`` and ``notes`` (one message each), ``unknown_keys``, ``unsupported`` (reason to keys) and
         ``metadata``.
@@ -83,11 +83,17 @@ def inspect_lora(path: str | Path, shapes: LayerShapes | None = None) -> dict[st
             layers.update(entry["targets"])
     problems += [f"{first} and {second} are the same tensor by two names" for first, second in keys.twice]
     problems += [f"{name} is given {n} times; expected each module once" for name, n in layers.items() if n > 1]
+    if shapes is None:
+        names = [split_prefix(stem)[1] for stem in keys.modules]
+        families = [family.name for family in families_with(names)]
+    else:
+        family = family_of(shapes)
+        families = [] if family is None else [family.name]
     return _totals(source, keys) | {
         "modules": modules,
         **{f"{name}s": _counts(modules, name) for name in ("type", "rank", "alpha", "scale")},
         "max_error": max((entry["error"] for entry in modules if entry["error"]), default=None),
-        "families": _families(keys, shapes),
+        "families": families,
         "matched": None if shapes is None else layers.total(),
         "unmatched": [] if shapes is None else [entry["name"] for entry in modules if not entry["targets"]],
         "problems": problems,
@@ -138,13 +144,6 @@ def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) ->
         "loads_as_rank": rank,
         "error": error,
     }, problems
-
-
-def _families(keys: FileKeys, shapes: LayerShapes | None) -> list[str]:
-    if shapes is None:
-        return families_with(split_prefix(stem)[1] for stem in keys.modules)
-    family = family_of(shapes)
-    return [] if family is None else [family.name]
 
 
 def _notes(modules: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,6 @@
-"""The only place that knows how LoRA files name their tensors.
+"""The names of tensors in LoRA files; no other module depends on them.
 
-A key is ``<prefix><module>.<part>``. The prefix tells the format:
+A key is ``<prefix><module>.<part>``. The prefix shows the format:
 
 ==============  =====================  ========================================================
 format          prefix                 written by
@@ -14,7 +14,7 @@ format          prefix                 written by
 ``bare``        none                   Lightning (``.alpha`` tensors), DiffSynth (``.default.``)
 ==============  =====================  ========================================================
 
-The part tells the adapter type (`clora.lora.adapters`), the module is found by `clora.lora.families`.
+The part shows the adapter type (`clora.lora.adapters`), the module is found by `clora.lora.families`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PREFIXES = {
     "lora_transformer_": "onetrainer",
 }
 UNDERSCORED = frozenset({"kohya", "lycoris", "onetrainer"})
-"""The formats whose module names have underscores for dots, so that the model alone tells the modules."""
+"""The formats whose module names have underscores for dots, so that only the model shows which modules they are."""
 
 _KEY = re.compile(
     r"(?P<module>.+)\."
@@ -42,9 +42,9 @@ _KEY = re.compile(
     r"|(?P<itself>alpha|diff|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]))"
 )
 
-# What a key shows that no low-rank update of the transformer's weights can say.
+# Contents that no low-rank update of the transformer's weights can express, and the keys that show them.
 _UNSUPPORTED = {
-    "for the text encoder, and clora adapts the transformer alone": re.compile(
+    "for the text encoder, and clora adapts only the transformer": re.compile(
         r"(lora_te\d?|lora_prior_te|text_encoders?(_\d)?)[._].+"
     ),
     "a change of a bias, and a low-rank update has none": re.compile(
@@ -66,7 +66,7 @@ class FileKeys:
         modules: module name as in the file, prefix included, to its keys by part: ``lora_A``, ``lora_B``, ``alpha``,
             ``magnitude`` (DoRA's), ``diff``, ``lokr_w1``, ``lokr_w1_a``, ..., ``hada_w1_a``, ...
         unknown: keys that are no LoRA tensors.
-        unsupported: what clora cannot read, to the keys that show it.
+        unsupported: contents that clora cannot read, to the keys that show them.
         twice: pairs of keys that spell the same part of the same module.
     """
 

@@ -1,6 +1,6 @@
-"""The linear layers of a transformer, which are what a LoRA may change: their shapes and weights.
+"""Shapes and weights of a transformer's linear layers, which a LoRA may change.
 
-Of a model in memory or of a saved pipeline, whose config alone gives the shapes.
+The transformer is in memory or in a saved pipeline, of which the config is enough for the shapes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def linear_weights(transformer: nn.Module) -> dict[str, Tensor]:
 
 
 def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """Returns the `LayerShapes` of a pipeline folder's transformer, from its config alone.
+    """Returns the `LayerShapes` of a pipeline folder's transformer, read only from its config.
 
     Raises:
         CloraError: no folder of a diffusers pipeline with a transformer.

@@ -33,7 +33,7 @@ def load_lora(path: str | Path, pipeline_or_transformer: Any, *, max_error: floa
             rank.
 
     Returns:
-        The update of each layer as fp32 factors, ``lora_B @ lora_A`` being exactly what the file means; ``errors``
+        The update of each layer as fp32 factors, ``lora_B @ lora_A`` being exactly the change that the file means; ``errors``
         names the layers for which it is not exact.
 
     Raises:

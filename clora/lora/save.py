@@ -34,7 +34,7 @@ def save_diffusers_lora(
     alpha = rank is not written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.
 
     Args:
-        state: what to write.
+        state: the LoRA to write.
         path: the ``.safetensors`` file.
         dtype: stored type.
         metadata: entries for the file's header, under your own keys.
@@ -57,7 +57,7 @@ def save_peft_folder(
     """Writes a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
-        state: what to write; ranks may differ.
+        state: the LoRA to write; ranks may differ.
         folder: created where missing.
         alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
@@ -101,7 +101,7 @@ def save_kohya(
     """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``.
 
     Args:
-        state: what to write; ranks may differ.
+        state: the LoRA to write; ranks may differ.
         path: the ``.safetensors`` file.
         alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
         dtype: stored type.
@@ -135,7 +135,7 @@ def save_comfyui(
     """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, alpha = rank.
 
     Args:
-        state: what to write; ranks may differ.
+        state: the LoRA to write; ranks may differ.
         path: the ``.safetensors`` file.
         dtype: stored type.
         family, shapes: as in `save_kohya`.

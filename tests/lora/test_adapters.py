@@ -344,7 +344,7 @@ def test_peft_dora_without_magnitudes_is_refused(tmp_path):
         "base_model.model.x.lora_B.weight": torch.ones(4, 2),
     }
     write(tmp_path / "adapter_model.safetensors", tensors)
-    with pytest.raises(CloraError, match="says DoRA but .* has no magnitude"):
+    with pytest.raises(CloraError, match="states DoRA but .* has no magnitude"):
         read_lora(tmp_path, {"x": (4, 6)})
     assert "has no magnitude" in inspect_lora(tmp_path)["problems"][0]
 

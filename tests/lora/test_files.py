@@ -299,7 +299,7 @@ def test_bad_paths(tmp_path, targets):
     [
         pytest.param("{", "not valid JSON", id="json"),
         pytest.param("[]", "JSON object", id="list"),
-        pytest.param('{"r": 8, "lora_alpha": 8}', "rank 4 but its config says 8", id="other_rank"),
+        pytest.param('{"r": 8, "lora_alpha": 8}', "rank 4 but its config states 8", id="other_rank"),
         pytest.param('{"r": 4, "alpha_pattern": {"(": 1}}', "no valid module pattern", id="pattern"),
     ],
 )
