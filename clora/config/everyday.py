@@ -1,4 +1,4 @@
-"""Everyday edits by topic, which keep the base model's own abilities; what the general stream uses by default."""
+"""Everyday edits by topic, which keep the base model's own abilities; the general stream uses them by default."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clora.files import TEMPLATES
 
 @cache
 def everyday_topics() -> dict[str, tuple[str, ...]]:
-    """Topic to instructions about it, as they ship in ``templates/everyday_edits.yaml``."""
+    """Returns the instructions about each topic, as they ship in ``templates/everyday_edits.yaml``."""
     text = (TEMPLATES / "everyday_edits.yaml").read_text("utf-8")
     return {topic: tuple(lines) for topic, lines in yaml.safe_load(text).items()}
 
 
 def everyday_instructions() -> tuple[str, ...]:
-    """All instructions, the first of every topic, then the second of every topic, so that any first few are varied."""
+    """Returns all instructions: the first of every topic, then the second, so that any first few are varied."""
     return tuple(line for line in chain(*zip_longest(*everyday_topics().values())) if line is not None)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from clora.config.fields import FrozenModel, NonEmpty
 from clora.config.reading import read_tree, validate
 from clora.errors import CloraError, nearest
-
-Text = Annotated[str, Field(min_length=1)]
 
 HEADER = """\
 # Written by `clora prompts`. Read it over and change what you like, then train: where the config says
@@ -24,12 +25,25 @@ HEADER = """\
 """
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+def make_trigger(name: str, variant: int = 0) -> str:
+    """Makes the trigger word of an effect: its name and a suffix that no text contains by chance.
+
+    Args:
+        name: the effect's name; its first 24 characters are used.
+        variant: number of the trigger; 0 is the default one. The same number always has the same trigger.
+
+    Returns:
+        For example ``<paper_cut_Kq4711>``.
+    """
+    digest = hashlib.sha256((f"{name}\0{variant}" if variant else name).encode("utf-8")).digest()
+    letters = chr(ord("A") + digest[0] % 26) + chr(ord("a") + digest[1] % 26)
+    number = int.from_bytes(digest[2:6], "big") % 10_000
+    stem = re.sub(r"\W+", "_", name.lower()).strip("_")[:24].rstrip("_")
+    return f"<{stem}_{letters}{number:04d}>"
 
 
-class EffectPrompts(_Model):
-    """How the student is asked for one effect.
+class EffectPrompts(FrozenModel):
+    """The prompts by which the student is asked for one effect.
 
     Attributes:
         name: the effect, as the config calls it.
@@ -39,9 +53,9 @@ class EffectPrompts(_Model):
         similarity: highest cosine of the trigger to another effect's ``trigger`` and ``prompt``; a note.
     """
 
-    name: Text
-    trigger: Text
-    student_prompts: tuple[Text, ...] = Field(min_length=1)
+    name: NonEmpty
+    trigger: NonEmpty
+    student_prompts: tuple[NonEmpty, ...] = Field(min_length=1)
     written_by: str | None = None
     similarity: dict[str, float] | None = None
 
@@ -53,16 +67,16 @@ class EffectPrompts(_Model):
         return self
 
 
-class PromptsFile(_Model):
+class PromptsFile(FrozenModel):
     """A prompts file.
 
     Attributes:
-        effects: how the student is asked for each effect.
+        effects: the prompts of each effect.
         general_instructions: everyday edits for the general stream.
     """
 
     effects: tuple[EffectPrompts, ...] = ()
-    general_instructions: tuple[Text, ...] = ()
+    general_instructions: tuple[NonEmpty, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> PromptsFile:
@@ -77,42 +91,41 @@ def read_prompts(path: str | Path) -> PromptsFile:
     """Reads a prompts file.
 
     Raises:
-        CloraError: it is missing or malformed, or everything that is wrong in it.
+        CloraError: the file is missing or malformed; otherwise every problem in it.
     """
     return validate(PromptsFile, read_tree(path), str(path))
 
 
 def prompts_text(prompts: PromptsFile, name: str) -> str:
-    """The text of a prompts file of this name: YAML with a header that says what it is for."""
+    """Returns the text of a prompts file of this name: YAML, below a header that explains it."""
     tree = prompts.model_dump(mode="json", exclude_none=True)
     return HEADER.format(name=name) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
 def fill_prompts(tree: dict[str, Any], prompts: PromptsFile, path: str) -> dict[str, Any]:
-    """A config's tree with what it leaves out filled from a prompts file.
+    """Fills a config's tree from a prompts file.
 
     Args:
-        tree: the config as YAML gives it, not checked yet.
+        tree: the config as YAML has it, not checked yet.
         prompts: the prompts file.
-        path: where that is, for messages.
+        path: of the prompts file, for messages.
 
     Returns:
-        A new tree. An effect's trigger and student prompts, and the general instructions, are the config's where it
-        states them.
+        A new tree. An effect's trigger and student prompts, and the general instructions, are the config's own where
+        it states them.
 
     Raises:
-        CloraError: the file has an effect that the config lacks, or lacks one whose student prompts the config leaves
-            out.
+        CloraError: the file has an effect that the config lacks, or lacks one without student prompts in the config.
     """
-    entries = tree.get("effects")
-    entries = entries if isinstance(entries, list) else []
-    effects = [entry for entry in entries if isinstance(entry, dict)]
-    is_whole = len(effects) == len(entries) > 0
-    if is_whole and len({str(entry.get("name")) for entry in effects}) == len(effects):
-        # else the config's own check says what is wrong
-        _check_names(effects, prompts, path)
-    written = {effect.name: effect for effect in prompts.effects}
-    filled = {**tree, "effects": [_fill_effect(entry, written) for entry in entries]} if entries else dict(tree)
+    filled = dict(tree)
+    effects = tree.get("effects")
+    if isinstance(effects, list) and effects:
+        entries = [entry for entry in effects if isinstance(entry, dict)]
+        # An entry that is no section, or a name given twice, is left to the check of the whole config.
+        if len(entries) == len({str(entry.get("name")) for entry in entries}) == len(effects):
+            _check_names(entries, prompts, path)
+        written = {effect.name: effect for effect in prompts.effects}
+        filled["effects"] = [_fill_effect(entry, written) for entry in effects]
     data = tree.get("data")
     if prompts.general_instructions and isinstance(data, dict) and data.get("general_instructions") is None:
         filled["data"] = {**data, "general_instructions": list(prompts.general_instructions)}

@@ -1,78 +1,54 @@
 """The configuration of a distillation: frozen models, checked in full before anything is loaded.
 
-Paths are taken as written, relative to the working directory.
+Paths are relative to the working directory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
 from clora.config.everyday import everyday_instructions
-from clora.config.prompts_file import fill_prompts, read_prompts
+from clora.config.fields import (
+    Count,
+    FrozenModel,
+    NonEmpty,
+    NotNegative,
+    PathOrTexts,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Share,
+)
+from clora.config.prompts_file import fill_prompts, make_trigger, read_prompts
 from clora.config.reading import read_tree, validate
 from clora.errors import CloraError
 from clora.files import user_path
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 MAX_SEED = 2**31 - 1
-DEVICES, DEVICE_NAMES = r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or cuda:0 and so on"
-NonEmpty = Annotated[str, Field(min_length=1)]
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 
 
-class UserPath(str):
-    """A path with ``~`` expanded, which is dumped as the user wrote it.
-
-    Checkpoints and collections compare and hash the dump, so that a run in another home folder is still the same run.
-
-    Args:
-        written: as in the config; a hub id stays as it is.
-
-    Raises:
-        CloraError: the path holds a zero byte or names an unknown home.
-    """
-
-    written: str
-
-    def __new__(cls, written: str) -> UserPath:
-        expanded = str(user_path(written)) if written.startswith("~") or "\0" in written else written
-        path = super().__new__(cls, expanded)
-        path.written = written
-        return path
-
-
-_EXPANDED = AfterValidator(lambda value: UserPath(value) if isinstance(value, str) else value)
-_AS_WRITTEN = PlainSerializer(lambda value: getattr(value, "written", value))
-PathText = Annotated[NonEmpty, _EXPANDED, _AS_WRITTEN]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class EffectConfig(_Model):
-    """One teacher: a LoRA with the prompt it was trained on, and how the student is asked for its effect.
+class EffectConfig(FrozenModel):
+    """One teacher: a LoRA with the prompt it was trained on, and the prompts by which the student is asked for it.
 
     Attributes:
-        name: what the effect is called; unique in a collection.
+        name: the effect's name; unique in a collection.
         lora: LoRA file or folder.
         prompt: the teacher's own training prompt.
-        max_error: the largest relative error that the factors of a change without low rank (DoRA, full-matrix LoKr) may
-            have in any layer.
+        max_error: largest relative error, in any layer, of the factors of a change without low rank (DoRA, full-matrix
+            LoKr).
         trigger: the student's unique word; by default made from the name (see `make_trigger`).
         student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
             by the teacher's prompt.
         sources: folder of images to edit; by default those of `DataConfig`.
-        targets: folder of results, with file names equal to those in `sources`; by default the teacher renders them.
+        targets: folder of results, with the same file names as `sources`; by default the teacher renders them.
     """
 
     name: NonEmpty
@@ -91,7 +67,8 @@ class EffectConfig(_Model):
         if not isinstance(values, dict):
             return values
         values = {k: v for k, v in values.items() if k not in ("trigger", "student_prompts") or v not in (None, [], ())}
-        if isinstance(values.get("student_prompts"), list):  # behind this validator, strict checking wants a tuple
+        # After this validator, strict checking accepts only a tuple.
+        if isinstance(values.get("student_prompts"), list):
             values["student_prompts"] = tuple(values["student_prompts"])
         return values
 
@@ -107,7 +84,7 @@ class EffectConfig(_Model):
         return self
 
 
-class DataConfig(_Model):
+class DataConfig(FrozenModel):
     """Images and instructions.
 
     Attributes:
@@ -116,25 +93,25 @@ class DataConfig(_Model):
         max_sequence_length: text tokens per prompt.
         general_instructions: everyday edits for the general stream, or a text file with one on each line; by default a
             list that ships with clora.
-        held_out: the last images, kept out of training.
+        held_out: number of images, the last ones, that are kept out of training.
         sources_per_effect: images that each teacher renders a target for.
         general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
             0, as in the paper, for none.
-        cache: folder where encoded prompts, images and rendered targets are kept for other runs; None for one in the
-            output folder, which is removed when the collection is written.
+        cache: folder that keeps encoded prompts, images and rendered targets for other runs; None for one in the output
+            folder, which is removed when the collection is written.
     """
 
     sources: PathText
     size: tuple[Positive, Positive]
     max_sequence_length: Positive = 512
-    general_instructions: Annotated[tuple[NonEmpty, ...] | NonEmpty | None, _EXPANDED, _AS_WRITTEN] = None
+    general_instructions: PathOrTexts | None = None
     held_out: Count = 0
     sources_per_effect: Positive = 20
     general_targets: Count = 0
     cache: PathText | None = None
 
 
-class StudentConfig(_Model):
+class StudentConfig(FrozenModel):
     """The LoRA that is trained.
 
     Attributes:
@@ -148,15 +125,15 @@ class StudentConfig(_Model):
     targets: tuple[NonEmpty, ...] | None = None
 
 
-class SamplerConfig(_Model):
-    """How student and teachers sample.
+class SamplerConfig(FrozenModel):
+    """Sampling of student and teachers.
 
     Attributes:
         steps: passes of the student.
         shift: time shift of both schedules.
-        teacher_steps: steps of a teacher that renders targets, two passes each.
+        teacher_steps: steps of a teacher that renders targets.
         guidance: the teachers' guidance w, by a second pass with the empty prompt; 0 for none (pipelines call w + 1 the
-            guidance scale, or the true CFG scale). None for the family's custom: 4 for FLUX.2 [klein], 0 for families
+            guidance scale, or the true CFG scale). None for the family's default: 4 for FLUX.2 [klein], 0 for families
             with a guidance embedding.
         guidance_embedding: guidance scale that student, critic and teachers all receive in every pass, where the
             family has a guidance embedding; None for that of a stock call.
@@ -165,37 +142,37 @@ class SamplerConfig(_Model):
     steps: Positive = 8
     shift: PositiveFloat = 3.0
     teacher_steps: Positive = 40
-    guidance: Annotated[float, Field(ge=0)] | None = None
-    guidance_embedding: Annotated[float, Field(ge=0)] | None = None
+    guidance: NotNegative | None = None
+    guidance_embedding: NotNegative | None = None
 
     @property
     def passes_per_teacher_step(self) -> int:
-        """With guidance a teacher's step is two passes, with its prompt and with the empty one."""
+        """One pass with the teacher's prompt and, with guidance, one with the empty prompt."""
         return 1 if self.guidance == 0 else 2
 
     @property
     def rows_per_scored_sample(self) -> int:
-        """The critic scores a student's sample too."""
+        """The teacher's rows and one of the critic's."""
         return 1 + self.passes_per_teacher_step
 
 
-class ObjectiveWeights(_Model):
+class ObjectiveWeights(FrozenModel):
     """Weight of each part of the student's loss, each the mean over its own rows.
 
-    In a batch of both streams target simulation and anchoring are so weighed as if all rows were effect rows.
+    In a batch of both streams, target simulation and anchoring weigh as if all rows were effect rows.
     """
 
-    backward_simulation: Annotated[float, Field(ge=0)] = 1.0
-    target_simulation: Annotated[float, Field(ge=0)] = 1.0
-    trajectory_anchoring: Annotated[float, Field(ge=0)] = 1.0
+    backward_simulation: NotNegative = 1.0
+    target_simulation: NotNegative = 1.0
+    trajectory_anchoring: NotNegative = 1.0
 
 
-class ObjectiveConfig(_Model):
-    """The method; every component can be switched off alone (docs/method.md sections 4 and 5).
+class ObjectiveConfig(FrozenModel):
+    """The method; every component can be switched off on its own (docs/method.md sections 4 and 5).
 
     Attributes:
         dual_stream: train on general instructions too, with the base as teacher.
-        switch_probability: chance of each row to be of the effect stream.
+        switch_probability: probability of each row to be of the effect stream.
         switch_every: updates between two draws of the stream.
         orthogonal_prompting: student and critic see the student's prompts; off, they see the teacher's.
         backward_simulation: distribution matching on the student's own samples.
@@ -227,12 +204,12 @@ class ObjectiveConfig(_Model):
         return self
 
 
-class TrainConfig(_Model):
+class TrainConfig(FrozenModel):
     """Training.
 
     Attributes:
         updates: updates of the student.
-        anchor_share: share of the run, at its beginning, with trajectory anchoring alone; 0 where that is off.
+        anchor_share: share of the run, at its beginning, with trajectory anchoring only; 0 where that is off.
         anchor_learning_rate: of the student in that share; by default learning_rate.
         critic_ratio: critic updates per student update.
         batch_size: samples per update.
@@ -241,12 +218,12 @@ class TrainConfig(_Model):
         learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
         critic_learning_rate: of the critic.
         clip: largest norm of a gradient.
-        gradient_rows: most rows of one pass with gradients, to bound memory: an update adds up as many passes as it needs
-            (a sample is up to three rows of the student's, one of the critic's); None for no bound.
+        gradient_rows: most rows of one pass with gradients, to bound memory; an update adds up as many passes as it
+            needs. A sample is up to three rows of the student's and one of the critic's. None for no bound.
         forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
-        teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers; the others wait in the host's and are
-            copied where they are needed, ahead of time as far as possible. None keeps all on the device.
-        gradient_checkpointing: keep the inputs of the transformer's blocks alone and compute the rest again for the
+        teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers. The others wait in the host's memory
+            and are copied when they are needed, ahead of time where possible. None keeps all on the device.
+        gradient_checkpointing: keep only the inputs of the transformer's blocks and compute the rest again for the
             gradient: much less memory, about a third more time in the passes that learn.
         checkpoint_every: updates between two checkpoints.
         minutes: stop after this time; None for no limit.
@@ -270,13 +247,13 @@ class TrainConfig(_Model):
     minutes: PositiveFloat | None = None
 
 
-class PromptsConfig(_Model):
-    """Prompts that `clora prompts` writes to a file, to be read over and edited before training (docs/prompts.md).
+class PromptsConfig(FrozenModel):
+    """Prompts that `clora prompts` writes to a file, to be edited before training (docs/prompts.md).
 
     Attributes:
         file: that file. `load_config` takes from it what `effects` and `data` leave out.
-        writer: who writes: ``auto`` is the pipeline's own language model where it can generate, else templates;
-            ``templates``; or folder or hub id of a vision-language model of transformers.
+        writer: ``auto`` is the pipeline's own language model where it can generate, otherwise templates; ``templates``;
+            or folder or hub id of a vision-language model of transformers.
         paraphrases: student prompts per effect.
         triggers: candidates that an effect's trigger is chosen from.
         general: instructions of the general stream.
@@ -289,7 +266,7 @@ class PromptsConfig(_Model):
     general: Positive = 96
 
 
-class DistillConfig(_Model):
+class DistillConfig(FrozenModel):
     """Everything that a distillation needs.
 
     Attributes:
@@ -298,10 +275,10 @@ class DistillConfig(_Model):
         effects: the teachers.
         data: images and instructions.
         student: the LoRA that is trained.
-        sampler: how student and teachers sample.
+        sampler: sampling of student and teachers.
         objective: the method.
         train: training.
-        prompts: how prompts are written; no part of what is trained, so it is left out when a config is dumped.
+        prompts: writing of prompts; it does not affect training, so it is left out when a config is dumped.
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
         dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32. The
@@ -328,13 +305,13 @@ class DistillConfig(_Model):
             chosen: ``include`` or ``exclude`` of pydantic's ``model_dump``.
         """
         settings = self.model_dump(mode="json", **chosen)
-        # Was a setting once. What was written then holds it, switched off, and must count as the same run today.
+        # A setting of earlier versions: their records hold it, switched off, and must count as the same run.
         settings["sampler"]["integer_timesteps"] = False
         return settings
 
     @property
     def anchor_share(self) -> float:
-        """The share of the run with trajectory anchoring alone: none where that is off."""
+        """The share of the run with trajectory anchoring only; 0 where that is off."""
         objective = self.objective
         anchored = objective.trajectory_anchoring and objective.weights.trajectory_anchoring > 0
         return self.train.anchor_share if anchored else 0.0
@@ -342,10 +319,12 @@ class DistillConfig(_Model):
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
         if not re.fullmatch(DEVICES, self.device):
-            raise ValueError(f"device: expected {DEVICE_NAMES}, found {self.device!r}")
+            raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
         _refuse_twice("name", (effect.name for effect in self.effects))
         _refuse_twice("trigger", (effect.trigger for effect in self.effects))
-        _refuse_twice("student prompt", (p for effect in self.effects for p in dict.fromkeys(effect.student_prompts)))
+        # One effect may repeat its own prompt; two effects cannot share one.
+        own_prompts = (dict.fromkeys(effect.student_prompts) for effect in self.effects)
+        _refuse_twice("student prompt", chain.from_iterable(own_prompts))
         reserved = {"student", "critic"} & {effect.name for effect in self.effects}
         if reserved:
             raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
@@ -357,21 +336,10 @@ class DistillConfig(_Model):
         return self
 
 
-def make_trigger(name: str, variant: int = 0) -> str:
-    """A trigger word of an effect: its name and a suffix that no text contains by chance, always the same.
-
-    Args:
-        name: the effect's name; its first 24 characters are used.
-        variant: which of them; 0 is the default one.
-
-    Returns:
-        For example ``<paper_cut_Kq4711>``.
-    """
-    digest = hashlib.sha256((f"{name}\0{variant}" if variant else name).encode("utf-8")).digest()
-    letters = chr(ord("A") + digest[0] % 26) + chr(ord("a") + digest[1] % 26)
-    number = int.from_bytes(digest[2:6], "big") % 10_000
-    stem = re.sub(r"\W+", "_", name.lower()).strip("_")[:24].rstrip("_")
-    return f"<{stem}_{letters}{number:04d}>"
+def _refuse_twice(what: str, values: Iterable[str]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"two effects have the {what} {twice[0]!r}; give each its own")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: bool = True) -> DistillConfig:
@@ -380,34 +348,29 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: b
     Args:
         path: a YAML file.
         overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``).
-        with_prompts: false leaves the prompts file unread, for what writes it.
+        with_prompts: false leaves the prompts file unread, for the command that writes it.
 
     Returns:
         The config with every default filled in.
 
     Raises:
-        CloraError: a missing or malformed file, or everything that is wrong in it: unknown keys with suggestions,
-            wrong types, values out of range, two effects of one name or trigger; or a prompts file that cannot be
-            read or is of other effects.
+        CloraError: a missing or malformed file, or every problem in it: unknown keys with suggestions, wrong types,
+            values out of range, two effects of one name or trigger. Also a prompts file that cannot be read or is of
+            other effects.
     """
     overrides = tuple(overrides)
     tree = read_tree(path, overrides)
-    return validate(DistillConfig, _with_prompts(tree, path) if with_prompts else tree, str(path), overrides)
-
-
-def _with_prompts(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The tree filled from its prompts file, if it names one."""
     section = tree.get("prompts")
     file = section.get("file") if isinstance(section, dict) else None
-    if not isinstance(file, str) or not file:
-        return tree
-    if not user_path(file).exists():
-        raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
-    return fill_prompts(tree, read_prompts(file), file)
+    if with_prompts and isinstance(file, str) and file:
+        if not user_path(file).exists():
+            raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
+        tree = fill_prompts(tree, read_prompts(file), file)
+    return validate(DistillConfig, tree, str(path), overrides)
 
 
 def general_instructions(data: DataConfig) -> tuple[str, ...]:
-    """The instructions of the general stream, read from the text file where a path is given; else those that ship.
+    """Returns the instructions of the general stream: the config's, those of its text file, or those that ship.
 
     Raises:
         CloraError: the file is missing, unreadable or empty.
@@ -425,9 +388,3 @@ def general_instructions(data: DataConfig) -> tuple[str, ...]:
     if not instructions:
         raise CloraError(f"data.general_instructions: {path} is empty; expected one instruction on each line")
     return instructions
-
-
-def _refuse_twice(what: str, values: Iterable[str]) -> None:
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    if twice:
-        raise ValueError(f"two effects have the {what} {twice[0]!r}; give each its own")

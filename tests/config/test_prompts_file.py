@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from clora.config.prompts_file import EffectPrompts, PromptsFile, prompts_text, read_prompts
-from clora.config.settings import load_config, make_trigger
+from clora.config.prompts_file import EffectPrompts, PromptsFile, make_trigger, prompts_text, read_prompts
+from clora.config.settings import load_config
 from clora.errors import CloraError
 
 CONFIG = """

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from clora.config.everyday import everyday_instructions, everyday_topics
-from clora.config.settings import general_instructions, load_config, make_trigger
+from clora.config.prompts_file import make_trigger
+from clora.config.settings import general_instructions, load_config
 from clora.errors import CloraError
 from clora.testing import tiny_config
 

@@ -16,8 +16,8 @@ from clora.commands.prompts.triggers import Embed, Similarity, choose_triggers, 
 from clora.commands.prompts.wording import Fitting, Written, describe_effect, join_general, write_general
 from clora.commands.prompts.writers import Writer, load_writer, pipeline_writer
 from clora.config.everyday import everyday_instructions, everyday_topics
-from clora.config.prompts_file import EffectPrompts, PromptsFile, prompts_text
-from clora.config.settings import DistillConfig, EffectConfig, make_trigger
+from clora.config.prompts_file import EffectPrompts, PromptsFile, make_trigger, prompts_text
+from clora.config.settings import DistillConfig, EffectConfig
 from clora.data.rendering import num_passes
 from clora.devices import find_device, find_dtype, move
 from clora.errors import CloraError

@@ -161,7 +161,7 @@ def test_descriptions_of_one_effect_are_nearest_in_a_trained_encoders_space(stud
 
 
 def test_chosen_triggers_are_further_apart_than_the_default_ones(studio_space):
-    from clora.config.settings import make_trigger
+    from clora.config.prompts_file import make_trigger
     from clora.studio.effects import EFFECTS
 
     names = list(EFFECTS)[:8]

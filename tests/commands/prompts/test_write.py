@@ -17,8 +17,8 @@ from clora.commands.prompts import write, write_prompts
 from clora.commands.prompts.wording import templates
 from clora.commands.prompts.writers import Writer
 from clora.config.everyday import everyday_instructions, everyday_topics
-from clora.config.prompts_file import read_prompts
-from clora.config.settings import load_config, make_trigger
+from clora.config.prompts_file import make_trigger, read_prompts
+from clora.config.settings import load_config
 from clora.data.images import load_image, load_images
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
