@@ -14,16 +14,13 @@ from clora.devices import send
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 
-def shift(u: FloatOrTensor, s: float) -> FloatOrTensor:
+def time_shift(u: FloatOrTensor, shift: float) -> FloatOrTensor:
     """Time shift `s u / (1 + (s - 1) u)`: moves noise levels u in [0, 1] towards 1 for s > 1."""
-    return s * u / (1 + (s - 1) * u)
-
-
-_shift = shift  # for the functions below, whose parameter `shift` is the factor s as in diffusers
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def student_schedule(steps: int = 8, shift: float = 3.0) -> Tensor:
-    """Noise levels of the few-step sampler: `shift(u)` for u = 1, 1 - 1/steps, ..., 1/steps.
+    """Noise levels of the few-step sampler: `time_shift(u)` for u = 1, 1 - 1/steps, ..., 1/steps.
 
     Args:
         steps: number of network evaluations.
@@ -48,8 +45,9 @@ def teacher_schedule(steps: int, shift: float = 3.0) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}")
+    # The levels are computed in fp64 and shifted in fp32, as diffusers does: any other order differs in the last bit.
     u = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).float()
-    return torch.cat([_shift(u, shift), torch.zeros(1)])
+    return torch.cat([time_shift(u, shift), torch.zeros(1)])
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -64,13 +62,18 @@ def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 
 
 def sample_sigma(n: int, shift: float, generator: torch.Generator | None, low_u: float | Tensor = 0.0) -> Tensor:
-    """`[n]` noise levels `shift(u, s)` with u uniform in (low_u, 1], on the generator's device (None: the CPU).
+    """Draws `[n]` noise levels `time_shift(u)` with u uniform in (low_u, 1], on the generator's device.
 
-    low_u may be a tensor `[n]` on that device. The interval is closed at the top: `torch.rand` may return 0, and sigma = low would break a strict lower bound.
+    Args:
+        n: number of levels.
+        shift: time shift s.
+        generator: source of u; None for the CPU's global one.
+        low_u: exclusive lower bound of u, or one for each level, `[n]` on that device.
     """
     device = generator.device if generator is not None else None
+    # Closed at the top: `torch.rand` may return 0, and the level of u = low_u would break a strict lower bound.
     u = 1 - (1 - low_u) * torch.rand(n, generator=generator, device=device)
-    return _shift(u, shift)
+    return time_shift(u, shift)
 
 
 def flow_matching_losses(
@@ -82,7 +85,7 @@ def flow_matching_losses(
         velocity: the network, `velocity(x, sigma)`.
         x0: `[B, ...]`.
         shift: time shift s of the noise levels.
-        generator: of the noise and its levels, on the CPU.
+        generator: source of the noise and its levels, on the CPU.
 
     Returns:
         `[B]`.

@@ -24,13 +24,15 @@ class TauBounds(NamedTuple):
 
 TAU_BOUNDS: dict[TauRule, TauBounds] = {
     "paper": TauBounds(tau_max=0.75, tau_min=0.5),
-    "released": TauBounds(tau_max=0.834, tau_min=0.75),  # the last 5 of 8 steps: sigma <= .8333
+    # The last 5 of 8 steps: sigma <= .8333.
+    "released": TauBounds(tau_max=0.834, tau_min=0.75),
 }
 
 
 def draw_backward_steps(n: int, num_steps: int, generator: torch.Generator | None) -> Tensor:
     """`[n]` steps uniform in [0, num_steps): where each row's backward simulation stops."""
-    return torch.randint(num_steps, (n,), generator=generator, device=_device(generator))
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.randint(num_steps, (n,), generator=generator, device=device)
 
 
 def target_simulation_steps(sigmas: Tensor, tau_max: float) -> Tensor:
@@ -66,7 +68,7 @@ def draw_critic_sigma(kind: Tensor, shift: float, tau_min: float, generator: tor
 
     ::
 
-        backward simulation:  sigma = shift(u), u ~ U(0, 1)
+        backward simulation:  sigma = time_shift(u), u ~ U(0, 1)
         target simulation:    the same, conditioned on sigma > tau_min
 
     Args:
@@ -78,12 +80,13 @@ def draw_critic_sigma(kind: Tensor, shift: float, tau_min: float, generator: tor
     Returns:
         `[D]` fp32.
     """
-    low_u = tau_min / (shift - (shift - 1) * tau_min)  # the u with shift(u) = tau_min
+    # The inverse of the time shift: the u with time_shift(u) = tau_min.
+    low_u = tau_min / (shift - (shift - 1) * tau_min)
     return sample_sigma(len(kind), shift, generator, low_u=torch.where(kind == TARGET_SIMULATION, low_u, 0.0))
 
 
 def draw_anchor_sigma(n: int, shift: float, generator: torch.Generator | None, floor: Tensor | None = None) -> Tensor:
-    """Noise levels of trajectory anchoring: `shift(u)` with u uniform in (floor, 1].
+    """Noise levels of trajectory anchoring: `time_shift(u)` with u uniform in (floor, 1].
 
     Args:
         n: number of anchor rows.
@@ -114,11 +117,8 @@ def critic_loss(velocity: Tensor, noise: Tensor, x0: Tensor) -> tuple[Tensor, Te
     """
     if not velocity.shape == noise.shape == x0.shape:
         raise ValueError(f"noise, x0: expected {list(velocity.shape)}, found {list(noise.shape)}, {list(x0.shape)}")
+    # In fp32 at least: in bfloat16 the difference of two near values would lose most of its digits.
     dtype = torch.promote_types(velocity.dtype, torch.float32)
     error = velocity.to(dtype) - (noise.to(dtype) - x0.detach().to(dtype))
     rows = error.square().flatten(1).mean(1)
     return rows.mean(), rows.detach()
-
-
-def _device(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device

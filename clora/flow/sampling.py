@@ -31,7 +31,7 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
     Args:
         velocity: the network.
         noise: `[B, ...]` start.
-        sigmas: `[steps + 1]` ending in 0 (`flow_matching.teacher_schedule`).
+        sigmas: `[steps + 1]` ending in 0 (`matching.teacher_schedule`).
 
     Returns:
         `[B, ...]` clean latents.
@@ -39,7 +39,8 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
     x = noise
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         v = velocity(x, _rows(sigma, x))
-        x = velocity_to_x0(x.float(), v, _rows(sigma - following, x)).to(v.dtype)  # partial step
+        # A partial step towards the clean prediction: x - (sigma - following) v.
+        x = velocity_to_x0(x.float(), v, _rows(sigma - following, x)).to(v.dtype)
     return x
 
 
@@ -63,7 +64,7 @@ def few_step_sample(
     Args:
         velocity: the network.
         noise: `[B, ...]` start.
-        sigmas: `[steps]` decreasing, without the final 0 (`flow_matching.student_schedule`).
+        sigmas: `[steps]` decreasing, without the final 0 (`matching.student_schedule`).
         generator: source of the fresh noise; None is the global generator of noise's device, as in a stock pipeline.
             One draw of the whole batch per step, the last (unused) one included, as diffusers does.
         noises: the `steps - 1` fresh noises, instead of drawing them.
@@ -74,6 +75,7 @@ def few_step_sample(
     if noises is None:
         noises = _draw_noises(noise, len(sigmas), generator)
     x = noise
+    # The last draw stays unused, so that the noises may be one longer than the transitions between steps.
     for sigma, following, eps in zip(sigmas[:-1], sigmas[1:], noises, strict=False):
         x = _step(velocity(x, _rows(sigma, x)), x, sigma, following, eps)
     v = velocity(x, _rows(sigmas[-1], x))
@@ -109,8 +111,9 @@ def simulate_to_step(
     steps = stop_steps.tolist()
     if len(steps) != len(noise) or any(not 0 <= k < len(sigmas) for k in steps):
         raise ValueError(f"stop_steps: expected {len(noise)} steps in [0, {len(sigmas)}), found {steps}")
-    x, last = noise, max(steps, default=0)
-    for k, eps in enumerate(_draw_noises(noise, last, generator)):
+    x = noise
+    for k, eps in enumerate(_draw_noises(noise, max(steps, default=0), generator)):
+        # Positions [b] of the rows that go on beyond step k; the others have arrived.
         rows = torch.tensor([row for row, stop in enumerate(steps) if stop > k])
         active = take(x, rows)
         v = velocity(active, _rows(sigmas[k], active), rows)
@@ -120,7 +123,7 @@ def simulate_to_step(
 
 
 def _step(v: Tensor, x: Tensor, sigma: Tensor, following: Tensor, eps: Tensor) -> Tensor:
-    """Predict x0 from x at sigma and re-noise it to the following level, in v's dtype."""
+    """Predicts x0 from x at sigma and re-noises it to the following level, in v's dtype."""
     x0 = velocity_to_x0(x.float(), v, _rows(sigma, x))
     return add_noise(x0, eps, _rows(following, x)).to(v.dtype)
 

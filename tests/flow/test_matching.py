@@ -9,9 +9,9 @@ from clora.flow.matching import (
     add_noise,
     per_row,
     sample_sigma,
-    shift,
     student_schedule,
     teacher_schedule,
+    time_shift,
     velocity_to_x0,
 )
 
@@ -37,10 +37,10 @@ def test_schedule_needs_a_step():
 
 
 def test_shift():
-    assert shift(0.5, 3.0) == 0.75
+    assert time_shift(0.5, 3.0) == 0.75
     u = torch.linspace(0, 1, 9, dtype=torch.float64)
-    torch.testing.assert_close(shift(shift(u, 3.0), 1 / 3), u)
-    assert torch.equal(shift(u, 1.0), u)
+    torch.testing.assert_close(time_shift(shift(u, 3.0), 1 / 3), u)
+    assert torch.equal(time_shift(u, 1.0), u)
 
 
 def test_add_noise_and_velocity_to_x0_are_inverse_per_row():
@@ -63,7 +63,7 @@ def test_sample_sigma_bounds_distribution_and_seed():
     draw = lambda **bounds: sample_sigma(20000, 3.0, torch.Generator().manual_seed(0), **bounds)  # noqa: E731
     sigma = draw()
     assert torch.equal(sigma, draw())
-    u = shift(sigma, 1 / 3)
+    u = time_shift(sigma, 1 / 3)
     torch.testing.assert_close(u.sort().values, torch.linspace(0, 1, 20000), rtol=0, atol=0.02)
     upper = draw(low_u=0.5)
     assert upper.min() > 0.75
@@ -71,4 +71,4 @@ def test_sample_sigma_bounds_distribution_and_seed():
     assert upper.min() < 0.76
     assert upper.max() > 0.99
     low_u = torch.linspace(0, 0.9, 20000)
-    assert (draw(low_u=low_u) >= shift(low_u, 3.0)).all()
+    assert (draw(low_u=low_u) >= time_shift(low_u, 3.0)).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clora.flow.matching import shift, student_schedule
+from clora.flow.matching import student_schedule, time_shift
 from clora.flow.objective import (
     TAU_BOUNDS,
     critic_loss,
@@ -54,8 +54,8 @@ def test_critic_sigma_is_bounded_for_target_simulation_only(rule, tau_min):
     assert tau_min < ts.min() < tau_min + 0.01
     assert 0.99 < ts.max() <= 1
     for values, low in ((bs, 0.0), (ts, tau_min)):  # uniform before the shift, on the allowed interval
-        u = shift(values.double(), 1 / 3).sort().values
-        start = shift(torch.tensor(low, dtype=torch.float64), 1 / 3)
+        u = time_shift(values.double(), 1 / 3).sort().values
+        start = time_shift(torch.tensor(low, dtype=torch.float64), 1 / 3)
         torch.testing.assert_close(u, start + (1 - start) * torch.linspace(0, 1, 10000).double(), rtol=0, atol=0.02)
 
 
@@ -65,9 +65,9 @@ def test_anchor_sigma_unrestricted_or_above_the_critics():
     assert free.max() > 0.99
     floor = torch.linspace(0, 1, 10000)
     released = draw_anchor_sigma(10000, 3.0, seeded(), floor)
-    assert (released >= shift(floor, 3.0) - 1e-6).all()
+    assert (released >= time_shift(floor, 3.0) - 1e-6).all()
     assert released.max() <= 1
-    assert not torch.equal(released, shift(floor, 3.0))
+    assert not torch.equal(released, time_shift(floor, 3.0))
 
 
 def test_critic_loss_is_flow_matching_on_the_critic_only():

@@ -10,7 +10,7 @@ import torch
 from helpers.trainers import changed, make_trainer, mixed_batch, plain_velocity, rolled, slots
 
 from clora.data.batches import GENERAL
-from clora.flow.matching import shift
+from clora.flow.matching import time_shift
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION
 from clora.testing import merge_lora, random_data
 from clora.training.faults import raise_first
@@ -218,7 +218,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
     torch.testing.assert_close(rows.x[anchor] - sigma * rows.anchor_target, target, rtol=0, atol=1e-5)
     noise = (rows.x[ts] - (1 - rows.sigma[ts].view(-1, 1, 1)) * target) / rows.sigma[ts].view(-1, 1, 1)
     assert abs(float(noise.std()) - 1) < 0.05
-    floor = shift(scored[:64][batch.effect >= 0], 3.0)
+    floor = time_shift(scored[:64][batch.effect >= 0], 3.0)
     assert bool((rows.sigma[anchor] >= floor - 1e-6).all()) == (rule == "released")
 
 
