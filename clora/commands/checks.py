@@ -1,9 +1,9 @@
-"""Everything that can be found wrong before anything heavy is loaded, all at once."""
+"""Everything that can be found wrong before anything heavy is loaded, reported all at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,9 @@ from clora.models import ModelAdapter
 from clora.models.common import check_lengths
 from clora.training.student import student_layers
 
-Shapes = Mapping[str, tuple[int, int]]
-
 
 class Problems(list[str]):
-    """Messages, each of one problem."""
+    """Messages, one for each problem."""
 
     @contextmanager
     def catch(self) -> Iterator[None]:
@@ -42,63 +40,75 @@ class Problems(list[str]):
         if len(self) == 1:
             raise CloraError(self[0])
         if self:
-            raise CloraError("\n".join([f"{len(self)} problems", *(f"  {problem}" for problem in self)]))
+            raise CloraError("\n  ".join([f"{len(self)} problems", *self]))
 
 
 def find_file_problems(config: DistillConfig) -> Problems:
-    """What is wrong with the pictures, the LoRA files as such, the instructions, the output folder and the device."""
+    """Checks the schedule, the pictures, the LoRA files as such, the instructions, the output folder and the device."""
     problems = Problems()
-    for check in (check_exportable, num_shared, check_pairs):
+    for check, argument in (
+        (_check_schedule, config),
+        (num_shared, config),
+        (check_pairs, config),
+        (general_instructions, config.data),
+        (check_output, config.output),
+        (find_device, config.device),
+    ):
         with problems.catch():
-            check(config)
+            check(argument)
     problems += _named_problems(config.model_dump(mode="json"))
-    with problems.catch():
-        general_instructions(config.data)
-    with problems.catch():
-        check_output(config.output)
-    with problems.catch():
-        find_device(config.device)
     return Problems(dict.fromkeys(problems))
 
 
 def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[str]) -> CloraError:
-    """What is wrong with a config that is refused, and with the pictures and LoRA files that it names all the same."""
+    """Adds to the error of a refused config what is wrong with the pictures and LoRA files that the config names."""
     try:
         found = _named_problems(read_tree(path, overrides))
-    except CloraError:  # nothing can be read of it, as the error says
+    except CloraError:  # the file is no YAML, which the error reports
         return error
-    heading = ["and of the files that it names:"] if found else []
-    return CloraError("\n".join([str(error), *heading, *(f"  {problem}" for problem in found)]))
+    return CloraError("\n  ".join([f"{error}\nand of the files that it names:", *found])) if found else error
+
+
+def _check_schedule(config: DistillConfig) -> None:
+    """Target simulation needs a step of the student's schedule to start from."""
+    if config.objective.target_simulation:
+        sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
+        target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)
 
 
 def _named_problems(tree: Mapping[str, Any]) -> Problems:
-    """What is wrong with the pictures and LoRA files that a config's tree names, each folder told of once."""
+    """Checks the pictures and LoRA files that a config's tree names, each folder once."""
     problems, seen = Problems(), set()
     for setting, path in named_files(tree).items():
-        is_lora = setting.endswith(".lora")
         with problems.catch(), about(setting):
-            if is_lora:
+            if setting.endswith(".lora"):
                 open_lora(path)
-            for file in [] if is_lora or path in seen else list_images(user_path(path)):
-                with problems.catch(), about(setting):
-                    check_image(file)
-        seen.add(path)
+            elif path not in seen:
+                seen.add(path)
+                for file in list_images(user_path(path)):
+                    # One damaged picture does not hide the next.
+                    with problems.catch(), about(setting):
+                        check_image(file)
     return problems
 
 
 def find_prompt_problems(config: DistillConfig, adapter: ModelAdapter) -> Problems:
-    """What is wrong with prompts for this model, with or without weights."""
-    problems = Problems()
-    for prompt in _prompts(config):
+    """Checks the length of all prompts for a model, with or without its weights."""
+    problems, prompts = Problems(), []
+    for effect in config.effects:
+        prompts += [effect.prompt, *effect.student_prompts]
+    with suppress(CloraError):  # of a missing file, which `find_file_problems` reports
+        prompts += general_instructions(config.data)
+    for prompt in dict.fromkeys(prompts):
         with problems.catch():
             check_lengths(adapter, [prompt])
     return problems
 
 
 def find_layer_problems(
-    config: DistillConfig, transformer: Any, shapes: Shapes
+    config: DistillConfig, transformer: Any, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[Problems, dict[str, dict[str, int]]]:
-    """What is wrong with targets and teachers for this model.
+    """Checks that the student's layers and the teachers fit a model.
 
     Args:
         config: the settings.
@@ -106,7 +116,7 @@ def find_layer_problems(
         shapes: its `clora.lora.layers.linear_shapes`.
 
     Returns:
-        The problems, and of each teacher that can be used the rank of its modules.
+        The problems, and effect to layer to rank, of each teacher that can be used.
     """
     problems, ranks = Problems(), {}
     with problems.catch():
@@ -115,19 +125,3 @@ def find_layer_problems(
         with problems.catch(), about(f"effects.{i}.lora"):
             ranks[effect.name] = lora_ranks(effect.lora, shapes)
     return problems, ranks
-
-
-def _prompts(config: DistillConfig) -> list[str]:
-    asked = [prompt for effect in config.effects for prompt in (effect.prompt, *effect.student_prompts)]
-    try:
-        return list(dict.fromkeys([*asked, *general_instructions(config.data)]))
-    except CloraError:  # told among the files' problems
-        return list(dict.fromkeys(asked))
-
-
-def check_exportable(config: DistillConfig) -> None:
-    """Refuses, before anything is rendered, settings whose result no stock pipeline could run."""
-    sampler = config.sampler
-    if config.objective.target_simulation:
-        sigmas = student_schedule(sampler.steps, sampler.shift)
-        target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)

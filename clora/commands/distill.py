@@ -1,4 +1,4 @@
-"""The whole job on the user's own pipeline, LoRA files and images."""
+"""``clora distill``: from the user's own pipeline, LoRA files and images to a collection."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from clora.collection.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection, read_collection
@@ -26,7 +24,6 @@ from clora.collection.write import (
 from clora.commands.checks import find_file_problems
 from clora.config.reading import named_files
 from clora.config.settings import DistillConfig, TrainConfig, general_instructions
-from clora.data.batches import DistillData
 from clora.data.cache import Cache
 from clora.data.images import list_images
 from clora.data.prepare import encode_data
@@ -45,35 +42,47 @@ from clora.training.student import student_layers, train_student
 from clora.training.trainer import Report
 
 CHECKPOINT = ".checkpoint.safetensors"
-CACHE = ".clora-cache"  # in the output folder; its .cache is huggingface_hub's, where it came from there
+# In the output folder; huggingface_hub has a .cache of its own in a folder that it downloaded.
+CACHE = ".clora-cache"
 
 
 def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
-    """The whole job on the user's own pipeline, LoRA files and images; returns the collection's folder.
+    """Distils the user's LoRA files into one collection.
 
-    Where that holds the finished collection of the same settings and inputs, nothing is trained again.
+    A folder that already holds the finished collection of the same settings and inputs is left as it is.
 
     Args:
         config: the settings.
         push_to_hub: repository on the Hub that the collection is uploaded to; it is created before training.
+
+    Returns:
+        The collection's folder.
 
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
     find_file_problems(config).refuse()
     output = check_output(config.output)
+    checkpoint = output / CHECKPOINT
     cache = Cache(check_writable(config.data.cache or output / CACHE))
     if push_to_hub is not None:
         check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
         config, adapter, teachers = _load(config)
-        collection = _collection(config, adapter, teachers)  # before training: the files are hashed as they were read
-    student_layers(adapter.pipeline.transformer, config.student.targets)  # both before hours of rendering
-    is_done = not (output / CHECKPOINT).exists() and is_finished(output, collection)
-    _say_what_is_there(output, config, is_done)
+        # Before training, so that the hashes are those of the files that were read.
+        collection = _describe(config, adapter, teachers)
+    # Rendering takes hours; wrong layers and a checkpoint of another run are refused before it.
+    student_layers(adapter.pipeline.transformer, config.student.targets)
+    is_done = not checkpoint.exists() and is_finished(output, collection)
+    _announce(output, config, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     if not is_done:
-        _make(config, adapter, teachers, cache, collection, output, repo_id)
+        student, samples = _train(config, adapter, teachers, cache, checkpoint)
+        write_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
+        # The folder is made to be shared: only the collection stays in it.
+        checkpoint.unlink(missing_ok=True)
+        if config.data.cache is None:
+            shutil.rmtree(cache.folder, ignore_errors=True)
     elif repo_id is not None:
         name_repository(output, repo_id)
     if repo_id is not None:
@@ -82,7 +91,7 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
 
 
 def _load(config: DistillConfig) -> tuple[DistillConfig, ModelAdapter, dict[str, LoRAState]]:
-    """The config with its family's defaults, the pipeline on the CPU, and the teachers."""
+    """Returns the config with its family's defaults, the pipeline on the CPU, and the teachers."""
     pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, find_device(config.device)))
     adapter = adapter_for(
         pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
@@ -92,41 +101,72 @@ def _load(config: DistillConfig) -> tuple[DistillConfig, ModelAdapter, dict[str,
     return with_guidance(config, adapter), adapter, teachers
 
 
-def _make(
-    config: DistillConfig,
-    adapter: ModelAdapter,
-    teachers: Mapping[str, LoRAState],
-    cache: Cache,
-    collection: Collection,
-    output: Path,
-    repo_id: str | None,
-) -> None:
-    """Trains and writes the collection, and removes what only its making needed."""
-    device, checkpoint = find_device(config.device), output / CHECKPOINT
-    with _told_when_stopped(checkpoint):
-        data = encode_data(config, adapter, teachers, cache, device)
-        with training_bar(f"distil into {output.name}", config.train) as report:
-            student = train_student(config, adapter, teachers, data, report, checkpoint)
-        samples = _samples(config, adapter, student, data, device)
-    write_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
-    checkpoint.unlink(missing_ok=True)  # the folder is made to be shared
-    if config.data.cache is None:
-        shutil.rmtree(cache.folder, ignore_errors=True)
+def _describe(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]) -> Collection:
+    """Returns the description of the collection that a run makes, with the hash of its inputs."""
+    folder = Path(config.pipeline)
+    metadata = {name: lora.metadata for name, lora in teachers.items()}
+    collection = make_collection(
+        config,
+        adapter,
+        base_model=_name_of_base(adapter.pipeline, folder) if folder.exists() else config.pipeline,
+        loras={effect.name: Path(effect.lora) for effect in config.effects},
+        # kohya and ai-toolkit write the licence under the ModelSpec name.
+        licenses={name: keys.get("modelspec.license") or keys.get("license") for name, keys in metadata.items()},
+        base_revision=None if folder.exists() else cached_revision(config.pipeline),
+    )
+    inputs = {"inputs_sha256": inputs_digest(config, adapter.pipeline)}
+    return collection.model_copy(update={"provenance": {**collection.provenance, **inputs}})
 
 
-def _samples(
-    config: DistillConfig, adapter: ModelAdapter, student: LoRAState, data: DistillData, device: torch.device
-) -> bytes | None:
-    """`draw_samples`, or None where the memory does not suffice: pictures are not worth a training."""
+def _name_of_base(pipeline, folder: Path) -> str:
+    """Names a local pipeline: the hub id that it was once loaded from, if its folder states one."""
+    stated = json.loads((folder / "model_index.json").read_text("utf-8")).get("_name_or_path")
+    if isinstance(stated, str) and is_repo_id(stated) and not Path(stated).exists():
+        return stated
+    return f"a local {type(pipeline).__name__} (folder {folder.resolve().name})"
+
+
+def inputs_digest(config: DistillConfig, pipeline) -> str:
+    """Hashes all settings and inputs of a run: prompts, pictures and instructions too, which no collection states.
+
+    Left out are the places where it runs and writes, and the teachers' files, whose hashes the collection has.
+
+    Args:
+        config: the settings, the guidance filled in.
+        pipeline: the base, loaded.
+
+    Raises:
+        CloraError: pictures or instructions cannot be read.
+    """
+    settings = config.recorded(exclude={"pipeline": True, "output": True, "device": True, "data": {"cache"}})
+    pictures = {}
+    for setting, folder in named_files(settings).items():
+        if not setting.endswith(".lora"):
+            files = list_images(user_path(folder))
+            pictures[folder] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return digest(
+        {
+            "settings": settings,
+            "instructions": general_instructions(config.data),
+            "pictures": pictures,
+            "pipeline": component_fingerprints(pipeline),
+        }
+    )
+
+
+def is_finished(folder: Path, collection: Collection) -> bool:
+    """Returns whether a folder holds this collection, whole, made by any version of clora."""
+    if not all(any(folder.glob(pattern)) for pattern in COLLECTION_FILES):
+        return False
     try:
-        return draw_samples(config, adapter, student, data, device)
-    except RuntimeError as error:
-        say(f"no {SAMPLES_FILE} is made: {str(error).splitlines()[0]}")
-        return None
+        found = read_collection(folder)
+    except CloraError:  # damaged, or no collection
+        return False
+    return found.model_copy(update={"version": collection.version}) == collection
 
 
-def _say_what_is_there(output: Path, config: DistillConfig, is_done: bool) -> None:
-    """Tells of a run that is done or goes on, and of a collection that is replaced.
+def _announce(output: Path, config: DistillConfig, is_done: bool) -> None:
+    """Reports a run that is done or goes on, or a collection that is replaced.
 
     Raises:
         CloraError: the checkpoint is another run's.
@@ -146,9 +186,29 @@ def _say_what_is_there(output: Path, config: DistillConfig, is_done: bool) -> No
         )
 
 
+def _train(
+    config: DistillConfig,
+    adapter: ModelAdapter,
+    teachers: Mapping[str, LoRAState],
+    cache: Cache,
+    checkpoint: Path,
+) -> tuple[LoRAState, bytes | None]:
+    """Returns the student and its samples; None for samples that do not fit the memory."""
+    device = find_device(config.device)
+    with _reported_stop(checkpoint):
+        data = encode_data(config, adapter, teachers, cache, device)
+        with training_bar(f"distil into {checkpoint.parent.name}", config.train) as report:
+            student = train_student(config, adapter, teachers, data, report, checkpoint)
+        try:
+            return student, draw_samples(config, adapter, student, data, device)
+        except RuntimeError as error:  # pictures are not worth a training
+            say(f"no {SAMPLES_FILE} is made: {str(error).splitlines()[0]}")
+            return student, None
+
+
 @contextmanager
-def _told_when_stopped(checkpoint: Path) -> Iterator[None]:
-    """Says after Ctrl-C what was kept."""
+def _reported_stop(checkpoint: Path) -> Iterator[None]:
+    """Reports after Ctrl-C what was kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -166,80 +226,14 @@ def _told_when_stopped(checkpoint: Path) -> Iterator[None]:
 def training_bar(title: str, train: TrainConfig) -> Iterator[Report]:
     """Yields a report for `train_student` that moves a bar: by updates, or by seconds where time bounds the run."""
     start = time.monotonic()
-    with stage(title, train.updates if train.minutes is None else round(60 * train.minutes)) as advance:
+    seconds = None if train.minutes is None else round(60 * train.minutes)
+    with stage(title, train.updates if seconds is None else seconds) as advance:
         move = up_to(advance)
 
         def report(update: int, values: Mapping[str, float]) -> None:
-            if train.minutes is None:
+            if seconds is None:
                 move(update, values)
             else:
-                move(min(round(time.monotonic() - start), round(60 * train.minutes)), {"update": update, **values})
+                move(min(round(time.monotonic() - start), seconds), {"update": update, **values})
 
         yield report
-
-
-def _collection(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]):
-    is_folder = Path(config.pipeline).exists()
-    collection = make_collection(
-        config,
-        adapter,
-        base_model=_name_of_base(adapter.pipeline, Path(config.pipeline)) if is_folder else config.pipeline,
-        loras={effect.name: Path(effect.lora) for effect in config.effects},
-        licenses={name: _license(lora.metadata) for name, lora in teachers.items()},
-        base_revision=None if is_folder else cached_revision(config.pipeline),
-    )
-    inputs = {"inputs_sha256": inputs_digest(config, adapter.pipeline)}
-    return collection.model_copy(update={"provenance": {**collection.provenance, **inputs}})
-
-
-def _name_of_base(pipeline, folder: Path) -> str:
-    """What a local pipeline is called: the hub id that it was once loaded from, where its folder states one."""
-    stated = json.loads((folder / "model_index.json").read_text("utf-8")).get("_name_or_path")
-    if isinstance(stated, str) and is_repo_id(stated) and not user_path(stated).exists():
-        return stated
-    return f"a local {type(pipeline).__name__} (folder {folder.resolve().name})"
-
-
-def _license(metadata: Mapping[str, str]) -> str | None:
-    """A LoRA file's licence: kohya and ai-toolkit write it under the ModelSpec name."""
-    return metadata.get("modelspec.license") or metadata.get("license")
-
-
-def inputs_digest(config: DistillConfig, pipeline) -> str:
-    """A hash of all settings and inputs of a run: prompts, pictures and instructions too, which no collection states.
-
-    Not of where it runs and writes, nor of the teachers' files, whose own hashes a collection has.
-
-    Args:
-        config: the settings, the guidance filled in.
-        pipeline: the base, loaded.
-
-    Raises:
-        CloraError: pictures or instructions cannot be read.
-    """
-    left_out = {"pipeline": True, "output": True, "device": True, "data": {"cache"}}
-    settings = config.recorded(exclude=left_out)
-    folders = [path for setting, path in named_files(settings).items() if not setting.endswith(".lora")]
-    return digest(
-        {
-            "settings": settings,
-            "instructions": general_instructions(config.data),
-            "pictures": {folder: _hashes(user_path(folder)) for folder in folders},
-            "pipeline": component_fingerprints(pipeline),
-        }
-    )
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in list_images(folder)}
-
-
-def is_finished(folder: Path, collection: Collection) -> bool:
-    """Whether a folder holds this collection, whole; by which version of clora it was made does not matter."""
-    if not all(any(folder.glob(pattern)) for pattern in COLLECTION_FILES):
-        return False
-    try:
-        there = read_collection(folder)
-    except CloraError:  # damaged, or no collection
-        return False
-    return there.model_copy(update={"version": collection.version}) == collection
