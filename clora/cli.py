@@ -155,7 +155,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
     """
     loaded = _load(config, overrides or ())
-    from clora.commands.plan.plan import make_plan, render
+    from clora.commands.plan import make_plan, render
 
     found = make_plan(loaded)
     _print(found, render, as_json)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from clora.collection.write import LORA_FILE
 from clora.commands import distill as engine
 from clora.commands.distill import distill
-from clora.commands.plan.memory import rendering_rows
+from clora.commands.plan.needs import rendering_rows
 from clora.data import images as images_module
 from clora.data import rendering as targets_module
 from clora.data.encoders import Pictures, PromptTable

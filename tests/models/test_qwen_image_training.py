@@ -15,7 +15,7 @@ from helpers.tiny_qwen_image import shrink, stock_call, tiny_qwen21_pipeline, ti
 from clora.collection.apply import load_collection
 from clora.collection.metadata import LORA_FILE
 from clora.commands import distill as engine
-from clora.commands.plan.plan import make_plan
+from clora.commands.plan import make_plan
 from clora.data.images import load_images
 from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora

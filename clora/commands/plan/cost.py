@@ -1,4 +1,4 @@
-"""What one pass of a transformer costs, counted on fake tensors: floating-point operations and saved activations."""
+"""What one pass of a transformer costs, counted on fake tensors, and what the device can do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,28 @@ from torch.utils._pytree import tree_leaves
 
 from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
+from clora.bank.slots import Slots
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
 
-# Names of the setting in diffusers' transformers.
+# Names of one setting in diffusers' transformers.
 _TEXT_CHANNELS = ("joint_attention_dim", "cap_feat_dim", "context_in_dim")
+# Side of the matrices that are multiplied to measure a device, and repetitions.
+_SIDE = {"cuda": 8192, "mps": 4096, "cpu": 1024}
+_ROUNDS = 5
+
+
+class Uncounted(CloraError):
+    """A pass that cannot be counted without weights: no mistake of the user's."""
+
+    def __init__(self, adapter: ModelAdapter, reason: object):
+        super().__init__(
+            f"clora plan cannot run {type(adapter.pipeline).__name__} without its weights ({reason}): its memory, disk, "
+            "passes and time are unknown; all else was checked"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,12 @@ class PassCost:
     saved_checkpointed: int
 
 
-def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: tuple[int, int]) -> PassCost:
+def pass_cost(adapter: ModelAdapter, layers: list[str], rank: int, text_shape: tuple[int, int]) -> PassCost:
     """Counts one sample's forward pass through a bank of one trainable LoRA.
 
     Args:
         adapter: of a pipeline on fake tensors (`clora.models.loading`).
-        modules: the student's layers.
+        layers: the student's layers.
         rank: its rank.
         text_shape: tokens and channels of a prompt.
 
@@ -57,7 +71,7 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
 
     transformer = adapter.pipeline.transformer
     with next(transformer.parameters()).fake_mode:
-        lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), modules)
+        lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), layers)
         with AdapterBank(transformer, {"student": lora}) as bank:
             try:
                 slots = bank.trained("student", lora)
@@ -67,41 +81,12 @@ def pass_cost(adapter: ModelAdapter, modules: list[str], rank: int, text_shape: 
                 with recomputed_blocks(bank):
                     checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
             except Exception as error:  # a pass that reads values, or wants more than zeros, raises whatever it meets
-                raise _uncounted(adapter, error) from error
+                raise Uncounted(adapter, error) from error
     return PassCost(counter.get_total_flops(), saved, checkpointed)
 
 
-class Uncounted(CloraError):
-    """A pass that cannot be counted without weights: no mistake of the user's."""
-
-
-def _uncounted(adapter: ModelAdapter, error: object) -> Uncounted:
-    return Uncounted(
-        f"clora plan cannot run {type(adapter.pipeline).__name__} without its weights ({error}): its memory, disk, passes "
-        "and time are unknown; all else was checked"
-    )
-
-
-def text_shape(adapter: ModelAdapter) -> tuple[int, int]:
-    """Tokens and channels of a prompt of the greatest length, with those of its image; a template's few are left out.
-
-    Raises:
-        CloraError: the transformer's config does not state the channels.
-    """
-    config = adapter.pipeline.transformer.config
-    channels = next((config[key] for key in _TEXT_CHANNELS if key in config), None)
-    if channels is None:
-        raise _uncounted(adapter, f"none of {', '.join(_TEXT_CHANNELS)} in its transformer's config")
-    return adapter.max_sequence_length + adapter.image_tokens, channels
-
-
-def count_blocks(transformer: torch.nn.Module) -> int:
-    """The transformer's blocks, which gradient checkpointing computes again one by one."""
-    return sum(type(module).__name__ in transformer._repeated_blocks for module in transformer.modules())
-
-
-def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple[int, int]) -> int:
-    """Bytes that one pass with gradient keeps, parameters and factors not counted."""
+def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots: Slots, text_shape: tuple[int, int]) -> int:
+    """Runs one pass with gradient and returns the bytes that it keeps, parameters and factors not counted."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -109,58 +94,21 @@ def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tu
         kept[storage._cdata] = storage.nbytes()
         return tensor  # alive until the pass is dropped, so that no address is used twice
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = _one_pass(adapter, bank, slots, text_shape)
-    lasting = [*adapter.pipeline.transformer.parameters(), *slots.parameters()]
-    for tensor in lasting:
+    dtype = adapter.pipeline.transformer.dtype
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _RealInputs():
+        source = torch.zeros(1, source_rows(adapter), adapter.latent_shape[1], dtype=dtype)
+        noise = torch.zeros(1, *adapter.latent_shape, dtype=dtype)
+        with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
+            # Held while the bytes are counted: with the output its graph would go.
+            output = adapter.velocity(noise, torch.zeros(1), Conditioning(_text(adapter, text_shape), source))
+    for tensor in (*adapter.pipeline.transformer.parameters(), *slots.parameters()):
         kept.pop(tensor.untyped_storage()._cdata, None)
     del output
     return sum(kept.values())
 
 
-def _one_pass(adapter: ModelAdapter, bank: AdapterBank, slots, text_shape: tuple[int, int]) -> Tensor:
-    dtype = adapter.pipeline.transformer.dtype
-    with _RealInputs():
-        source = torch.zeros(1, source_rows(adapter), adapter.latent_shape[1], dtype=dtype)
-        conditioning = Conditioning(_text(adapter, text_shape), source)
-        with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
-            return adapter.velocity(torch.zeros(1, *adapter.latent_shape, dtype=dtype), torch.zeros(1), conditioning)
-
-
-def source_rows(adapter: ModelAdapter) -> int:
-    """Rows of a source (`clora.models.conditioning.Conditioning`); one of Z-Image's features, wider than latents, takes several."""
-    shapes, config = adapter.source_shapes, adapter.pipeline.transformer.config
-    if "siglip_feat_dim" not in config:
-        return sum(map(prod, shapes))
-    latents, features = shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :]
-    return sum(map(prod, latents)) + sum(map(prod, features)) * config.siglip_feat_dim // adapter.latent_shape[1]
-
-
-def num_tokens(adapter: ModelAdapter) -> int:
-    """Tokens of a row; Qwen-Image 2.1 puts the images to edit into the places that its text has for them."""
-    text = text_shape(adapter)[0]
-    if "context_in_dim" in adapter.pipeline.transformer.config:
-        text -= adapter.image_tokens
-    return adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text
-
-
-def _text(adapter: ModelAdapter, shape: tuple[int, int]) -> Text:
-    """A prompt of this many tokens and channels, laid out as the family reads it."""
-    config, dtype = adapter.pipeline.transformer.config, adapter.pipeline.transformer.dtype
-    embeds, mask = torch.ones(1, *shape, dtype=dtype), None
-    if "context_in_dim" in config:  # Qwen-Image 2.1 finds its images' places by their zeros
-        embeds[:, : adapter.image_tokens] = 0
-    if (
-        "cap_feat_dim" in config
-    ):  # Z-Image has short segments before and after that of the prompt, a masked row after each
-        embeds, mask = torch.ones(1, shape[0] + 5, shape[1], dtype=dtype), torch.ones(1, shape[0] + 5, dtype=torch.bool)
-        mask[:, [1, -3, -1]] = False
-    pooled = torch.zeros(1, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
-    return Text(embeds, mask, pooled)
-
-
 class _RealInputs(TorchDispatchMode):
-    """Inside, what depends on no fake tensor is computed: masks and positions, by whose values a transformer goes."""
+    """Inside, only what depends on a fake tensor stays fake; a transformer reads the values of masks and positions."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -170,12 +118,60 @@ class _RealInputs(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-_SIDE = {"cuda": 8192, "mps": 4096, "cpu": 1024}
-_ROUNDS = 5
+def _text(adapter: ModelAdapter, shape: tuple[int, int]) -> Text:
+    """A prompt of this many tokens and channels, laid out as the family reads it."""
+    config, dtype = adapter.pipeline.transformer.config, adapter.pipeline.transformer.dtype
+    embeds = torch.ones(1, *shape, dtype=dtype)
+    mask = None
+    if "context_in_dim" in config:  # Qwen-Image 2.1 finds its images' places by their zeros
+        embeds[:, : adapter.image_tokens] = 0
+    if "cap_feat_dim" in config:
+        # Z-Image has short segments before and after that of the prompt, with a masked row after each.
+        embeds = torch.ones(1, shape[0] + 5, shape[1], dtype=dtype)
+        mask = torch.ones(1, shape[0] + 5, dtype=torch.bool)
+        mask[:, [1, -3, -1]] = False
+    pooled = torch.zeros(1, config.pooled_projection_dim) if "pooled_projection_dim" in config else None
+    return Text(embeds, mask, pooled)
+
+
+def text_shape(adapter: ModelAdapter) -> tuple[int, int]:
+    """Returns tokens and channels of the longest prompt, with its image; the few tokens of a template are left out.
+
+    Raises:
+        CloraError: the transformer's config does not state the channels.
+    """
+    config = adapter.pipeline.transformer.config
+    channels = next((config[key] for key in _TEXT_CHANNELS if key in config), None)
+    if channels is None:
+        raise Uncounted(adapter, f"none of {', '.join(_TEXT_CHANNELS)} in its transformer's config")
+    return adapter.max_sequence_length + adapter.image_tokens, channels
+
+
+def source_rows(adapter: ModelAdapter) -> int:
+    """Counts the rows of a source (`clora.models.conditioning.Conditioning`)."""
+    shapes, config = adapter.source_shapes, adapter.pipeline.transformer.config
+    if "siglip_feat_dim" not in config:
+        return sum(map(prod, shapes))
+    # Z-Image: latents, then features, which are wider than latents, so that one takes several rows.
+    latents, features = shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :]
+    return sum(map(prod, latents)) + sum(map(prod, features)) * config.siglip_feat_dim // adapter.latent_shape[1]
+
+
+def num_tokens(adapter: ModelAdapter) -> int:
+    """Counts the tokens of a row: result, images to edit, text."""
+    text = text_shape(adapter)[0]
+    if "context_in_dim" in adapter.pipeline.transformer.config:
+        text -= adapter.image_tokens  # Qwen-Image 2.1 puts the images to edit into their places in the text
+    return adapter.latent_shape[0] + sum(map(prod, adapter.source_shapes)) + text
+
+
+def count_blocks(transformer: torch.nn.Module) -> int:
+    """Counts the transformer's blocks, which gradient checkpointing computes again one by one."""
+    return sum(type(module).__name__ in transformer._repeated_blocks for module in transformer.modules())
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of the device's memory, for the CPU the machine's; None where nobody tells."""
+    """Returns the bytes of the device's memory, for the CPU the machine's; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     names = getattr(os, "sysconf_names", {})  # not on Windows
@@ -185,21 +181,16 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matrix product, the best of a few rounds; under a second."""
+    """Measures the FLOP/s of a square matrix product, the best of a few rounds; under a second."""
     side = _SIDE[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    a @ b
-    return 2 * side**3 / min(_timed(a, b) for _ in range(_ROUNDS))
 
+    def product() -> float:
+        start = time.perf_counter()
+        a @ b
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return time.perf_counter() - start
 
-def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
-    _synchronize(a.device)
-    start = time.perf_counter()
-    a @ b
-    _synchronize(a.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    product()  # the first also loads the device's library
+    return 2 * side**3 / min(product() for _ in range(_ROUNDS))

@@ -21,7 +21,8 @@ from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.cli import app
 from clora.commands.plan.cost import PassCost, count_blocks, device_memory, pass_cost, source_rows
-from clora.commands.plan.memory import (
+from clora.commands.plan.make import _parameters, make_plan
+from clora.commands.plan.needs import (
     Facts,
     forward_passes,
     memory,
@@ -30,7 +31,6 @@ from clora.commands.plan.memory import (
     scoring_rows,
     slot_bytes,
 )
-from clora.commands.plan.plan import _parameters, make_plan
 from clora.data.prepare import count_data, encode_data
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
@@ -519,7 +519,7 @@ def test_the_memory_of_the_cpu_is_the_machines():
 
 
 def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
-    monkeypatch.setattr("clora.commands.plan.plan.device_memory", lambda device: 1000)
+    monkeypatch.setattr("clora.commands.plan.cost.device_memory", lambda device: 1000)
     (problem,) = make_plan(job())["problems"]
     assert "the device has 1.0 kB" in problem
     assert "train.gradient_checkpointing=true" in problem

@@ -1,0 +1,197 @@
+"""The needs of a distillation, by arithmetic: rows, passes, device memory by part, disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clora.bank.pages import module_ranks, page_bytes, pages_that_fit
+from clora.commands.plan.cost import PassCost
+from clora.config.settings import DistillConfig, TrainConfig
+from clora.data.prepare import renders_general
+from clora.data.rendering import GENERAL_AT_ONCE, TEACHERS_AT_ONCE, samples_at_once
+
+MASTER = GRADIENT = 4
+"""Bytes of a trained value and of its gradient, float32 both."""
+MOMENTS = {"adamw": 2, "muon": 1}
+"""Values that an optimizer keeps for each trained one."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts about a pipeline and its teachers that the arithmetic needs.
+
+    Attributes:
+        transformer, encoders: bytes of the weights of the transformer, and of text encoders and autoencoder.
+        dtype: of the transformer's arithmetic, and so of the bank's slots.
+        shapes: of the transformer's linear layers.
+        student: the layers that student and critic adapt.
+        teachers: effect to layer to rank.
+        blocks: number of blocks that gradient checkpointing computes again one by one.
+        cost: of one row's pass.
+    """
+
+    transformer: int
+    encoders: int
+    dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, int]]
+    student: Sequence[str]
+    teachers: Mapping[str, Mapping[str, int]]
+    blocks: int
+    cost: PassCost
+
+
+def weight_bytes(module: torch.nn.Module, folder: Path) -> int:
+    """Returns the bytes of a component's weights, in its dtype or as its own configuration quantises them.
+
+    Args:
+        module: without its weights.
+        folder: the folder it was saved in. A quantised component takes as much as its files. Where these are missing,
+            the weights of linear layers count bitsandbytes' 4 or 8 bits, without their scales.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    quantised = config.get("quantization_config") or {}
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if quantised and stored:
+        return stored
+    full = sum(tensor.numel() * tensor.itemsize for tensor in (*module.parameters(), *module.buffers()))
+    bits = 4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
+    if bits is None:
+        return full
+    # transformers leaves the last layer of a language model as it is.
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    linear = [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return full - sum(weight.numel() * (8 * weight.itemsize - bits) // 8 for weight in linear)
+
+
+def rows_with_gradient(config: DistillConfig) -> int:
+    """Most rows of one pass with gradient: a student update whose samples are all of the effect stream."""
+    objective = config.objective
+    parts = (objective.backward_simulation, objective.target_simulation, objective.trajectory_anchoring)
+    rows = config.train.batch_size * max(1, sum(parts))
+    return min(rows, config.train.gradient_rows or rows)
+
+
+def scoring_rows(config: DistillConfig) -> int:
+    """Most rows of one scoring pass: critic, teacher and, with guidance, teacher with the empty prompt."""
+    objective = config.objective
+    scored = config.train.batch_size * (objective.backward_simulation + objective.target_simulation)
+    rows = min(scored, rows_with_gradient(config)) * config.sampler.rows_per_scored_sample
+    return min(rows, config.train.forward_rows or rows)
+
+
+def rendering_rows(config: DistillConfig) -> int:
+    """Most rows of one pass while targets are rendered; 0 where all are given."""
+    most = max(
+        GENERAL_AT_ONCE if renders_general(config) else 0,
+        TEACHERS_AT_ONCE if any(effect.targets is None for effect in config.effects) else 0,
+    )
+    return most and samples_at_once(config, most) * config.sampler.passes_per_teacher_step
+
+
+def anchoring_passes(config: DistillConfig) -> float:
+    """Forward passes of one row that cost as much as an update of the run's first part, which is anchoring only.
+
+    A backward pass through a frozen base costs about as much as a forward pass, recomputation one more.
+    """
+    return config.train.batch_size * (3 if config.train.gradient_checkpointing else 2)
+
+
+def forward_passes(config: DistillConfig) -> float:
+    """The same for a student update after anchoring, its critic updates included.
+
+    Streams count at their expected share, steps of the simulation at their mean.
+    """
+    objective, train = config.objective, config.train
+    # Expected samples of an update: of the effect stream, scored, and anchored.
+    effects = train.batch_size * (objective.switch_probability if objective.dual_stream else 1.0)
+    scored = train.batch_size * objective.backward_simulation + effects * objective.target_simulation
+    anchored = (train.batch_size if config.data.general_targets else effects) * objective.trajectory_anchoring
+    learning = 3 if train.gradient_checkpointing else 2
+    if not scored:
+        return learning * anchored
+    # A critic update: the simulation up to a random step, the student's prediction there, the critic's own pass.
+    simulated = (config.sampler.steps - 1) / 2
+    critic = train.critic_ratio * train.batch_size * (simulated + 1 + learning)
+    return critic + learning * (scored + anchored) + scored * config.sampler.rows_per_scored_sample
+
+
+def trained_values(facts: Facts, rank: int) -> int:
+    """Values of the student's LoRA: ``rank x (in + out)`` for each of its layers."""
+    return rank * sum(sum(facts.shapes[name]) for name in facts.student)
+
+
+def slot_bytes(facts: Facts, rank: int) -> int:
+    """Bytes of one slot of the bank, whose ranks are the highest of any LoRA."""
+    student = dict.fromkeys(facts.student, rank)
+    return page_bytes(facts.shapes, module_ranks([student, *facts.teachers.values()]), facts.dtype)
+
+
+def num_slots(facts: Facts, config: DistillConfig) -> int:
+    """The bank's slots on the device: the critic's, and the teachers' or as many as fit. Raises CloraError for too few."""
+    count = len(facts.teachers)
+    pages = pages_that_fit(config.train.teacher_memory_gb, slot_bytes(facts, config.student.rank), count)
+    return 1 + (count if pages is None else pages)
+
+
+def state_bytes(train: TrainConfig) -> int:
+    """Bytes of both optimizers' states per trained value; Muon's stay in 32 bits."""
+    critic = MOMENTS["adamw"] * train.optimizer_bits // 8
+    return critic + (critic if train.optimizer == "adamw" else 4 * MOMENTS[train.optimizer])
+
+
+def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
+    """Device memory by part, in bytes; ``encoders`` leave the device before the others come.
+
+    ``rendering`` is everything on the device while targets are rendered.
+
+    Raises:
+        CloraError: ``train.teacher_memory_gb`` holds too few teachers.
+    """
+    rank, train = config.student.rank, config.train
+    values = trained_values(facts, rank)
+    slots = slot_bytes(facts, rank) * num_slots(facts, config)
+    # A pass without gradient holds the activations of one block at a time.
+    block = facts.cost.saved // facts.blocks
+    rows = rows_with_gradient(config)
+    # The student's pass is kept while its samples are scored. With checkpointing a block is computed again for it later.
+    saved = facts.cost.saved_checkpointed if train.gradient_checkpointing else facts.cost.saved
+    recomputed = rows if train.gradient_checkpointing else 0
+    learning = rows * saved + max(recomputed, scoring_rows(config)) * block
+    return {
+        "encoders": facts.encoders,
+        "rendering": facts.transformer + slots + rendering_rows(config) * block,
+        "base": facts.transformer,
+        "teachers": slots,
+        "student and critic": 2 * values * MASTER,
+        "gradients": values * GRADIENT,
+        "optimizers": values * state_bytes(train),
+        "activations": max(learning, train.batch_size * block),
+    }
+
+
+def peak(parts: Mapping[str, int]) -> int:
+    """The most memory at once: encoding, rendering, or training."""
+    before = ("encoders", "rendering")
+    return max(*(parts[name] for name in before), sum(size for name, size in parts.items() if name not in before))
+
+
+def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
+    """Disk by part, in bytes.
+
+    Args:
+        facts: of the pipeline and its teachers.
+        config: the settings.
+        encoded: values of the encoded pictures and prompts, which are in the host's memory too.
+    """
+    values = trained_values(facts, config.student.rank)
+    states = 2 * MASTER + state_bytes(config.train)
+    return {
+        "collection": values * facts.dtype.itemsize,
+        "checkpoint while it trains": values * states,
+        "encoded while it trains, in memory too": encoded * facts.dtype.itemsize,
+    }
