@@ -16,6 +16,10 @@ ALONE = [  # blocks that start with their imports stand by themselves
 ]
 
 
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
 @pytest.mark.parametrize("block", ALONE, ids=["model family", "effect"])
 def test_examples_of_extensions_run(block, monkeypatch):
     from clora.models import registry
@@ -24,7 +28,13 @@ def test_examples_of_extensions_run(block, monkeypatch):
     exec(compile(block, "docs/extending.md", "exec"), {"__name__": "example"})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_in_pages_compiles(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        compile(block, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
         file, _, anchor = target.partition("#")
@@ -36,11 +46,16 @@ def test_links_to_files_lead_somewhere(page):
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_that_pages_name_exist(page):
     """Paths in backticks such as `clora/lora/keys.py`; those with a placeholder are not of this kind."""
     for name in re.findall(r"`((?:clora|csrc_triton|tests|bench|docs)/[\w./]+\.\w+)`", page.read_text("utf-8")):
         assert (ROOT / name).exists(), name
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    assert all(f"]({page.name})" in index for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
 
 
 def test_readme_lists_every_room():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import glob
+import pydoc
 import re
 import runpy
 import subprocess
@@ -113,6 +114,7 @@ def test_public_names():
     for name in clora.__all__:
         assert getattr(clora, name).__name__ == name
         assert getattr(clora, name).__doc__, name
+    assert "distill(config: " in pydoc.plain(pydoc.render_doc(clora)), "help(clora) shows signatures"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = clora.nothing
 
