@@ -24,7 +24,7 @@ Functions:
 Classes:
     DistillConfig: the settings of a distillation, validated and frozen.
     Effects: the effects of a collection; ``effects["snow"]`` is what to call the pipeline with.
-    CloraError: every mistake that the user can mend; the message says what to do.
+    CloraError: a mistake that the user can mend; the message states what to do.
 
 ``import clora`` is quick, and imports neither torch nor diffusers: each name is loaded when it is first used.
 """

@@ -1,4 +1,4 @@
-"""Using a collection: the calls it makes, and that ``clora.apply`` gives a stock pipeline the weights that were meant."""
+"""Using a collection: the arguments of its calls, and the weights that ``clora.apply`` loads into a stock pipeline."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_two_effects_in_one_prompt():
     effects = clora.Effects(describe(SNOW, MOEBIUS))
     composed = effects.compose("snow", "moebius")
     assert composed.pop("prompt") == "apply <snow> let it snow, then apply <moebius> thin ink lines"
-    alone = effects["snow"]
-    alone.pop("prompt")
-    assert composed == alone
+    single = effects["snow"]
+    single.pop("prompt")
+    assert composed == single
 
 
 def test_unknown_effects_and_pipelines():
@@ -217,7 +217,7 @@ def test_a_hub_id_is_downloaded(collection, monkeypatch, tmp_path):
     (tmp_path / "me" / "here").mkdir(parents=True)
     with pytest.raises(CloraError, match="holds no .safetensors file"):
         find_collection("me/here")
-    assert len(asked) == 1, "what is there is never asked for"
+    assert len(asked) == 1, "a local file is never asked for"
 
     def offline(repo_id, filename):
         raise OSError("no connection")

@@ -16,7 +16,7 @@ from clora.testing import random_lora, tiny_config
 
 
 class FakeHub:
-    """Stands for huggingface_hub.HfApi; keeps what it was asked."""
+    """Stands for huggingface_hub.HfApi; records the requests."""
 
     endpoint = "https://hub.test"
 
@@ -68,7 +68,7 @@ def test_no_right_to_write(hub):
         create_repo("me/x")
 
 
-def test_a_failed_upload_says_that_nothing_is_lost(hub, tmp_path):
+def test_the_error_of_an_upload_states_that_nothing_is_lost(hub, tmp_path):
     hub.error = OSError("no connection")
     with pytest.raises(CloraError, match=f"is complete, but.*later: hf upload me/x {tmp_path}.: no connection"):
         upload(tmp_path, "me/x", ["*"])
@@ -91,7 +91,7 @@ def test_the_revision_of_a_pipeline_in_the_cache(monkeypatch):
 
 @pytest.fixture
 def config(tiny_folder, tmp_path, monkeypatch):
-    """A job whose only slow parts are replaced by the test."""
+    """The config of a job; the test replaces its slow parts."""
     from clora.lora.save import save_diffusers_lora
     from clora.testing import tiny_pipeline
 

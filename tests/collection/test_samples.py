@@ -1,4 +1,4 @@
-"""The picture of what a new student does, drawn when it is trained."""
+"""The samples of a collection, drawn when the student is trained."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_large_pictures_are_drawn_small():
     assert drawing._small(torch.zeros(3, 64, 32)).shape == (64, 32, 3)
 
 
-def test_a_collection_shows_them_where_there_are_any(make_config, monkeypatch, capsys):
+def test_the_card_shows_samples_if_there_are_any(make_config, monkeypatch, capsys):
     folder = distill(make_config())
     image = Image.open(io.BytesIO((folder / SAMPLES_FILE).read_bytes()))
     assert image.width > 3 * SIZE[1]

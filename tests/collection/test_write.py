@@ -1,4 +1,4 @@
-"""An exported collection in a stock diffusers pipeline equals clora's own samplers."""
+"""A written collection in a stock diffusers pipeline equals clora's own samplers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from helpers.collection_cases import describe, effect
 from PIL import Image
 from safetensors import safe_open
 
 from clora.bank.bank import AdapterBank
-from clora.collection.card import model_card
 from clora.collection.metadata import read_collection
 from clora.collection.write import LORA_FILE, write_collection
 from clora.data.generation import Generator
@@ -233,7 +231,7 @@ def test_the_folder(adapter, collection, described, student):
         torch.testing.assert_close(module.delta(), student.modules[name].delta())
 
 
-def test_unequal_ranks_are_exported_as_one(adapter, tmp_path):
+def test_unequal_ranks_are_written_as_one(adapter, tmp_path):
     transformer = adapter.pipeline.transformer
     low = random_lora(transformer, 2, 0, ["transformer_blocks.0.attn.to_q"])
     high = random_lora(transformer, 5, 1, ["transformer_blocks.0.attn.to_k"])
@@ -262,7 +260,7 @@ torch.save(images, out)
 
 
 @pytest.mark.slow
-def test_a_process_without_clora_gives_the_same(adapter, tiny_folder, collection, student, source, tmp_path):
+def test_a_process_without_clora_makes_the_same_picture(adapter, tiny_folder, collection, student, source, tmp_path):
     out = tmp_path / "tensor.pt"
     torch.save(draw_latents(), out)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
@@ -281,7 +279,7 @@ def test_a_process_without_clora_gives_the_same(adapter, tiny_folder, collection
 
 
 def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
-    """What these tests rest on: loading gives the weights and the tokens that were saved."""
+    """The basis of these tests: loading returns the weights and the tokens that were saved."""
     loaded, fresh = tiny_adapter(DiffusionPipeline.from_pretrained(tiny_folder)), tiny_adapter()
     for (name, a), b in zip(
         loaded.pipeline.transformer.named_parameters(), fresh.pipeline.transformer.parameters(), strict=True
@@ -305,7 +303,7 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monk
     assert not (tmp_path / "new" / LORA_FILE).exists()
 
 
-def test_a_scheduler_that_is_not_read_back_is_told(student, tmp_path, monkeypatch):
+def test_a_scheduler_that_is_not_read_back_is_an_error(student, tmp_path, monkeypatch):
     save = FlowMatchEulerDiscreteScheduler.save_pretrained
     monkeypatch.setattr(
         FlowMatchEulerDiscreteScheduler,
@@ -323,61 +321,3 @@ def test_weights_that_overflow_leave_nothing(adapter, tmp_path):
     with pytest.raises(CloraError, match="infinite values as torch.float16"):
         write_collection(student, describe(), tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
-
-
-def test_quotes_in_a_prompt_do_not_break_the_card():
-    code = model_card(describe(effect(prompts=('say "a"',)))).split("```")[1].removeprefix("python")
-    assert compile(code, "card", "exec")
-
-
-def test_a_prompt_with_table_marks_stays_in_its_cell():
-    local = model_card(describe(base_model="a local Flux2KleinPipeline (folder x)"))
-    assert "effect LoRAs for a local Flux2KleinPipeline (folder x)." in local
-    assert 'from_pretrained("path/to/the/base/model", ' in local, "what is no hub id cannot be loaded"
-    assert "from_pretrained('some/pipeline', " in model_card(describe())
-    card = model_card(describe(effect("a|b", ("one | two\nthree",))))
-    assert "| a\\|b | `one \\| two three` | a\\|b.safetensors `abababababab` | not stated in its file |" in card
-
-
-def front_matter(described, **kwargs):
-    return yaml.safe_load(model_card(described, **kwargs).split("---\n")[1])
-
-
-def test_what_the_hub_reads():
-    front = front_matter(describe())
-    assert front["base_model"] == "some/pipeline"
-    assert {"lora", "template:sd-lora", "image-to-image"} <= set(front["tags"])
-    assert "license" not in front
-    assert "base_model" not in front_matter(describe(base_model="a folder")), "the Hub refuses what is no id"
-
-
-@pytest.mark.parametrize(
-    ("licenses", "expected"),
-    [
-        (("Apache-2.0", "apache-2.0"), {"license": "apache-2.0"}),
-        (("apache-2.0", "mit"), {}),
-        (("apache-2.0", None), {}),
-        (("FLUX.1 [dev] Non-Commercial",) * 2, {"license": "other", "license_name": "flux.1-dev-non-commercial"}),
-    ],
-)
-def test_the_card_states_a_licence_that_all_teachers_share(licenses, expected):
-    effects = [effect(str(index), license=license) for index, license in enumerate(licenses)]
-    front = front_matter(describe(*effects))
-    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "call"),
-    [
-        ("Flux2KleinPipeline", {"guidance_scale": 1.0}),
-        ("QwenImageEditPlusPipeline", {"true_cfg_scale": 1.0}),
-        ("FluxKontextPipeline", {"guidance_scale": 2.5, "max_area": 4608}),
-    ],
-)
-def test_the_card_calls_each_pipeline_by_its_own_names(pipeline, call):
-    card = model_card(describe(pipeline=pipeline, call=call), hub_id="me/collection")
-    code = card.split("```")[1].removeprefix("python")
-    assert compile(code, "card", "exec")
-    assert all(f"{name}={value}," in code for name, value in call.items())
-    assert "pipe.load_lora_weights('me/collection')" in code
-    assert ("guidance_scale" in code) == ("Flux" in pipeline)

@@ -1,0 +1,67 @@
+"""The model card: what people copy from it runs, and what the Hub reads is valid."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from helpers.collection_cases import describe, effect
+
+from clora.collection.card import model_card
+
+
+def test_quotes_in_a_prompt_do_not_break_the_card():
+    code = model_card(describe(effect(prompts=('say "a"',)))).split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")
+
+
+def test_a_prompt_with_table_marks_stays_in_its_cell():
+    local = model_card(describe(base_model="a local Flux2KleinPipeline (folder x)"))
+    assert "effect LoRAs for a local Flux2KleinPipeline (folder x)." in local
+    assert 'from_pretrained("path/to/the/base/model", ' in local, "what is no hub id cannot be loaded"
+    assert "from_pretrained('some/pipeline', " in model_card(describe())
+    card = model_card(describe(effect("a|b", ("one | two\nthree",))))
+    assert "| a\\|b | `one \\| two three` | a\\|b.safetensors `abababababab` | not stated in its file |" in card
+
+
+def front_matter(described, **kwargs):
+    return yaml.safe_load(model_card(described, **kwargs).split("---\n")[1])
+
+
+def test_what_the_hub_reads():
+    front = front_matter(describe())
+    assert front["base_model"] == "some/pipeline"
+    assert {"lora", "template:sd-lora", "image-to-image"} <= set(front["tags"])
+    assert "license" not in front
+    assert "base_model" not in front_matter(describe(base_model="a folder")), "the Hub refuses what is no id"
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        (("Apache-2.0", "apache-2.0"), {"license": "apache-2.0"}),
+        (("apache-2.0", "mit"), {}),
+        (("apache-2.0", None), {}),
+        (("FLUX.1 [dev] Non-Commercial",) * 2, {"license": "other", "license_name": "flux.1-dev-non-commercial"}),
+    ],
+)
+def test_the_card_states_a_licence_that_all_teachers_share(licenses, expected):
+    effects = [effect(str(index), license=license) for index, license in enumerate(licenses)]
+    front = front_matter(describe(*effects))
+    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "call"),
+    [
+        ("Flux2KleinPipeline", {"guidance_scale": 1.0}),
+        ("QwenImageEditPlusPipeline", {"true_cfg_scale": 1.0}),
+        ("FluxKontextPipeline", {"guidance_scale": 2.5, "max_area": 4608}),
+    ],
+)
+def test_the_card_calls_each_pipeline_by_its_own_names(pipeline, call):
+    card = model_card(describe(pipeline=pipeline, call=call), hub_id="me/collection")
+    code = card.split("```")[1].removeprefix("python")
+    assert compile(code, "card", "exec")
+    assert all(f"{name}={value}," in code for name, value in call.items())
+    assert "pipe.load_lora_weights('me/collection')" in code
+    assert ("guidance_scale" in code) == ("Flux" in pipeline)
