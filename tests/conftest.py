@@ -69,8 +69,8 @@ def inputs(adapter):
 
     def make(n=5, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-        conditioning = Conditioning(Text(draw(n, adapter.max_sequence_length, 24)), draw(n, *adapter.latent_shape))
-        return draw(n, *adapter.latent_shape), torch.rand(n, generator=generator) * 0.8 + 0.1, conditioning
+        embeds = torch.randn(n, adapter.max_sequence_length, 24, generator=generator)
+        source, x = torch.randn(2, n, *adapter.latent_shape, generator=generator)
+        return x, torch.rand(n, generator=generator) * 0.8 + 0.1, Conditioning(Text(embeds), source)
 
     return make

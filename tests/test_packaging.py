@@ -148,6 +148,23 @@ def test_ci_uses_the_same_commands():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
+def test_pytest_needs_no_xdist(metadata):
+    """`python -m bench.run` runs the kernels' tests with what the extra `bench` installs."""
+    assert not any("xdist" in line for line in metadata["extras_require"]["bench"])
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_devices.py",
+    ]
+    subprocess.run([*command, "-k", "taken_rows"], cwd=ROOT, check=True, capture_output=True)
+
+
 def test_the_shipped_studio_fits_and_is_packaged(metadata):
     assets = ROOT / "clora" / "studio" / "assets"
     files = [file for file in assets.rglob("*") if file.is_file()]
