@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clora.collection.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection, read_collection
@@ -64,7 +65,7 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     find_file_problems(config).refuse()
     output = check_output(config.output)
     checkpoint = output / CHECKPOINT
-    cache = Cache(check_writable(config.data.cache or output / CACHE))
+    cache_folder = check_writable(config.data.cache or output / CACHE)
     if push_to_hub is not None:
         check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
@@ -77,12 +78,12 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     _announce(output, config, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     if not is_done:
-        student, samples = _train(config, adapter, teachers, cache, checkpoint)
+        student, samples = _train(config, adapter, teachers, Cache(cache_folder), checkpoint)
         write_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
         # The folder is made to be shared: only the collection stays in it.
         checkpoint.unlink(missing_ok=True)
         if config.data.cache is None:
-            shutil.rmtree(cache.folder, ignore_errors=True)
+            shutil.rmtree(cache_folder, ignore_errors=True)
     elif repo_id is not None:
         name_repository(output, repo_id)
     if repo_id is not None:
@@ -118,7 +119,7 @@ def _describe(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[st
     return collection.model_copy(update={"provenance": {**collection.provenance, **inputs}})
 
 
-def _name_of_base(pipeline, folder: Path) -> str:
+def _name_of_base(pipeline: Any, folder: Path) -> str:
     """Names a local pipeline: the hub id that it was once loaded from, if its folder states one."""
     stated = json.loads((folder / "model_index.json").read_text("utf-8")).get("_name_or_path")
     if isinstance(stated, str) and is_repo_id(stated) and not Path(stated).exists():
@@ -126,7 +127,7 @@ def _name_of_base(pipeline, folder: Path) -> str:
     return f"a local {type(pipeline).__name__} (folder {folder.resolve().name})"
 
 
-def inputs_digest(config: DistillConfig, pipeline) -> str:
+def inputs_digest(config: DistillConfig, pipeline: Any) -> str:
     """Hashes all settings and inputs of a run: prompts, pictures and instructions too, which no collection states.
 
     Left out are the places where it runs and writes, and the teachers' files, whose hashes the collection has.
