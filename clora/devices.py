@@ -1,7 +1,7 @@
 """Devices by name, models moved to them, and copies that the host does not wait for.
 
-A plain ``tensor.to(device)`` waits until the device has done all of its work; a training step and a sampler have dozens of
-tensors to send, from noise levels and routes to encoded prompts.
+A plain ``tensor.to(device)`` waits until the device has done all of its work. A training step and a sampler have dozens
+of tensors to send, from noise levels and routes to encoded prompts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from clora.errors import CloraError
 
 
 def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on a device (and in a dtype); what comes from the CPU's ordinary memory may be changed at once."""
-    device, dtype = torch.device(device), dtype or tensor.dtype
+    """Copies a tensor to a device (and a dtype); a source in the CPU's ordinary memory may be changed at once."""
+    device = torch.device(device)
+    dtype = dtype or tensor.dtype
     if device.type == "cuda" and tensor.device.type == "cpu":
         # From ordinary memory the driver may wait for the device first. Expanded tensors cannot be pinned.
         tensor = tensor.to(dtype).contiguous().pin_memory()
@@ -25,16 +26,16 @@ def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None =
 
 
 def copies_later(device: torch.device) -> bool:
-    """Whether a copy to a device may be left to it.
+    """Returns True where a copy to a device may be left to it.
 
-    Not on Apple GPUs: they read the source when they come to it, even where it has been freed since
+    Apple GPUs are not among these: they read the source when they come to it, even where it has been freed since
     (https://github.com/pytorch/pytorch/issues/189690).
     """
     return device.type not in ("cpu", "mps")
 
 
 def take(tensor: Tensor, rows: Tensor | slice | int) -> Tensor:
-    """Rows of a tensor on any device, chosen by int64 indices on the CPU, a slice or a number."""
+    """Returns rows of a tensor on any device, chosen by int64 indices on the CPU, a slice or a number."""
     return tensor[send(rows, tensor.device) if isinstance(rows, Tensor) else rows]
 
 
@@ -46,7 +47,7 @@ def move(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, a model is on a device; then it goes back to where it was."""
+    """Moves a model to a device for the duration of a block."""
     home = model.device
     move(model, device)
     try:
@@ -56,7 +57,7 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def find_device(device: str) -> torch.device:
-    """The device of this name; ``auto`` is cuda where there is one, else the CPU.
+    """Returns the device of this name; ``auto`` is cuda where torch finds a GPU, else the CPU.
 
     Raises:
         CloraError: no device has this name, or torch does not find it.
@@ -77,6 +78,6 @@ def find_device(device: str) -> torch.device:
 
 
 def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of this name; ``auto`` is bfloat16 on CUDA, else float32."""
+    """Returns the dtype of this name; ``auto`` is bfloat16 on CUDA, else float32."""
     name = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     return getattr(torch, name)

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 
 class CloraError(ValueError):
-    """A mistake in the user's input, told in full by its message.
+    """A mistake in the user's input, with a message that is enough to mend it.
 
-    The message names what was expected, what was found (file, key, shape) and what to do. The command line prints it
-    without a traceback.
+    The message names the expected, the found (file, key, shape) and the remedy. The command line prints it without a
+    traceback.
     """
 
 
 @contextmanager
 def about(setting: str) -> Iterator[None]:
-    """Begins the message of a CloraError that is raised inside with the setting that it is about."""
+    """Prefixes the message of a CloraError that is raised inside with the setting that caused it."""
     try:
         yield
     except CloraError as error:
@@ -28,11 +28,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Suggests known names for a mistyped one.
 
     Args:
-        name: what the user wrote.
+        name: the user's spelling.
         known: every valid name.
 
     Returns:
-        ``"; did you mean 'a' or 'b'?"``, or an empty string where nothing is close; made to end a message.
+        ``"; did you mean 'a' or 'b'?"``, the end of a message, or an empty string where nothing is close.
     """
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

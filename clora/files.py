@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and output folders checked before the work starts."""
+"""Files that are either whole or missing, and output folders that are checked before the work starts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside a file; what the block writes there takes the file's place at the end.
+    """Yields a temporary name beside a file; the block's result there takes the file's place at the end.
 
-    So no reader ever sees half of a file, and an error in the block leaves the old one. The folder is created where it
-    is missing.
+    No reader ever sees half of a file, and an error in the block leaves the old one. The folder is created where it is
+    missing.
 
     Raises:
         CloraError: the block or the renaming raises OSError.
@@ -52,16 +52,16 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Makes sure, before long work starts, that its results can be written; leaves nothing behind.
+    """Checks, before long work starts, that its results can be written; leaves nothing behind.
 
     Args:
-        folder: the output folder; it may be missing, what writes into it creates it.
+        folder: the output folder; it may be missing and stays so.
 
     Returns:
         The folder as a path.
 
     Raises:
-        CloraError: it is a file, cannot be created, or nothing can be written in it.
+        CloraError: it is a file, cannot be created, or does not accept files.
     """
     folder = user_path(folder).absolute()
     missing: list[Path] = []
@@ -83,7 +83,7 @@ def check_writable(folder: str | Path) -> Path:
 
 
 def user_path(path: str | Path) -> Path:
-    """The path with ``~`` as the home folder.
+    """Returns the path with ``~`` as the home folder.
 
     Raises:
         CloraError: no such home, or no system could have such a path.

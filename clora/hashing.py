@@ -1,4 +1,4 @@
-"""Hashes of JSON values and tensors: the names of cache entries, and what a collection states of its inputs."""
+"""Hashes of JSON values and tensors: names of cache entries, and fingerprints of a collection's inputs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 
 def digest(value: object) -> str:
-    """The sha256 of JSON values, the same whatever the order of keys."""
+    """Returns the sha256 of JSON values in hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(canonical(value).encode("utf-8")).hexdigest()
 
 
 def canonical(value: object) -> str:
+    """Returns JSON text with sorted keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of tensors' names, types, shapes and values."""
+    """Returns the sha256 of tensors' names, types, shapes and values."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode("utf-8"))

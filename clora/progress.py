@@ -29,9 +29,9 @@ def stage(title: str, total: int | None, console: Console | None = None) -> Iter
                 advance(1, loss=step())
 
     Args:
-        title: what is being done.
+        title: the work.
         total: number of steps; None where it is not known.
-        console: where to show it; standard error by default, so that standard output stays clean.
+        console: the place to show it; standard error by default, so that standard output stays clean.
 
     Yields:
         ``advance(n=1, **values)``: n more steps are done; values (numbers or scalar tensors) are shown beside the bar.
@@ -50,9 +50,9 @@ def say(text: str) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, diffusers and transformers show neither loading bars nor warnings, which would mix with a stage's own bar.
+    """Hides loading bars and warnings of diffusers and transformers, which would mix with a stage's own bar.
 
-    Errors are raised and logged as ever, and downloads keep their bars. Afterwards all is as it was.
+    Errors are still raised and logged, and downloads keep their bars. At the end every setting is restored.
     """
     from diffusers.utils import logging as of_diffusers
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
@@ -72,7 +72,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def up_to(advance: Advance) -> Callable[[int, Mapping[str, Any]], None]:
-    """For work that may be resumed: ``report(done, values)`` advances to ``done``, jumping over what was done before."""
+    """Returns ``report(done, values)``, which advances to ``done``: for work that may be resumed in the middle."""
     shown = 0
 
     def report(done: int, values: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clora.bank.slots import fill
-from clora.devices import copies_later, send, take
+from clora.devices import copies_later, find_device, find_dtype, send, take
+from clora.errors import CloraError
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,6 +37,24 @@ def test_taken_rows():
     assert take(values, torch.tensor([2, 0])).tolist() == [[4, 5], [0, 1]]
     assert take(values, slice(1, 3)).tolist() == [[2, 3], [4, 5]]
     assert take(values, 1).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "", "cuda:77"])
+def test_a_device_that_is_missing_is_refused(name):
+    with pytest.raises(CloraError, match="device"):
+        find_device(name)
+
+
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto") == torch.device("cpu")
+
+
+def test_auto_is_bfloat16_only_on_cuda():
+    found = [find_dtype("auto", torch.device(device)) for device in ("cuda", "cpu", "mps")]
+    assert found == [torch.bfloat16, torch.float32, torch.float32]
+    assert find_dtype("float32", torch.device("cuda")) == torch.float32
+    assert find_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
 @gpu

@@ -123,16 +123,3 @@ def test_bad_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CloraError, match="found a file"):
         load_images(tmp_path / "file", (8, 8))
-
-
-def test_check_writable(tmp_path):
-    assert check_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert not (tmp_path / "a").exists()
-    assert check_writable(tmp_path) == tmp_path
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(CloraError, match="is a file"):
-        check_writable(tmp_path / "file")
-    with pytest.raises(CloraError, match="cannot be written: Not a directory"):
-        check_writable(tmp_path / "file" / "sub")
-    with pytest.raises(CloraError, match="cannot be written"):
-        write_atomic(tmp_path / "file" / "a.png", b"")

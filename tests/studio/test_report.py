@@ -12,7 +12,6 @@ from PIL import Image
 
 from clora.data.images import encode_png
 from clora.errors import CloraError
-from clora.progress import quiet_libraries, stage
 from clora.report.drawing import smooth
 from clora.studio.report import GridData, method_name, write_report
 
@@ -130,72 +129,3 @@ def test_smooth_keeps_a_line_and_the_length():
     line = np.arange(100.0)
     assert np.allclose(smooth(line), line)
     assert smooth(np.array([3.0])).tolist() == [3.0]
-
-
-@pytest.fixture
-def console():
-    from rich.console import Console
-
-    return Console(file=io.StringIO(), force_terminal=False, width=200)
-
-
-def test_progress_in_plain_lines(console, monkeypatch):
-    monkeypatch.setattr("clora.progress.PLAIN_SECONDS", 0.0)
-    with stage("training [x]", 4, console) as advance:
-        advance(2, loss=0.5)
-    lines = console.file.getvalue().splitlines()
-    assert lines[0] == "training [x] ..."
-    assert re.fullmatch(r"training \[x\]: 2/4 \(50%\), 0:00, eta 0:00 loss 0.5", lines[1])
-    assert re.fullmatch(r"training \[x\]: done in \d+\.\d s", lines[2])
-
-
-def test_progress_is_sparse_and_tells_a_failure(console):
-    def work():
-        with stage("load", None, console) as advance:
-            for _ in range(100):
-                advance()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        work()
-    first, last = console.file.getvalue().splitlines()
-    assert first == "load ..."
-    assert last.startswith("load: stopped after")
-
-
-def test_progress_in_a_terminal():
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    with stage("training", 4, console) as advance:
-        advance(4, loss=0.25)
-    assert "100%" in console.file.getvalue()
-    assert "loss 0.25" in console.file.getvalue()
-
-
-def test_libraries_are_quiet_while_a_pipeline_loads_and_as_before_afterwards(tiny_folder, capfd):
-    """Their bars would mix with the stage's own."""
-    import diffusers.utils.logging
-    import huggingface_hub.utils
-    import transformers.utils.logging
-
-    from clora.models.loading import load_pipeline
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-
-    def state():
-        return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-
-    before = state()
-    assert all(shown for _, shown in before), "else this test shows nothing"
-    load_pipeline(str(tiny_folder), "cpu")
-    assert capfd.readouterr() == ("", "")
-    assert state() == before
-    with quiet_libraries():
-        for library in libraries:
-            library.get_logger(f"{library.__name__.partition('.')[0]}.some").warning("careful")
-        assert not huggingface_hub.utils.are_progress_bars_disabled(), "a download is long"
-    assert capfd.readouterr() == ("", "")
-    with pytest.raises(CloraError), quiet_libraries():
-        raise CloraError
-    assert state() == before

@@ -20,7 +20,6 @@ from clora.commands.distill import distill
 from clora.config.settings import DistillConfig
 from clora.data.generation import Generator
 from clora.data.images import load_image
-from clora.devices import find_dtype
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
 from clora.lora.save import save_diffusers_lora
@@ -36,13 +35,6 @@ SIZE = (64, 72)
 def low(tiny_folder):
     """The shared tiny pipeline's weights in bfloat16."""
     return tiny_adapter(load_pipeline(str(tiny_folder), "cpu", BF16))
-
-
-def test_auto_is_bfloat16_on_cuda_alone():
-    found = [find_dtype("auto", torch.device(device)) for device in ("cuda", "cpu", "mps")]
-    assert found == [BF16, torch.float32, torch.float32]
-    assert find_dtype("float32", torch.device("cuda")) == torch.float32
-    assert find_dtype("bfloat16", torch.device("cpu")) == BF16
 
 
 def test_a_pipeline_is_loaded_as_diffusers_loads_it(low, tiny_folder):

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from clora.bank.bank import AdapterBank
-from clora.commands import distill
-from clora.errors import CloraError
 from clora.flow.matching import flow_matching_losses
 from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
@@ -91,14 +89,3 @@ def test_the_reading_of_the_text_encoder():
     heads = torch.nn.ModuleList(torch.nn.Linear(states.shape[-1], 3) for _ in range(4)).to(DEVICE)
     labels = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)
     assert text_training._reading_loss(heads, states, mask, labels).device == DEVICE
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "", "cuda:77"])
-def test_a_device_that_is_not_there_is_told(name):
-    with pytest.raises(CloraError, match="device"):
-        distill.find_device(name)
-
-
-def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distill.find_device("auto") == torch.device("cpu")
