@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from clora.studio.effects._image import LUMA
+from clora.studio.effects.filters import LUMA
 from clora.studio.scenes import (
     COLOURS,
     KINDS,

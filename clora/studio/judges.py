@@ -17,7 +17,7 @@ import numpy as np
 from clora.errors import CloraError
 from clora.errors import nearest as suggest
 from clora.studio.effects import EFFECTS, Effect
-from clora.studio.effects._image import SIZE, blur_matrix
+from clora.studio.effects.filters import SIZE, blur_matrix
 
 UNCHANGED = "unchanged"
 STRENGTH_FLOOR = 0.5

@@ -5,7 +5,7 @@ import pytest
 
 from clora.studio import judges
 from clora.studio.effects import EFFECTS
-from clora.studio.effects._image import gaussian_blur
+from clora.studio.effects.filters import gaussian_blur
 from clora.studio.judges import UNCHANGED, Judge, features, psnr, ssim
 from clora.studio.scenes import make_scene, render
 

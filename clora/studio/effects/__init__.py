@@ -1,10 +1,9 @@
 """The studio's library of effects: exact image functions, each with a name, a prompt and a description."""
 
 from clora.studio.effects import colour, drawing, stochastic, structure
-from clora.studio.effects._registry import Effect
+from clora.studio.effects.registry import Effect
 
-EFFECTS: dict[str, Effect] = {
-    effect.name: effect for module in (colour, drawing, structure, stochastic) for effect in module.EFFECTS
-}
+# The order is part of every seeded draw of an effect.
+EFFECTS: dict[str, Effect] = colour.EFFECTS | drawing.EFFECTS | structure.EFFECTS | stochastic.EFFECTS
 
 __all__ = ["EFFECTS", "Effect"]

@@ -2,24 +2,30 @@
 
 import numpy as np
 
-from clora.studio.effects._image import (
+from clora.studio.effects.filters import (
+    BLACK,
     COLS,
     ROWS,
+    WHITE,
     edge_mask,
     gaussian_blur,
     gradients,
+    grey_image,
     luminance,
     mix,
     quantise,
     rgb,
     saturate,
 )
-from clora.studio.effects._registry import deterministic
+from clora.studio.effects.registry import new_library
 
-WHITE = rgb(1, 1, 1)
-BLACK = rgb(0, 0, 0)
+EFFECTS, effect = new_library()
 
 
+@effect(
+    "turn this into a technical blueprint drawing",
+    "white outlines on deep blue paper with a pale square grid, like an architect's blueprint",
+)
 def blueprint(image: np.ndarray) -> np.ndarray:
     # Grid lines straddle the borders of 16-px cells, so every second 8x8 token sees the same pattern.
     grid = ((ROWS % 16 < 2) | (COLS % 16 < 2)).astype(np.float32)
@@ -27,11 +33,19 @@ def blueprint(image: np.ndarray) -> np.ndarray:
     return mix(paper, WHITE, edge_mask(image))
 
 
+@effect(
+    "turn this into a pencil drawing",
+    "dark grey pencil outlines on nearly white paper with very light shading and no colour",
+)
 def pencil_sketch(image: np.ndarray) -> np.ndarray:
     shading = 0.85 + 0.15 * luminance(image)
-    return (shading * (1.0 - 0.8 * edge_mask(image)))[..., None].repeat(3, axis=-1)
+    return grey_image(shading * (1.0 - 0.8 * edge_mask(image)))
 
 
+@effect(
+    "make the outlines glow like neon signs",
+    "the picture goes black and only outlines remain, glowing in bright saturated neon colours",
+)
 def neon_edges(image: np.ndarray) -> np.ndarray:
     mask = edge_mask(image)
     soft = gaussian_blur(image, 2.0)
@@ -42,21 +56,37 @@ def neon_edges(image: np.ndarray) -> np.ndarray:
     return colour * np.maximum(mask, 0.6 * gaussian_blur(mask, 2.0))[..., None] + rgb(0.02, 0.0, 0.06)
 
 
+@effect(
+    "turn this into a cartoon drawing",
+    "flat posterised lively colours with thick black outlines around every shape, like a comic panel",
+)
 def cartoon(image: np.ndarray) -> np.ndarray:
     flat = quantise(np.clip(saturate(gaussian_blur(image, 1.0), 1.5), 0.0, 1.0), 4)
     return mix(0.15 + 0.85 * flat, BLACK, edge_mask(image))
 
 
+@effect(
+    "turn this into a chalk drawing on a school board",
+    "cream chalk outlines on a plain dark green board, with all fills removed",
+)
 def chalkboard(image: np.ndarray) -> np.ndarray:
     board = np.full_like(image, rgb(0.1, 0.27, 0.18))
     return mix(board, rgb(0.95, 0.95, 0.85), edge_mask(image))
 
 
+@effect(
+    "make it look embossed in stone",
+    "flat mid grey relief where edges are lit white on one side and shaded black on the other",
+)
 def emboss(image: np.ndarray) -> np.ndarray:
     d_row, d_col = gradients(gaussian_blur(luminance(image), 1.0))
-    return (0.5 + 5.0 * (d_row + d_col))[..., None].repeat(3, axis=-1)
+    return grey_image(0.5 + 5.0 * (d_row + d_col))
 
 
+@effect(
+    "turn this into a woodcut drawing",
+    "brown horizontal ink lines on cream paper that grow thicker where the picture is darker",
+)
 def woodcut(image: np.ndarray) -> np.ndarray:
     """Horizontal ink lines, one per 8-px token row, thicker where the picture is darker."""
     thickness = 1.0 + 6.5 * (1.0 - gaussian_blur(luminance(image), 1.5))
@@ -64,57 +94,9 @@ def woodcut(image: np.ndarray) -> np.ndarray:
     return mix(np.full_like(image, rgb(0.96, 0.88, 0.7)), rgb(0.25, 0.08, 0.03), ink)
 
 
+@effect(
+    "make it glow softly like in a dream",
+    "bright areas bleed a wide luminous halo over their surroundings, lifting the picture towards white",
+)
 def glow(image: np.ndarray) -> np.ndarray:
     return 1.0 - (1.0 - 0.85 * image) * (1.0 - gaussian_blur(np.clip(2.2 * image - 0.7, 0.0, 1.0), 4.0))
-
-
-EFFECTS = (
-    deterministic(
-        "blueprint",
-        blueprint,
-        "turn this into a technical blueprint drawing",
-        "white outlines on deep blue paper with a pale square grid, like an architect's blueprint",
-    ),
-    deterministic(
-        "pencil_sketch",
-        pencil_sketch,
-        "turn this into a pencil drawing",
-        "dark grey pencil outlines on nearly white paper with very light shading and no colour",
-    ),
-    deterministic(
-        "neon_edges",
-        neon_edges,
-        "make the outlines glow like neon signs",
-        "the picture goes black and only outlines remain, glowing in bright saturated neon colours",
-    ),
-    deterministic(
-        "cartoon",
-        cartoon,
-        "turn this into a cartoon drawing",
-        "flat posterised lively colours with thick black outlines around every shape, like a comic panel",
-    ),
-    deterministic(
-        "chalkboard",
-        chalkboard,
-        "turn this into a chalk drawing on a school board",
-        "cream chalk outlines on a plain dark green board, with all fills removed",
-    ),
-    deterministic(
-        "emboss",
-        emboss,
-        "make it look embossed in stone",
-        "flat mid grey relief where edges are lit white on one side and shaded black on the other",
-    ),
-    deterministic(
-        "woodcut",
-        woodcut,
-        "turn this into a woodcut drawing",
-        "brown horizontal ink lines on cream paper that grow thicker where the picture is darker",
-    ),
-    deterministic(
-        "glow",
-        glow,
-        "make it glow softly like in a dream",
-        "bright areas bleed a wide luminous halo over their surroundings, lifting the picture towards white",
-    ),
-)

@@ -2,42 +2,64 @@
 
 import numpy as np
 
-from clora.studio.effects._image import COLS, ROWS, SIZE, discs, gaussian_blur, mix, rgb, saturate, smoothstep, upsample
-from clora.studio.effects._registry import stochastic
+from clora.studio.effects.filters import (
+    COLS,
+    ROWS,
+    SIZE,
+    WHITE,
+    discs,
+    gaussian_blur,
+    mix,
+    rgb,
+    saturate,
+    smoothstep,
+    upsample,
+)
+from clora.studio.effects.registry import new_library
+
+EFFECTS, effect = new_library(stochastic=True)
 
 PARTY = np.stack(
     [rgb(1, 0.1, 0.2), rgb(1, 0.85, 0), rgb(0, 0.75, 0.25), rgb(0, 0.45, 1), rgb(1, 0.2, 0.85), rgb(0, 0.85, 0.9)]
 )
 PAINT = np.stack([rgb(0.95, 0, 0.1), rgb(0, 0.25, 0.95), rgb(1, 0.85, 0), rgb(0, 0.75, 0.3)])
 AUTUMN = np.stack([rgb(0.75, 0.25, 0), rgb(0.9, 0.55, 0.05), rgb(0.55, 0.1, 0.05), rgb(0.45, 0.5, 0.05)])
-WHITE = rgb(1, 1, 1)
 
 
-def _spread(rng: np.random.Generator, per_side: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `count` jittered points, each in its own cell of a `per_side` x `per_side` grid: (rows, cols) ``[count]``.
+def spread(rng: np.random.Generator, per_side: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` jittered points, each in its own cell of a `per_side` x `per_side` grid: (rows, cols) ``[count]``.
 
     Independent points would often clump; one per cell keeps coverage, and so the look, alike between draws.
     """
     cells = rng.permutation(per_side**2)[:count]
-    step = SIZE / per_side
     jitter = rng.uniform(0.2, 0.8, (2, count))
-    points = (np.stack([cells // per_side, cells % per_side]) + jitter) * step
-    return points[0].astype(np.float32), points[1].astype(np.float32)
+    points = (np.stack([cells // per_side, cells % per_side]) + jitter) * (SIZE / per_side)
+    rows, cols = points.astype(np.float32)
+    return rows, cols
 
 
+@effect(
+    "throw party confetti all over the picture",
+    "about a dozen small square pieces of confetti in bright mixed colours lie scattered over the picture",
+)
 def confetti(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    out = image.copy()
-    rows, cols = _spread(rng, 4, 14)
+    rows, cols = spread(rng, 4, 14)
     sizes = rng.integers(7, 9, 14)
     colours = rng.permutation(np.resize(np.arange(len(PARTY)), 14))
+    out = image.copy()
     for row, col, size, colour in zip(rows.astype(int), cols.astype(int), sizes, colours, strict=True):
-        top, left = min(max(row - size // 2, 0), SIZE - size), min(max(col - size // 2, 0), SIZE - size)
+        top = min(max(row - size // 2, 0), SIZE - size)
+        left = min(max(col - size // 2, 0), SIZE - size)
         out[top : top + size, left : left + size] = PARTY[colour]
     return out
 
 
+@effect(
+    "throw splashes of paint on the picture",
+    "a few big round dark rimmed blobs of one single saturated paint colour cover random places",
+)
 def paint_splatter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = _spread(rng, 3, 5)
+    rows, cols = spread(rng, 3, 5)
     radii = rng.permutation(np.linspace(7, 10, 5, dtype=np.float32))
     # Of the four paints, the one most like the picture is left out: on its own colour paint would not show.
     contrast = ((PAINT - image.mean(axis=(0, 1))) ** 2).sum(axis=1)
@@ -46,12 +68,20 @@ def paint_splatter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mix(out, paint, discs(rows, cols, radii - 2).max(axis=0))
 
 
+@effect(
+    "make it snow with big flakes",
+    "large round white snowflakes are scattered over the scene, which turns slightly pale and bluish",
+)
 def snow(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = _spread(rng, 4, 14)
+    rows, cols = spread(rng, 4, 14)
     flakes = discs(rows, cols, rng.uniform(3, 4, 14).astype(np.float32))
     return mix(0.7 * image + 0.3 * rgb(0.7, 0.82, 1.0), WHITE, flakes.max(axis=0))
 
 
+@effect(
+    "draw dark ink hatching lines over the picture",
+    "wide parallel dark violet ink stripes in one random direction run over the whole picture",
+)
 def random_hatching(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     direction = (ROWS, (ROWS + COLS) / np.sqrt(2), (ROWS - COLS) / np.sqrt(2))[rng.integers(3)]
     stripe = (direction + rng.uniform(0, 8.5)) % 8.5 < 4
@@ -59,11 +89,19 @@ def random_hatching(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mix(image, rgb(0.12, 0.0, 0.35), 0.92 * stripe)
 
 
+@effect(
+    "make it look like a grainy old photo",
+    "coarse square black and white grain covers everything and the colours become partly faded",
+)
 def film_grain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     grain = upsample(np.where(rng.random((16, 16)) < 0.5, -0.3, 0.3), 4)
     return 0.1 + 0.8 * saturate(image, 0.4) + grain[..., None]
 
 
+@effect(
+    "paint coloured stripes over the picture",
+    "four wide stripes in different party colours cross the picture, all horizontal or all vertical",
+)
 def random_stripes(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = image.copy()
     vertical = rng.random() < 0.5
@@ -75,46 +113,66 @@ def random_stripes(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
+@effect(
+    "fill the picture with soap bubbles",
+    "large bubbles with thick pale cyan rims and see through centres float over the picture",
+)
 def bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = _spread(rng, 3, 8)
+    rows, cols = spread(rng, 3, 8)
     radii = rng.uniform(6, 9, 8)
-    outer, inner = discs(rows, cols, radii), discs(rows, cols, radii - 3)
+    outer = discs(rows, cols, radii)
+    inner = discs(rows, cols, radii - 3)
     out = mix(image, rgb(0.45, 0.9, 1), 0.35 * inner.max(axis=0))
     return mix(out, rgb(0.85, 1, 1), np.clip(outer - inner, 0, 1).max(axis=0))
 
 
+@effect(
+    "cover parts of the picture with paper patches",
+    "several large square blocks are replaced by flat black, grey or white patches at random places",
+)
 def patches(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Six of the sixteen 16-px blocks become flat greys, dark or light."""
-    out = image.copy().reshape(4, 16, 4, 16, 3)
+    # Six of the sixteen 16-px blocks become flat greys, dark or light.
+    blocks = image.copy().reshape(4, 16, 4, 16, 3)
     cells = rng.permutation(16)[:6]
     greys = rng.permutation(np.array([0.0, 0.0, 0.35, 0.65, 1.0, 1.0]))
-    out[cells // 4, :, cells % 4] = greys[:, None, None, None]
-    return out.reshape(SIZE, SIZE, 3)
+    blocks[cells // 4, :, cells % 4] = greys[:, None, None, None]
+    return blocks.reshape(SIZE, SIZE, 3)
 
 
+@effect(
+    "scatter autumn leaves over the picture",
+    "oval leaves in orange, rust, dark red and olive lie at random angles over the warmly tinted picture",
+)
 def leaves(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = _spread(rng, 4, 11)
+    rows, cols = spread(rng, 4, 11)
     angles = rng.uniform(0, np.pi, 11).astype(np.float32)
     colours = rng.permutation(np.resize(np.arange(len(AUTUMN)), 11))
-    d_row, d_col = ROWS - rows[:, None, None], COLS - cols[:, None, None]
-    cosine, sine = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
-    along, across = (d_row * sine + d_col * cosine) / 7.5, (d_row * cosine - d_col * sine) / 3.5
-    inside = along**2 + across**2 < 1
     # Warm light over everything, or brown leaves on a brown scene would hardly count as an effect.
     out = 0.7 * image + 0.3 * rgb(1.0, 0.7, 0.3)
-    for mask, colour in zip(inside, colours, strict=True):
-        out[mask] = AUTUMN[colour]
+    for row, col, angle, colour in zip(rows, cols, angles, colours, strict=True):
+        along = ((ROWS - row) * np.sin(angle) + (COLS - col) * np.cos(angle)) / 7.5
+        across = ((ROWS - row) * np.cos(angle) - (COLS - col) * np.sin(angle)) / 3.5
+        out[along**2 + across**2 < 1] = AUTUMN[colour]
     return out
 
 
+@effect(
+    "make it rain heavily on the scene",
+    "short slanted pale blue streaks fall over a darker, duller and slightly blue scene",
+)
 def rain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Slanted streaks 3 px wide and 14 px long under a dull blue sky light."""
-    rows, cols = _spread(rng, 4, 14)
-    d_row, d_col = ROWS - rows[:, None, None], COLS - cols[:, None, None]
+    # Slanted streaks 3 px wide and 14 px long under a dull blue sky light.
+    rows, cols = spread(rng, 4, 14)
+    d_row = ROWS - rows[:, None, None]
+    d_col = COLS - cols[:, None, None]
     streak = (np.abs(d_col + 0.4 * d_row) < 1.6) & (np.abs(d_row) < 7)
     return mix(0.65 * saturate(image, 0.5) * rgb(0.85, 0.95, 1.15), rgb(0.75, 0.88, 1), streak.any(axis=0) * 0.95)
 
 
+@effect(
+    "make it look like light got into the camera",
+    "a broad glowing flare from pale yellow to orange red spreads from one side over the faded picture",
+)
 def light_leak(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A broad orange-red flare from a random point of the border."""
     angle = rng.uniform(0, 2 * np.pi)
@@ -124,12 +182,20 @@ def light_leak(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mix(mix(faded, rgb(1, 0.25, 0), flare), rgb(1, 0.95, 0.5), 1.0 - smoothstep(distance, 4.0, 24.0))
 
 
+@effect(
+    "spill drops of black ink on the picture",
+    "several large round blots of black ink cover random parts of the picture",
+)
 def ink_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = _spread(rng, 3, 7)
+    rows, cols = spread(rng, 3, 7)
     blobs = discs(rows, cols, rng.permutation(np.linspace(6, 9, 7, dtype=np.float32)))
     return mix(image, rgb(0.02, 0.02, 0.06), blobs.max(axis=0))
 
 
+@effect(
+    "mix up the picture like a puzzle",
+    "sixteen square tiles with lime edges are put in random order, so shapes are torn apart",
+)
 def shuffled_tiles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The sixteen 16-px tiles in random order, each with a lime edge of 3 px at its top and left."""
     tiles = image.reshape(4, 16, 4, 16, 3).transpose(0, 2, 1, 3, 4).reshape(16, 16, 16, 3)[rng.permutation(16)]
@@ -137,6 +203,10 @@ def shuffled_tiles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return tiles.reshape(4, 4, 16, 16, 3).transpose(0, 2, 1, 3, 4).reshape(SIZE, SIZE, 3)
 
 
+@effect(
+    "make it look like a broken television signal",
+    "horizontal bands are shifted sideways by random amounts and some bands get strong false colours",
+)
 def glitch_rows(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Bands of 8 rows shifted sideways; half of them with one channel forced to full."""
     out = image.copy()
@@ -150,18 +220,30 @@ def glitch_rows(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
+@effect(
+    "make it night with fireflies everywhere",
+    "the scene becomes very dark and soft round yellow lights glow at random places",
+)
 def fireflies(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = _spread(rng, 4, 10)
+    rows, cols = spread(rng, 4, 10)
     lamps = gaussian_blur(discs(rows, cols, np.full(10, 3.0)).max(axis=0), 1.5)
     return mix(0.22 * image * rgb(0.8, 0.9, 1.2), rgb(1, 0.95, 0.3), np.clip(1.5 * lamps, 0, 1))
 
 
+@effect(
+    "make it look like coloured noise on a screen",
+    "each block of a coarse grid is tinted with a different random strong colour",
+)
 def colour_static(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Every 8-px block tinted towards a random saturated colour."""
     blocks = upsample(np.float32(rng.integers(0, 2, (8, 8, 3))), 8)
     return 0.4 * image + 0.6 * blocks
 
 
+@effect(
+    "add laser beams like in a night club",
+    "four thick bright green beams cross the darkened picture in random directions",
+)
 def laser_beams(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Four green beams 4 px wide through a darkened picture, in random directions."""
     angles = rng.uniform(0, np.pi) + np.arange(4) * np.pi / 4 + rng.uniform(-0.2, 0.2, 4)
@@ -169,109 +251,3 @@ def laser_beams(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     normal = (ROWS - 31.5) * np.cos(angles)[:, None, None] - (COLS - 31.5) * np.sin(angles)[:, None, None]
     beam = np.clip(2.5 - np.abs(normal - offsets[:, None, None]), 0, 1).max(axis=0)
     return mix(0.4 * image, rgb(0.2, 1, 0.15), beam)
-
-
-EFFECTS = (
-    stochastic(
-        "confetti",
-        confetti,
-        "throw party confetti all over the picture",
-        "about a dozen small square pieces of confetti in bright mixed colours lie scattered over the picture",
-    ),
-    stochastic(
-        "paint_splatter",
-        paint_splatter,
-        "throw splashes of paint on the picture",
-        "a few big round dark rimmed blobs of one single saturated paint colour cover random places",
-    ),
-    stochastic(
-        "snow",
-        snow,
-        "make it snow with big flakes",
-        "large round white snowflakes are scattered over the scene, which turns slightly pale and bluish",
-    ),
-    stochastic(
-        "random_hatching",
-        random_hatching,
-        "draw dark ink hatching lines over the picture",
-        "wide parallel dark violet ink stripes in one random direction run over the whole picture",
-    ),
-    stochastic(
-        "film_grain",
-        film_grain,
-        "make it look like a grainy old photo",
-        "coarse square black and white grain covers everything and the colours become partly faded",
-    ),
-    stochastic(
-        "random_stripes",
-        random_stripes,
-        "paint coloured stripes over the picture",
-        "four wide stripes in different party colours cross the picture, all horizontal or all vertical",
-    ),
-    stochastic(
-        "bubbles",
-        bubbles,
-        "fill the picture with soap bubbles",
-        "large bubbles with thick pale cyan rims and see through centres float over the picture",
-    ),
-    stochastic(
-        "patches",
-        patches,
-        "cover parts of the picture with paper patches",
-        "several large square blocks are replaced by flat black, grey or white patches at random places",
-    ),
-    stochastic(
-        "leaves",
-        leaves,
-        "scatter autumn leaves over the picture",
-        "oval leaves in orange, rust, dark red and olive lie at random angles over the warmly tinted picture",
-    ),
-    stochastic(
-        "rain",
-        rain,
-        "make it rain heavily on the scene",
-        "short slanted pale blue streaks fall over a darker, duller and slightly blue scene",
-    ),
-    stochastic(
-        "light_leak",
-        light_leak,
-        "make it look like light got into the camera",
-        "a broad glowing flare from pale yellow to orange red spreads from one side over the faded picture",
-    ),
-    stochastic(
-        "ink_drops",
-        ink_drops,
-        "spill drops of black ink on the picture",
-        "several large round blots of black ink cover random parts of the picture",
-    ),
-    stochastic(
-        "shuffled_tiles",
-        shuffled_tiles,
-        "mix up the picture like a puzzle",
-        "sixteen square tiles with lime edges are put in random order, so shapes are torn apart",
-    ),
-    stochastic(
-        "glitch_rows",
-        glitch_rows,
-        "make it look like a broken television signal",
-        "horizontal bands are shifted sideways by random amounts and some bands get strong false colours",
-    ),
-    stochastic(
-        "fireflies",
-        fireflies,
-        "make it night with fireflies everywhere",
-        "the scene becomes very dark and soft round yellow lights glow at random places",
-    ),
-    stochastic(
-        "colour_static",
-        colour_static,
-        "make it look like coloured noise on a screen",
-        "each block of a coarse grid is tinted with a different random strong colour",
-    ),
-    stochastic(
-        "laser_beams",
-        laser_beams,
-        "add laser beams like in a night club",
-        "four thick bright green beams cross the darkened picture in random directions",
-    ),
-)

@@ -1,10 +1,9 @@
-"""Image helpers shared by the effects and their judges.
+"""Image filters shared by the effects and their judges.
 
 Images are float32 arrays ``[64, 64, 3]`` in [0, 1], rows first, RGB. Masks are float32 ``[64, 64]`` in [0, 1].
 """
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 
@@ -14,39 +13,23 @@ ROWS, COLS = (grid.astype(np.float32) for grid in np.mgrid[0:SIZE, 0:SIZE])
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-def checked(image: np.ndarray) -> np.ndarray:
-    """Return `image` as float32, unchanged otherwise.
-
-    Raises:
-        ValueError: the shape is not ``[64, 64, 3]``.
-    """
-    if image.shape != (SIZE, SIZE, 3):
-        raise ValueError(f"an effect takes one image [{SIZE}, {SIZE}, 3]; got {list(image.shape)}; resize it first")
-    return np.asarray(image, dtype=np.float32)
-
-
-def apply_deterministic(
-    function: Callable[[np.ndarray], np.ndarray], image: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Run a deterministic effect; `rng` is accepted for the common signature and not drawn from."""
-    return np.clip(function(checked(image)), 0.0, 1.0).astype(np.float32)
-
-
-def apply_stochastic(
-    function: Callable[[np.ndarray, np.random.Generator], np.ndarray], image: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Run a stochastic effect, which draws its outcome from `rng`."""
-    return np.clip(function(checked(image), rng), 0.0, 1.0).astype(np.float32)
-
-
 def rgb(*channels: float) -> np.ndarray:
-    """Return a colour ``[3]`` in [0, 1]."""
+    """A colour ``[3]`` in [0, 1]."""
     return np.array(channels, dtype=np.float32)
+
+
+BLACK = rgb(0, 0, 0)
+WHITE = rgb(1, 1, 1)
 
 
 def luminance(image: np.ndarray) -> np.ndarray:
     """Rec. 601 luma ``[..., H, W]`` of images ``[..., H, W, 3]``."""
     return image @ LUMA
+
+
+def grey_image(plane: np.ndarray) -> np.ndarray:
+    """The image ``[H, W, 3]`` whose three channels are a plane ``[H, W]``."""
+    return plane[..., None].repeat(3, axis=-1)
 
 
 @functools.cache
@@ -58,7 +41,7 @@ def blur_matrix(sigma: float, size: int = SIZE) -> np.ndarray:
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur an image ``[64, 64, 3]`` or a mask ``[64, 64]`` with a Gaussian of `sigma` pixels."""
+    """Blurs an image ``[64, 64, 3]`` or a mask ``[64, 64]`` with a Gaussian of `sigma` pixels."""
     matrix = blur_matrix(sigma)
     if image.ndim == 2:
         return matrix @ image @ matrix.T
@@ -66,13 +49,13 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def cell_mean(image: np.ndarray, cell: int) -> np.ndarray:
-    """Average an image ``[64, 64, C]`` over square cells: ``[64 / cell, 64 / cell, C]``."""
+    """Averages an image ``[64, 64, C]`` over square cells: ``[64 / cell, 64 / cell, C]``."""
     count = SIZE // cell
     return image.reshape(count, cell, count, cell, -1).mean(axis=(1, 3))
 
 
 def upsample(cells: np.ndarray, cell: int) -> np.ndarray:
-    """Repeat every entry of ``[h, w, ...]`` over a square of `cell` pixels."""
+    """Repeats every entry of ``[h, w, ...]`` over a square of `cell` pixels."""
     return cells.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
@@ -98,7 +81,7 @@ def edge_mask(image: np.ndarray, sigma: float = 1.4) -> np.ndarray:
 
 
 def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Colour a mask ``[64, 64]`` by evenly spaced colour stops ``[S, 3]``, linear between: ``[64, 64, 3]``."""
+    """Colours a mask ``[64, 64]`` by evenly spaced colour stops ``[S, 3]``, linear between: ``[64, 64, 3]``."""
     position = np.clip(values, 0.0, 1.0) * (len(stops) - 1)
     index = np.minimum(position.astype(np.int64), len(stops) - 2)
     fraction = (position - index)[..., None]
@@ -111,13 +94,13 @@ def mix(image: np.ndarray, other: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def saturate(image: np.ndarray, factor: float) -> np.ndarray:
-    """Scale the distance of every pixel to its grey by `factor`."""
+    """Scales the distance of every pixel to its grey by `factor`."""
     grey = luminance(image)[..., None]
     return grey + (image - grey) * factor
 
 
 def quantise(image: np.ndarray, levels: int) -> np.ndarray:
-    """Round every channel to one of `levels` evenly spaced values."""
+    """Rounds every channel to one of `levels` evenly spaced values."""
     return np.minimum(np.floor(image * levels), levels - 1) / np.float32(levels - 1)
 
 

@@ -1,0 +1,56 @@
+"""The `Effect` record, and the decorator that makes one of an image function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from clora.studio.scenes import SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One exact image function with the texts that people would use for it.
+
+    Attributes:
+        name: unique, snake_case.
+        prompt: the teacher's prompt as a person would write it; several effects are deliberately worded alike.
+        description: a vision-language model's words for before/after pairs; precise and unique.
+        function: ``function(image)``, or ``function(image, rng)`` of a stochastic effect.
+        stochastic: the outcome is a distribution, drawn from the generator.
+    """
+
+    name: str
+    prompt: str
+    description: str
+    function: Callable[..., np.ndarray]
+    stochastic: bool
+
+    def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Applies the effect to an image ``[64, 64, 3]`` in [0, 1]; only a stochastic one draws from ``rng``.
+
+        Raises:
+            ValueError: the shape is not ``[64, 64, 3]``.
+        """
+        if image.shape != (SIZE, SIZE, 3):
+            raise ValueError(f"an effect takes one image [{SIZE}, {SIZE}, 3]; got {list(image.shape)}; resize it first")
+        arguments = (rng,) if self.stochastic else ()
+        result = self.function(np.asarray(image, dtype=np.float32), *arguments)
+        return np.clip(result, 0.0, 1.0).astype(np.float32)
+
+
+def new_library(stochastic: bool = False) -> tuple[dict[str, Effect], Callable]:
+    """Makes an empty library and the decorator ``@effect(prompt, description)`` that adds functions under their names."""
+    library: dict[str, Effect] = {}
+
+    def effect(prompt: str, description: str) -> Callable:
+        def add(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+            name = function.__name__
+            library[name] = Effect(name, prompt, description, function, stochastic)
+            return function
+
+        return add
+
+    return library, effect
