@@ -1,7 +1,7 @@
-"""General edits: what the studio's base model knows, each with its exact result from the scene graph.
+"""General edits: what the studio's base model can do, each with its exact result from the scene graph.
 
 The base is trained on these and the general stream of the distillation uses them. They share no outcome with the
-effect library; several have random outcomes, so that the base knows random texture.
+effect library; several have random outcomes, so that the base has learned random texture.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from clora.studio.effects.filters import LUMA
+from clora.studio.effects import filters
+from clora.studio.effects.filters import grey_image, luminance, mix, rgb
 from clora.studio.scenes import (
     COLOURS,
     KINDS,
@@ -26,7 +27,8 @@ from clora.studio.scenes import (
     signed_distance,
 )
 
-Words = tuple[str, ...]
+Outcome = tuple[np.ndarray, str, str]
+"""A result, not yet clipped, and the words for the slots ``{a}`` and ``{b}`` of the instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,23 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A kind of edit: phrasings (with ``{a}``, ``{b}`` slots), whether its outcome is random, and how often it is drawn."""
+    """A kind of edit.
 
-    phrasings: Words
-    apply: Callable[[Scene, np.random.Generator], tuple[np.ndarray, str, str]]
-    random: bool = False
-    share: float = 1.0
+    Attributes:
+        phrasings: of its instruction, with slots.
+        apply: draws one edit of a scene.
+        random: its instruction leaves the outcome open.
+        share: how often it is drawn, in proportion.
+    """
+
+    phrasings: tuple[str, ...]
+    apply: Callable[[Scene, np.random.Generator], Outcome]
+    random: bool
+    share: float
+
+
+# The order is part of every seeded draw of an edit.
+FAMILIES: dict[str, Family] = {}
 
 
 def sample_edit(scene: Scene, rng: np.random.Generator, family: str | None = None) -> Edit:
@@ -58,23 +71,49 @@ def sample_edit(scene: Scene, rng: np.random.Generator, family: str | None = Non
     return Edit(name, instruction, np.clip(result, 0, 1).astype(np.float32), (a, b))
 
 
+def edit(*phrasings: str, random: bool = False, share: float = 1.0) -> Callable:
+    """Makes a function the kind of edit of its name."""
+
+    def add(function: Callable[[Scene, np.random.Generator], Outcome]) -> Callable:
+        FAMILIES[function.__name__] = Family(phrasings, function, random, share)
+        return function
+
+    return add
+
+
 def _colour(rng: np.random.Generator, *but: str) -> str:
     return str(rng.choice([c for c in COLOURS if c not in but]))
 
 
 def _rgb(colour: str) -> np.ndarray:
-    return np.array(COLOURS[colour], np.float32)
+    return rgb(*COLOURS[colour])
 
 
 def _pick(scene: Scene, rng: np.random.Generator) -> int:
     return int(rng.integers(len(scene.shapes)))
 
 
-def _keep(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit(
+    "keep the image as it is",
+    "change nothing",
+    "leave everything the same",
+    "return the picture unchanged",
+    "do not edit this image",
+    share=1.2,
+)
+def keep(scene: Scene, rng: np.random.Generator) -> Outcome:
     return render(scene), "", ""
 
 
-def _recolour(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit(
+    "make the {a} {b}",
+    "change the {a} to {b}",
+    "paint the {a} {b}",
+    "turn the {a} {b}",
+    "recolour the {a} in {b}",
+    share=2.0,
+)
+def recolour(scene: Scene, rng: np.random.Generator) -> Outcome:
     i = _pick(scene, rng)
     shape = scene.shapes[i]
     colour = _colour(rng, shape.colour)
@@ -82,72 +121,101 @@ def _recolour(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, 
     return render(replace(scene, shapes=shapes)), shape.name, colour
 
 
-def _recolour_all(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("make every shape {a}", "paint all the shapes {a}", "turn all objects {a}")
+def recolour_all(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     return render(replace(scene, shapes=tuple(replace(s, colour=colour) for s in scene.shapes))), colour, ""
 
 
-def _remove(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("remove the {a}", "delete the {a}", "take the {a} away", "erase the {a}", "get rid of the {a}", share=1.6)
+def remove(scene: Scene, rng: np.random.Generator) -> Outcome:
     i = _pick(scene, rng)
     return render(replace(scene, shapes=scene.shapes[:i] + scene.shapes[i + 1 :])), scene.shapes[i].name, ""
 
 
-def _remove_all(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("remove all shapes", "leave only the background", "erase every object")
+def remove_all(scene: Scene, rng: np.random.Generator) -> Outcome:
     return render(replace(scene, shapes=())), "", ""
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit(
+    "make the background {a}",
+    "change the background to {a}",
+    "put everything on a {a} background",
+    "replace the backdrop with plain {a}",
+    share=1.6,
+)
+def background(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng, *scene.background.colours)
     return render(replace(scene, background=replace(random_background(rng, colour), noise=0.0))), colour, ""
 
 
-def _add_shape(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-    kind, colour = str(rng.choice(KINDS)), _colour(rng)
+@edit("add a {a}", "put a {a} somewhere in the picture", "draw a {a} on it", random=True, share=1.2)
+def add_shape(scene: Scene, rng: np.random.Generator) -> Outcome:
+    kind = str(rng.choice(KINDS))
+    colour = _colour(rng)
     centre = (float(rng.uniform(12, SIZE - 12)), float(rng.uniform(12, SIZE - 12)))
     shape = Shape(kind, colour, centre, float(rng.uniform(8, 12)), 0.0, 0.1)
-    return draw_shape(render(scene), shape), f"{colour} {kind}", ""
+    return draw_shape(render(scene), shape), shape.name, ""
 
 
-def _outline(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("outline every shape in {a}", "draw {a} contours around the shapes", "give all objects a {a} outline", share=1.2)
+def outline(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     image = render(scene)
     for shape in scene.shapes:
-        line = np.clip(1.8 - np.abs(signed_distance(shape)), 0, 1)[..., None]
-        image = image + line * (_rgb(colour) - image)
+        image = mix(image, _rgb(colour), np.clip(1.8 - np.abs(signed_distance(shape)), 0, 1))
     return image, colour, ""
 
 
-def _light(gain: float, lift: float) -> Callable[[Scene, np.random.Generator], tuple[np.ndarray, str, str]]:
-    def apply(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-        return render(scene) * gain + lift, "", ""
-
-    return apply
+@edit("brighten the image", "make it brighter", "increase the brightness", "turn up the light")
+def brighten(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return render(scene) * 0.8 + 0.22, "", ""
 
 
-def _grey(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-    grey = render(scene) @ LUMA
-    return np.repeat(grey[..., None], 3, axis=-1), "", ""
+@edit("darken the image", "make it darker", "lower the brightness", "turn down the light")
+def darken(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return render(scene) * 0.5, "", ""
 
 
-def _saturate(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-    image = render(scene)
-    grey = (image @ LUMA)[..., None]
-    return grey + 1.6 * (image - grey), "", ""
+@edit("increase the contrast", "make it more contrasty", "boost contrast")
+def contrast(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return render(scene) * 1.5 - 0.25, "", ""
 
 
-def _balance(r: float, g: float, b: float) -> Callable[[Scene, np.random.Generator], tuple[np.ndarray, str, str]]:
-    def apply(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
-        return render(scene) * np.array([r, g, b], np.float32), "", ""
-
-    return apply
+@edit("fade the picture", "wash out the image", "lower the contrast")
+def fade(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return render(scene) * 0.45 + 0.28, "", ""
 
 
-def _tint(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("make it black and white", "convert to greyscale", "remove all colour", "turn it grey")
+def grey(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return grey_image(luminance(render(scene))), "", ""
+
+
+@edit("make the colours stronger", "increase the saturation", "more vivid colours")
+def saturate(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return filters.saturate(render(scene), 1.6), "", ""
+
+
+@edit("make it warmer", "give it a warm tone", "warm up the colours")
+def warm(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return render(scene) * rgb(1.15, 0.97, 0.72), "", ""
+
+
+@edit("make it cooler", "give it a cold tone", "cool down the colours")
+def cool(scene: Scene, rng: np.random.Generator) -> Outcome:
+    return render(scene) * rgb(0.75, 0.95, 1.18), "", ""
+
+
+@edit("tint everything {a}", "apply a {a} tint", "put a {a} filter over it")
+def tint(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng, "black", "white", "grey")
     return 0.6 * render(scene) + 0.4 * _rgb(colour), colour, ""
 
 
-def _border(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("add a {a} border", "put a {a} edge around the image", "surround it with a {a} line")
+def border(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     y, x = pixel_grid()
     edge = np.minimum(np.minimum(x, y), np.minimum(SIZE - x, SIZE - y))
@@ -155,7 +223,8 @@ def _border(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, st
     return inside * render(scene) + (1 - inside) * _rgb(colour), colour, ""
 
 
-def _half(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("tint the {a} half {b}", "put a {b} filter on the {a} side")
+def half(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     side = str(rng.choice(["left", "right", "top", "bottom"]))
     y, x = pixel_grid()
@@ -164,111 +233,39 @@ def _half(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]
     return np.where(mask, 0.45 * image + 0.55 * _rgb(colour), image), side, colour
 
 
-def _dots(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("sprinkle a few {a} dots over it", "add some small {a} dots", "scatter {a} spots on the picture", random=True)
+def dots(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     image = render(scene)
     for _ in range(int(rng.integers(5, 9))):
         centre = (float(rng.uniform(2, SIZE - 2)), float(rng.uniform(2, SIZE - 2)))
-        dot = coverage(Shape("circle", colour, centre, float(rng.uniform(2.2, 3.4)), 0.0, 0.0))[..., None]
-        image = image + dot * (_rgb(colour) - image)
+        dot = Shape("circle", colour, centre, float(rng.uniform(2.2, 3.4)), 0.0, 0.0)
+        image = mix(image, _rgb(colour), coverage(dot))
     return image, colour, ""
 
 
-def _lines(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("draw a few {a} lines across", "add random {a} lines", "cross the picture with {a} strokes", random=True)
+def lines(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     y, x = pixel_grid()
     image = render(scene)
     for _ in range(3):
-        angle, offset = rng.uniform(0, np.pi), rng.uniform(-20, 20)
+        angle = rng.uniform(0, np.pi)
+        offset = rng.uniform(-20, 20)
         distance = np.abs(np.cos(angle) * (x - SIZE / 2) + np.sin(angle) * (y - SIZE / 2) - offset)
-        line = np.clip(2.0 - distance, 0, 1)[..., None]
-        image = image + line * (_rgb(colour) - image)
+        image = mix(image, _rgb(colour), np.clip(2.0 - distance, 0, 1))
     return image, colour, ""
 
 
-def _bar(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+@edit("put a {b} {a} bar somewhere", "add one {b} bar in {a}", random=True)
+def bar(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     upright = bool(rng.integers(2))
     y, x = pixel_grid()
-    centre, width = rng.uniform(12, SIZE - 12), rng.uniform(4, 7)
-    bar = np.clip(width - np.abs((x if upright else y) - centre), 0, 1)[..., None]
-    image = render(scene)
-    return image + bar * (_rgb(colour) - image), colour, "upright" if upright else "level"
+    centre = rng.uniform(12, SIZE - 12)
+    width = rng.uniform(4, 7)
+    mask = np.clip(width - np.abs((x if upright else y) - centre), 0, 1)
+    return mix(render(scene), _rgb(colour), mask), colour, "upright" if upright else "level"
 
 
-FAMILIES: dict[str, Family] = {
-    "keep": Family(
-        (
-            "keep the image as it is",
-            "change nothing",
-            "leave everything the same",
-            "return the picture unchanged",
-            "do not edit this image",
-        ),
-        _keep,
-        share=1.2,
-    ),
-    "recolour": Family(
-        (
-            "make the {a} {b}",
-            "change the {a} to {b}",
-            "paint the {a} {b}",
-            "turn the {a} {b}",
-            "recolour the {a} in {b}",
-        ),
-        _recolour,
-        share=2.0,
-    ),
-    "recolour_all": Family(("make every shape {a}", "paint all the shapes {a}", "turn all objects {a}"), _recolour_all),
-    "remove": Family(
-        ("remove the {a}", "delete the {a}", "take the {a} away", "erase the {a}", "get rid of the {a}"),
-        _remove,
-        share=1.6,
-    ),
-    "remove_all": Family(("remove all shapes", "leave only the background", "erase every object"), _remove_all),
-    "background": Family(
-        (
-            "make the background {a}",
-            "change the background to {a}",
-            "put everything on a {a} background",
-            "replace the backdrop with plain {a}",
-        ),
-        _background,
-        share=1.6,
-    ),
-    "add_shape": Family(
-        ("add a {a}", "put a {a} somewhere in the picture", "draw a {a} on it"), _add_shape, random=True, share=1.2
-    ),
-    "outline": Family(
-        ("outline every shape in {a}", "draw {a} contours around the shapes", "give all objects a {a} outline"),
-        _outline,
-        share=1.2,
-    ),
-    "brighten": Family(
-        ("brighten the image", "make it brighter", "increase the brightness", "turn up the light"), _light(0.8, 0.22)
-    ),
-    "darken": Family(
-        ("darken the image", "make it darker", "lower the brightness", "turn down the light"), _light(0.5, 0.0)
-    ),
-    "contrast": Family(("increase the contrast", "make it more contrasty", "boost contrast"), _light(1.5, -0.25)),
-    "fade": Family(("fade the picture", "wash out the image", "lower the contrast"), _light(0.45, 0.28)),
-    "grey": Family(("make it black and white", "convert to greyscale", "remove all colour", "turn it grey"), _grey),
-    "saturate": Family(("make the colours stronger", "increase the saturation", "more vivid colours"), _saturate),
-    "warm": Family(("make it warmer", "give it a warm tone", "warm up the colours"), _balance(1.15, 0.97, 0.72)),
-    "cool": Family(("make it cooler", "give it a cold tone", "cool down the colours"), _balance(0.75, 0.95, 1.18)),
-    "tint": Family(("tint everything {a}", "apply a {a} tint", "put a {a} filter over it"), _tint),
-    "border": Family(("add a {a} border", "put a {a} edge around the image", "surround it with a {a} line"), _border),
-    "half": Family(("tint the {a} half {b}", "put a {b} filter on the {a} side"), _half),
-    "dots": Family(
-        ("sprinkle a few {a} dots over it", "add some small {a} dots", "scatter {a} spots on the picture"),
-        _dots,
-        random=True,
-    ),
-    "lines": Family(
-        ("draw a few {a} lines across", "add random {a} lines", "cross the picture with {a} strokes"),
-        _lines,
-        random=True,
-    ),
-    "bar": Family(("put a {b} {a} bar somewhere", "add one {b} bar in {a}"), _bar, random=True),
-}
 SHARES = np.array([f.share for f in FAMILIES.values()]) / sum(f.share for f in FAMILIES.values())
