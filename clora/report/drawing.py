@@ -1,4 +1,4 @@
-"""Pictures of a report: the labelled grid and the loss curves."""
+"""Pictures of a report: the labelled grid and the curves of a training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -
     titles = [_wrap(label, font, width) for label in columns]
     names = [_wrap(label.replace("_", " "), font, 150) for label in rows]
     top = (max(title.count("\n") for title in titles) + 1) * (_FONT_SIZE + 5) + 2 * _GAP
-    left = 2 * _GAP + round(max(_width(name, font) for name in names))
+    left = 2 * _GAP + round(max(map(font.getlength, "\n".join(names).split("\n"))))
     size = (left + len(columns) * (width + _GAP), top + len(rows) * (height + _GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
@@ -47,7 +47,7 @@ def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -
 
 
 def draw_curve(points: Sequence[tuple[int, float]]) -> bytes:
-    """One curve as PNG: raw in a light line, smoothed in a strong one, legible on light and dark ground."""
+    """Draws one curve as PNG: raw in a light line, smoothed in a strong one, legible on light and dark ground."""
     from matplotlib.figure import Figure
 
     x, y = np.array(points, dtype=float).T
@@ -68,8 +68,9 @@ def draw_curve(points: Sequence[tuple[int, float]]) -> bytes:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a twentieth of the curve, narrower at the ends."""
+    """Returns the centred moving average over about a twentieth of the curve, narrower at the ends."""
     radius = max(1, len(y) // 40)
+    # Sums of windows as differences of running sums.
     total = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
     reach = np.minimum(radius, np.minimum(i, len(y) - 1 - i))
@@ -86,7 +87,3 @@ def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
         else:
             lines[-1] = longer
     return "\n".join(lines)
-
-
-def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> float:
-    return max(font.getlength(line) for line in text.split("\n"))

@@ -15,7 +15,7 @@ Curve = Sequence[tuple[int, float]]
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Fills in a template of ``clora/templates``; its values are escaped, and one that it lacks is an error."""
+    """Fills in a template of ``clora/templates``; values are escaped, and a missing one is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -29,18 +29,22 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def embedded_curves(curves: Mapping[str, Curve]) -> list[tuple[str, str]]:
-    """Each curve's name and picture; values that are not finite are left out, and curves without any other."""
-    finite = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
-    return [(name.replace("_", " "), data_uri(draw_curve(points))) for name, points in finite.items() if points]
+    """Draws each curve's finite values; returns names and pictures, without the curves that have no such value."""
+    pictures = []
+    for name, curve in curves.items():
+        points = [(x, y) for x, y in curve if math.isfinite(y)]
+        if points:
+            pictures.append((name.replace("_", " "), data_uri(draw_curve(points))))
+    return pictures
 
 
 def data_uri(png: bytes) -> str:
-    """A picture as an address that a page can hold."""
+    """Returns a picture as an address that a page can hold."""
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def plain_json(value: Any) -> Any:
-    """JSON values: numpy and tensor scalars become numbers, what is not finite becomes None."""
+    """Returns JSON values: numpy and tensor scalars become numbers, what is not finite becomes None."""
     if isinstance(value, Mapping):
         return {str(key): plain_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Judges: which effect does an output show, how strongly, and is the subject still there?
+"""Judges decide which effect an output shows, how strongly, and how much of the subject is left.
 
 One feature map (`features`) serves all effects. The distance of an output to effect e is the Euclidean feature
 distance to the nearest of e's exact results on the same source: one for a deterministic effect, `num_draws` for a
@@ -23,17 +23,18 @@ UNCHANGED = "unchanged"
 STRENGTH_FLOOR = 0.5
 
 # Weight of each feature group: a group's block is scaled by weight / sqrt(dimensions), so a weight is the share of a
-# root-mean-square difference of 1 in that group. The two groups that know where things are (`low`, `local`) weigh less
-# than the position-free ones: two draws of a stochastic effect differ in the former and agree in the latter.
+# root-mean-square difference of 1 in that group. The two groups that depend on position (`low`, `local`) weigh less
+# than the others: two draws of a stochastic effect differ in the former and agree in the latter.
 WEIGHTS = {"low": 0.35, "local": 1.0, "texture": 3.0, "colour": 1.5, "hue": 2.0, "palette": 3.0}
 HUE_BINS = 12
-CHUNK = 16  # images per pass: larger temporaries leave the processor's cache, and the pass takes 3 times as long
+# Images per pass: larger temporaries leave the processor's cache, and the pass takes 3 times as long.
+CHUNK = 16
 # Summed over colours; white noise at 30 dB has a gradient energy of 0.0015.
 NOISE_ENERGY = np.float32(0.0036)
 
 
 def features(images: np.ndarray) -> np.ndarray:
-    """Map images to the vectors that every judge compares.
+    """Maps images to the vectors that every judge compares.
 
     Groups, each scaled by its entry of `WEIGHTS`:
 
@@ -80,12 +81,12 @@ def features(images: np.ndarray) -> np.ndarray:
 
 
 def low_frequency(images: np.ndarray) -> np.ndarray:
-    """Average images ``[N, 64, 64, 3]`` over their 8x8-px tokens: ``[N, 8, 8, 3]``."""
+    """Averages images ``[N, 64, 64, 3]`` over their 8x8-px tokens: ``[N, 8, 8, 3]``."""
     return _pool(images.transpose(0, 3, 1, 2).astype(np.float32), 8).transpose(0, 2, 3, 1)
 
 
 def ssim(first: np.ndarray, second: np.ndarray) -> float:
-    """Structural similarity of two square images ``[S, S, 3]`` in [0, 1], averaged over pixels and channels.
+    """Returns the structural similarity of two square images ``[S, S, 3]`` in [0, 1], averaged over pixels and channels.
 
     The window is a Gaussian of 1.5 px, renormalised at the borders; constants as usual (0.01 and 0.03 squared).
     """
@@ -94,24 +95,26 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
     def local_mean(image: np.ndarray) -> np.ndarray:
         return np.einsum("ij,jkc,lk->ilc", window, image, window, optimize=True)
 
-    mean_a, mean_b = local_mean(first), local_mean(second)
+    mean_a = local_mean(first)
+    mean_b = local_mean(second)
     variance_a = local_mean(first**2) - mean_a**2
     variance_b = local_mean(second**2) - mean_b**2
     covariance = local_mean(first * second) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
+    c1 = 0.01**2
+    c2 = 0.03**2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity /= (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
     return float(similarity.mean())
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]; 100 dB is the most reported, so equal images stay finite."""
+    """Returns the peak signal-to-noise ratio in dB of images in [0, 1]; at most 100, so that equal images stay finite."""
     return float(-10 * np.log10(max(np.mean((first - second) ** 2, dtype=np.float64), 1e-10)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a judge says about one output.
+    """A judge's verdict on one output.
 
     Attributes:
         distance: feature distance to the nearest exact result of the requested effect.
@@ -135,7 +138,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """The exact results of every effect on one source, as features; build with `for_source`.
+    """The exact results of every effect on one source, as features; made by `for_source`.
 
     Attributes:
         names: the library's effects, then "unchanged"; E + 1 of them.
@@ -156,7 +159,7 @@ class Judge:
     def for_source(
         cls, source: np.ndarray, seed: int, num_draws: int = 16, effects: Mapping[str, Effect] = EFFECTS
     ) -> "Judge":
-        """Apply every effect to `source` and keep the features of the results.
+        """Applies every effect to `source` and keeps the features of the results.
 
         Args:
             source: ``[64, 64, 3]`` in [0, 1].
@@ -169,7 +172,8 @@ class Judge:
         """
         if num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-        results, owners, exact, low = [], [], {}, {}
+        results, owners = [], []
+        exact, low = {}, {}
         for index, (name, effect) in enumerate(effects.items()):
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             draws = [effect.apply(source, rng) for _ in range(num_draws if effect.stochastic else 1)]
@@ -183,7 +187,7 @@ class Judge:
         return cls((*effects, UNCHANGED), np.array([*owners, len(effects)]), vectors, exact, low)
 
     def score(self, output: np.ndarray, effect_name: str) -> Verdict:
-        """Judge one output ``[64, 64, 3]`` in [0, 1] that should show `effect_name`.
+        """Judges one output ``[64, 64, 3]`` in [0, 1] that should show `effect_name`.
 
         Raises:
             CloraError: unknown effect.
@@ -196,6 +200,7 @@ class Judge:
             )
         to_results = np.linalg.norm(self.vectors - features(output[None]), axis=1)
         nearest = self.names[self.owners[to_results.argmin()]]
+        # The requested effect's exact results, several for a stochastic one: the nearest counts.
         own = np.flatnonzero(self.owners == self.names.index(effect_name))
         distance = float(to_results[own].min())
         source_distance = float(np.linalg.norm(self.vectors[own] - self.vectors[-1], axis=1).min())
@@ -222,7 +227,7 @@ class Judge:
 
 
 def _root(energies: np.ndarray) -> np.ndarray:
-    """Square root above a noise floor: on flat areas a plain root would amplify the 30 dB noise of a VAE."""
+    """Takes the square root above a noise floor: on flat areas a plain root would amplify the 30 dB noise of a VAE."""
     return np.sqrt(energies + NOISE_ENERGY) - np.sqrt(NOISE_ENERGY)
 
 
@@ -232,30 +237,34 @@ def _pooling_matrix(size: int, cell: int) -> np.ndarray:
 
 
 def _pool(planes: np.ndarray, cell: int) -> np.ndarray:
-    """Average planes ``[..., S, S]`` over square cells: ``[..., S / cell, S / cell]``."""
+    """Averages planes ``[..., S, S]`` over square cells: ``[..., S / cell, S / cell]``."""
     matrix = _pooling_matrix(planes.shape[-1], cell)
     return matrix @ planes @ matrix.T
 
 
 def _energies(planes: np.ndarray) -> np.ndarray:
-    """Mean energies ``[N, 5, 4, 4]`` of ``[N, 3, S, S]`` per cell, summed over colours.
+    """Returns mean energies ``[N, 5, 4, 4]`` of ``[N, 3, S, S]`` per cell, summed over colours.
 
     Four orientations and the high-frequency residue; the outermost pixel has no full neighbourhood and counts as 0.
     """
     up, down = planes[..., :-2, 1:-1], planes[..., 2:, 1:-1]
     left, right = planes[..., 1:-1, :-2], planes[..., 1:-1, 2:]
-    d_row, d_col = 0.5 * (down - up), 0.5 * (right - left)
+    d_row = 0.5 * (down - up)
+    d_col = 0.5 * (right - left)
     # The double-angle form gives soft orientation bins 45 degrees apart without computing an angle.
-    along, diagonal = (d_row**2 - d_col**2).sum(axis=1), 2 * (d_row * d_col).sum(axis=1)
+    along = (d_row**2 - d_col**2).sum(axis=1)
+    diagonal = 2 * (d_row * d_col).sum(axis=1)
+    # The second difference: fine texture that has no one direction.
     residue = ((planes[..., 1:-1, 1:-1] - 0.25 * (up + down + left + right)) ** 2).sum(axis=1)
     parts = [np.maximum(along, 0), np.maximum(-along, 0), np.maximum(diagonal, 0), np.maximum(-diagonal, 0), residue]
     size = planes.shape[-1]
+    # Sums over cells of a grid of the full size; the missing rim is left out of sums, but not of their divisor.
     matrix = _pooling_matrix(size, size // 4)[:, 1:-1]
     return matrix @ np.stack(parts, axis=1) @ matrix.T
 
 
 def _colour_moments(colours: np.ndarray) -> np.ndarray:
-    """Moments ``[N, 11]`` of ``[N, 3, P]``: mean, deviation, covariance, mean and deviation of chroma."""
+    """Returns moments ``[N, 11]`` of ``[N, 3, P]``: mean, deviation, covariance, mean and deviation of chroma."""
     mean = colours.mean(axis=2)
     centred = colours - mean[..., None]
     covariance = np.matmul(centred, centred.transpose(0, 2, 1)) / colours.shape[2]
@@ -270,6 +279,7 @@ def _colour_moments(colours: np.ndarray) -> np.ndarray:
 
 
 def _hue_histogram(colours: np.ndarray) -> np.ndarray:
+    """Returns the soft histogram ``[N, 12]`` of hue of ``[N, 3, P]``, weighted by chroma."""
     red, green, blue = colours.transpose(1, 0, 2)
     chroma = colours.max(axis=1) - colours.min(axis=1)
     hue = np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue) * (HUE_BINS / (2 * np.pi))
@@ -280,6 +290,8 @@ def _hue_histogram(colours: np.ndarray) -> np.ndarray:
 
 
 def _palette_histogram(colours: np.ndarray) -> np.ndarray:
+    """Returns the roots ``[N, 27]`` of the soft histogram of colours of ``[N, 3, P]``."""
+    # The share of each of three levels in each channel, [N, 3, 3, P]; their products are the shares of 27 colours.
     levels = np.array([0, 0.5, 1], np.float32)[:, None]
     share = np.maximum(1.0 - 2.0 * np.abs(colours[:, :, None] - levels), 0.0)
     red, green, blue = share.transpose(1, 0, 2, 3)

@@ -14,6 +14,7 @@ from clora.data.images import encode_png
 from clora.files import write_atomic
 from clora.report.drawing import draw_grid
 from clora.report.html import Curve, data_uri, embedded_curves, plain_json, render_page
+from clora.studio.pixels import to_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,7 @@ class GridData:
     """Pictures to compare: one row per effect, one column per method.
 
     Attributes:
-        columns: what each column shows.
+        columns: titles.
         rows: effect names.
         images: ``[R, C, H, W, 3]`` in [0, 1].
     """
@@ -35,14 +36,10 @@ class GridData:
         if self.images.ndim != 5 or self.images.shape[:2] != expected or self.images.shape[4] != 3:
             raise ValueError(f"expected images [{expected[0]}, {expected[1]}, H, W, 3], found {self.images.shape}")
 
-    def pixels(self) -> np.ndarray:
-        """The images as uint8."""
-        return (np.clip(self.images, 0, 1) * 255).round().astype(np.uint8)
-
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table of results."""
+    """One column of the table of results; ``best`` chooses the value to mark, if any."""
 
     key: str
     title: str
@@ -55,14 +52,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _count(value: float) -> str:
-    return f"{value:g}"
-
-
 COLUMNS = (
-    Column("files", "LoRA files", "How many LoRA files have to be kept for all the effects.", _count),
-    Column("megabytes", "MB", "Size of these files together.", lambda value: f"{value:.2f}"),
-    Column("nfe", "passes", "Forward passes of the transformer for one image; time is in proportion.", _count),
+    Column("files", "LoRA files", "LoRA files to keep for all the effects.", "{:g}".format),
+    Column("megabytes", "MB", "Size of these files together.", "{:.2f}".format),
+    Column("nfe", "passes", "Forward passes of the transformer for one image; time is in proportion.", "{:g}".format),
     Column(
         "effect_accuracy",
         "effect accuracy",
@@ -80,7 +73,7 @@ COLUMNS = (
     Column(
         "bad_case_rate_stochastic",
         "bad cases, stochastic",
-        "The same for the stochastic effects alone, where few steps tend to give blur.",
+        "The same for the stochastic effects only, where few steps tend to blur.",
         _percent,
         min,
     ),
@@ -88,14 +81,14 @@ COLUMNS = (
         "psnr",
         "PSNR",
         "Likeness to the exact result in dB, over the effects that have a single exact result.",
-        lambda value: f"{value:.1f} dB",
+        "{:.1f} dB".format,
         max,
     ),
     Column(
         "subject_alignment",
         "subject alignment",
         "0 for a bad case, otherwise 1 to 5: how well the picture's own content is kept.",
-        lambda value: f"{value:.2f}",
+        "{:.2f}".format,
         max,
     ),
     Column(
@@ -123,8 +116,8 @@ def write_report(folder: str | Path, metrics: Mapping[str, Any], grid: GridData,
 
     Args:
         folder: where to; created where it is missing.
-        metrics: ``seed, device, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents them. A value that is
-            not finite is written as null.
+        metrics: ``seed, device, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents
+            them. A value that is not finite is written as null.
         grid: pictures.
         curves: name to (update, value) pairs.
 
@@ -136,23 +129,9 @@ def write_report(folder: str | Path, metrics: Mapping[str, Any], grid: GridData,
     """
     folder = Path(folder)
     metrics = plain_json(metrics)
-    page = _render(metrics, grid, curves)
-    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    write_atomic(folder / "grid.png", encode_png(draw_grid(grid.columns, grid.rows, grid.pixels())))
-    write_atomic(folder / "report.html", page)
-    return folder / "report.html"
-
-
-def method_name(method: str) -> str:
-    """A row's name for people; an unknown merge is described by its own name."""
-    if method in METHODS:
-        return METHODS[method]
-    words = method.replace("_", " ")
-    return f"merged LoRA, {words.removeprefix('merge ')}" if method.startswith("merge") else words
-
-
-def _render(metrics: Mapping[str, Any], grid: GridData, curves: Mapping[str, Curve]) -> str:
-    return render_page(
+    pixels = to_bytes(grid.images)
+    pictures = [[data_uri(encode_png(image)) for image in row] for row in pixels]
+    page = render_page(
         "report.html.j2",
         metrics=metrics,
         headline=_headline(metrics["rows"]),
@@ -161,37 +140,42 @@ def _render(metrics: Mapping[str, Any], grid: GridData, curves: Mapping[str, Cur
         any_precomputed=any(row["precomputed"] for row in metrics["rows"]),
         per_effect=_per_effect(metrics),
         grid_columns=grid.columns,
-        grid=_grid(grid),
+        grid=list(zip(grid.rows, pictures, strict=True)),
         curves=embedded_curves(curves),
     )
+    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_atomic(folder / "grid.png", encode_png(draw_grid(grid.columns, grid.rows, pixels)))
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def method_name(method: str) -> str:
+    """Returns a row's name for people; an unknown merge is described by its own name."""
+    if method in METHODS:
+        return METHODS[method]
+    words = method.replace("_", " ")
+    return f"merged LoRA, {words.removeprefix('merge ')}" if method.startswith("merge") else words
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The table's rows with every cell as (text, whether it is the best of its column)."""
-    best = {column.key: _best(column, rows) for column in COLUMNS}
-    return [
-        {
-            "method": row["method"],
-            "name": method_name(row["method"]),
-            "precomputed": row["precomputed"],
-            "cells": [_cell(column, row[column.key], best[column.key]) for column in COLUMNS],
-        }
+    """Returns the table's rows, with every cell as (text, is the best of its column)."""
+    lines = [
+        {"method": row["method"], "name": method_name(row["method"]), "precomputed": row["precomputed"], "cells": []}
         for row in rows
     ]
-
-
-def _best(column: Column, rows: Iterable[Mapping[str, Any]]) -> str | None:
-    values = [row[column.key] for row in rows if row[column.key] is not None]
-    return column.show(column.best(values)) if column.best and values else None
-
-
-def _cell(column: Column, value: float | None, best: str | None) -> tuple[str, bool]:
-    text = "–" if value is None else column.show(value)
-    return text, text == best
+    for column in COLUMNS:
+        values = [row[column.key] for row in rows]
+        known = [value for value in values if value is not None]
+        # Compared as text: values that look equal are marked alike.
+        best = column.show(column.best(known)) if column.best and known else None
+        for line, value in zip(lines, values, strict=True):
+            text = "–" if value is None else column.show(value)
+            line["cells"].append((text, text == best))
+    return lines
 
 
 def _per_effect(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy by effect and method: header names, and per effect the cells as (text, share)."""
+    """Returns accuracy by effect and method: header names, and per effect the cells as (text, share)."""
     rows = metrics["rows"]
     lines = []
     for effect in metrics["effects"]:
@@ -201,22 +185,20 @@ def _per_effect(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The result in a few figures: (figure, what it is)."""
+    """Returns the result in a few figures: (figure, its meaning)."""
     by_method = {row["method"]: row for row in rows}
     if "clora" not in by_method:
         return []
-    clora, teachers = by_method["clora"], by_method.get("teachers_80")
+    clora = by_method["clora"]
     figures = [(_percent(clora["effect_accuracy"]), "effect accuracy of the one LoRA")]
-    if teachers:
+    if "teachers_80" in by_method:
+        teachers = by_method["teachers_80"]
         figures += [
             (_percent(teachers["effect_accuracy"]), f"with {teachers['files']:g} separate LoRAs"),
             (f"{teachers['files']:g} → {clora['files']:g}", "LoRA files"),
             (f"{teachers['nfe']:g} → {clora['nfe']:g}", "passes for one image"),
         ]
     merges = [row["effect_accuracy"] for row in rows if row["method"].startswith("merge")]
-    return figures + ([(_percent(max(merges)), "effect accuracy of the best merge")] if merges else [])
-
-
-def _grid(grid: GridData) -> list[tuple[str, list[str]]]:
-    pixels = grid.pixels()
-    return [(name, [data_uri(encode_png(image)) for image in row]) for name, row in zip(grid.rows, pixels, strict=True)]
+    if merges:
+        figures.append((_percent(max(merges)), "effect accuracy of the best merge"))
+    return figures

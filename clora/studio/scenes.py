@@ -6,6 +6,7 @@ that "the red circle" names one shape. Images are float32 ``[64, 64, 3]`` in [0,
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,22 +66,22 @@ class Scene:
 
 
 def make_scene(seed: int) -> Scene:
-    """The scene of a seed; equal seeds give equal scenes."""
+    """Draws the scene of a seed; equal seeds make equal scenes."""
     rng = np.random.default_rng([seed, 0xC10A])
     background = random_background(rng)
-    names = [(c, k) for c in COLOURS if c not in background.colours for k in KINDS]
+    # A shape in a colour of the background could not be told from it.
+    colours = [colour for colour in COLOURS if colour not in background.colours]
+    names = list(itertools.product(colours, KINDS))
     chosen = rng.permutation(len(names))[: rng.integers(1, 5)]
     return Scene(background, tuple(_random_shape(rng, *names[i]) for i in chosen))
 
 
 def random_background(rng: np.random.Generator, colour: str | None = None) -> Background:
-    """A random background; ``colour`` fixes the first of its two colours and makes it plain."""
-    first = colour or str(rng.choice(list(COLOURS)))
-    second = str(rng.choice(list(COLOURS)))
-    patterns = PATTERNS if colour is None else ("plain",)
+    """Draws a background; ``colour`` fixes the first of its two colours and makes it plain."""
+    colours = (colour or str(rng.choice(list(COLOURS))), str(rng.choice(list(COLOURS))))
     return Background(
-        pattern=str(rng.choice(patterns)),
-        colours=(first, second),
+        pattern=str(rng.choice(PATTERNS if colour is None else ("plain",))),
+        colours=colours,
         angle=float(rng.uniform(0, 2 * np.pi)),
         period=float(rng.uniform(14, 40)),
         phase=float(rng.uniform(0, 2 * np.pi)),
@@ -109,7 +110,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def pixel_grid() -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centre coordinates ``(y, x)``, each ``[64, 64]``."""
+    """Returns pixel centre coordinates ``(y, x)``, each ``[64, 64]``."""
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
     return np.meshgrid(axis, axis, indexing="ij")
 
@@ -117,6 +118,7 @@ def pixel_grid() -> tuple[np.ndarray, np.ndarray]:
 def render_background(background: Background) -> np.ndarray:
     y, x = pixel_grid()
     first, second = (np.array(COLOURS[c], np.float32) for c in background.colours)
+    # Towards the first colour: shapes must stand out from the pattern.
     second = first + 0.6 * (second - first)
     mix = _pattern_mix(background, y, x)[..., None].astype(np.float32)
     image = first + mix * (second - first)
@@ -125,7 +127,7 @@ def render_background(background: Background) -> np.ndarray:
 
 
 def _pattern_mix(background: Background, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """How much of the second colour each pixel has, in [0, 1]."""
+    """Returns the share of the second colour in each pixel, in [0, 1]."""
     along = np.cos(background.angle) * x + np.sin(background.angle) * y
     across = np.cos(background.angle) * y - np.sin(background.angle) * x
     wave = 2 * np.pi / background.period
@@ -156,14 +158,17 @@ def draw_shape(image: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def coverage(shape: Shape) -> np.ndarray:
-    """How much of each pixel the shape covers: ``[64, 64]`` in [0, 1]."""
+    """Returns the share of each pixel that the shape covers: ``[64, 64]`` in [0, 1]."""
+    # An edge is antialiased over the pixel that it crosses.
     return np.clip(0.5 - signed_distance(shape), 0, 1)
 
 
 def signed_distance(shape: Shape) -> np.ndarray:
-    """Distance in pixels to the shape's edge, negative inside (approximate at corners): ``[64, 64]``."""
+    """Returns the distance in pixels to the shape's edge, negative inside (approximate at corners): ``[64, 64]``."""
     y, x = pixel_grid()
-    dx, dy = x - shape.centre[0], y - shape.centre[1]
+    dx = x - shape.centre[0]
+    dy = y - shape.centre[1]
+    # (u, v): the pixel in the shape's own axes, turned back by its rotation.
     u = np.cos(shape.angle) * dx + np.sin(shape.angle) * dy
     v = np.cos(shape.angle) * dy - np.sin(shape.angle) * dx
     r = shape.radius
@@ -176,8 +181,7 @@ def signed_distance(shape: Shape) -> np.ndarray:
     if shape.kind == "diamond":
         return (np.abs(u) + np.abs(v) - 1.2 * r) / np.sqrt(2)
     if shape.kind == "cross":
-        bar, reach = 0.32 * r, 1.0 * r
-        return np.minimum(
-            np.maximum(np.abs(u) - bar, np.abs(v) - reach), np.maximum(np.abs(u) - reach, np.abs(v) - bar)
-        )
+        upright = np.maximum(np.abs(u) - 0.32 * r, np.abs(v) - r)
+        level = np.maximum(np.abs(u) - r, np.abs(v) - 0.32 * r)
+        return np.minimum(upright, level)
     return np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.55 * r

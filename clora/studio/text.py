@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from clora.studio.edits import FAMILIES, sample_edit
-from clora.studio.effects import EFFECTS
+from clora.studio.effects import EFFECTS, Effect
 from clora.studio.scenes import make_scene
 
 MAX_SEQUENCE_LENGTH = 64
@@ -23,32 +23,38 @@ CHAT_TEMPLATE = (
 )
 
 
+def effect_texts(effect: Effect) -> tuple[str, ...]:
+    """Returns the sentences that ask for an effect."""
+    return (effect.prompt, effect.description, f"{effect.prompt}. {effect.description}")
+
+
 def prompt_corpus(seed: int = 0, edits_per_family: int = 60) -> list[str]:
-    """Sentences the tokenizer is trained on: general instructions, effect prompts and their descriptions."""
+    """Draws the tokenizer's training sentences: general instructions, effect prompts and their descriptions."""
     rng = np.random.default_rng([seed, 2])
-    edits = [
-        sample_edit(make_scene(i), rng, family).instruction for family in FAMILIES for i in range(edits_per_family)
-    ]
-    return edits + [t for e in EFFECTS.values() for t in (e.prompt, e.description, f"{e.prompt}. {e.description}")]
+    corpus = []
+    for family in FAMILIES:
+        corpus += [sample_edit(make_scene(i), rng, family).instruction for i in range(edits_per_family)]
+    for effect in EFFECTS.values():
+        corpus += effect_texts(effect)
+    return corpus
 
 
 def train_tokenizer(corpus: Iterable[str]):
-    """A ``Qwen2TokenizerFast`` of about 1000 byte-level BPE tokens with a chat template.
-
-    transformers 5 builds it from ``vocab=`` and ``merges=``; ``vocab_file=`` gives an empty tokenizer there.
-    """
+    """Trains a ``Qwen2TokenizerFast`` of about 1000 byte-level BPE tokens with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = VOCABULARY - len(SPECIAL)
-    raw.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    raw.train_from_iterator(corpus, trainer)
     model = json.loads(raw.to_str())["model"]
+    # transformers 5 builds it from `vocab` and `merges`; `vocab_file` makes an empty tokenizer there.
     tokenizer = Qwen2TokenizerFast(
         vocab=model["vocab"],
         merges=[tuple(m) for m in model["merges"]],
@@ -61,30 +67,36 @@ def train_tokenizer(corpus: Iterable[str]):
     return tokenizer
 
 
+def random_text_encoder(vocabulary: int, width: int, initializer_range: float):
+    """Makes a random ``Qwen3ForCausalLM`` of 28 layers: the pipeline taps layers 9, 18 and 27 (3 x ``width`` channels)."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=width // 2,
+            max_position_embeddings=MAX_SEQUENCE_LENGTH,
+            initializer_range=initializer_range,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def make_text_encoder(vocabulary: int):
-    """An untrained ``Qwen3ForCausalLM`` of 28 layers x 32: the pipeline taps its layers 9, 18 and 27 (3 x 32 channels).
+    """Makes the studio's text encoder before its training, 32 channels wide.
 
     Token embeddings have unit scale, attention is strong and the rest is weak: every token keeps what it is, and the
     padding that fills most of the 64 positions carries the words before it. With equal scales, 28 random layers bury
     the tokens.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    encoder = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=28,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=MAX_SEQUENCE_LENGTH,
-            initializer_range=0.05,
-            tie_word_embeddings=True,
-        )
-    )
+    encoder = random_text_encoder(vocabulary, 32, initializer_range=0.05)
     torch.nn.init.normal_(encoder.model.embed_tokens.weight)
     for layer in encoder.model.layers:
         for projection in (layer.self_attn.v_proj, layer.self_attn.o_proj):

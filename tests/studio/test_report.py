@@ -13,6 +13,7 @@ from PIL import Image
 from clora.data.images import encode_png
 from clora.errors import CloraError
 from clora.report.drawing import smooth
+from clora.studio.pixels import to_bytes
 from clora.studio.report import GridData, method_name, write_report
 
 EFFECTS = ["snow", "a<b>&c"]
@@ -105,7 +106,7 @@ def test_grid_is_enlarged(folder):
 
 
 def test_png_shows_the_pixels(grid):
-    pixels = grid.pixels()[0, 0]
+    pixels = to_bytes(grid.images)[0, 0]
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels)
 
 

@@ -61,8 +61,8 @@ def test_flow_matching(adapter):
 
 
 def test_the_base(adapter):
-    pool = base.Pool(latents(4).half(), latents(4, 1).half(), [["a"]] * 4, [["keep"]] * 4)
-    loss = base._loss(adapter, pool, torch.zeros(4, 2, dtype=torch.int64), {"": prompts(), "a": prompts()}, None)
+    pool = base.Pool(latents(4).half(), latents(4).half(), ["a"] * 4, ["keep"] * 4)
+    loss = base._loss(adapter, pool, torch.zeros(4, dtype=torch.int64), {"": prompts(), "a": prompts()}, None)
     assert loss.device == DEVICE
 
 

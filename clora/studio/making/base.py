@@ -27,12 +27,13 @@ RATES = {"matrices": 3e-3, "rest": 1.5e-3}
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
-FIXED_UPDATES, FOCUS_UPDATES = 200, 800
+FIXED_UPDATES = 200
+FOCUS_UPDATES = 800
 FOCUS_FAMILIES = ("recolour", "recolour_all", "remove", "outline")
 
 
 def make_transformer():
-    """An untrained ``Flux2Transformer2DModel`` of 1 + 3 blocks, 6 heads x 32 (3.1M parameters).
+    """Makes an untrained ``Flux2Transformer2DModel`` of 1 + 3 blocks, 6 heads x 32 (3.1M parameters).
 
     Modulation and output layers start at zero, so that every block starts as the identity (DiT, "adaLN-Zero").
     """
@@ -57,7 +58,7 @@ def make_transformer():
 
 
 def make_pipeline(vae, text_encoder, tokenizer, transformer):
-    """The stock pipeline with a static time shift of 3."""
+    """Makes the stock pipeline with a static time shift of 3."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
     return Flux2KleinPipeline(
@@ -83,37 +84,48 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded training edits: sources ``[N, 64, 128]``, targets ``[N, E, 64, 128]`` (fp16), words ``[N][E]``."""
+    """Encoded training edits, K of them: the same number of each of N scenes, scene by scene.
+
+    Attributes:
+        sources: ``[N, 64, 128]`` fp16.
+        targets: ``[K, 64, 128]`` fp16.
+        instructions: K.
+        families: K kinds of edit.
+    """
 
     sources: Tensor
     targets: Tensor
-    instructions: list[list[str]]
-    families: list[list[str]]
+    instructions: list[str]
+    families: list[str]
 
     def entries(self, families: Container[str]) -> Tensor:
-        """Indices ``[K, 2]`` of the edits of these families."""
-        return torch.tensor([(i, j) for i, row in enumerate(self.families) for j, f in enumerate(row) if f in families])
+        """Returns the indices of the edits of these families."""
+        return torch.tensor([i for i, family in enumerate(self.families) if family in families])
 
 
 def families_without_slots() -> set[str]:
-    """The kinds of edit whose instructions name no colour or shape."""
-    return {name for name, family in FAMILIES.items() if not any("{" in text for text in family.phrasings)}
+    """Returns the kinds of edit whose instructions name no colour or shape."""
+    return {name for name, family in FAMILIES.items() if "{" not in "".join(family.phrasings)}
 
 
 def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Callable[[int], None]) -> Pool:
     """Renders and encodes ``edits`` edits of every scene in ``scenes`` (scene seeds); ``report(n)`` after n more."""
-    sources, targets, instructions, families = [], [], [], []
-    for start in range(scenes.start, scenes.stop, 64):
-        chunk = [make_scene(seed) for seed in range(start, min(start + 64, scenes.stop))]
-        rng = np.random.default_rng([start, 3])
-        drawn = [[sample_edit(scene, rng) for _ in range(edits)] for scene in chunk]
-        sources.append(adapter.encode_images(to_tensor(np.stack([render(s) for s in chunk]))).half())
-        results = np.stack([e.result for row in drawn for e in row])
-        targets.append(adapter.encode_images(to_tensor(results)).half().unflatten(0, (len(chunk), edits)))
-        instructions += [[e.instruction for e in row] for row in drawn]
-        families += [[e.family for e in row] for row in drawn]
-        report(len(chunk))
-    return Pool(torch.cat(sources), torch.cat(targets), instructions, families)
+    sources, targets, drawn = [], [], []
+    for start in range(0, len(scenes), 64):
+        seeds = scenes[start : start + 64]
+        rng = np.random.default_rng([seeds.start, 3])
+        images, results = [], []
+        for scene in map(make_scene, seeds):
+            some = [sample_edit(scene, rng) for _ in range(edits)]
+            images.append(render(scene))
+            results += [edit.result for edit in some]
+            drawn += some
+        sources.append(adapter.encode_images(to_tensor(np.stack(images))).half())
+        targets.append(adapter.encode_images(to_tensor(np.stack(results))).half())
+        report(len(seeds))
+    return Pool(
+        torch.cat(sources), torch.cat(targets), [edit.instruction for edit in drawn], [edit.family for edit in drawn]
+    )
 
 
 def train_base(
@@ -124,7 +136,7 @@ def train_base(
     checkpoint: Path,
     report: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Trains the pipeline's transformer by flow matching on the pool and leaves its averaged weights in.
+    """Trains the pipeline's transformer by flow matching on the pool and leaves its averaged weights in it.
 
     The first updates draw only edits whose instruction names no colour or shape, so that the transformer soon listens
     to its text; the last draw every second one from the families that come out worst. One prompt in ten is empty, for
@@ -136,6 +148,7 @@ def train_base(
     generator = torch.Generator().manual_seed(seed)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     embeddings = embed_all(adapter, pool)
+    # A checkpoint belongs to one recipe and one pool, of which the norms stand for the values.
     recipe = {
         "updates": updates,
         "seed": seed,
@@ -149,18 +162,18 @@ def train_base(
             optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
             optimizer.zero_grad(set_to_none=True)
         last = focus if update >= updates - FOCUS_UPDATES and update % 2 else everything
-        entries = fixed if update < FIXED_UPDATES else last
-        loss = _loss(adapter, pool, entries, embeddings, generator)
+        loss = _loss(adapter, pool, fixed if update < FIXED_UPDATES else last, embeddings, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
-        _update_average(average, parameters, update)
+        # A plain mean of all weights so far, until the decay gives the last ones more weight.
+        share = max(1 - EMA_DECAY, 1 / (update + 1))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], share)
         report(update + 1, {"loss": float(loss.detach())})
         if (update + 1) % CHECKPOINT_EVERY == 0:
-            tensors = {f"weight.{n}": p for n, p in parameters.items()} | {
-                f"average.{n}": a for n, a in average.items()
-            }
+            tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
+            tensors |= {f"average.{name}": weight for name, weight in average.items()}
             save_state(checkpoint, tensors, optimizers, {"data": generator}, {"update": update + 1, "recipe": recipe})
     for name, weight in average.items():
         parameters[name].data.copy_(weight)
@@ -168,9 +181,10 @@ def train_base(
 
 
 def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, modulation, biases, norms and the output."""
-    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "transformer_blocks" in name]
-    rest = [p for name, p in parameters.items() if p.ndim != 2 or "transformer_blocks" not in name]
+    """Makes Muon for the matrices of the blocks, AdamW for embeddings, modulation, biases, norms and the output."""
+    matrices, rest = [], []
+    for name, parameter in parameters.items():
+        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
     return {
         "matrices": Muon(matrices, RATES["matrices"]),
         "rest": torch.optim.AdamW(rest, RATES["rest"], betas=(0.9, 0.98), weight_decay=0.01),
@@ -198,25 +212,26 @@ def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
     return min((update + 1) / warmup, 1.0, (main - update) / (0.4 * main))
 
 
-@torch.no_grad()
-def _update_average(average: dict[str, Tensor], parameters: dict[str, Tensor], update: int) -> None:
-    weight = max(1 - EMA_DECAY, 1 / (update + 1))
-    torch._foreach_lerp_(list(average.values()), [parameters[name].detach() for name in average], weight)
-
-
-def _loss(adapter: Flux2KleinAdapter, pool: Pool, entries: Tensor, embeddings: dict[str, Tensor], generator) -> Tensor:
-    rows, edits = entries[torch.randint(len(entries), (BATCH,), generator=generator)].unbind(1)
+def _loss(
+    adapter: Flux2KleinAdapter,
+    pool: Pool,
+    entries: Tensor,
+    embeddings: dict[str, Tensor],
+    generator: torch.Generator | None,
+) -> Tensor:
+    edits = entries[torch.randint(len(entries), (BATCH,), generator=generator)]
     dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
-    prompts = ["" if d else pool.instructions[r][e] for r, e, d in zip(rows, edits, dropped, strict=True)]
+    prompts = ["" if drop else pool.instructions[i] for i, drop in zip(edits, dropped, strict=True)]
     device = adapter.pipeline.transformer.device
-    text = Text(torch.stack([embeddings[p] for p in prompts]))
-    x0 = pool.targets[rows, edits].float().to(device)
-    conditioning = Conditioning(text, pool.sources[rows].float()).to(device)
+    text = Text(torch.stack([embeddings[prompt] for prompt in prompts]))
+    x0 = pool.targets[edits].float().to(device)
+    scenes = edits // (len(pool.targets) // len(pool.sources))
+    conditioning = Conditioning(text, pool.sources[scenes].float()).to(device)
     return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, 3.0, generator).mean()
 
 
 @torch.no_grad()
 def embed_all(adapter: Flux2KleinAdapter, pool: Pool) -> dict[str, Tensor]:
-    """The embedding ``[L, D]`` of every instruction of the pool and of the empty prompt."""
-    prompts = sorted({p for row in pool.instructions for p in row} | {""})
+    """Encodes every instruction of the pool and the empty prompt, ``[L, D]`` each."""
+    prompts = sorted({*pool.instructions, ""})
     return dict(zip(prompts, adapter.encode_prompts(prompts).embeds, strict=True))

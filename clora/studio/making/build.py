@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +33,15 @@ BASE_SCENES = 4000
 BASE_EDITS = 4  # of each scene
 BASE_UPDATES = 4800
 
-Stage = Callable[[Path, torch.device], tuple[dict[str, object], list[str]]]
-"""``stage(folder, device)`` writes to the folder and returns measured numbers and the files to hash."""
+Made = tuple[dict[str, object], list[str]]
+"""Measured numbers, and the files to hash."""
+
+
+class Stage(NamedTuple):
+    """One stage: ``make(folder, device)`` writes to the folder; the stages that it needs."""
+
+    make: Callable[[Path, torch.device], Made]
+    needs: tuple[str, ...]
 
 
 def build(folder: Path | None = None, stages: Sequence[str] | None = None, device: str = "auto") -> None:
@@ -54,12 +62,12 @@ def build(folder: Path | None = None, stages: Sequence[str] | None = None, devic
         # Checked in turn, since a stage that is made anew puts those after it out of date.
         if not stages and _is_done(folder, name):
             continue
-        missing = [needed for needed in NEEDS[name] if needed not in provenance(folder)]
+        missing = [needed for needed in STAGES[name].needs if needed not in provenance(folder)]
         if missing:
-            command = f"clora studio build {folder} --stages {missing[0]}"
-            raise CloraError(f"stage {name!r} needs {missing} first: `{command}`")
+            remedy = f"`clora studio build {folder} --stages {missing[0]}`"
+            raise CloraError(f"stage {name!r} needs {missing} first: {remedy}")
         start = time.monotonic()
-        measured, files = STAGES[name](folder, target)
+        measured, files = STAGES[name].make(folder, target)
         _record(folder, name, time.monotonic() - start, target, measured, files)
 
 
@@ -75,7 +83,7 @@ def _inputs(folder: Path, name: str) -> dict[str, str]:
     """Returns the hashes of the files that a stage is made from: those of the stages that it needs."""
     recorded = provenance(folder)
     hashes = {}
-    for needed in NEEDS[name]:
+    for needed in STAGES[name].needs:
         hashes |= recorded.get(needed, {}).get("sha256", {})
     return hashes
 
@@ -105,14 +113,14 @@ def _record(
     write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
 
 
-def _vae_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+def _vae_stage(folder: Path, device: torch.device) -> Made:
     with stage("autoencoder", VAE_UPDATES) as advance:
         model = vae.train_vae(VAE_UPDATES, SEED, device, lambda update, values: advance(1, psnr=values["psnr"]))
     model.half().save_pretrained(folder / "pipeline" / "vae")
     return vae_quality(model.float()), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
 
 
-def _text_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+def _text_stage(folder: Path, device: torch.device) -> Made:
     torch.manual_seed(SEED)
     tokenizer = text.train_tokenizer(text.prompt_corpus())
     encoder = text.make_text_encoder(len(tokenizer)).to(device)
@@ -126,7 +134,7 @@ def _text_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], 
     return {"reading_accuracy": accuracy}, files
 
 
-def _base_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+def _base_stage(folder: Path, device: torch.device) -> Made:
     from diffusers import AutoencoderKLFlux2
     from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
@@ -147,7 +155,7 @@ def _base_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], 
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
 
-def _teacher_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+def _teacher_stage(folder: Path, device: torch.device) -> Made:
     adapter = load_studio(folder, device)
     with stage(f"{len(SPECS)} teachers", teachers.UPDATES) as advance:
         trained = teachers.train_teachers(adapter, SPECS, SEED, up_to(advance))
@@ -158,14 +166,14 @@ def _teacher_stage(folder: Path, device: torch.device) -> tuple[dict[str, object
     return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
 
 
-def _target_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+def _target_stage(folder: Path, device: torch.device) -> Made:
     adapter = load_studio(folder, device)
     made = make_targets(adapter, load_teachers(adapter, folder, TEACHERS), demo_config(TEACHERS, SEED))
     write_atomic(folder / TARGETS, made.serialise())
     return {"sources_per_effect": made.latents.shape[1], "general": len(made.general)}, [TARGETS]
 
 
-def _baseline_stage(folder: Path, device: torch.device) -> tuple[dict[str, object], list[str]]:
+def _baseline_stage(folder: Path, device: torch.device) -> Made:
     adapter = load_studio(folder, device)
     loras = load_teachers(adapter, folder, TEACHERS)
     rows, images = {}, {}
@@ -181,19 +189,11 @@ def _baseline_stage(folder: Path, device: torch.device) -> tuple[dict[str, objec
     return {"teacher_accuracy": accuracy, "guidance": GUIDANCE}, ["baselines.json", "baselines.safetensors"]
 
 
-NEEDS = {
-    "vae": (),
-    "text": (),
-    "base": ("vae", "text"),
-    "teachers": ("vae", "text", "base"),
-    "targets": ("vae", "text", "base", "teachers"),
-    "baselines": ("vae", "text", "base", "teachers"),
-}
-STAGES: dict[str, Stage] = {
-    "vae": _vae_stage,
-    "text": _text_stage,
-    "base": _base_stage,
-    "teachers": _teacher_stage,
-    "targets": _target_stage,
-    "baselines": _baseline_stage,
+STAGES = {
+    "vae": Stage(_vae_stage, ()),
+    "text": Stage(_text_stage, ()),
+    "base": Stage(_base_stage, ("vae", "text")),
+    "teachers": Stage(_teacher_stage, ("vae", "text", "base")),
+    "targets": Stage(_target_stage, ("vae", "text", "base", "teachers")),
+    "baselines": Stage(_baseline_stage, ("vae", "text", "base", "teachers")),
 }

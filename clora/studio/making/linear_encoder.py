@@ -28,7 +28,7 @@ def zero_residual_branches(vae: nn.Module) -> None:
 
 
 def principal_components(images: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Whitening projection ``[count, 48]``, standard deviations ``[count]``, mean ``[48]`` of 4x4 patches of images."""
+    """Returns the whitening projection ``[count, 48]``, standard deviations ``[count]``, mean ``[48]`` of 4x4 patches of images."""
     patches = nn.functional.pixel_unshuffle(images, PATCH).permute(0, 2, 3, 1).reshape(-1, NUM_PIXELS)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     order = values.argsort(descending=True)[:count]
@@ -37,12 +37,13 @@ def principal_components(images: Tensor, count: int) -> tuple[Tensor, Tensor, Te
 
 
 def latent_basis(spread: Tensor) -> Tensor:
-    """From whitened components to latents ``[C, C]``: back to pixel scale, then spread evenly over the channels.
+    """Returns the map ``[C, C]`` from whitened components to latents: back to pixel scale, then spread over the channels.
 
     An error of one unit then means the same in every latent direction and in pixels. Whitened latents would give the
     faintest detail the weight of a patch's mean colour, and a generator that is trained on them makes blotches.
     The rotation (Hadamard) gives all channels equal variance, so that the pipeline's normalisation keeps the scale.
     """
+    # Each round doubles the Hadamard matrix: [[R, R], [R, -R]].
     rotation = torch.ones(1, 1)
     while len(rotation) < len(spread):
         rotation = torch.cat([torch.cat([rotation, rotation], 1), torch.cat([rotation, -rotation], 1)])
@@ -66,7 +67,11 @@ def set_linear_encoder(vae: nn.Module, images: Tensor) -> None:
     _space_to_depth(down[0].weight, 3)
     widen.weight[range(12), range(12), 0, 0] = 1
     _space_to_depth(down[1].weight, 12)
-    _set_signed_pairs(encoder, project, components[:, _pixel_order()], -components @ mean)
+    # The pixel of a 4x4 patch that each channel holds after two rounds of space-to-depth; the axes of `pixels` are
+    # colour, y // 2, y % 2, x // 2, x % 2.
+    pixels = torch.arange(NUM_PIXELS).view(3, 2, 2, 2, 2)
+    order = pixels.permute(0, 2, 4, 1, 3).flatten()
+    _set_signed_pairs(encoder, project, components[:, order], -components @ mean)
     set_latent_basis(vae, latent_basis(spread))
 
 
@@ -85,17 +90,12 @@ def _space_to_depth(weight: Tensor, channels: int) -> None:
             weight[range(2 * y + x, 4 * channels, 4), range(channels), y, x] = 1
 
 
-def _pixel_order() -> list[int]:
-    """Which pixel of a 4x4 patch each channel holds after two rounds of space-to-depth."""
-    pixels = torch.arange(NUM_PIXELS).view(3, 2, 2, 2, 2)  # colour, y // 2, y % 2, x // 2, x % 2
-    return pixels.permute(0, 2, 4, 1, 3).flatten().tolist()
-
-
 def _set_signed_pairs(encoder: nn.Module, project: nn.Module, matrix: Tensor, offset: Tensor) -> None:
     """Fills each group of the last normalisation with four pairs (+, -) of latents and the constants (+, -)."""
     group = 2 * PAIRS_PER_GROUP + 2
     norm = encoder.conv_norm_out
-    norm.weight.fill_(CONSTANT * (2 / group) ** 0.5)  # what the normaliser divides by, so that latents keep their scale
+    # The normaliser divides by nearly this, so that latents keep their scale.
+    norm.weight.fill_(CONSTANT * (2 / group) ** 0.5)
     nn.init.zeros_(norm.bias)
     for k in range(len(matrix)):
         plus = k // PAIRS_PER_GROUP * group + 2 * (k % PAIRS_PER_GROUP)

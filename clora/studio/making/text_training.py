@@ -1,7 +1,7 @@
-"""Training the studio's text encoder to say what a sentence asks for.
+"""Training the studio's text encoder to represent what a sentence asks for.
 
-A large pipeline's text encoder already understands its prompts. The studio's is taught to: from what the pipeline
-taps, a linear reading tells the kind of edit (or the effect) and the words in its slots. The base transformer then
+A large pipeline's text encoder already understands its prompts. The studio's is taught to: a linear reading of what
+the pipeline taps names the kind of edit (or the effect) and the words in its slots. The base transformer then
 finds in every token what it needs, instead of having to learn language from pictures.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clora.studio.edits import FAMILIES, sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.scenes import make_scene
-from clora.studio.text import MAX_SEQUENCE_LENGTH
+from clora.studio.text import MAX_SEQUENCE_LENGTH, effect_texts
 
 TAPS = (9, 18, 27)
 BATCH = 48
@@ -30,28 +30,28 @@ TEMPLATE_TOKENS = 3
 
 @dataclass(frozen=True)
 class Sentence:
-    """A prompt and what it asks for: the kind of edit or effect, and up to three words from its slots."""
+    """A prompt and its meaning: the kind of edit or effect, and up to three words from its slots."""
 
     text: str
     meaning: tuple[str, str, str, str]
 
 
 def draw_sentences(seed: int, count: int) -> list[Sentence]:
-    """Prompts of general edits and, one in four, of effects."""
+    """Draws prompts of general edits and, one in four, of effects."""
     rng = np.random.default_rng([seed, 8])
-    return [_effect_sentence(rng) if rng.random() < EFFECT_SHARE else _edit_sentence(rng) for _ in range(count)]
-
-
-def _effect_sentence(rng: np.random.Generator) -> Sentence:
-    effect = EFFECTS[str(rng.choice(list(EFFECTS)))]
-    texts = (effect.prompt, effect.description, f"{effect.prompt}. {effect.description}")
-    return Sentence(str(rng.choice(texts)), (f"effect {effect.name}", "", "", ""))
-
-
-def _edit_sentence(rng: np.random.Generator) -> Sentence:
-    edit = sample_edit(make_scene(int(rng.integers(1 << 30))), rng, str(rng.choice(list(FAMILIES))))
-    first, second = (edit.slots[0].split() + ["", ""])[:2]
-    return Sentence(edit.instruction, (edit.family, first, second, edit.slots[1]))
+    sentences = []
+    for _ in range(count):
+        if rng.random() < EFFECT_SHARE:
+            effect = EFFECTS[str(rng.choice(list(EFFECTS)))]
+            text = str(rng.choice(effect_texts(effect)))
+            sentences.append(Sentence(text, (f"effect {effect.name}", "", "", "")))
+        else:
+            scene = make_scene(int(rng.integers(1 << 30)))
+            edit = sample_edit(scene, rng, str(rng.choice(list(FAMILIES))))
+            # The first slot may hold a colour and a shape.
+            first, second = (edit.slots[0].split() + ["", ""])[:2]
+            sentences.append(Sentence(edit.instruction, (edit.family, first, second, edit.slots[1])))
+    return sentences
 
 
 def train_text_encoder(
@@ -64,17 +64,20 @@ def train_text_encoder(
     Returns:
         The share of held-out sentences that are read wholly right at the last position.
     """
-    encoded = _encode(tokenizer, draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED))
-    tokens, mask, labels = (tensor.to(encoder.device) for tensor in encoded)
+    sentences = draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED)
+    tokens, mask = (tensor.to(encoder.device) for tensor in tokenize(tokenizer, [s.text for s in sentences]))
+    # The four parts of a meaning, [N, 4]; a part's values are numbered apart from those of the others.
+    parts = [np.unique(part, return_inverse=True)[1] for part in zip(*(s.meaning for s in sentences), strict=True)]
+    labels = torch.from_numpy(np.stack(parts, axis=1)).to(encoder.device)
     width = len(TAPS) * encoder.config.hidden_size
     heads = nn.ModuleList(nn.Linear(width, int(column.max()) + 1) for column in labels.T).to(encoder.device)
     parameters = [*encoder.train().requires_grad_(True).parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     for update in range(updates):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(
-            (update + 1) / 30, 1, (updates - update) / (0.4 * updates)
-        )
+        # Warm-up over 30 updates, then flat, then down to zero over the last 40 %.
+        factor = min((update + 1) / 30, 1, (updates - update) / (0.4 * updates))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
         rows = torch.randint(NUM_SENTENCES, (BATCH,), generator=generator)
         loss = _reading_loss(heads, taps(encoder, tokens[rows], mask[rows]), mask[rows], labels[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -89,15 +92,8 @@ def train_text_encoder(
     return float((read == labels[NUM_SENTENCES:]).all(1).float().mean())
 
 
-def _encode(tokenizer, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask ``[N, 64]`` and what to read, ``[N, 4]``, each column numbered by itself."""
-    tokens, mask = tokenize(tokenizer, [s.text for s in sentences])
-    labels = [np.unique([s.meaning[i] for s in sentences], return_inverse=True)[1] for i in range(4)]
-    return tokens, mask, torch.from_numpy(np.stack(labels, axis=1))
-
-
 def tokenize(tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask ``[N, 64]``, as the pipeline makes them."""
+    """Returns token ids and attention mask ``[N, 64]``, as the pipeline makes them."""
     chats = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -109,20 +105,18 @@ def tokenize(tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def taps(encoder, tokens: Tensor, mask: Tensor) -> Tensor:
-    """What the pipeline gives to the transformer: three layers side by side, ``[B, 64, 96]``."""
-    states = encoder.model(
-        input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
-    ).hidden_states
-    return torch.cat([states[i] for i in TAPS], dim=-1)
+    """Returns the pipeline's input to the transformer: three layers side by side, ``[B, 64, 96]``."""
+    output = encoder.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return torch.cat([output.hidden_states[i] for i in TAPS], dim=-1)
 
 
 def _reading_loss(heads: nn.ModuleList, states: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    # Padding is on the right: counted from the left, the mask's sum is reached at the last token and stays.
     after = mask.cumsum(1) >= mask.sum(1, keepdim=True) - TEMPLATE_TOKENS
     weight = after / after.sum(1, keepdim=True)
-    losses = [
-        nn.functional.cross_entropy(
-            head(states).transpose(1, 2), label[:, None].expand(-1, states.shape[1]), reduction="none"
-        )
-        for head, label in zip(heads, labels.T, strict=True)
-    ]
-    return (sum(losses) * weight).sum(1).mean()
+    loss = 0
+    for head, label in zip(heads, labels.T, strict=True):
+        scores = head(states).transpose(1, 2)
+        everywhere = label[:, None].expand(-1, states.shape[1])
+        loss = loss + nn.functional.cross_entropy(scores, everywhere, reduction="none")
+    return (loss * weight).sum(1).mean()

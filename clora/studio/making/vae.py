@@ -20,7 +20,10 @@ CROP_SHARE = 0.9
 
 
 def make_vae():
-    """An untrained autoencoder: 64x64 pixels to 16x16x32, i.e. 8x8 tokens of 128 channels; residual branches are zero."""
+    """Makes an untrained autoencoder: 64x64 pixels to 16x16x32, i.e. 8x8 tokens of 128 channels.
+
+    Its residual branches are zero.
+    """
     from diffusers import AutoencoderKLFlux2
 
     vae = AutoencoderKLFlux2(
@@ -38,24 +41,24 @@ def make_vae():
 
 def training_images(rng: np.random.Generator, count: int) -> Tensor:
     """Draws images in equal parts from scenes, their edits and their effects: ``[count, 3, 64, 64]`` in [-1, 1]."""
-    images = [_training_image(rng, i % 3) for i in range(count)]
+    images = []
+    for i in range(count):
+        scene = make_scene(int(rng.integers(1 << 31)))
+        if i % 3 == 0:
+            images.append(render(scene))
+        elif i % 3 == 1:
+            images.append(sample_edit(scene, rng).result)
+        else:
+            images.append(EFFECTS[str(rng.choice(list(EFFECTS)))].apply(render(scene), rng))
     return to_tensor(np.stack(images))
-
-
-def _training_image(rng: np.random.Generator, part: int) -> np.ndarray:
-    scene = make_scene(int(rng.integers(1 << 31)))
-    if part == 0:
-        return render(scene)
-    if part == 1:
-        return sample_edit(scene, rng).result
-    return EFFECTS[str(rng.choice(list(EFFECTS)))].apply(render(scene), rng)
 
 
 def train_vae(updates: int, seed: int, device: torch.device, report: Callable[[int, dict[str, float]], None]):
     """Trains the decoder against the linear encoder and sets the latent statistics; returns the model in eval mode.
 
-    Noise on the latents (of unit variance) teaches the decoder to forgive a generator's errors. ``report(update, values)`` is called
-    after each update with the mean squared error in [0, 1] pixel units and the same as PSNR in dB.
+    Noise on the latents (of unit variance) teaches the decoder to forgive a generator's errors.
+    ``report(update, values)`` is called after each update with the mean squared error in [0, 1] pixel units and the
+    same as PSNR in dB.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
@@ -67,8 +70,11 @@ def train_vae(updates: int, seed: int, device: torch.device, report: Callable[[i
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=updates, pct_start=0.1)
     for update in range(updates):
         images = training_images(rng, BATCH).to(device)
-        crops = _crops(images, rng) if update < CROP_SHARE * updates else images
-        loss, mse = _reconstruction_loss(vae, crops)
+        if update < CROP_SHARE * updates:
+            # Two random 32x32 crops of each image: half the pixels per update, twice the images per second.
+            corners = 4 * rng.integers(0, 9, (2 * BATCH, 2))
+            images = torch.stack([images[i // 2, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(corners)])
+        loss, mse = _reconstruction_loss(vae, images)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -79,13 +85,8 @@ def train_vae(updates: int, seed: int, device: torch.device, report: Callable[[i
     return vae
 
 
-def _crops(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Two random 32x32 crops of each image: half the pixels per update, twice the images per second."""
-    corners = 4 * rng.integers(0, 9, (2 * len(images), 2))
-    return torch.stack([images[i // 2, :, y : y + 32, x : x + 32] for i, (y, x) in enumerate(corners)])
-
-
 def _reconstruction_loss(vae, images: Tensor) -> tuple[Tensor, float]:
+    """Returns the loss and the mean squared error in [0, 1] pixel units: pixels run from -1 to 1, hence the 4."""
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
     amount = 0.1 * torch.rand(len(images), 1, 1, 1).to(images)
@@ -99,13 +100,10 @@ def set_latent_statistics(vae, rng: np.random.Generator, batches: int = 48) -> N
     """Sets the batch-norm buffers with which the pipeline whitens packed latents (mean and variance per channel)."""
     from diffusers import Flux2KleinPipeline
 
-    packed = torch.cat(
-        [
-            Flux2KleinPipeline._patchify_latents(
-                vae.encode(training_images(rng, BATCH).to(vae.device)).latent_dist.mode()
-            )
-            for _ in range(batches)
-        ]
-    )
+    packed = []
+    for _ in range(batches):
+        latents = vae.encode(training_images(rng, BATCH).to(vae.device)).latent_dist.mode()
+        packed.append(Flux2KleinPipeline._patchify_latents(latents))
+    packed = torch.cat(packed)
     vae.bn.running_mean.copy_(packed.mean(dim=(0, 2, 3)))
     vae.bn.running_var.copy_(packed.var(dim=(0, 2, 3)))

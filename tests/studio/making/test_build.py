@@ -31,8 +31,8 @@ def stages(monkeypatch):
 
         return stage
 
-    monkeypatch.setattr(build, "STAGES", {name: make(name) for name in ("a", "b", "c")})
-    monkeypatch.setattr(build, "NEEDS", {"a": (), "b": ("a",), "c": ()})
+    needs = {"a": (), "b": ("a",), "c": ()}
+    monkeypatch.setattr(build, "STAGES", {name: build.Stage(make(name), needed) for name, needed in needs.items()})
     return runs
 
 
