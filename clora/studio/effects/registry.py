@@ -36,18 +36,23 @@ class Effect:
         """
         if image.shape != (SIZE, SIZE, 3):
             raise ValueError(f"an effect takes one image [{SIZE}, {SIZE}, 3]; got {list(image.shape)}; resize it first")
-        arguments = (rng,) if self.stochastic else ()
-        result = self.function(np.asarray(image, dtype=np.float32), *arguments)
+        image = np.asarray(image, dtype=np.float32)
+        result = self.function(image, rng) if self.stochastic else self.function(image)
         return np.clip(result, 0.0, 1.0).astype(np.float32)
 
 
 def new_library(stochastic: bool = False) -> tuple[dict[str, Effect], Callable]:
-    """Makes an empty library and the decorator ``@effect(prompt, description)`` that adds functions under their names."""
+    """Makes an empty library, and the decorator ``@effect(prompt)`` that adds functions to it.
+
+    An effect has the name of its function and, as description, the first line of its docstring.
+    """
     library: dict[str, Effect] = {}
 
-    def effect(prompt: str, description: str) -> Callable:
+    def effect(prompt: str) -> Callable:
         def add(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
             name = function.__name__
+            sentence = function.__doc__.splitlines()[0].removesuffix(".")
+            description = sentence[0].lower() + sentence[1:]
             library[name] = Effect(name, prompt, description, function, stochastic)
             return function
 
