@@ -1,4 +1,4 @@
-"""``clora demo``: the studio's effects become one LoRA, which a stock pipeline then runs and the judges judge."""
+"""``clora demo``: the studio's effects become one LoRA; a stock pipeline runs it and the judges measure the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from clora.collection.metadata import Collection
 from clora.collection.write import check_output, make_collection, write_collection
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
@@ -37,12 +36,13 @@ from clora.studio.report import GridData, write_report
 from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
 from clora.training.student import train_student
 
-ENOUGH_UPDATES = 700  # 496 reached an effect accuracy of 70 %, 861 of 86 %
+# 496 updates reached an effect accuracy of 70 %, 861 of 86 %.
+ENOUGH_UPDATES = 700
 
 
 @dataclass
 class Run:
-    """What a demo has gathered so far."""
+    """The settings of a demo, with the times and curves gathered so far."""
 
     folder: Path
     config: DistillConfig
@@ -91,21 +91,26 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     with run.timed("train"):
         student = train(run, adapter, loras, data)
     with run.timed("export"), stage("export", None):
-        description = _collection(run.config, adapter, folder)
+        files = {name: teacher_path(folder, name) for name in names}
+        licenses = dict.fromkeys(names, "Apache-2.0")
+        description = make_collection(run.config, adapter, "clora-studio", files, licenses)
         collection = write_collection(student, description, run.folder / "collection", torch.float16)
+    # A row of results for each method: merges, teachers and base, then the collection.
     rows = measured_rows(run, adapter, loras) if shipped is None else shipped
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
         with stage("judge", len(outputs)) as advance:
             verdicts = judge_effects(outputs, advance)
         rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
-    measured = description.model_copy(update={"metrics": _metrics(summary(verdicts, general))})
-    write_collection(student, measured, collection, torch.float16)  # the same weights; now they say how good they are
+    # The same weights again, now with the measured values in their metadata.
+    metrics = {name: value for name, value in summary(verdicts, general).items() if value is not None}
+    measured = description.model_copy(update={"metrics": metrics})
+    write_collection(student, measured, collection, torch.float16)
     return _report(run, rows, outputs, folder, collection)
 
 
 def check_effects(names: Sequence[str]) -> list[str]:
-    """The names, if the studio has a teacher for each. Raises CloraError naming the nearest otherwise."""
+    """Returns each name once. Raises CloraError with the nearest name where the studio has no teacher."""
     known = list(TEACHERS)
     for name in names:
         if name not in known:
@@ -114,14 +119,14 @@ def check_effects(names: Sequence[str]) -> list[str]:
 
 
 def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
-    """Encoded training data of the chosen effects; targets are the shipped ones unless recomputed."""
+    """Encodes the training data of the chosen effects; targets are the shipped ones unless recomputed."""
     made = targets.make_targets(adapter, loras, config) if recompute else targets.load_targets(folder)
     with stage("encode scenes and prompts", None):
         sources = targets.target_sources(adapter)
         general_sources, general_text = targets.general_pairs(adapter, len(made.general))
         teacher = adapter.encode_prompts([effect.prompt for effect in config.effects])
         student = adapter.encode_prompts([prompt for effect in config.effects for prompt in effect.student_prompts])
-    # The table of prompts is these four parts, one after the other.
+    # The table of prompts is these four parts, one after the other; each gets its rows of it.
     parts = [teacher, student, general_text, adapter.encode_prompts([""])]
     teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
     phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
@@ -137,7 +142,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
 
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
-    """Trains the student under a progress bar; returns its LoRA."""
+    """Trains the student under a progress bar and returns its LoRA."""
     with training_bar(f"distil {len(loras)} effects", run.config.train) as show:
 
         def report(update: int, values: Mapping[str, float]) -> None:
@@ -155,7 +160,7 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
 
 
 def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
-    """The rows that do not depend on the student, as the studio ships them; None for other effects than its own.
+    """Reads the rows that do not depend on the student, as the studio ships them; None for other effects than its own.
 
     Raises:
         CloraError: a shipped file is not the one that was built.
@@ -177,7 +182,7 @@ def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
 
 
 def measured_rows(run: Run, adapter, loras) -> dict[str, dict]:
-    """The same rows, measured now."""
+    """Measures the same rows now."""
     with run.timed("baselines"):
         measured = baselines.measure_baselines(adapter, loras, list(loras))
     return {
@@ -221,7 +226,7 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
 
 
 def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
-    """One picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
+    """Edits one picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
     torch.manual_seed(seed)
     result = pipe(
         image=Image.fromarray(to_bytes(image)),
@@ -236,69 +241,45 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
     return result.images[0]
 
 
-def _collection(config: DistillConfig, adapter, folder: Path) -> Collection:
-    loras = {effect.name: teacher_path(folder, effect.name) for effect in config.effects}
-    licenses = dict.fromkeys(loras, "Apache-2.0")
-    return make_collection(config, adapter, "clora-studio", loras, licenses)
-
-
-def _metrics(measured: Mapping[str, object]) -> dict[str, object]:
-    """What `clora.collection.metadata.Collection` keeps of a row of the results."""
-    return {name: value for name, value in measured.items() if value is not None}
-
-
 def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:
+    """Prints the accuracies and writes the report."""
     names = [effect.name for effect in run.config.effects]
     sizes = _sizes(names, rows, folder, collection)
-    table = [
-        {
-            "method": method,
-            "precomputed": row["precomputed"],
-            **sizes[method],
-            **summary(row["verdicts"], row["general"]),
-        }
-        for method, row in rows.items()
-    ]
+    measured = {method: summary(row["verdicts"], row["general"]) for method, row in rows.items()}
+    device = run.config.device
     metrics = {
         "seed": run.config.seed,
-        "device": device_name(run.config.device),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "targets_precomputed": not run.full,
         "seconds": run.seconds,
         "peak_rss_mb": _peak_megabytes(),
         "effects": names,
-        "rows": table,
+        "rows": [
+            {"method": method, "precomputed": row["precomputed"], **sizes[method], **measured[method]}
+            for method, row in rows.items()
+        ],
     }
-    best = max((r for r in table if r["method"].startswith("merge")), key=lambda r: r["effect_accuracy"])["method"]
-    print(_headline(table, best))
+    accuracy = {method: values["effect_accuracy"] for method, values in measured.items()}
+    best = max((method for method in rows if method.startswith("merge")), key=lambda method: accuracy[method])
+    print(
+        f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
+        f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best]:.1%}"
+    )
     return write_report(run.folder, metrics, _grid(names, rows, outputs, best), run.curves)
 
 
-def device_name(device: str) -> str:
-    """What a reader calls it: a GPU by its name."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
-def _headline(table: list[dict], best_merge: str) -> str:
-    accuracy = {row["method"]: row["effect_accuracy"] for row in table}
-    return (
-        f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
-        f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best_merge]:.1%}"
-    )
-
-
 def _peak_megabytes() -> int | None:
-    """The process's peak memory; None where the system does not tell (Windows)."""
+    """Returns the process's peak memory; None where the system does not report it (Windows)."""
     try:
         import resource
     except ModuleNotFoundError:
         return None
-    return round(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-    )
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kilobytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection: Path) -> dict[str, dict[str, float]]:
-    """Files a user keeps, their megabytes, and passes per picture of each method."""
+    """Files a user keeps, their megabytes, and passes per picture, by method."""
 
     def megabytes(path: Path) -> float:
         files = [path] if path.is_file() else path.rglob("*.safetensors")
@@ -315,16 +296,13 @@ def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection
 
 
 def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> GridData:
-    def row(name: str) -> list[np.ndarray]:
+    """One scene of each effect, by every method."""
+    columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
+    images = []
+    for name in names:
         scene = baselines.grid_scene(name)
         source = held_out_sources(evaluation.NUM_SCENES)[scene]
         exact = EFFECTS[name].apply(source, np.random.default_rng(0))
-        return [
-            source,
-            exact,
-            *(rows[m]["images"][name] / 255 for m in ("teachers_80", "teachers_8", best)),
-            outputs[name][scene],
-        ]
-
-    columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
-    return GridData(columns, tuple(names), np.stack([np.stack(row(name)) for name in names]))
+        others = [rows[method]["images"][name] / 255 for method in ("teachers_80", "teachers_8", best)]
+        images.append(np.stack([source, exact, *others, outputs[name][scene]]))
+    return GridData(columns, tuple(names), np.stack(images))

@@ -1,10 +1,9 @@
-"""Pictures before and after an effect, for a writer that sees: those that the user gave, else the teachers' renders."""
+"""Pictures before and after an effect, for a writer that sees: the user's own, else the teachers' renders."""
 
 from __future__ import annotations
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from clora.config.settings import DistillConfig, EffectConfig
 from clora.data.generation import Report
@@ -20,7 +19,7 @@ NUM_PAIRS = 2  # as in the paper
 
 
 def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
-    """The first pairs of an effect's ``sources`` and ``targets``.
+    """Reads the first pairs of an effect's ``sources`` and ``targets``.
 
     Raises:
         CloraError: a picture without its result, or one that cannot be read.
@@ -42,7 +41,7 @@ def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
 def rendered_pairs(
     config: DistillConfig, adapter: ModelAdapter, effect: EffectConfig, teacher: LoRAState, report: Report
 ) -> Pairs:
-    """What an effect's teacher makes of its first sources, as it renders targets.
+    """Renders an effect's first sources by its teacher, as targets are rendered.
 
     Args:
         config: sampler settings, the guidance filled in, and seed.
@@ -55,17 +54,14 @@ def rendered_pairs(
         CloraError: a picture that cannot be read.
     """
     with about("data.sources" if effect.sources is None else f"effect {effect.name!r}: sources"):
-        pixels = _first_sources(effect.sources or config.data.sources, config.data.size)
+        files = list_images(effect.sources or config.data.sources)
+        # A single picture is taken twice: [NUM_PAIRS, 3, H, W].
+        pixels = torch.stack([load_image(files[i % len(files)], config.data.size) for i in range(NUM_PAIRS)])
     shown = [torch.cat([pixels, pixels])] if adapter.text_sees_image else None
     text = adapter.encode_prompts([effect.prompt] * NUM_PAIRS + [""] * NUM_PAIRS, shown)
+    # Rows of the prompts, then of the empty prompts, [1, NUM_PAIRS] each.
     rows = torch.arange(2 * NUM_PAIRS).view(2, 1, NUM_PAIRS)
     samples = Samples.of_teachers(adapter.encode_sources([pixels])[0][None], *rows, config.seed)
     latents = torch.stack(list(render_targets(adapter, {effect.name: teacher}, samples, text, config, report)))
     results = adapter.decode(latents)
     return [(to_pil(before), to_pil(after)) for before, after in zip(pixels, results, strict=True)]
-
-
-def _first_sources(folder: str, size: tuple[int, int]) -> Tensor:
-    """The first pictures ``[NUM_PAIRS, 3, H, W]`` of a folder; a single one is taken twice."""
-    files = list_images(folder)
-    return torch.stack([load_image(files[i % len(files)], size) for i in range(NUM_PAIRS)])

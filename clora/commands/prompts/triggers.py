@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clora.models import ModelAdapter
 from clora.models.conditioning import Text
 
 Embed = Callable[[Sequence[str]], Tensor]
@@ -17,7 +19,7 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Similarity:
-    """What a trigger resembles most, by cosine; None where there is nothing to compare it with.
+    """The nearest neighbours of a trigger, by cosine; None where there is nothing to compare it with.
 
     Attributes:
         trigger: highest cosine to another effect's trigger, and that effect's name.
@@ -29,12 +31,12 @@ class Similarity:
 
 
 def text_space(encode: Callable[[Sequence[str]], Text], reference: Sequence[str], batch_size: int = 16) -> Embed:
-    """The space in which texts are compared: the mean of a text's token embeddings, less that of ordinary texts.
+    """Makes the space in which texts are compared: the mean of a text's token embeddings, less that of ordinary texts.
 
-    The mean over all tokens that count, since the transformer attends to all of them; a last token means the whole text
-    only in causal encoders. Without the tokens at the start that are the same in every text (the chat template's, an
-    image's), which would weigh the more, the shorter a text is. Less the mean of the reference texts, since what every
-    prompt shares (the huge channels of language models, which alone bring all raw cosines near 1) tells nothing apart.
+    All tokens that count are averaged, since the transformer attends to all of them; a last token stands for the whole
+    text only in causal encoders. Tokens at the start that are the same in every text (the chat template's, an image's)
+    are left out: in a short text they would weigh most. The mean of the reference texts is subtracted, since what all
+    prompts share does not distinguish them: the huge channels of language models bring all raw cosines near 1.
 
     Args:
         encode: the adapter's prompt encoder.
@@ -51,15 +53,21 @@ def text_space(encode: Callable[[Sequence[str]], Text], reference: Sequence[str]
     return lambda texts: functional.normalize(pooled(texts) - centre, dim=-1)
 
 
+def encode_texts(adapter: ModelAdapter, texts: Sequence[str]) -> Text:
+    """Encodes prompts, about a grey picture where the family encodes them together with one."""
+    grey = [torch.zeros(len(texts), 3, *adapter.size)] if adapter.text_sees_image else None
+    return adapter.encode_prompts(texts, grey)
+
+
 def num_shared_tokens(text: Text) -> int:
-    """How many tokens at the start all rows have in common, up to rounding (1 % of a token's norm)."""
+    """Counts the tokens at the start that all rows have in common, up to rounding (1 % of a token's norm)."""
     embeds = text.embeds.float()
     apart = (embeds - embeds[:1]).norm(dim=-1) > 0.01 * embeds[:1].norm(dim=-1)
     return int(apart.any(0).int().argmax())
 
 
 def mean_of_tokens(text: Text, start: int = 0) -> Tensor:
-    """``[B, D]`` float32, over the tokens from ``start`` on that the mask lets through."""
+    """Averages the tokens from ``start`` on that the mask lets through: ``[B, D]`` float32."""
     embeds = text.embeds[:, start:].float()
     if text.mask is None:
         return embeds.mean(1)
@@ -68,7 +76,7 @@ def mean_of_tokens(text: Text, start: int = 0) -> Tensor:
 
 
 def choose_triggers(candidates: Sequence[Sequence[str]], prompts: Sequence[str], embed: Embed) -> list[str]:
-    """One trigger per effect, chosen greedily: each the least similar to those chosen before and to others' prompts.
+    """Chooses one trigger per effect, greedily: the least similar to those chosen before and to others' prompts.
 
     Effects with a single candidate come first, then the others in their order; of equals the first candidate.
 
@@ -83,19 +91,15 @@ def choose_triggers(candidates: Sequence[Sequence[str]], prompts: Sequence[str],
     for effect in sorted(range(len(candidates)), key=lambda i: len(candidates[i]) > 1):
         others = [vectors[i][k] for i, k in chosen.items()]
         others += [vector for i, vector in enumerate(prompt_vectors) if i != effect]
-        chosen[effect] = _least_similar(vectors[effect], others)
+        # The candidate [K, D] whose highest cosine to the others [N, D] is lowest.
+        chosen[effect] = int((vectors[effect] @ torch.stack(others).T).amax(1).argmin()) if others else 0
     return [candidates[i][chosen[i]] for i in range(len(candidates))]
-
-
-def _least_similar(vectors: Tensor, others: Sequence[Tensor]) -> int:
-    """The row of ``vectors [K, D]`` whose highest cosine to the others is lowest."""
-    return int((vectors @ torch.stack(list(others)).T).amax(1).argmin()) if others else 0
 
 
 def similarities(
     names: Sequence[str], triggers: Sequence[str], prompts: Sequence[Sequence[str]], embed: Embed
 ) -> list[Similarity]:
-    """What each effect's trigger resembles most.
+    """Finds what each effect's trigger resembles most.
 
     Args:
         names: E effects.
@@ -104,16 +108,16 @@ def similarities(
         embed: see `text_space`.
     """
     vectors = embed(triggers)
-    owner = torch.tensor([i for i, own in enumerate(prompts) for _ in own])
+    effects = torch.arange(len(names))
+    owner = effects.repeat_interleave(torch.tensor([len(own) for own in prompts]))
     to_triggers = vectors @ vectors.T
-    to_prompts = vectors @ embed([prompt for own in prompts for prompt in own]).T
-    own = torch.arange(len(names))
+    to_prompts = vectors @ embed(list(chain.from_iterable(prompts))).T
 
-    def nearest(cosines: Tensor, effects: Tensor, effect: int) -> tuple[float, str] | None:
-        others = torch.nonzero(effects != effect).flatten()
+    def nearest(cosines: Tensor, owners: Tensor, effect: int) -> tuple[float, str] | None:
+        others = torch.nonzero(owners != effect).flatten()
         if not len(others):
             return None
         best = others[cosines[effect, others].argmax()]
-        return round(float(cosines[effect, best]), 3), names[int(effects[best])]
+        return round(float(cosines[effect, best]), 3), names[int(owners[best])]
 
-    return [Similarity(nearest(to_triggers, own, i), nearest(to_prompts, owner, i)) for i in range(len(names))]
+    return [Similarity(nearest(to_triggers, effects, i), nearest(to_prompts, owner, i)) for i in range(len(names))]

@@ -1,9 +1,10 @@
-"""What a language model is asked for, and the texts that stand in for what it does not answer."""
+"""The requests to a language model, and the templates that stand in for what it does not answer."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from PIL.Image import Image
@@ -12,12 +13,13 @@ from clora.commands.prompts.writers import Request, Writer, distinct, sentences
 from clora.config.everyday import everyday_instructions, everyday_topics
 
 Fitting = Callable[[list[str]], list[str]]
-"""Those of some texts that the text encoder takes."""
+"""Keeps those of some texts that are short enough for the text encoder."""
 
 TEMPLATES = "templates"
-TRIES = 3  # answers that are asked for before templates fill up
+TRIES = 3
+"""Answers that are asked for before templates fill up."""
 
-# The first is the prompt itself; none says more than the prompt does.
+# The first is the prompt itself; none adds anything to the prompt.
 _TEMPLATES = (
     "{}",
     "edit the picture: {}",
@@ -31,7 +33,7 @@ _TEMPLATES = (
 
 
 class Written(NamedTuple):
-    """Texts, by whom, and why it was not the language model alone (None where it was, or was not wanted)."""
+    """Texts, who wrote them, and the reason why not only the language model did; None where it did, or was not wanted."""
 
     texts: list[str]
     by: str
@@ -39,7 +41,7 @@ class Written(NamedTuple):
 
 
 def templates(prompt: str) -> list[str]:
-    """Wordings of a prompt that need no language model; the first is the prompt."""
+    """Words a prompt in several ways without a language model; the first is the prompt."""
     return [_TEMPLATES[0].format(prompt), *(t.format(prompt.strip().rstrip(".")) for t in _TEMPLATES[1:])]
 
 
@@ -48,8 +50,8 @@ def effect_request(prompt: str, pairs: Sequence[tuple[Image, Image]], count: int
 
     Args:
         prompt: the teacher's own prompt.
-        pairs: pictures before and after it; none for a writer that reads text only.
-        count: how many descriptions.
+        pairs: pictures before and after it; none for a writer that reads only text.
+        count: number of descriptions.
     """
     rules = (
         f"Answer with {count} sentences and nothing else, each on its own line, each of at most 30 words, in the language "
@@ -82,19 +84,21 @@ def general_request(topic: str, examples: Sequence[str], count: int) -> Request:
 
 
 def write_texts(writer: Writer, request: Request, count: int, seed: str, fitting: Fitting) -> Written:
-    """Asks until there are enough usable texts, at most `TRIES` times; there may be fewer, and a reason then.
+    """Asks until there are enough usable texts, at most `TRIES` times; if there are fewer, the reason is returned too.
 
     Args:
         writer: the language model; whatever it raises becomes a reason.
-        request: what it is asked.
+        request: the request.
         count: texts that are wanted.
         seed: of its random numbers, any text.
-        fitting: keeps what the text encoder takes.
+        fitting: see `Fitting`.
     """
     texts: list[str] = []
     for attempt in range(TRIES):
+        # A seed from a text: each effect has its own, whatever the other effects are.
+        number = int.from_bytes(hashlib.sha256(f"{seed}/{attempt}".encode()).digest()[:4], "big")
         try:
-            answer = writer.answer(request, _number(f"{seed}/{attempt}"))
+            answer = writer.answer(request, number)
         except Exception as error:  # generation may raise anything: out of memory, a template's own error, NaN
             return Written(texts, writer.name, f"{writer.name} failed: {type(error).__name__}: {error}")
         texts = distinct([*texts, *fitting(sentences(answer))])[:count]
@@ -106,7 +110,7 @@ def write_texts(writer: Writer, request: Request, count: int, seed: str, fitting
 def describe_effect(
     writer: Writer | None, prompt: str, pairs: Sequence[tuple[Image, Image]], count: int, seed: str, fitting: Fitting
 ) -> Written:
-    """Descriptions of an effect in ``count`` wordings; templates where there is no writer or it does not give enough."""
+    """Describes an effect in ``count`` wordings; templates where there is no writer or too few of its texts are usable."""
     if writer is None:
         return _filled(Written([], TEMPLATES, None), templates(prompt), count)
     request = effect_request(prompt, pairs if writer.sees_pictures else (), count)
@@ -114,32 +118,27 @@ def describe_effect(
 
 
 def write_general(writer: Writer, count: int, seed: str, fitting: Fitting) -> Iterator[Written]:
-    """Asks for everyday edits, about one topic of `everyday.everyday_topics` at each step, until one brings nothing."""
+    """Asks for everyday edits, about one topic of `everyday_topics` at each step, until an answer has none."""
     each = -(-count // len(everyday_topics()))
     for topic, examples in everyday_topics().items():
         written = write_texts(writer, general_request(topic, examples[:3], each), each, f"{seed}/{topic}", fitting)
         yield written
-        if not written.texts:  # the other topics would bring nothing either, three answers each
+        if not written.texts:  # the other topics would fail too, after three answers each
             return
 
 
 def join_general(parts: Sequence[Written], count: int) -> Written:
-    """The instructions of all topics, mixed; filled up with those that ship, as all are where nothing was written."""
-    longest = max((len(part.texts) for part in parts), default=0)
-    texts = distinct(part.texts[i] for i in range(longest) for part in parts if i < len(part.texts))[:count]
+    """Mixes the instructions of all topics and fills them up with those that ship."""
+    mixed = chain.from_iterable(zip_longest(*(part.texts for part in parts)))
+    texts = distinct(text for text in mixed if text is not None)[:count]
     reason = next((part.reason for part in parts if part.reason is not None), None)
     return _filled(Written(texts, parts[0].by if parts else TEMPLATES, reason), everyday_instructions(), count)
 
 
 def _filled(written: Written, spare: Sequence[str], count: int) -> Written:
-    """Up to ``count`` texts, with templates behind those of the writer where it gave too few."""
+    """Up to ``count`` texts, with templates after those of the writer where these are too few."""
     texts = distinct([*written.texts, *spare])[:count]
     added = len(texts) - len(written.texts)
     by = written.by if not added else f"{written.by} and, for {added}, templates" if written.texts else TEMPLATES
     too_few = f"{len(texts)} of {count}: there are no more templates" if len(texts) < count else None
     return Written(texts, by, written.reason or too_few)
-
-
-def _number(seed: str) -> int:
-    """A seed for torch from a text, so that each effect has its own, whatever the other effects are."""
-    return int.from_bytes(hashlib.sha256(seed.encode("utf-8")).digest()[:4], "big")

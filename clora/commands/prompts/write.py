@@ -1,4 +1,4 @@
-"""The whole job of ``clora prompts``: from a config to its prompts file."""
+"""From a config to its prompts file, and the table of what was chosen."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from rich.text import Text as RichText
+from rich.text import Text
 from torch import nn
 
 from clora.commands.prompts.examples import NUM_PAIRS, Pairs, given_pairs, rendered_pairs
-from clora.commands.prompts.triggers import Embed, Similarity, choose_triggers, similarities, text_space
-from clora.commands.prompts.wording import Fitting, Written, describe_effect, join_general, write_general
+from clora.commands.prompts.triggers import (
+    Embed,
+    Similarity,
+    choose_triggers,
+    encode_texts,
+    similarities,
+    text_space,
+)
+from clora.commands.prompts.wording import Written, describe_effect, join_general, write_general
 from clora.commands.prompts.writers import Writer, load_writer, pipeline_writer
 from clora.config.everyday import everyday_instructions, everyday_topics
 from clora.config.prompts_file import EffectPrompts, PromptsFile, make_trigger, prompts_text
@@ -25,14 +32,13 @@ from clora.files import check_writable, user_path, write_atomic
 from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.load import read_lora
 from clora.models import ModelAdapter, adapter_for
-from clora.models.conditioning import Text
 from clora.models.loading import load_pipeline, with_guidance
 from clora.progress import say, stage
 
 
 @dataclass(frozen=True)
 class EffectReport:
-    """What was chosen for an effect.
+    """The choices for one effect.
 
     Attributes:
         name: the effect.
@@ -48,45 +54,21 @@ class EffectReport:
 
 
 def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = False) -> list[EffectReport]:
-    """Writes triggers, student prompts and general instructions, as far as the config does not state them, to a file.
+    """Writes triggers, student prompts and general instructions to a file, where the config does not state them.
 
     Args:
         config: loaded without its prompts file.
         path: the file.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
 
     Returns:
-        A line for each effect of the config, of what it states itself too.
+        A report for each effect of the config, also for those whose prompts it states.
 
     Raises:
-        CloraError: the file is there, nothing is left to write, or something in the input cannot be used. What the
-            language model does wrong is no error: templates stand in, and the reason is said.
+        CloraError: the file exists, nothing is left to write, or something in the input cannot be used. Failures of the
+            language model are no error: templates stand in, and the reason is reported.
     """
-    target = _check_target(config, user_path(path), overwrite)
-    with stage("load pipeline", None):
-        device = find_device(config.device)
-        adapter = _load(config, device)
-        config = with_guidance(config, adapter)
-        writer, reason = _choose_writer(config, adapter.pipeline, device)
-    if reason is not None:
-        say(reason)
-    pairs = _pairs(config, adapter, device) if writer is not None and writer.sees_pictures else {}
-    with stage("compare triggers", None):
-        embed = text_space(lambda texts: _encode(adapter, texts), everyday_instructions())
-        candidates = [_candidates(effect, config.prompts.triggers) for effect in config.effects]
-        triggers = choose_triggers(candidates, [effect.prompt for effect in config.effects], embed)
-    texts, general = _write(config, writer, triggers, pairs, lambda some: _fitting(adapter, some))
-    with stage("compare prompts", None):
-        report = _report(config, triggers, texts, embed)
-    entries = tuple(_entry(line, texts[line.name]) for line in report if line.name in texts)
-    written = PromptsFile(effects=entries, general_instructions=tuple(general.texts) if general is not None else ())
-    write_atomic(target, prompts_text(written, str(path)))
-    for line in _reasons(texts, general):
-        say(line)
-    return report
-
-
-def _check_target(config: DistillConfig, target: Path, overwrite: bool) -> Path:
+    target = user_path(path)
     if target.exists() and not overwrite:
         raise CloraError(
             f"{target} is there, and may hold edits; --overwrite replaces it, prompts.file=other.yaml writes another"
@@ -94,11 +76,30 @@ def _check_target(config: DistillConfig, target: Path, overwrite: bool) -> Path:
     if not any(map(_is_open, config.effects)) and not _wants_general(config):
         raise CloraError("the config states all student_prompts and general_instructions: nothing is left to write")
     check_writable(target.parent)
-    return target
+    with stage("load pipeline", None):
+        device = find_device(config.device)
+        adapter = _load(config, device)
+        config = with_guidance(config, adapter)
+        writer, notice = _choose_writer(config, adapter.pipeline, device)
+    if notice is not None:
+        say(notice)
+    pairs = _pairs(config, adapter, device) if writer is not None and writer.sees_pictures else {}
+    with stage("compare triggers", None):
+        embed = text_space(lambda texts: encode_texts(adapter, texts), everyday_instructions())
+        candidates = [_candidates(effect, config.prompts.triggers) for effect in config.effects]
+        triggers = choose_triggers(candidates, [effect.prompt for effect in config.effects], embed)
+    texts, general = _write(config, adapter, writer, triggers, pairs)
+    with stage("compare prompts", None):
+        report = _report(config, triggers, texts, embed)
+    entries = tuple(_entry(line, texts[line.name]) for line in report if line.name in texts)
+    written = PromptsFile(effects=entries, general_instructions=tuple(general.texts) if general is not None else ())
+    write_atomic(target, prompts_text(written, str(path)))
+    _report_reasons(texts, general)
+    return report
 
 
 def _is_open(effect: EffectConfig) -> bool:
-    """Whether the config leaves an effect's student prompts to be written."""
+    """The config leaves the effect's student prompts to be written."""
     return "student_prompts" not in effect.model_fields_set
 
 
@@ -106,14 +107,8 @@ def _wants_general(config: DistillConfig) -> bool:
     return config.objective.dual_stream and config.data.general_instructions is None
 
 
-def _candidates(effect: EffectConfig, count: int) -> list[str]:
-    if not _is_open(effect) or "trigger" in effect.model_fields_set:
-        return [effect.trigger]
-    return [make_trigger(effect.name, variant) for variant in range(count)]
-
-
 def _load(config: DistillConfig, device: torch.device) -> ModelAdapter:
-    """The pipeline's adapter; all but the transformer, which renders examples at most, is on the device."""
+    """Returns the pipeline's adapter; all but the transformer, which at most renders examples, is on the device."""
     pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and name != "transformer":
@@ -123,7 +118,7 @@ def _load(config: DistillConfig, device: torch.device) -> ModelAdapter:
 
 
 def _choose_writer(config: DistillConfig, pipeline, device: torch.device) -> tuple[Writer | None, str | None]:
-    """The writer, or None for templates; and what is to be said of it."""
+    """Returns the writer, or None for templates, and a notice to the user, if any."""
     if config.prompts.writer == "templates":
         return None, None
     if config.prompts.writer != "auto":
@@ -139,62 +134,85 @@ def _choose_writer(config: DistillConfig, pipeline, device: torch.device) -> tup
 
 
 def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -> dict[str, Pairs]:
-    """Pictures before and after each effect whose prompts are to be written."""
+    """Returns pictures before and after each effect whose prompts are to be written."""
     effects = [effect for effect in config.effects if _is_open(effect)]
-    given = {effect.name: given_pairs(effect, config.data.size) for effect in effects if effect.targets is not None}
+    pairs = {effect.name: given_pairs(effect, config.data.size) for effect in effects if effect.targets is not None}
     missing = [effect for effect in effects if effect.targets is None]
     if not missing:
-        return given
-    transformer, rendered = adapter.pipeline.transformer, {}
+        return pairs
+    transformer = adapter.pipeline.transformer
     shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     move(transformer, device)
     with stage("render examples", num_passes(config, NUM_PAIRS * len(missing))) as advance:
         for effect in missing:  # one teacher at a time: many would fill the memory
             teacher = read_lora(effect.lora, shapes, weights, max_error=effect.max_error)
-            rendered[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
+            pairs[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
     move(transformer, torch.device("cpu"))
-    return given | rendered
+    return pairs
+
+
+def _candidates(effect: EffectConfig, count: int) -> list[str]:
+    """Triggers to choose from; the config's own where it states the trigger or the prompts that hold it."""
+    if not _is_open(effect) or "trigger" in effect.model_fields_set:
+        return [effect.trigger]
+    return [make_trigger(effect.name, variant) for variant in range(count)]
 
 
 def _write(
-    config: DistillConfig, writer: Writer | None, triggers: Sequence[str], pairs: Mapping[str, Pairs], fitting: Fitting
+    config: DistillConfig,
+    adapter: ModelAdapter,
+    writer: Writer | None,
+    triggers: Sequence[str],
+    pairs: Mapping[str, Pairs],
 ) -> tuple[dict[str, Written], Written | None]:
-    """Descriptions of the effects that lack them, and general instructions where the config has none."""
+    """Returns descriptions of the effects that lack them, and general instructions where the config has none."""
+    settings = config.prompts
     wanted = [(e, trigger) for e, trigger in zip(config.effects, triggers, strict=True) if _is_open(e)]
     asks_general = writer is not None and _wants_general(config)
     texts, parts = {}, []
     with stage("write prompts", len(wanted) + asks_general * len(everyday_topics())) as advance:
         for effect, trigger in wanted:
-            texts[effect.name] = describe_effect(
-                writer,
-                effect.prompt,
-                pairs.get(effect.name, ()),
-                config.prompts.paraphrases,
-                f"{config.seed}/{effect.name}",
-                lambda some, trigger=trigger: _fitting_behind(trigger, some, fitting),
-            )
+
+            def fitting(some: list[str], before: str = f"{trigger} ") -> list[str]:
+                # The encoder has to take a description with the trigger before it.
+                return [prompt.removeprefix(before) for prompt in _fitting(adapter, [before + text for text in some])]
+
+            shown = pairs.get(effect.name, ())
+            seed = f"{config.seed}/{effect.name}"
+            texts[effect.name] = describe_effect(writer, effect.prompt, shown, settings.paraphrases, seed, fitting)
             advance()
         if asks_general:
-            for part in write_general(writer, config.prompts.general, f"{config.seed}", fitting):
+            for part in write_general(writer, settings.general, f"{config.seed}", lambda some: _fitting(adapter, some)):
                 parts.append(part)
                 advance()
-    return texts, join_general(parts, config.prompts.general) if _wants_general(config) else None
+    return texts, join_general(parts, settings.general) if _wants_general(config) else None
+
+
+def _fitting(adapter: ModelAdapter, texts: list[str]) -> list[str]:
+    """Keeps the texts that are not longer than ``max_sequence_length``, which only the adapter can measure."""
+    if not texts:
+        return []
+    try:
+        encode_texts(adapter, texts)
+        return texts
+    except CloraError:
+        # One of them is too long: halves are tried until it stands alone.
+        half = len(texts) // 2
+        return [*_fitting(adapter, texts[:half]), *_fitting(adapter, texts[half:])] if half else []
 
 
 def _report(
     config: DistillConfig, triggers: Sequence[str], texts: Mapping[str, Written], embed: Embed
 ) -> list[EffectReport]:
+    # The teacher's prompt and the descriptions of each effect, without its trigger.
+    prompts = []
+    for effect in config.effects:
+        stated = [prompt.replace(effect.trigger, "").strip() for prompt in effect.student_prompts]
+        prompts.append([effect.prompt, *(texts[effect.name].texts if effect.name in texts else stated)])
     names = [effect.name for effect in config.effects]
-    found = similarities(names, triggers, [_plain_prompts(effect, texts) for effect in config.effects], embed)
+    found = similarities(names, triggers, prompts, embed)
     written_by = [texts[name].by if name in texts else "config" for name in names]
     return [EffectReport(*line) for line in zip(names, triggers, found, written_by, strict=True)]
-
-
-def _plain_prompts(effect: EffectConfig, texts: Mapping[str, Written]) -> list[str]:
-    """What is said of an effect besides its trigger: the teacher's prompt and the descriptions."""
-    if effect.name in texts:
-        return [effect.prompt, *texts[effect.name].texts]
-    return [effect.prompt, *(prompt.replace(effect.trigger, "").strip() for prompt in effect.student_prompts)]
 
 
 def _entry(line: EffectReport, written: Written) -> EffectPrompts:
@@ -208,44 +226,23 @@ def _entry(line: EffectReport, written: Written) -> EffectPrompts:
     )
 
 
-def _reasons(texts: Mapping[str, Written], general: Written | None) -> list[str]:
-    """Why not everything was written by the language model; effects with the same reason share a line."""
+def _report_reasons(texts: Mapping[str, Written], general: Written | None) -> None:
+    """Reports why the language model did not write everything; effects with the same reason share a line."""
     shared: dict[str, list[str]] = {}
-    for name, written in [*texts.items(), *([("general instructions", general)] if general is not None else [])]:
-        if written.reason is not None:
+    for name, written in [*texts.items(), ("general instructions", general)]:
+        if written is not None and written.reason is not None:
             shared.setdefault(f"{written.by} ({written.reason})", []).append(name)
-    return [f"{', '.join(names)}: {reason}" for reason, names in shared.items()]
-
-
-def _encode(adapter: ModelAdapter, texts: Sequence[str]) -> Text:
-    """Prompts about a grey picture, where the family encodes them together with one."""
-    grey = [torch.zeros(len(texts), 3, *adapter.size)] if adapter.text_sees_image else None
-    return adapter.encode_prompts(texts, grey)
-
-
-def _fitting(adapter: ModelAdapter, texts: list[str]) -> list[str]:
-    """Those of the texts that are not longer than ``max_sequence_length``, which the adapter alone can tell."""
-    if not texts:
-        return []
-    try:
-        _encode(adapter, texts)
-        return texts
-    except CloraError:
-        half = len(texts) // 2
-        return [*_fitting(adapter, texts[:half]), *_fitting(adapter, texts[half:])] if half else []
-
-
-def _fitting_behind(trigger: str, texts: list[str], fitting: Fitting) -> list[str]:
-    return [prompt.removeprefix(f"{trigger} ") for prompt in fitting([f"{trigger} {text}" for text in texts])]
+    for reason, names in shared.items():
+        say(f"{', '.join(names)}: {reason}")
 
 
 def similarity_table(report: Sequence[EffectReport]) -> Table:
-    """A row per effect: its trigger, who wrote its prompts, and what of other effects the trigger resembles most."""
+    """Lays out a row per effect: its trigger, who wrote its prompts, and what the trigger resembles most."""
     table = Table(title="similarity in the text encoder's space: cosine, 1 is the same, 0 like any two prompts")
     for column in ("effect", "trigger", "prompts by", "nearest trigger", "nearest prompt"):
         table.add_column(column, overflow="fold")  # a trigger that is cut cannot be typed
     for line in report:
         nearest = (line.similarity.trigger, line.similarity.prompt)
         cells = ("" if found is None else f"{found[0]:.2f} {found[1]}" for found in nearest)
-        table.add_row(*map(RichText, (line.name, line.trigger, line.written_by, *cells)))  # names are no markup
+        table.add_row(*map(Text, (line.name, line.trigger, line.written_by, *cells)))  # names are no markup
     return table

@@ -1,4 +1,8 @@
-"""Language models that write: the pipeline's own text encoder where it can generate, or one of the user's."""
+"""Language models that write, and the texts that are read from their answers.
+
+A writer is the pipeline's own text encoder where it can generate, or a vision-language model of the user's. Its answers are
+not trusted: `sentences` keeps only what can be a prompt.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,21 @@ from clora.progress import quiet_libraries
 Request = list["str | Image"]
 """What a writer is asked: texts and pictures in their order."""
 
-MAX_TOKENS = 512  # of an answer
-MAX_SIDE = 512  # pixels of a picture; four of 1024 x 1024 would be 5476 tokens of Qwen2.5-VL, these are 1296
+MAX_TOKENS = 512
+"""Of an answer."""
+MAX_SIDE = 512
+"""Pixels of a picture; four of 1024 x 1024 would be 5476 tokens of Qwen2.5-VL, these are 1296."""
+MAX_CHARACTERS = 400
+"""Of a text; what is longer is an essay, no description."""
 
 
 class Writer(NamedTuple):
     """A language model that answers requests.
 
     Attributes:
-        name: what it is called in the prompts file.
-        sees_pictures: whether requests may hold pictures.
-        answer: ``answer(request, seed)``; the same for the same seed, whatever was drawn before, and the global random
+        name: its name in the prompts file.
+        sees_pictures: requests may hold pictures.
+        answer: ``answer(request, seed)``; the same for the same seed, whatever was drawn before. The global random
             numbers are left as they were.
     """
 
@@ -37,22 +45,23 @@ class Writer(NamedTuple):
 
 
 def pipeline_writer(pipeline) -> Writer | None:
-    """The pipeline's own text encoder as a writer; None where it is no language model that can generate.
+    """Makes a writer of the pipeline's own text encoder; None where it is no language model that can generate.
 
     Qwen2.5-VL in Qwen-Image-Edit (``processor``) and LongCat-Image-Edit (``text_processor``) and Mistral 3 in FLUX.2
-    [dev], whose ``tokenizer`` is a processor, see pictures; Qwen3 in FLUX.2 [klein] reads text only; CLIP and T5 of
+    [dev], whose ``tokenizer`` is a processor, see pictures. Qwen3 in FLUX.2 [klein] reads only text. CLIP and T5 of
     FLUX.1 and models without a head cannot write.
     """
     model = getattr(pipeline, "text_encoder", None)
+    can_generate = getattr(model, "can_generate", None)
     slots = (getattr(pipeline, name, None) for name in ("processor", "text_processor", "tokenizer"))
     processor = next((slot for slot in slots if getattr(slot, "chat_template", None)), None)
-    if not _can_generate(model) or processor is None:
+    if processor is None or can_generate is None or not can_generate():
         return None
     return language_model_writer(f"{type(model).__name__} of the pipeline", model, processor)
 
 
 def load_writer(path: str, device: torch.device) -> Writer:
-    """A vision-language model of transformers, by folder or hub id, as a writer.
+    """Loads a vision-language model of transformers, by folder or hub id, as a writer.
 
     Raises:
         CloraError: it cannot be loaded, or has no chat template.
@@ -76,29 +85,26 @@ def load_writer(path: str, device: torch.device) -> Writer:
 
 
 def language_model_writer(name: str, model, processor) -> Writer:
-    """A writer from a transformers model that generates and its processor or tokenizer."""
+    """Makes a writer of a transformers model that generates and its processor or tokenizer."""
     sees = getattr(processor, "image_processor", None) is not None
 
     def answer(request: Request, seed: int) -> str:
         with quiet_libraries():
-            inputs = _to_model(_inputs(processor, request, sees), model)
-            answered = _generate(model, processor, inputs, seed)[inputs["input_ids"].shape[1] :]
-        return _decode(processor, model, answered)
+            inputs = {
+                key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for key, value in _inputs(processor, request, sees).items()
+            }
+            tokens = _generate(model, processor, inputs, seed)
+        return _decode(processor, tokens[inputs["input_ids"].shape[1] :])
 
     return Writer(name, sees, answer)
 
 
-def _can_generate(model: Any) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return bool(can_generate and can_generate())
-
-
 def _inputs(processor, request: Request, sees: bool) -> Any:
     """The request as one message of a chat; a tokenizer's template wants a text, a processor's a list of parts."""
+    content: Any = "\n".join(part for part in request if isinstance(part, str))
     if sees:
-        content: Any = [_part(part) for part in request]
-    else:
-        content = "\n".join(part for part in request if isinstance(part, str))
+        content = [_part(part) for part in request]
     # Thinking would use up the answer; only a template that knows the word may be given it.
     options = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     return processor.apply_chat_template(
@@ -119,15 +125,9 @@ def _part(part: str | Image) -> dict[str, Any]:
     return {"type": "image", "image": smaller}
 
 
-def _to_model(inputs: Any, model) -> dict[str, torch.Tensor]:
-    return {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else None) for key, value in inputs.items()
-    }
-
-
 @torch.no_grad()
 def _generate(model, processor, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
-    """Token ids of request and answer; sampled, since an answer that is of no use is asked for again."""
+    """Token ids of request and answer; sampled, since a request is repeated where its answer is of no use."""
     tokenizer = getattr(processor, "tokenizer", processor)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -142,14 +142,12 @@ def _generate(model, processor, inputs: dict[str, torch.Tensor], seed: int) -> t
         )[0]
 
 
-def _decode(processor, model, answer: torch.Tensor) -> str:
+def _decode(processor, answer: torch.Tensor) -> str:
     """The answer's text; where the model was cut off, without its last, unfinished line."""
     tokenizer = getattr(processor, "tokenizer", processor)
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return text.rpartition("\n")[0] if len(answer) >= MAX_TOKENS else text
 
-
-MAX_CHARACTERS = 400  # longer is no description but an essay
 
 _BULLET = re.compile(r"^(?:[-*•–—‣·>#+]+\s+|\(?\d{1,3}[.):]\)?\s+)")
 _LABEL = re.compile(
@@ -167,18 +165,23 @@ _INLINE_NUMBER = re.compile(r"(?<=[.!?;\"”])\s+(?=\(?\d{1,2}[.)]\s)")
 
 
 def sentences(answer: str) -> list[str]:
-    """The texts that an answer lists, in order, each once.
+    """Returns the texts that an answer lists, in order, each once.
 
     Thinking, code fences, bullets, numbers, labels, quotes and emphasis are stripped; JSON lists are read. Left out are
     talk (``Sure! Here are four:``), fragments, unreadable characters, anything over 400 characters, and anything with a
     word in angle brackets, which could pass for a trigger.
     """
-    cleaned = (_clean(entry) for entry in _entries(_without_thinking(answer)))
-    return distinct(text for text in cleaned if _is_usable(text))
+    text = _without_thinking(answer)
+    entries = _listed_in_json(text)
+    if not entries:
+        for line in text.splitlines():
+            if not line.strip().startswith("```"):
+                entries += _INLINE_NUMBER.split(line)
+    return distinct(filter(_is_usable, map(_clean, entries)))
 
 
 def distinct(texts: Iterable[str]) -> list[str]:
-    """Each text once; letter case and punctuation make no difference."""
+    """Returns each text once; letter case and punctuation make no difference."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(re.sub(r"\W+", " ", text.casefold()).strip(), text)
@@ -186,21 +189,15 @@ def distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _without_thinking(answer: str) -> str:
-    """An end without a beginning ends what the chat template began; a beginning without an end was cut off."""
+    """The chat template may have begun the thinking, and the answer may be cut off within it."""
     start, end = answer.find("<think>"), answer.find("</think>")
     if end >= 0 and not 0 <= start < end:
         answer = answer[end + len("</think>") :]
     return re.sub(r"<think>.*?(?:</think>|\Z)", "", answer, flags=re.DOTALL)
 
 
-def _entries(text: str) -> Iterator[str]:
-    listed = _listed_in_json(text)
-    lines = (line for line in text.splitlines() if not line.strip().startswith("```"))
-    yield from listed or (entry for line in lines for entry in _INLINE_NUMBER.split(line))
-
-
 def _listed_in_json(text: str) -> list[str]:
-    """The strings of a JSON list, of one that is not quite JSON too (a comma too many, cut off); none of other texts."""
+    """The strings of a JSON list, even with a comma too many or cut off; none of other texts."""
     listed = text[text.find("[") : text.rfind("]") + 1]
     try:
         return list(_strings(json.loads(listed)))
@@ -213,12 +210,15 @@ def _strings(tree: Any) -> Iterator[str]:
     """The strings in a JSON tree; keys are left out."""
     if isinstance(tree, str):
         yield tree
-    for branch in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for branch in branches:
         yield from _strings(branch)
 
 
 def _clean(entry: str) -> str:
-    text, before = " ".join(re.sub(r"<\|.*?\|>|(?<=\S)\*|\*(?=\S)|__|`", "", entry).split()), None
+    # Special tokens, emphasis and code marks anywhere, then what stands at the ends.
+    text = " ".join(re.sub(r"<\|.*?\|>|(?<=\S)\*|\*(?=\S)|__|`", "", entry).split())
+    before = None
     while text != before:  # a number may stand in quotes, a quote behind a number
         before = text
         text = _LABEL.sub("", _BULLET.sub("", text)).strip().removesuffix(",").strip(" _")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clora.cli import main
 from clora.commands.distill import distill
-from clora.commands.prompts import write, write_prompts
+from clora.commands.prompts import triggers, write, write_prompts
 from clora.commands.prompts.wording import templates
 from clora.commands.prompts.writers import Writer
 from clora.config.everyday import everyday_instructions, everyday_topics
@@ -301,7 +301,7 @@ def test_a_family_that_encodes_prompts_with_a_picture_is_given_a_grey_one():
                 raise CloraError("too long")
             return Text(torch.ones(len(prompts), 2, 3))
 
-    assert write._encode(Sees(), ["a", "b"]).embeds.shape == (2, 2, 3)
+    assert triggers.encode_texts(Sees(), ["a", "b"]).embeds.shape == (2, 2, 3)
     assert write._fitting(Sees(), []) == []
     assert write._fitting(Sees(), ["a", "long", "b", "c", "long"]) == ["a", "b", "c"]
 

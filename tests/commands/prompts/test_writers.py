@@ -99,9 +99,9 @@ def test_thinking_is_switched_off_where_the_template_knows_it(template, given):
 def test_a_cut_off_answer_loses_its_last_line(klein, monkeypatch):
     ids = torch.tensor(klein.tokenizer("one line\nanother li")["input_ids"])
     monkeypatch.setattr(writers, "MAX_TOKENS", len(ids))
-    assert writers._decode(klein.tokenizer, None, ids) == "one line"
+    assert writers._decode(klein.tokenizer, ids) == "one line"
     monkeypatch.setattr(writers, "MAX_TOKENS", len(ids) + 1)
-    assert writers._decode(klein.tokenizer, None, ids) == "one line\nanother li"
+    assert writers._decode(klein.tokenizer, ids) == "one line\nanother li"
 
 
 def test_a_tokenizer_slot_may_hold_a_processor(qwen_vl):
