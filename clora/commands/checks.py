@@ -78,7 +78,8 @@ def _check_schedule(config: DistillConfig) -> None:
 
 def _named_problems(tree: Mapping[str, Any]) -> Problems:
     """Checks the pictures and LoRA files that a config's tree names, each folder once."""
-    problems, seen = Problems(), set()
+    problems = Problems()
+    seen = set()
     for setting, path in named_files(tree).items():
         with problems.catch(), about(setting):
             if setting.endswith(".lora"):
@@ -94,7 +95,8 @@ def _named_problems(tree: Mapping[str, Any]) -> Problems:
 
 def find_prompt_problems(config: DistillConfig, adapter: ModelAdapter) -> Problems:
     """Checks the length of all prompts for a model, with or without its weights."""
-    problems, prompts = Problems(), []
+    problems = Problems()
+    prompts = []
     for effect in config.effects:
         prompts += [effect.prompt, *effect.student_prompts]
     with suppress(CloraError):  # of a missing file, which `find_file_problems` reports
@@ -118,7 +120,8 @@ def find_layer_problems(
     Returns:
         The problems, and effect to layer to rank, of each teacher that can be used.
     """
-    problems, ranks = Problems(), {}
+    problems = Problems()
+    ranks = {}
     with problems.catch():
         student_layers(transformer, config.student.targets)
     for i, effect in enumerate(config.effects):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
         sources = targets.target_sources(adapter)
         general_sources, general_text = targets.general_pairs(adapter, len(made.general))
         teacher = adapter.encode_prompts([effect.prompt for effect in config.effects])
-        student = adapter.encode_prompts([prompt for effect in config.effects for prompt in effect.student_prompts])
+        student = adapter.encode_prompts(list(chain.from_iterable(effect.student_prompts for effect in config.effects)))
     # The table of prompts is these four parts, one after the other; each gets its rows of it.
     parts = [teacher, student, general_text, adapter.encode_prompts([""])]
     teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
@@ -169,32 +170,29 @@ def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
         return None
     rows = json.loads(assets.verified(folder, "baselines.json").read_text())
     images = load_file(assets.verified(folder, "baselines.safetensors"))
-    return {
-        method: {
-            "verdicts": {name: [Verdict(**v) for v in row["verdicts"][name]] for name in names},
-            "general": row["general"],
-            "megabytes": row["megabytes"],
-            "precomputed": True,
-            "images": {name: images[f"{method}/{name}"] for name in names},
-        }
-        for method, row in rows.items()
-    }
+    for method, row in rows.items():
+        stored = row["verdicts"]
+        row["verdicts"] = {name: [Verdict(**values) for values in stored[name]] for name in names}
+        row["images"] = {name: images[f"{method}/{name}"] for name in names}
+        row["precomputed"] = True
+    return rows
 
 
 def measured_rows(run: Run, adapter, loras) -> dict[str, dict]:
     """Measures the same rows now."""
     with run.timed("baselines"):
         measured = baselines.measure_baselines(adapter, loras, list(loras))
-    return {
-        method: {
-            "verdicts": m.verdicts,
-            "general": m.general,
-            "megabytes": m.megabytes,
+    rows = {}
+    for method, found in measured.items():
+        images = {name: to_bytes(found.outputs[name][baselines.grid_scene(name)]) for name in loras}
+        rows[method] = {
+            "verdicts": found.verdicts,
+            "general": found.general,
+            "megabytes": found.megabytes,
             "precomputed": False,
-            "images": {e: to_bytes(m.outputs[e][baselines.grid_scene(e)]) for e in loras},
+            "images": images,
         }
-        for method, m in measured.items()
-    }
+    return rows
 
 
 def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Path):
@@ -217,10 +215,10 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
             advance(1)
             return stock_edit(pipe, config, image, prompt, seed)
 
-        outputs = {
-            effect.name: np.stack([edit(s, effect.student_prompts[0], 100 * i + j) for j, s in enumerate(sources)])
-            for i, effect in enumerate(config.effects)
-        }
+        outputs = {}
+        for i, effect in enumerate(config.effects):
+            prompt = effect.student_prompts[0]
+            outputs[effect.name] = np.stack([edit(source, prompt, 100 * i + j) for j, source in enumerate(sources)])
         general = general_accuracy([edit(c.source, c.edit.instruction, 9000 + i) for i, c in enumerate(cases)])
     return outputs, general
 

@@ -120,7 +120,8 @@ class _RealInputs(TorchDispatchMode):
 
 def _text(adapter: ModelAdapter, shape: tuple[int, int]) -> Text:
     """A prompt of this many tokens and channels, laid out as the family reads it."""
-    config, dtype = adapter.pipeline.transformer.config, adapter.pipeline.transformer.dtype
+    config = adapter.pipeline.transformer.config
+    dtype = adapter.pipeline.transformer.dtype
     embeds = torch.ones(1, *shape, dtype=dtype)
     mask = None
     if "context_in_dim" in config:  # Qwen-Image 2.1 finds its images' places by their zeros
@@ -149,7 +150,8 @@ def text_shape(adapter: ModelAdapter) -> tuple[int, int]:
 
 def source_rows(adapter: ModelAdapter) -> int:
     """Counts the rows of a source (`clora.models.conditioning.Conditioning`)."""
-    shapes, config = adapter.source_shapes, adapter.pipeline.transformer.config
+    shapes = adapter.source_shapes
+    config = adapter.pipeline.transformer.config
     if "siglip_feat_dim" not in config:
         return sum(map(prod, shapes))
     # Z-Image: latents, then features, which are wider than latents, so that one takes several rows.

@@ -152,7 +152,8 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     Raises:
         CloraError: ``train.teacher_memory_gb`` holds too few teachers.
     """
-    rank, train = config.student.rank, config.train
+    train = config.train
+    rank = config.student.rank
     values = trained_values(facts, rank)
     slots = slot_bytes(facts, rank) * num_slots(facts, config)
     # A pass without gradient holds the activations of one block at a time.

@@ -175,7 +175,8 @@ def _write(
 
             def fitting(some: list[str], before: str = f"{trigger} ") -> list[str]:
                 # The encoder has to take a description with the trigger before it.
-                return [prompt.removeprefix(before) for prompt in _fitting(adapter, [before + text for text in some])]
+                prompts = [before + text for text in some]
+                return [prompt.removeprefix(before) for prompt in _fitting(adapter, prompts)]
 
             shown = pairs.get(effect.name, ())
             seed = f"{config.seed}/{effect.name}"
