@@ -1,0 +1,38 @@
+"""Two teachers, pictures and a config that distils them."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.pictures import write_images
+
+from clora.lora.families import FLUX2
+from clora.lora.save import save_kohya, save_peft_folder
+from clora.testing import random_lora, tiny_config
+
+EFFECTS = ("blueprint", "snow")
+
+
+@pytest.fixture(scope="module")
+def loras(adapter, tmp_path_factory):
+    """Two teachers in different formats and of different ranks."""
+    folder, transformer = tmp_path_factory.mktemp("loras"), adapter.pipeline.transformer
+    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0, family=FLUX2)
+    save_peft_folder(random_lora(transformer, 2, 2, ["transformer_blocks.0.attn.to_q"]), folder / "snow", alpha=1.0)
+    return {"blueprint": folder / "blueprint.safetensors", "snow": folder / "snow"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 4)
+
+
+@pytest.fixture
+def make_config(tiny_folder, loras, images, tmp_path):
+    def make(first=(), **sections):
+        effects = [{"name": e, "lora": str(loras[e]), "prompt": f"make it {e}"} for e in EFFECTS]
+        effects[0].update(first)
+        data = {"sources": str(images), "sources_per_effect": 2, "held_out": 1, **sections.pop("data", {})}
+        defaults = {"pipeline": str(tiny_folder), "output": str(tmp_path / "out"), "data": data}
+        return tiny_config(effects, **{**defaults, **sections})
+
+    return make

@@ -1,0 +1,133 @@
+"""Input that cannot be used is refused before anything is rendered, and leaves no collection."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2
+from helpers.pictures import write_images
+from safetensors.torch import load_file, save_file
+
+from clora.commands.distill import distill
+from clora.data import rendering as targets_module
+from clora.errors import CloraError
+from clora.testing import random_lora, tiny_pipeline
+
+
+def wrong_architecture(tmp_path):
+    other = dataclasses.replace(random_lora(tiny_pipeline().transformer, 2, 0))
+    modules = {f"other_blocks.{i}.proj": m for i, m in enumerate(other.modules.values())}
+    from clora.lora.save import save_diffusers_lora
+
+    path = tmp_path / "other.safetensors"
+    save_diffusers_lora(dataclasses.replace(other, modules=modules), path)
+    return {"first": {"lora": str(path)}}
+
+
+def distilled_klein(tmp_path):
+    tiny_pipeline(is_distilled=True).save_pretrained(tmp_path / "klein")
+    return {"pipeline": str(tmp_path / "klein")}
+
+
+def not_a_pipeline(tmp_path):
+    tiny_pipeline().vae.save_pretrained(tmp_path / "vae")
+    assert AutoencoderKLFlux2.load_config(tmp_path / "vae")
+    return {"pipeline": str(tmp_path / "vae")}
+
+
+def empty_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return {"data": {"sources": str(tmp_path / "empty")}}
+
+
+def unequal_names(tmp_path):
+    before, after = write_images(tmp_path / "before", 3), write_images(tmp_path / "after", 3)
+    (after / "2.png").rename(after / "two.png")
+    return {"first": {"sources": str(before), "targets": str(after)}}
+
+
+def unknown_class(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "newer")
+    index = tmp_path / "newer" / "model_index.json"
+    index.write_text(index.read_text().replace("Flux2KleinPipeline", "Flux9Pipeline"))
+    return {"pipeline": str(tmp_path / "newer")}
+
+
+def damaged_tokenizer(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer" / "tokenizer.json").write_text("{}")
+    return {"pipeline": str(tmp_path / "damaged")}
+
+
+def pickled_vae(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pickled")
+    folder = tmp_path / "pickled" / "vae"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    return {"pipeline": str(tmp_path / "pickled")}
+
+
+def vae_without_some_weights(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "lacking")
+    weights = tmp_path / "lacking" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: tensors[k] for k in sorted(tensors)[:-3]}, weights, {"format": "pt"})
+    return {"pipeline": str(tmp_path / "lacking")}
+
+
+def output_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    return {"output": str(tmp_path / "file")}
+
+
+def cache_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    return {"data": {"cache": str(tmp_path / "file")}}
+
+
+BAD = {
+    "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
+    "wrong_architecture": (wrong_architecture, "other.safetensors"),
+    "distilled_klein": (distilled_klein, "is_distilled"),
+    "no_pipeline_there": (
+        lambda tmp: {"pipeline": str(tmp / "nothing")},
+        "no such folder; expected a pipeline.s folder",
+    ),
+    "unknown_pipeline_class": (unknown_class, "newer diffusers"),
+    "not_a_pipeline": (not_a_pipeline, "expected a folder as save_pretrained writes it"),
+    "damaged_tokenizer": (damaged_tokenizer, "cannot be loaded"),
+    "vae_without_some_weights": (vae_without_some_weights, "cannot be loaded"),
+    "pickled_vae": (pickled_vae, r"diffusion_pytorch_model\.bin is a pickle.*save_pretrained"),
+    "size": (lambda tmp: {"data": {"size": (18, 16)}}, "multiples of 4"),
+    "overlong_prompt": (lambda tmp: {"first": {"prompt": "snow " * 60}}, "at most 40 tokens"),
+    "overlong_student_prompt": (lambda tmp: {"first": {"student_prompts": ("snow " * 60,)}}, "at most 40 tokens"),
+    "empty_images": (empty_images, "holds no images"),
+    "all_held_out": (lambda tmp: {"data": {"held_out": 6}}, "held_out = 6 leaves none of the 4"),
+    "unequal_names": (unequal_names, "one image of each name.*'2', 'two'"),
+    "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "step below tau_max"),
+    "no_such_device": (lambda tmp: {"device": "cuda:77"}, "CUDA devices"),
+    "output_is_a_file": (output_is_a_file, "is a file"),
+    "cache_is_a_file": (cache_is_a_file, "file is a file"),
+    "unknown_target": (lambda tmp: {"student": {"targets": ("to_qq",)}}, "to_qq"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
+    make_bad, message = BAD[case]
+    monkeypatch.setattr(targets_module, "render_targets", None)  # that takes hours: mistakes are told before
+    with pytest.raises(CloraError, match=message):
+        distill(make_config(**make_bad(tmp_path)))
+    out = tmp_path / "out"
+    assert not out.exists(), "not even an empty folder"
+
+
+def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my project")
+    with pytest.raises(CloraError, match=r"another README\.md"):
+        distill(make_config())
+    assert (tmp_path / "out" / "README.md").read_text() == "my project"

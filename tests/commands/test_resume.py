@@ -1,0 +1,182 @@
+"""Runs that were stopped, are finished already, or have changed."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from helpers.pictures import write_images
+
+from clora.collection.write import LORA_FILE
+from clora.commands import distill as engine
+from clora.commands.distill import distill
+from clora.data import rendering as targets_module
+from clora.errors import CloraError
+from clora.hashing import digest
+from clora.models.fingerprint import component_fingerprints
+from clora.testing import tiny_pipeline
+from clora.training.checkpoint import FREE_TO_CHANGE, check_resumable, save_state
+from clora.training.trainer import DistillTrainer
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, monkeypatch, capsys):
+    config, stop_after = make_config(train={"updates": 3, "checkpoint_every": 2}), 1
+    iterate = DistillTrainer._iterate
+
+    def stopping(trainer, progress):
+        if trainer.update == stop_after:
+            raise KeyboardInterrupt
+        return iterate(trainer, progress)
+
+    monkeypatch.setattr(DistillTrainer, "_iterate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    assert "of the training nothing is kept before the first checkpoint" in capsys.readouterr().err
+    stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    assert "the same command goes on from update 2" in capsys.readouterr().err
+    stop_after = None
+    distill(config)
+    assert "going on from update 2 of" in capsys.readouterr().err
+    distill(config.model_copy(update={"seed": 1}))
+    assert "finished collection of other settings or inputs, which this run replaces" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(make_config, monkeypatch):
+    """A config whose collection is finished, and the list of the configs that are trained from then on."""
+    config, trained, train = make_config(), [], engine.train_student
+    distill(config)
+    monkeypatch.setattr(engine, "train_student", lambda config, *rest: trained.append(config) or train(config, *rest))
+    return config, trained
+
+
+def files_of(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_finished_collection_is_not_trained_again(finished, tmp_path, capsys):
+    config, trained = finished
+    before = files_of(tmp_path / "out")
+    elsewhere = {"device": "auto", "data": config.data.model_copy(update={"cache": str(tmp_path / "kept")})}
+    for again in (config, config.model_copy(update=elsewhere)):
+        assert distill(again) == tmp_path / "out"
+        assert "nothing is trained. To train it again, remove that folder" in capsys.readouterr().err
+    assert not trained
+    assert files_of(tmp_path / "out") == before
+
+
+def test_what_earlier_versions_wrote_counts_as_the_same_run(make_config, adapter, monkeypatch, tmp_path):
+    """They compared and hashed ``~`` as it was written, and a setting that was removed since, switched off."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = sorted(write_images(tmp_path / "own", 2).iterdir())
+    config = make_config(data={"sources": "~/own"}, output="~/out")
+    left_out = {"pipeline": True, "output": True, "device": True, "data": {"cache"}}
+    settings = config.model_dump(mode="json", exclude=left_out)
+    settings["sampler"]["integer_timesteps"] = False
+    assert settings["data"]["sources"] == "~/own"
+    inputs = {
+        "settings": settings,
+        "instructions": config.data.general_instructions,
+        "pictures": {"~/own": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}},
+        "pipeline": component_fingerprints(adapter.pipeline),
+    }
+    assert engine.inputs_digest(config, adapter.pipeline) == digest(inputs)
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_a_checkpoint_of_an_earlier_version_goes_on(make_config, tmp_path, was_on):
+    config, file = make_config(), tmp_path / "c.safetensors"
+    written = config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE})
+    written["sampler"]["integer_timesteps"] = was_on
+    save_state(file, {}, {}, {}, {"config": written, "update": 7})
+    if was_on:
+        with pytest.raises(CloraError, match="sampler differ"):
+            check_resumable(file, config)
+    else:
+        assert check_resumable(file, config) == 7
+
+
+def changed_setting(config, images, out):
+    return config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
+
+
+def changed_teacher_prompt(config, images, out):
+    effects = (config.effects[0].model_copy(update={"prompt": "make it a drawing"}), *config.effects[1:])
+    return config.model_copy(update={"effects": effects})
+
+
+def changed_picture(config, images, out):
+    (images / "0.png").write_bytes((images / "1.png").read_bytes())
+    return config
+
+
+def damaged_weights(config, images, out):
+    (out / LORA_FILE).write_bytes((out / LORA_FILE).read_bytes()[:-8])
+    return config
+
+
+def lost_scheduler(config, images, out):
+    (out / "scheduler" / "scheduler_config.json").unlink()
+    return config
+
+
+def another_base(config, images, out):
+    pipeline = tiny_pipeline(seed=1)
+    pipeline.save_pretrained(out.parent / "pipeline")
+    return config.model_copy(update={"pipeline": str(out.parent / "pipeline")})
+
+
+CHANGES = (changed_setting, changed_teacher_prompt, changed_picture, damaged_weights, lost_scheduler, another_base)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_trained_again(make_config, monkeypatch, tmp_path, change):
+    images = write_images(tmp_path / "own", 4)
+    config = make_config(data={"sources": str(images)})
+    distill(config)
+    monkeypatch.setattr(engine, "train_student", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill(change(config, images, tmp_path / "out"))
+
+
+def test_what_was_encoded_and_rendered_is_kept_until_the_collection_is_written(
+    make_config, monkeypatch, tmp_path, capsys
+):
+    config, output = make_config(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_student", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    assert "what was encoded and rendered is kept for the same command" in capsys.readouterr().err
+    assert {file.name for file in (output / engine.CACHE).iterdir()} == {"prompts", "sources", "targets"}
+    monkeypatch.setattr(targets_module, "render_targets", None)
+    distill(config)
+    assert not (output / engine.CACHE).exists(), "the folder is made to be shared"
+
+
+def test_runs_share_a_folder_of_their_own(make_config, monkeypatch, tmp_path):
+    shared = {"cache": str(tmp_path / "kept")}
+    distill(make_config(data=shared))
+    assert not (tmp_path / "out" / engine.CACHE).exists()
+    monkeypatch.setattr(targets_module, "render_targets", None)
+    distill(make_config(data=shared, output=str(tmp_path / "other"), train={"learning_rate": 1e-3}))
+    assert (tmp_path / "kept" / "targets").is_dir()
+
+
+def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make_config, monkeypatch):
+    def no_disk(*arguments):
+        raise CloraError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clora.commands.distill.write_collection", no_disk)
+        with pytest.raises(CloraError, match="disk is full"):
+            distill(make_config())  # trained whole: the checkpoint stays
+    monkeypatch.setattr(targets_module, "render_targets", None)
+    with pytest.raises(CloraError, match=r"written by another run \(seed differ"):
+        distill(make_config(seed=99))

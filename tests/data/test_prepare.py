@@ -1,0 +1,99 @@
+"""Data from a config: targets, and the table of prompts."""
+
+from __future__ import annotations
+
+import torch
+from helpers.pictures import write_images
+
+from clora.commands.plan.needs import rendering_rows
+from clora.data.encoders import Pictures, PromptTable
+from clora.data.prepare import encode_data
+from clora.data.rendering import Samples, render_targets
+from clora.testing import merge_lora, random_data, random_teachers, tiny_config
+
+
+def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
+    """Guided Euler by hand, on a plain transformer with the teacher merged in."""
+    base = adapter.pipeline.transformer
+    teachers = random_teachers(base, 2)
+    data = random_data(adapter, list(teachers), sources=2)
+    config = tiny_config(
+        list(teachers),
+        sampler={"teacher_steps": 3, "guidance": 2.0},
+        train={"forward_rows": 6},
+        data={"general_targets": 0},
+    )
+    passes = []
+    samples = Samples.of_teachers(data.sources, data.teacher_text, data.empty_text, config.seed)
+    out = torch.stack(list(render_targets(adapter, teachers, samples, data.text, config, passes.append)))
+    out = out.unflatten(0, (2, 2))
+    assert out.shape == data.sources.shape
+    assert passes == [6] * 3 + [2] * 3
+    assert rendering_rows(config) == 6
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 0.0}, train={"forward_rows": 1})) == 1
+    assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 1.0})) == 2 * 16
+    merged = merge_lora(base, list(teachers.values())[1])
+    u = torch.tensor([1, 2 / 3, 1 / 3])
+    sigmas = [*(3 * u / (1 + 2 * u)).tolist(), 0.0]
+    x = torch.randn(adapter.latent_shape, generator=torch.Generator().manual_seed(1000 * (config.seed + 3)))[None]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        cond, uncond = (
+            merged(
+                hidden_states=torch.cat([x, data.sources[1, 1:]], 1),
+                encoder_hidden_states=data.text.embeds[row],
+                timestep=torch.tensor([sigma]),
+                img_ids=adapter._own_image_ids,
+                txt_ids=adapter._text_ids,
+                return_dict=False,
+            )[0][:, : x.shape[1]]
+            for row in (data.teacher_text[1, 1:2], data.empty_text[1, 1:2])
+        )
+        x = x + (following - sigma) * (cond + 2 * (cond - uncond))
+    torch.testing.assert_close(out[1, 1], x[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_rows_of_one_table(adapter, tmp_path):
+    """Student prompts are repeated in turn up to the longest list; a prompt has one row, whatever it is about."""
+    before, after = write_images(tmp_path / "before", 2, 1), write_images(tmp_path / "after", 2, 2)
+    pairs = {"prompt": "make it", "sources": str(before), "targets": str(after)}
+    config = tiny_config(
+        [
+            {"name": "a", "lora": "a", "student_prompts": ("make it a", "turn it", "add"), **pairs},
+            {"name": "b", "lora": "b", "student_prompts": ("brighten", "keep"), **pairs},
+        ],
+        data={"sources": str(before), "general_instructions": ("turn it", "a picture")},
+    )
+    data = encode_data(config, adapter, {"a": None, "b": None})
+
+    def embedded(*prompts):
+        return torch.cat([adapter.encode_prompts([prompt]).embeds for prompt in prompts])
+
+    students = embedded("make it a", "turn it", "add", "brighten", "keep", "brighten")
+    for m in range(2):
+        torch.testing.assert_close(data.text.embeds[data.student_text[..., m].flatten()], students)
+        torch.testing.assert_close(data.text.embeds[data.teacher_text[:, m]], embedded("make it", "make it"))
+        torch.testing.assert_close(data.text.embeds[data.empty_text[:, m]], embedded("", ""))
+    source, instruction, empty = data.general_pairs.unbind(1)
+    assert sorted(zip(source.tolist(), instruction.tolist(), strict=True)) == sorted(
+        (s, row) for s in range(2) for row in set(instruction.tolist())
+    )
+    assert len(data.text) == len({"make it", "make it a", "turn it", "add", "brighten", "keep", "a picture", ""})
+    torch.testing.assert_close(data.text.embeds[instruction[:1]], embedded("turn it"))
+    assert (empty == data.empty_text[0, 0]).all()
+
+
+def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
+    class Encoding:
+        def prompts(self, prompts, pixels):
+            self.asked = (prompts, pixels)
+
+    encoders, pixels = Encoding(), torch.randn(3, 3, 4, 4)
+    table, pictures = PromptTable(text_sees_image=True), Pictures("some", pixels)
+    first = table.rows("p", pictures, torch.tensor([2, 0, 2]))
+    assert first.tolist() == [0, 1, 0]
+    assert table.rows("q", pictures, torch.tensor([0])).tolist() == [2]
+    assert table.rows("p", pictures._replace(name="others"), torch.tensor([2])).tolist() == [3]
+    table.encode(encoders)
+    assert encoders.asked[0] == ["p", "p", "q", "p"]
+    assert torch.equal(encoders.asked[1], pixels[[2, 0, 0, 2]])
+    assert table.prompts[1:3] == ["p", "q"]
