@@ -40,7 +40,7 @@ def test_klein_reads_text(klein, short_answers):
 
 
 def test_an_answer_depends_on_the_seed_alone(qwen_vl, pair, monkeypatch):
-    monkeypatch.setattr(writers, "_decode", lambda processor, model, ids: ids.tolist())
+    monkeypatch.setattr(writers, "_decode", lambda processor, ids: ids.tolist())
     monkeypatch.setattr(writers, "MAX_TOKENS", 12)
     writer = language_model_writer("a", *qwen_vl)
     request = effect_request("make it snow", [pair], 2)
