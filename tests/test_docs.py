@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-ALONE = [  # blocks that start with their imports stand by themselves
-    block
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.M | re.S)
-    if block.startswith(("import ", "from "))
-]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.M | re.S)
+ALONE = [block for block in BLOCKS if block.startswith(("import ", "from "))]
+FILES = {block.split("\n")[0].removeprefix("# "): block for block in BLOCKS if block.startswith("# ")}
 
 
 def page_id(page):
@@ -26,6 +25,30 @@ def test_examples_of_extensions_run(block, monkeypatch):
 
     monkeypatch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
     exec(compile(block, "docs/extending.md", "exec"), {"__name__": "example"})
+
+
+def test_the_example_of_an_op_equals_its_reference(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    import csrc_triton
+    from clora import ops
+    from csrc_triton.registration import INTERPRETED
+
+    monkeypatch.setattr(csrc_triton, "__path__", [*csrc_triton.__path__, str(tmp_path)])
+    (tmp_path / "scale_rows").mkdir()
+    (tmp_path / "scale_rows" / "__init__.py").touch()
+    for name, block in FILES.items():
+        if name != "clora/ops.py":
+            (tmp_path / "scale_rows" / Path(name).name).write_text(block, "utf-8")
+    namespace = dict(vars(ops))
+    exec(compile(FILES["clora/ops.py"], "docs/extending.md", "exec", dont_inherit=True), namespace)
+    device = "cpu" if INTERPRETED else "cuda"
+    x = torch.randn(3, 1025, device=device, requires_grad=True)
+    scale = torch.randn(3, device=device, requires_grad=True)
+    results = []
+    for backend in ("triton", "eager"):
+        y = namespace["scale_rows"](x, scale, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, scale))])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -51,6 +74,14 @@ def test_files_that_pages_name_exist(page):
     """Paths in backticks such as `clora/lora/keys.py`; those with a placeholder are not of this kind."""
     for name in re.findall(r"`((?:clora|csrc_triton|tests|bench|docs)/[\w./]+\.\w+)`", page.read_text("utf-8")):
         assert (ROOT / name).exists(), name
+
+
+def test_names_in_the_walks_exist():
+    """Names in backticks such as `UNDERSCORED` occur in the sources; code blocks have names of their own."""
+    page = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "extending.md").read_text("utf-8"), flags=re.M | re.S)
+    files = [file for folder in ("clora", "csrc_triton", "tests") for file in (ROOT / folder).rglob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join(file.read_text("utf-8") for file in files if file != Path(__file__))))
+    assert set(re.findall(r"`(\w+)(?:\(\.\.\.\))?`", page)) <= words
 
 
 def test_the_index_lists_every_page():
