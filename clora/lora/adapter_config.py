@@ -106,6 +106,7 @@ def find_config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) ->
     Raises:
         CloraError: as `AdapterConfig.parse`, or the config cannot be read.
     """
+    # A folder may hold another adapter's config, so only what is PEFT's by its name or keys is read with it.
     beside = file.with_name(PEFT_CONFIG)
     is_peft = file.name == PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in keys)
     if is_peft and beside.is_file():

@@ -151,6 +151,8 @@ def decompose_weight(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     Returns:
         ``[out, in]`` fp64, to be added to ``base``.
     """
+    # W' = m * (W + delta) / |W + delta|, the length taken over each row (or column). The clamp is for rows of
+    # zeros, which have no direction.
     merged = base.double() + delta.double()
     is_column = magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.shape[1] == base.shape[1]
     length = torch.linalg.vector_norm(merged, dim=0 if is_column else 1, keepdim=True)
@@ -191,11 +193,13 @@ def find_strength(adapter: Adapter) -> Strength:
     if stated_rank not in (None, rank):
         message = f"{source.file}: {adapter.stem} has rank {rank} but its config states {stated_rank}"
         raise CloraError(f"{message}, so its strength is not known; export it again")
+    # An alpha beside the tensors is nearer to them than one in a config, and both are nearer than the convention.
     if "alpha" in adapter.parts and adapter.rank is not None:
         alpha = source.read({"alpha": adapter.parts["alpha"]})["alpha"].item()
         return Strength(alpha, "tensor", source.config.scale(alpha, adapter.rank))
     if stated_alpha is not None and rank is not None:
         return Strength(stated_alpha, "config", source.config.scale(stated_alpha, rank))
+    # diffusers' and ComfyUI's files mean alpha = rank where none is stated; PEFT's default alpha is 8 at any rank.
     if adapter.stem.startswith("base_model.model."):
         raise CloraError(
             f"{source.file}: PEFT keeps alpha in an adapter_config.json beside the weights, none is stated there, so "
@@ -211,6 +215,7 @@ def _matrices(source: LoRASource, stem: str, parts: Mapping[str, str]) -> tuple[
     found = sorted({_KINDS[part.partition("_")[0]] for part in parts if part not in ("alpha", "magnitude")})
     if len(found) > 1:
         raise CloraError(f"{source.file}: {stem} is {' and '.join(found)} at once ({', '.join(parts.values())})")
+    # alpha or a magnitude without matrices is reported as an incomplete LoRA.
     kind = found[0] if found else "LoRA"
     matrices: list[tuple[str, ...]] = []
     if kind == "LoRA":

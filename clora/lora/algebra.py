@@ -49,6 +49,7 @@ def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ER
     lost = values.double().square().flip(0).cumsum(0).flip(0)
     total = delta.double().square().sum()
     errors = ((missed + torch.cat([lost[1:], lost.new_zeros(1)])[:max_rank]) / total).sqrt().nan_to_num(0.0)
+    # errors[r - 1] is that of rank r, and they fall, so the ranks that miss the limit come first.
     rank = min(int((errors > max_error).sum()) + 1, len(errors))
     root = values[:rank].sqrt()
     return LoRAModule(root[:, None] * right[:, :rank].T, left[:, :rank] * root), errors[rank - 1].item()
@@ -91,6 +92,7 @@ def module_svd(lora_A: Tensor, lora_B: Tensor) -> ModuleSVD:
     """
     basis_B, factor_B = torch.linalg.qr(lora_B.double())
     basis_A, factor_A = torch.linalg.qr(lora_A.double().T)
+    # The bases are orthonormal, so the singular values of the small core are those of the product.
     left, values, right = torch.linalg.svd(factor_B @ factor_A.T, full_matrices=False)
     return ModuleSVD(basis_B, left, values, right, basis_A)
 
@@ -123,6 +125,7 @@ def reduce_to_energy(state: LoRAState, energy: float, uniform: bool) -> LoRAStat
         raise CloraError(f"expected a share of energy above 0 and at most 1, found {energy:g}")
     ranks = {}
     for name, module in state.modules.items():
+        # The ranks that keep too little come first; a module of zeros needs one rank.
         kept = _kept_energy(module)
         ranks[name] = int((kept < energy * kept[-1]).sum()) + 1
     return _reduced(state, dict.fromkeys(ranks, max(ranks.values(), default=1)) if uniform else ranks)
@@ -159,6 +162,7 @@ def balanced(module: LoRAModule) -> LoRAModule:
     """
     size_A = module.lora_A.abs().amax(dim=1)  # [rank]
     size_B = module.lora_B.abs().amax(dim=0)  # [rank]
+    # B 2^-e times 2^e A is the same product to the bit; the exponent is half of the ratio of sizes.
     exponent = ((size_B / size_A).log2() / 2).round()
     factor = torch.where((size_A > 0) & (size_B > 0), exponent, 0.0).exp2()
     return LoRAModule(module.lora_A * factor[:, None], module.lora_B / factor)
@@ -244,6 +248,7 @@ def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | N
     """
     modules = {}
     for name, parts in _by_module(states, rank, weights).items():
+        # Stacked factors multiply to the sum of all products: [sum of ranks, in] and [out, sum of ranks].
         lora_A = torch.cat([part.lora_A for part, _ in parts])
         lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1)
         modules[name] = module_svd(lora_A, lora_B).truncated(rank)
@@ -275,6 +280,7 @@ def _peft_merge(
     from peft import LoraConfig, get_peft_model
 
     tree = nn.ModuleDict({"layer": nn.Linear(shape[1], shape[0], bias=False)})
+    # alpha = rank: PEFT then scales by 1, and each update is merged as it is.
     configs = [LoraConfig(r=part.rank, lora_alpha=part.rank, target_modules=["layer"]) for part, _ in parts]
     names = [f"teacher_{index}" for index in range(len(parts))]
     model = get_peft_model(tree, configs[0], adapter_name=names[0])

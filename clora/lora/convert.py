@@ -102,6 +102,7 @@ def convert_lora(
         smaller = reduce_to_rank(state, rank)
     elif energy is not None:
         smaller = reduce_to_energy(state, energy, uniform=format == "diffusers")
+    # The update stays the same; only its factors are rescaled to what fp8 can hold.
     if dtype == "fp8":
         smaller = LoRAState({name: balanced(module) for name, module in smaller.modules.items()}, state.metadata)
     _write(smaller, output, format, DTYPES[dtype], shapes)
@@ -114,6 +115,7 @@ def convert_lora(
                 "rank_before": before.rank,
                 "rank": after.rank,
                 "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
+                # Of the update that a reader of the new file gets, against the one that was read.
                 "error": relative_error(before, stored_as(after, DTYPES[dtype])),
                 "load_error": state.errors.get(name, 0.0),
             }

@@ -239,6 +239,7 @@ def families_with(names: Iterable[str]) -> list[Family]:
     found = []
     for family in FAMILIES:
         known = sorted(family.diffusers_names() | set(family.originals))
+        # Underscores for dots cannot be undone, so each name is matched in all its spellings.
         # As escaped, "blocks.N.x" is "blocks\.N\.x"; it becomes "blocks[._]\d+[._]x".
         pattern = re.compile(
             "|".join(re.escape(name).replace(r"\.", "[._]").replace("]N[", r"]\d+[") for name in known)
@@ -285,18 +286,21 @@ def routes(shapes: LayerShapes) -> dict[str, tuple[Route, ...]]:
     if family is not None:
         for module in shapes:
             part = original_part(module, family)
+            # A fused name has no meaning for a model that lacks some of its parts.
             if all(other in shapes for other in part.modules):
                 stops = accumulate(shapes[other][0] for other in part.modules)
                 table[part.name] = tuple(
                     Route(other, stop - shapes[other][0], stop, part.swap_halves)
                     for other, stop in zip(part.modules, stops, strict=True)
                 )
-    # The transformer's own names win over an original name that happens to be spelled alike.
+    # The transformer's own names win over an original name that happens to be spelled alike, and dotted names win over
+    # underscored ones.
     table |= {module: (Route(module, 0, out),) for module, (out, _) in shapes.items()}
     return {name.replace(".", "_"): route for name, route in table.items()} | table
 
 
 def _general(module: str) -> tuple[str, str]:
     """Returns a module's name with N for its block, and the block's number, empty outside the blocks."""
+    # In every family, a number as the second of three or more parts is that of a block.
     match = re.match(r"(\w+\.)(\d+)(\..+)", module)
     return (module, "") if match is None else (f"{match[1]}N{match[3]}", match[2])

@@ -34,6 +34,8 @@ PREFIXES = {
 UNDERSCORED = frozenset({"kohya", "lycoris", "onetrainer"})
 """The formats whose module names have underscores for dots, so that only the model shows which modules they are."""
 
+# The group that matches names the part; diffusers' and PEFT's names and kohya's are two spellings of lora_A and lora_B.
+# ``itself`` holds the parts whose spelling is their name. ".default" is PEFT's name for an adapter without another.
 _KEY = re.compile(
     r"(?P<module>.+)\."
     r"(?:(?P<lora_A>(?:lora_A(?:\.default)?|lora_down|lora\.down)\.weight)"
@@ -83,6 +85,7 @@ def sort_keys(keys: Iterable[str]) -> FileKeys:
     unknown: list[str] = []
     unsupported: dict[str, tuple[str, ...]] = {}
     twice: list[tuple[str, str]] = []
+    # Sorted, so that the same file gives the same order of modules, whoever wrote it.
     for key in sorted(keys):
         reason = next((reason for reason, pattern in _UNSUPPORTED.items() if pattern.fullmatch(key)), None)
         if reason is not None:
@@ -94,6 +97,7 @@ def sort_keys(keys: Iterable[str]) -> FileKeys:
                 twice.append((first, key))
         else:
             unknown.append(key)
+    # Only keys of modules show the format: foreign keys have prefixes of their own.
     formats = {split_prefix(stem)[0] for stem in modules}
     name = formats.pop() if len(formats) == 1 else "mixed"
     return FileKeys(name, modules, tuple(unknown), unsupported, tuple(twice))

@@ -69,6 +69,7 @@ def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = getattr(importlib.import_module("diffusers"), config["_class_name"])
+        # Without memory for the weights: a transformer of 20 billion parameters has its shapes at once.
         with torch.device("meta"):
             return linear_shapes(kind.from_config(config))
     except Exception as error:  # a class made from a damaged config raises whatever it meets

@@ -147,6 +147,7 @@ def updates(
     tensors = adapter.read()
     delta = change(adapter, tensors, find_strength(adapter).scale, max_rank)
     if adapter.is_dora:
+        # The lengths of rows and columns depend on the whole weight, so DoRA is applied before a fused module is cut.
         dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta
         delta = decompose_weight(_stacked_base(adapter, places, base_weights), dense, tensors["magnitude"])
     # The rows of a change in factors are those of lora_B.
@@ -161,7 +162,7 @@ def updates(
         else:
             # A fused module of rank 3r is usually block-diagonal: two thirds of the ranks do nothing for this part.
             used = (block != 0).any(dim=0)
-            used[0] |= not used.any()
+            used[0] |= not used.any()  # a part of zeros keeps one rank
             found[route.module] = (LoRAModule(delta.lora_A[used], block[:, used]), 0.0)
     return found
 
@@ -244,6 +245,7 @@ def _stacked_base(adapter: Adapter, places: Sequence[Route], base_weights: Mappi
             raise CloraError(f"{reason}, but those of {route.module} are not there; expected the whole base")
         weight = base_weights[route.module].detach()
         shape = (route.stop - route.start, adapter.shape[1])
+        # Packed 4-bit weights have another shape, 8-bit codes another type, and a model that is not loaded is on meta.
         if weight.shape != shape or weight.is_meta or not weight.is_floating_point():
             found = f"those of {route.module} are {list(weight.shape)} {weight.dtype} on {weight.device}"
             raise CloraError(f"{reason}, but {found}; load a base that is not quantised")

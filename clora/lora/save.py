@@ -172,11 +172,12 @@ def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapp
     # safetensors refuses tensors that share memory, as the parts of a fused module do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | dict(metadata or {})
+    # safetensors 0.8 makes files that only their owner can read, so an ordinary new file lends its permissions.
     file.touch()
     mode = file.stat().st_mode
     try:
         save_file(tensors, file, metadata)
-        file.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
+        file.chmod(mode)
         with safe_open(file, framework="pt") as opened:
             if opened.metadata() != metadata or set(opened.keys()) != set(tensors):
                 raise OSError("the header read back differs from what was written")
@@ -221,6 +222,7 @@ def _block(name: str, part: Part, state: LoRAState, shapes: LayerShapes | None) 
     if name in state.modules:
         module = state.modules[name]
         return LoRAModule(module.lora_A, reordered(module.lora_B, part.swap_halves))
+    # With the lora_A of a part that is there, three parts of which one is missing still share one lora_A.
     present = next(state.modules[other] for other in part.modules if other in state.modules)
     if shapes is None and any(other.endswith(_WIDE_PART) for other in part.modules):
         raise CloraError(
@@ -242,5 +244,6 @@ def _fused(blocks: Sequence[LoRAModule]) -> LoRAModule:
         return LoRAModule(first.lora_A, torch.cat([block.lora_B for block in blocks]))
     rank = max(block.rank for block in blocks)
     blocks = [block.padded(rank) for block in blocks]
+    # Part i must see only its own lora_A: [parts * rank, in] and [sum of rows, parts * rank], zero off the diagonal.
     lora_A = torch.cat([block.lora_A for block in blocks])
     return LoRAModule(lora_A, torch.block_diag(*(block.lora_B for block in blocks)))

@@ -75,6 +75,7 @@ def open_lora(path: str | Path) -> LoRASource:
     dtypes = {}
     try:
         with safe_open(file, framework="pt") as opened:
+            # Slices read only the header: a LoRA of many GB costs nothing here.
             for key in opened.keys():  # noqa: SIM118  (not a dict)
                 header = opened.get_slice(key)
                 shapes[key] = tuple(header.get_shape())
@@ -128,6 +129,7 @@ def content_hash(path: str | Path) -> str:
 
 
 def _find_in_folder(folder: Path) -> Path:
+    # A folder may hold other safetensors beside its LoRA, so the usual names decide first.
     for name in _USUAL_NAMES:
         if (folder / name).is_file():
             return folder / name
