@@ -30,20 +30,20 @@ def transformer():
 
 
 @pytest.fixture(scope="session")
-def targets(transformer):
+def shapes(transformer):
     """Module path to (out, in) of the tiny transformer."""
     return linear_shapes(transformer)
 
 
 @pytest.fixture(scope="session")
-def random_state(targets):
+def random_state(shapes):
     """Returns make(seed, ranks, modules): a LoRA whose ranks cycle over its modules."""
 
     def make(seed=0, ranks=(4,), modules=None):
         generator = torch.Generator().manual_seed(seed)
         made = {}
-        for index, name in enumerate(targets if modules is None else modules):
-            (out, inner), rank = targets[name], ranks[index % len(ranks)]
+        for index, name in enumerate(shapes if modules is None else modules):
+            (out, inner), rank = shapes[name], ranks[index % len(ranks)]
             lora_A = torch.randn(rank, inner, generator=generator) * 0.3
             made[name] = LoRAModule(lora_A, torch.randn(out, rank, generator=generator) * 0.3)
         return LoRAState(made)

@@ -220,7 +220,9 @@ def test_names_that_two_families_share_need_the_model(models, tmp_path, folder):
             random_lora(models[family], 3, 0, ATTENTION), tmp_path / "in.safetensors", metadata=metadata
         )
         convert_lora(*arguments)
-        assert f"diffusion_model.{name}.lora_B.weight" in load_file(tmp_path / "out.safetensors"), "a collection knows"
+        assert f"diffusion_model.{name}.lora_B.weight" in load_file(tmp_path / "out.safetensors"), (
+            "a collection names its pipeline"
+        )
 
 
 @pytest.mark.parametrize(

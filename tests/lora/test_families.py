@@ -1,4 +1,4 @@
-"""Original names: what a file says of the original checkpoint, diffusers' own checkpoint converters say of the model."""
+"""Original names: a file means the same as diffusers' own converters of the original checkpoint."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_original_names(tmp_path, family, prefix, underscores, names):
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
         deltas[name] = product(lora_A, lora_B, alpha / rank)
     expected = converted(family, deltas)
-    targets = {name: tuple(delta.shape) for name, delta in expected.items()}
-    assert_changes(read_lora(write(tmp_path / "a.safetensors", tensors), targets), expected)
+    shapes = {name: tuple(delta.shape) for name, delta in expected.items()}
+    assert_changes(read_lora(write(tmp_path / "a.safetensors", tensors), shapes), expected)
 
 
 @pytest.mark.parametrize("family", ORIGINALS)

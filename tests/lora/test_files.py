@@ -1,4 +1,4 @@
-"""Savers round-trip, diffusers and PEFT agree with us, and bad input is told plainly."""
+"""Savers round-trip, diffusers and PEFT agree with clora, and bad input is refused with a reason."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def with_shared_qkv(state):
     return LoRAState(modules)
 
 
-def test_diffusers_export(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
+def test_diffusers_export(tmp_path, shapes, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = random_state(ranks=(2, 4)), tmp_path / "out" / "pytorch_lora_weights.safetensors"
     save_diffusers_lora(state.padded(6), path, metadata={"clora": json.dumps({"effects": ["snow"]})})
     with safe_open(path, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "clora": '{"effects": ["snow"]}'}
         assert all(opened.get_slice(key).get_shape()[0] == 6 for key in opened.keys() if "lora_A" in key)  # noqa: SIM118
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert_same_deltas(read_lora(path.parent, targets), state, atol=1e-6)
+    assert_same_deltas(read_lora(path.parent, shapes), state, atol=1e-6)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(diffusers_output(path.parent), applied_output(state), rtol=1e-5, atol=1e-5)
 
@@ -81,53 +81,53 @@ def test_load_lora_refuses_a_transformer_that_carries_loras(tmp_path, transforme
 
 
 @pytest.mark.parametrize("alpha", [None, 8.0], ids=["alpha_is_rank", "alpha_8"])
-def test_peft_folder(tmp_path, targets, transformer, run, random_state, applied_output, assert_same_deltas, alpha):
+def test_peft_folder(tmp_path, shapes, transformer, run, random_state, applied_output, assert_same_deltas, alpha):
     state = random_state(ranks=(2, 4))
     save_peft_folder(state, tmp_path / "peft", alpha=alpha)
     assert sorted(file.name for file in (tmp_path / "peft").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    assert_same_deltas(read_lora(tmp_path / "peft", targets), state)
+    assert_same_deltas(read_lora(tmp_path / "peft", shapes), state)
     by_peft = PeftModel.from_pretrained(copy.deepcopy(transformer), tmp_path / "peft")
     torch.testing.assert_close(run(by_peft), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared_A", "block_diagonal"])
-def test_kohya(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas, shared):
+def test_kohya(tmp_path, shapes, random_state, diffusers_output, applied_output, assert_same_deltas, shared):
     state, path = random_state(ranks=(4,)), tmp_path / "kohya.safetensors"
     state = with_shared_qkv(state) if shared else state
     save_kohya(state, path, alpha=2.0, family=FLUX2)
     qkv = load_file(path)["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
     assert qkv.shape == (4 if shared else 12, 16)
-    loaded = read_lora(path, targets)
+    loaded = read_lora(path, shapes)
     assert loaded.max_rank == 4
     assert_same_deltas(loaded, state, atol=1e-6)
 
 
 def test_kohya_in_diffusers(tmp_path, random_state, diffusers_output, applied_output):
-    """On the modules that diffusers' kohya converter knows (it skips all modulations)."""
+    """On the modules that diffusers' kohya converter has (it skips all modulations)."""
     modules = [*ATTENTION, "transformer_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_out", "x_embedder"]
     state, path = random_state(modules=modules), tmp_path / "kohya.safetensors"
     save_kohya(state, path, alpha=1.0, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
-def test_comfyui(tmp_path, targets, random_state, diffusers_output, applied_output, assert_same_deltas):
+def test_comfyui(tmp_path, shapes, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = with_shared_qkv(random_state()), tmp_path / "comfyui.safetensors"
     save_comfyui(state, path, family=FLUX2)
     assert all(key.startswith("diffusion_model.") for key in load_file(path))
-    assert_same_deltas(read_lora(path, targets), state)
+    assert_same_deltas(read_lora(path, shapes), state)
     # diffusers 0.42 forgets to swap the halves of the final modulation, so it is compared without that module.
     rest = LoRAState({name: module for name, module in state.modules.items() if name != "norm_out.linear"})
     save_comfyui(rest, path, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(rest), rtol=1e-5, atol=1e-5)
 
 
-def test_fused_with_missing_parts(tmp_path, targets, random_state):
+def test_fused_with_missing_parts(tmp_path, shapes, random_state):
     state, path = random_state(modules=["transformer_blocks.0.attn.to_k"]), tmp_path / "a.safetensors"
     save_comfyui(state, path, family=FLUX2)
-    loaded = read_lora(path, targets)
+    loaded = read_lora(path, shapes)
     assert torch.equal(loaded.modules[ATTENTION[1]].delta(), state.modules[ATTENTION[1]].delta())
     assert not loaded.modules[ATTENTION[0]].delta().any()
     assert [loaded.modules[name].rank for name in ATTENTION[:3]] == [1, 4, 1]
@@ -135,10 +135,10 @@ def test_fused_with_missing_parts(tmp_path, targets, random_state):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_stored_types(tmp_path, targets, dtype):
+def test_stored_types(tmp_path, shapes, dtype):
     lora_A, lora_B = torch.randn(4, 16).to(dtype), torch.randn(16, 4).to(dtype)
     save_file({A: lora_A, B: lora_B, f"{STEM}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
-    module = read_lora(tmp_path, targets).modules[ATTENTION[0]]
+    module = read_lora(tmp_path, shapes).modules[ATTENTION[0]]
     assert module.lora_A.dtype == module.lora_B.dtype == torch.float32
     assert torch.equal(module.delta(), (lora_B.float() * 0.75) @ lora_A.float())
 
@@ -243,11 +243,11 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_bad_tensors(tmp_path, targets, case):
+def test_bad_tensors(tmp_path, shapes, case):
     tensors, words = BAD_TENSORS[case]
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "bad.safetensors")
     with pytest.raises(CloraError) as error:
-        read_lora(tmp_path / "bad.safetensors", targets)
+        read_lora(tmp_path / "bad.safetensors", shapes)
     for word in ["bad.safetensors", *words]:
         assert word in str(error.value)
 
@@ -262,36 +262,36 @@ def test_bad_tensors(tmp_path, targets, case):
         pytest.param(lambda data: b"<html>not found</html>" * 9, "corrupt", id="html"),
     ],
 )
-def test_bad_bytes(tmp_path, targets, content, words):
+def test_bad_bytes(tmp_path, shapes, content, words):
     path = tmp_path / "bad.safetensors"
     save_file(good(), path)
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(CloraError, match=words) as error:
-        read_lora(path, targets)
+        read_lora(path, shapes)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth"])
-def test_pickle_refused(tmp_path, targets, suffix):
+def test_pickle_refused(tmp_path, shapes, suffix):
     path = tmp_path / f"lora{suffix}"
     path.write_bytes(b"\x80\x04anything")
     for given in (path, tmp_path):
         with pytest.raises(CloraError, match=r"pickle.*refused.*safetensors"):
-            read_lora(given, targets)
+            read_lora(given, shapes)
 
 
-def test_bad_paths(tmp_path, targets):
+def test_bad_paths(tmp_path, shapes):
     with pytest.raises(CloraError, match="does not exist"):
-        read_lora(tmp_path / "nothing.safetensors", targets)
+        read_lora(tmp_path / "nothing.safetensors", shapes)
     with pytest.raises(CloraError, match=r"holds no .safetensors file"):
-        read_lora(tmp_path, targets)
+        read_lora(tmp_path, shapes)
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(CloraError, match="not a .safetensors"):
-        read_lora(tmp_path / "picture.png", targets)
+        read_lora(tmp_path / "picture.png", shapes)
     for name in ("one", "two"):
         save_file(good(), tmp_path / f"{name}.safetensors")
     with pytest.raises(CloraError, match="one.safetensors, two.safetensors"):
-        read_lora(tmp_path, targets)
+        read_lora(tmp_path, shapes)
 
 
 @pytest.mark.parametrize(
@@ -303,12 +303,12 @@ def test_bad_paths(tmp_path, targets):
         pytest.param('{"r": 4, "alpha_pattern": {"(": 1}}', "no valid module pattern", id="pattern"),
     ],
 )
-def test_bad_adapter_config(tmp_path, targets, config, words):
+def test_bad_adapter_config(tmp_path, shapes, config, words):
     (tmp_path / "adapter_config.json").write_text(config)
     tensors = {key.replace("transformer.", "base_model.model.", 1): value for key, value in good().items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CloraError, match=words):
-        read_lora(tmp_path, targets)
+        read_lora(tmp_path, shapes)
 
 
 def test_save_refuses(tmp_path, random_state):

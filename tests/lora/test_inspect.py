@@ -1,4 +1,4 @@
-"""`inspect_lora` tells what is in a file, and does not stop at what `load_lora` refuses."""
+"""`inspect_lora` describes a file, and does not stop at contents that `load_lora` refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text(info):
     return console.file.getvalue()
 
 
-def test_names_and_hashes_are_whole_in_80_columns(tmp_path, targets, random_state):
+def test_names_and_hashes_are_whole_in_80_columns(tmp_path, shapes, random_state):
     file = tmp_path / f"{'a_file_name_of_a_length_that_is_found_on_hubs_' * 2}.safetensors"
     save_kohya(random_state(), file, family=FLUX2)
     console = Console(file=io.StringIO(), width=80)
@@ -40,17 +40,17 @@ def test_names_and_hashes_are_whole_in_80_columns(tmp_path, targets, random_stat
     assert values.endswith(f"ss_tag={'x' * 80}...other={'y' * 80}")
 
 
-def test_kohya_with_a_model(tmp_path, targets, random_state):
+def test_kohya_with_a_model(tmp_path, shapes, random_state):
     save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
-    info = inspect_lora(tmp_path, targets)
+    info = inspect_lora(tmp_path, shapes)
     assert json.loads(json.dumps(info)) == info
     assert info["format"] == "kohya"
-    assert info["matched"] == len(targets)
-    assert len(info["modules"]) == len(targets) - 4
-    assert info["ranks"] == {"4": len(targets) - 6, "12": 2}
-    assert info["alphas"] == {"2": len(targets) - 4}
+    assert info["matched"] == len(shapes)
+    assert len(info["modules"]) == len(shapes) - 4
+    assert info["ranks"] == {"4": len(shapes) - 6, "12": 2}
+    assert info["alphas"] == {"2": len(shapes) - 4}
     assert set(info["scales"]) == {"0.5", f"{1 / 6:g}"}
-    assert info["dtypes"] == {"BF16": 2 * (len(targets) - 4)}
+    assert info["dtypes"] == {"BF16": 2 * (len(shapes) - 4)}
     assert info["bytes"] == (tmp_path / "a.safetensors").stat().st_size
     assert not info["problems"]
     assert not info["unmatched"]
@@ -71,7 +71,7 @@ def test_peft_without_a_model(tmp_path, random_state):
     assert "no model given" in text(info)
 
 
-def test_lists_what_does_not_fit(tmp_path, targets, random_state):
+def test_lists_what_does_not_fit(tmp_path, shapes, random_state):
     path = tmp_path / "a.safetensors"
     save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
     extra = {
@@ -87,7 +87,7 @@ def test_lists_what_does_not_fit(tmp_path, targets, random_state):
         "lora_unet_single_stream_modulation_lin.lora_up.weight": torch.ones(48, 2),
     }
     save_file(load_file(path) | extra, path)
-    info = inspect_lora(path, targets)
+    info = inspect_lora(path, shapes)
     assert info["unknown_keys"] == ["surprise[bold]"]
     assert info["unmatched"] == ["lora_unet_elsewhere"]
     ((reason, keys),) = info["unsupported"].items()
@@ -136,11 +136,11 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
     assert f"{spoilt} holds NaN" in problem
 
 
-def test_the_family_is_told_without_a_model(tmp_path, targets, random_state):
+def test_the_family_is_found_without_a_model(tmp_path, shapes, random_state):
     path = tmp_path / "a.safetensors"
     save_kohya(random_state(), path, alpha=2.0, family=FLUX2)
     assert inspect_lora(path)["families"] == ["FLUX.2"]
-    assert inspect_lora(path, targets)["families"] == ["FLUX.2"]
+    assert inspect_lora(path, shapes)["families"] == ["FLUX.2"]
     save_kohya(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, alpha=2.0, family=FLUX2)
     assert inspect_lora(path)["families"] == ["FLUX.1", "FLUX.2"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -162,7 +162,7 @@ def lora(stem, rank=4):
     return {f"{stem}.lora_A.weight": torch.ones(rank, 16), f"{stem}.lora_B.weight": torch.ones(16, rank)}
 
 
-def test_adapter_types(tmp_path, targets):
+def test_adapter_types(tmp_path, shapes):
     """Each type's rank, scale and the rank it loads as; the base decides DoRA's."""
     block = "diffusion_model.transformer_blocks.0.attn"
     tensors = {
@@ -183,7 +183,7 @@ def test_adapter_types(tmp_path, targets):
         f"{block}.add_q_proj.dora_scale": torch.ones(16, 1),
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    for info in (inspect_lora(tmp_path), inspect_lora(tmp_path, targets)):
+    for info in (inspect_lora(tmp_path), inspect_lora(tmp_path, shapes)):
         assert json.loads(json.dumps(info)) == info
         found = {
             entry["name"].removeprefix(f"{block}."): tuple(

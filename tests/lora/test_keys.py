@@ -52,9 +52,9 @@ DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
         pytest.param(MODULE, DEFAULT, "bare", id="diffsynth"),
     ],
 )
-def test_formats(tmp_path, targets, stem, names, format_name, alpha):
+def test_formats(tmp_path, shapes, stem, names, format_name, alpha):
     lora_A, lora_B = matrices()
-    state = read_lora(save(tmp_path / "a.safetensors", stem, lora_A, lora_B, names, alpha), targets)
+    state = read_lora(save(tmp_path / "a.safetensors", stem, lora_A, lora_B, names, alpha), shapes)
     assert state.format == format_name
     assert set(state.modules) == {MODULE}
     assert torch.equal(state.modules[MODULE].delta(), (lora_B * ((alpha or RANK) / RANK)) @ lora_A)
@@ -70,43 +70,43 @@ def test_formats(tmp_path, targets, stem, names, format_name, alpha):
         pytest.param({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"to_q": 2}}, 6 / RANK, id="other_pattern"),
     ],
 )
-def test_adapter_config(tmp_path, targets, config, scale):
+def test_adapter_config(tmp_path, shapes, config, scale):
     lora_A, lora_B = matrices()
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save(tmp_path / "adapter_model.safetensors", f"base_model.model.{MODULE}", lora_A, lora_B)
-    in_folder = read_lora(tmp_path, targets).modules[MODULE]
+    in_folder = read_lora(tmp_path, shapes).modules[MODULE]
     assert torch.equal(in_folder.delta(), (lora_B * scale) @ lora_A)
     assert torch.equal(
-        read_lora(tmp_path / "adapter_model.safetensors", targets).modules[MODULE].lora_B, in_folder.lora_B
+        read_lora(tmp_path / "adapter_model.safetensors", shapes).modules[MODULE].lora_B, in_folder.lora_B
     )
 
 
-def test_peft_weights_without_an_alpha_are_refused(tmp_path, targets):
+def test_peft_weights_without_an_alpha_are_refused(tmp_path, shapes):
     """Their strength is not known: alpha is in no other place, and the rank is only one guess."""
     path = save(tmp_path / "a.safetensors", f"base_model.model.{MODULE}", *matrices())
     with pytest.raises(CloraError, match=r"adapter_config\.json beside the weights, none is stated"):
-        read_lora(path, targets)
+        read_lora(path, shapes)
     (problem,) = inspect_lora(path)["problems"]
     assert "strength is not known" in problem
     stated = save(tmp_path / "b.safetensors", f"base_model.model.{MODULE}", *matrices(), alpha=ALPHA)
-    assert read_lora(stated, targets).format == "peft"
+    assert read_lora(stated, shapes).format == "peft"
 
 
-def test_diffusers_metadata(tmp_path, targets, diffusers_output, applied_output):
+def test_diffusers_metadata(tmp_path, shapes, diffusers_output, applied_output):
     lora_A, lora_B = matrices()
     values = {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.target_modules": [MODULE]}
     metadata = {"lora_adapter_metadata": json.dumps(values)}
     path = save(tmp_path / "a.safetensors", f"transformer.{MODULE}", lora_A, lora_B, metadata=metadata)
-    state = read_lora(path, targets)
+    state = read_lora(path, shapes)
     assert torch.equal(state.modules[MODULE].delta(), (lora_B * 1.5) @ lora_A)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
-def test_alpha_tensor_wins_over_config(tmp_path, targets):
+def test_alpha_tensor_wins_over_config(tmp_path, shapes):
     lora_A, lora_B = matrices()
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 100})}
     path = save(tmp_path / "a.safetensors", f"transformer.{MODULE}", lora_A, lora_B, alpha=2.0, metadata=metadata)
-    assert torch.equal(read_lora(path, targets).modules[MODULE].lora_B, lora_B * 0.5)
+    assert torch.equal(read_lora(path, shapes).modules[MODULE].lora_B, lora_B * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -116,21 +116,21 @@ def test_alpha_tensor_wins_over_config(tmp_path, targets):
     ("stream", "parts"),
     [("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))],
 )
-def test_fused_shared(tmp_path, targets, spelling, stream, parts):
+def test_fused_shared(tmp_path, shapes, spelling, stream, parts):
     lora_A, lora_B = matrices(rows=48)
     path = save(tmp_path / "a.safetensors", spelling.format(stream), lora_A, lora_B, DOWN_UP, ALPHA)
-    state = read_lora(path, targets)
+    state = read_lora(path, shapes)
     for part, block in zip(parts, lora_B.chunk(3), strict=True):
         module = state.modules[f"transformer_blocks.0.attn.{part}"]
         assert torch.equal(module.delta(), (block * (ALPHA / RANK)) @ lora_A)
 
 
-def test_fused_block_diagonal(tmp_path, targets, diffusers_output, applied_output):
+def test_fused_block_diagonal(tmp_path, shapes, diffusers_output, applied_output):
     lora_A, _ = matrices(rank=3 * RANK)
     blocks = [matrices(seed=seed)[1] for seed in range(3)]
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
     path = save(tmp_path / "a.safetensors", stem, lora_A, torch.block_diag(*blocks), DOWN_UP, ALPHA)
-    state = read_lora(path, targets)
+    state = read_lora(path, shapes)
     for part, block, rows in zip(("to_q", "to_k", "to_v"), blocks, lora_A.chunk(3), strict=True):
         module = state.modules[f"transformer_blocks.0.attn.{part}"]
         assert module.rank == RANK
@@ -138,19 +138,19 @@ def test_fused_block_diagonal(tmp_path, targets, diffusers_output, applied_outpu
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
-def test_final_modulation_halves_swap(tmp_path, targets):
+def test_final_modulation_halves_swap(tmp_path, shapes):
     """The original computes (shift, scale), diffusers (scale, shift)."""
     lora_A, lora_B = matrices(rows=32)
     path = save(tmp_path / "a.safetensors", "diffusion_model.final_layer.adaLN_modulation.1", lora_A, lora_B)
     expected = torch.cat([lora_B[16:], lora_B[:16]]) @ lora_A
-    assert torch.equal(read_lora(path, targets).modules["norm_out.linear"].delta(), expected)
+    assert torch.equal(read_lora(path, shapes).modules["norm_out.linear"].delta(), expected)
 
 
-def test_every_module_has_an_original_name(targets):
-    originals = {original_part(name, FLUX2).name for name in targets}
-    assert not originals & set(targets)
-    assert len(originals) == len(targets) - 4  # two fused triples
-    assert originals <= set(routes(targets))
+def test_every_module_has_an_original_name(shapes):
+    originals = {original_part(name, FLUX2).name for name in shapes}
+    assert not originals & set(shapes)
+    assert len(originals) == len(shapes) - 4  # two fused triples
+    assert originals <= set(routes(shapes))
 
 
 def test_sort_keys_names_what_is_not_supported():
