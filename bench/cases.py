@@ -60,7 +60,7 @@ class LinearCase:
 
 @dataclass(frozen=True, kw_only=True)
 class AddCase(LinearCase):
-    """The low-rank part alone, added to what a quantised or offloaded layer gave; its mode "student" as that of the layer."""
+    """The low-rank part alone, added to the output of a quantised or offloaded layer; its mode "student" as that of the layer."""
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import LinearCase, adapter_of
-from bench.providers import BASE, OURS, Builder, Call, Outputs, Unavailable, compiled, need, need_gpu
+from bench.providers import BASE, OURS, Builder, Call, Outputs, Unavailable, compiled, need, need_gpu, peft_model
 from clora.ops import multi_lora_linear
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -155,12 +155,8 @@ def providers(case: LinearCase) -> dict[str, Builder]:
 
 def peft_providers(case: LinearCase) -> dict[str, Builder]:
     """PEFT's way to compute the case, plain and under torch.compile."""
-    if case.mode == "student":
-        name, builder = "peft", peft_student
-    elif case.adapters == 1:
-        name, builder = "peft", peft
-    else:
-        name, builder = "peft_mixed", peft_mixed
+    name = "peft" if case.adapters == 1 else "peft_mixed"
+    builder = peft_student if case.mode == "student" else peft
     return {name: builder, f"{name}_compiled": partial(builder, compile=True)}
 
 
@@ -195,9 +191,14 @@ def with_fp32_factors(inputs: LinearInputs) -> LinearInputs:
 
 
 def peft(inputs: LinearInputs, compile: bool = False) -> Call:
-    """PEFT's layer with its one active adapter."""
+    """PEFT's layer with its one active adapter, or with an adapter name per sample."""
     layer = _peft_layer(inputs).eval()
-    forward = compiled(layer) if compile else layer
+    forward = layer
+    if inputs.case.adapters > 1:
+        names = [f"a{e}" for e in inputs.ids]
+        forward = lambda x: layer(x, adapter_names=names)  # noqa: E731
+    if compile:
+        forward = compiled(forward)
     return partial(run, inputs, lambda x, a, b: forward(x))
 
 
@@ -215,15 +216,6 @@ def peft_student(inputs: LinearInputs, compile: bool = False) -> Call:
     return call
 
 
-def peft_mixed(inputs: LinearInputs, compile: bool = False) -> Call:
-    """PEFT's layer with an adapter name per sample."""
-    layer = _peft_layer(inputs).eval()
-    names = [f"a{e}" for e in inputs.ids]
-    mixed = lambda x: layer(x, adapter_names=names)  # noqa: E731
-    forward = compiled(mixed) if compile else mixed
-    return partial(run, inputs, lambda x, a, b: forward(x))
-
-
 def baddbmm(inputs: LinearInputs) -> Call:
     """Only cuBLAS: the base layer, then a batched product per factor, the second added in place."""
     scale, ids = inputs.scale.to(inputs.x.dtype), inputs.adapter_ids
@@ -237,11 +229,12 @@ def baddbmm(inputs: LinearInputs) -> Call:
 
 
 def grouped_mm(inputs: LinearInputs) -> Call:
-    """`grouped_mm` over the rows sorted by adapter, added to the base layer; the routing is made once per batch."""
+    """`grouped_mm` over the rows sorted by adapter, added to the base layer."""
     need_gpu(inputs.x)
     product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if product is None:
         raise Unavailable(f"torch {torch.__version__} has no grouped_mm")
+    # The routing, once per batch: samples in the order of their adapters, and the last row of each adapter's group.
     order = sorted(range(len(inputs.ids)), key=lambda sample: inputs.ids[sample])
     index = torch.tensor(order, device=inputs.x.device)
     counts = torch.tensor([inputs.ids.count(e) for e in range(len(inputs.scales))], device=inputs.x.device)
@@ -251,7 +244,7 @@ def grouped_mm(inputs: LinearInputs) -> Call:
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         y = inputs.base(x)
-        rows = x if in_order else x.index_select(0, index)
+        rows = x if in_order else x.index_select(0, index)  # [B, T, K], grouped by adapter
         low = product(rows.flatten(0, 1), lora_A.mT, offs=ends).view(*x.shape[:2], -1) * scale
         delta = product(low.flatten(0, 1), lora_B.mT, offs=ends).view_as(y)
         return y.add_(delta) if in_order else y.index_add_(0, index, delta)
@@ -307,18 +300,12 @@ class InPlaceLoRA(torch.autograd.Function):
 
 
 def _peft_layer(inputs: LinearInputs) -> nn.Module:
-    """PEFT's layer on the case's own tensors, nothing copied; its adapters are "a0", "a1", ..., the first active."""
-    peft_module = need("peft")
+    """PEFT's layer with the adapters "a0", "a1", ... and their scales, the first active."""
     holder = nn.Module()
     holder.linear = inputs.layer()
-    config = peft_module.LoraConfig(r=inputs.case.rank, lora_alpha=inputs.case.rank, target_modules=["linear"])
-    model = peft_module.get_peft_model(holder, config, adapter_name="a0", autocast_adapter_dtype=False)
-    for e in range(1, len(inputs.scales)):
-        model.add_adapter(f"a{e}", config)
+    factors = {"linear": (inputs.lora_A, inputs.lora_B)}
+    peft_model(holder, ["linear"], factors, trains=inputs.lora_A.requires_grad)
     for e, scale in enumerate(inputs.scales):
-        trains = inputs.lora_A.requires_grad
-        holder.linear.lora_A[f"a{e}"].weight = nn.Parameter(inputs.lora_A[e].detach(), requires_grad=trains)
-        holder.linear.lora_B[f"a{e}"].weight = nn.Parameter(inputs.lora_B[e].detach(), requires_grad=trains)
         holder.linear.scaling[f"a{e}"] = scale
     return holder.linear
 

@@ -44,7 +44,7 @@ class Bench:
 def family_of(case: Case) -> ModuleType:
     """The module that computes a case.
 
-    Its ``make_inputs(case, device)`` makes what the others take: ``expected(inputs)``, the outputs in fp64,
+    Its ``make_inputs(case, device)`` makes the inputs of the others: ``expected(inputs)``, the outputs in fp64,
     ``eager(inputs)``, those of eager PyTorch in the case's dtype, and each builder of ``providers(case)``.
     """
     return FAMILIES[type(case)]
@@ -57,7 +57,7 @@ def measure(case: Case, bench: Bench, record: dict, save: Callable[[], None]) ->
         save: writes the record; called whenever "current" has changed.
 
     Raises:
-        DeviceLost: a provider broke the GPU; the record stays "running", and the provider's entry says so.
+        DeviceLost: a provider broke the GPU; the record stays "running", with the error in the provider's entry.
     """
     record["work"] = asdict(work_of(case))
     try:
@@ -87,7 +87,7 @@ def prepare(case: Case, device: torch.device) -> tuple[Any, Outputs, dict[str, f
 
 
 def release() -> None:
-    """Forgets what compilers and allocators keep of the last case."""
+    """Empties the caches of compilers and allocators after a case."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -144,12 +144,12 @@ def _admit(
         return {"errors": found, "peak_mib": _peak_mib(call)}, call
     except Unavailable as reason:
         return {"unavailable": str(reason)}, None
-    except Exception as error:  # a provider's failure is a result, whatever it is
+    except Exception as error:  # every failure of a provider is a result
         return {"failed": describe_error(error)}, None
 
 
 def _peak_mib(call: Call) -> float | None:
-    """Memory that one call takes at most, its results included, on top of what was held before; None on a CPU."""
+    """Peak memory of one call, its results included, beyond the memory held before; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()

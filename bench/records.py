@@ -17,7 +17,7 @@ from bench.cases import Case
 STEPS = ("inputs", "timing")
 """Places of a measurement outside any provider: making inputs and truth, and timing all providers that passed."""
 MAX_STOPS = 2
-"""Ended this often at the same provider, a case is measured without it: it may be what hangs or crashes."""
+"""After this many ends at the same provider, a case is measured without it: it may hang or crash."""
 
 
 def path_of(folder: Path, case: Case) -> Path:
@@ -58,8 +58,8 @@ def begin(case: Case, revision: str, designs: list[str], earlier: dict | None) -
 
     Args:
         designs: those that the table chooses for its layers.
-        earlier: what an earlier process left of the case. Where that ended within it at the same revision, its faulty
-            providers are kept, so that they are not tried again, and so is the count of where it ended.
+        earlier: the record of an earlier process. If that ended within the case at the same revision, its faulty providers
+            are kept, so that they are not tried again, and so is the count of ends by place.
     """
     record = {
         "name": case.name,

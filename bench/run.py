@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-tests", action="store_true", help="only the benchmarks")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench.run: no CUDA device found, nothing was run; `pytest bench` runs what a CPU can")
+        print("bench.run: no CUDA device found, nothing was run; `pytest bench` runs the cases for CPUs")
         return NO_GPU
     left = countdown(arguments.budget_s)
     folder = arguments.out / slug(torch.cuda.get_device_name(0))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import StackCase, adapter_of
-from bench.providers import BASE, OURS, Builder, Call, Outputs, need, need_gpu
+from bench.providers import BASE, OURS, Builder, Call, Outputs, need, need_gpu, peft_model
 from clora.bank.bank import AdapterBank
 from clora.lora.state import LoRAModule, LoRAState
 from clora.ops import multi_lora_linear
@@ -130,13 +130,13 @@ def providers(case: StackCase) -> dict[str, Builder]:
 
 def peft_mixed(inputs: StackInputs) -> Call:
     """One pass of PEFT's model with an adapter name per sample."""
-    model = _peft_model(inputs)
+    model = peft_model(inputs.model(), LAYERS, inputs.factors).eval()
     return partial(_run, model, inputs.x, adapter_names=[f"a{e}" for e in inputs.ids])
 
 
 def peft_switch(inputs: StackInputs) -> Call:
     """PEFT's model sample by sample, its adapter set before each."""
-    model = _peft_model(inputs)
+    model = peft_model(inputs.model(), LAYERS, inputs.factors).eval()
 
     @torch.no_grad()
     def call() -> Outputs:
@@ -209,23 +209,6 @@ def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None
         for block in model.blocks:
             block.qkv = partial(qkv, block)
     return partial(_run, model, inputs.x)
-
-
-def _peft_model(inputs: StackInputs) -> nn.Module:
-    """PEFT around the stack on the case's own tensors, adapters "a0", "a1", ..."""
-    peft = need("peft")
-    rank = inputs.case.rank
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LAYERS))
-    stack = inputs.model()
-    model = peft.get_peft_model(stack, config, adapter_name="a0", autocast_adapter_dtype=False)
-    for e in range(1, inputs.case.adapters):
-        model.add_adapter(f"a{e}", config)
-    for name, (a, b) in inputs.factors.items():
-        layer = stack.get_submodule(name)
-        for e in range(inputs.case.adapters):
-            layer.lora_A[f"a{e}"].weight = nn.Parameter(a[e], requires_grad=False)
-            layer.lora_B[f"a{e}"].weight = nn.Parameter(b[e], requires_grad=False)
-    return model.eval()
 
 
 @torch.no_grad()

@@ -63,7 +63,11 @@ def interleave(calls: Mapping[str, Call], stopwatch: Stopwatch, rounds: int, war
             sample = stopwatch(calls[name])
             if turn >= warmup:
                 samples[name].append(sample)
-    return {name: _summary(pairs) for name, pairs in samples.items()}
+    figures = {}
+    for name, pairs in samples.items():
+        device, host = zip(*pairs, strict=True)
+        figures[name] = {**spread(device), "host_ms": statistics.median(host), "rounds": len(pairs)}
+    return figures
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -72,11 +76,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         return {"median_ms": values[0], "p10_ms": values[0], "p90_ms": values[0]}
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return {"median_ms": statistics.median(values), "p10_ms": tenths[0], "p90_ms": tenths[-1]}
-
-
-def _summary(pairs: Sequence[tuple[float, float]]) -> dict:
-    device, host = zip(*pairs, strict=True)
-    return {**spread(device), "host_ms": statistics.median(host), "rounds": len(pairs)}
 
 
 class GpuStamp:

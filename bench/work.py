@@ -1,7 +1,7 @@
 """Bytes and floating-point operations that a case needs at least, and the time that a machine needs for them.
 
-Each input is read once and each output written once per pass (forward, backward); tensors of rank size and what a
-cache might keep between passes are not counted.
+Each input is read once and each output written once per pass (forward, backward); tensors of rank size do not
+count, nor does a cache that might keep values between passes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,7 @@ class Work:
 
 def work_of(case: Case, adapted: bool = True) -> Work:
     """The work of a case; without its adapters where not `adapted` (the loss has none)."""
-    if isinstance(case, AddCase):
-        return _add(case, adapted)
-    if isinstance(case, LinearCase):
-        return _linear(case, adapted)
-    if isinstance(case, StackCase):
-        return _stack(case, adapted)
-    return _loss(case)
+    return {LinearCase: _linear, AddCase: _add, StackCase: _stack, LossCase: _loss}[type(case)](case, adapted)
 
 
 def floor_ms(work: Work, roof: dict) -> float:
@@ -54,12 +48,13 @@ def _item_bytes(case: Case) -> int:
 
 def _linear(case: LinearCase, adapted: bool) -> Work:
     m, k, n, r = case.rows, case.in_features, case.out_features, case.rank
-    base, low_rank = 2 * m * k * n, 2 * m * r * (k + n) * adapted
+    base = 2 * m * k * n
+    low_rank = 2 * m * r * (k + n) * adapted  # shrink to the ranks and expand from them
     factors = case.adapters * r * (k + n) * adapted
     forward = m * (k + n) + n * k + n * case.bias + factors
     if case.mode == "forward":
         return Work(base + low_rank, forward * _item_bytes(case))
-    # Reads dy, the weight and the factors, and x for the gradient of lora_A; writes the gradients of x and the factors.
+    # Backward reads dy, the weight and the factors, and x for the gradient of lora_A; it writes the gradients of x and the factors.
     backward = m * (n + k) + n * k + m * k * adapted + 2 * factors
     return Work(2 * base + 3 * low_rank, (forward + backward) * _item_bytes(case))
 
@@ -69,28 +64,29 @@ def _add(case: AddCase, adapted: bool) -> Work:
     m, k, n, r = case.rows, case.in_features, case.out_features, case.rank
     if not adapted:
         return Work(0, 2 * m * n * _item_bytes(case))
-    low_rank, factors = 2 * m * r * (k + n), case.adapters * r * (k + n)
+    low_rank = 2 * m * r * (k + n)
+    factors = case.adapters * r * (k + n)
     forward = m * (k + 2 * n) + factors
     if case.mode == "forward":
         return Work(low_rank, forward * _item_bytes(case))
-    # Reads dy, x and the factors; writes the gradients of x and the factors.
+    # Backward reads dy, x and the factors; it writes the gradients of x and the factors.
     backward = m * (n + 2 * k) + 2 * factors
     return Work(3 * low_rank, (forward + backward) * _item_bytes(case))
 
 
-def _loss(case: LossCase) -> Work:
-    elements, scored = prod(case.latent), sum(kind < 2 for kind in case.kinds)
+def _loss(case: LossCase, adapted: bool) -> Work:
+    elements = prod(case.latent)
+    scored = sum(kind < 2 for kind in case.kinds)
     anchors = case.samples - scored
-    moved, flops = (
-        elements * (scored * per_scored + anchors * per_anchor)
-        for per_scored, per_anchor in zip(SCORED_ROW, ANCHOR_ROW, strict=True)
-    )
+    moved = elements * (scored * SCORED_ROW[0] + anchors * ANCHOR_ROW[0])
+    flops = elements * (scored * SCORED_ROW[1] + anchors * ANCHOR_ROW[1])
     return Work(flops, moved * _item_bytes(case))
 
 
 def _stack(case: StackCase, adapted: bool) -> Work:
     """Bytes: weights and adapters read once, the hidden states read and written once in all."""
-    rows, h = case.samples * case.tokens, case.hidden
+    h = case.hidden
+    rows = case.samples * case.tokens
     weights = 12 * h * h  # q, k, v and out: 4 h^2; up and down: 8 h^2
     ends = 4 * 2 * h + 2 * 5 * h  # sum of K + N over the six layers
     attention = 4 * case.tokens * h  # scores and values, per row

@@ -40,7 +40,7 @@ def measure_all(
         Number of cases left.
 
     Raises:
-        DeviceLost: the GPU stopped working; the case's record says where.
+        DeviceLost: the GPU stopped working; the case's record names the provider.
     """
     todo = []
     for case in cases:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Obstacle(NamedTuple):
-    """The reason why the kernels cannot run, and what the user can do about it, if anything."""
+    """The reason why the kernels cannot run, and the user's remedy, if one exists."""
 
     reason: str
     remedy: str = ""
@@ -74,7 +74,7 @@ def covered(op: str, gap: str | None, device: torch.device, backend: str | None 
     """Chooses the Triton kernels for a call that `use_triton` allowed, unless its arguments are beyond them.
 
     Args:
-        gap: what they do not compute in this call, or None.
+        gap: the part of this call that they do not compute, or None.
 
     Raises:
         CloraError: there is a gap and the backend is `triton`.
@@ -112,7 +112,7 @@ def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | Non
 
 
 def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
-    """Finds what keeps every kernel from running on a device. `auto` imports Triton only on NVIDIA GPUs."""
+    """Finds the obstacle to every kernel on a device. `auto` imports Triton only on NVIDIA GPUs."""
     off_gpu = device.type != "cuda"  # AMD GPUs are "cuda" too
     no_gpu = Obstacle(
         f"the tensors are on {device.type}, and the kernels need a GPU",

@@ -62,7 +62,7 @@ def loss_kernels(
         loss `[]`, terms `[3]`, gradient_norm `[R]` (fp32), nonfinite `[R]` (bool) and the gradient with respect to
         velocity `[R, ...]` in `gradient_dtype`.
     """
-    # Rows are read where they lie, whatever is between them; only a row that is not contiguous itself is copied.
+    # Rows are read in place, also from wider tensors; a tensor is copied only if its rows are not contiguous themselves.
     latents = [
         t if t.shape[0] == 0 or t[0].is_contiguous() else t.contiguous()
         for t in (velocity, x, renoised, critic, teacher, teacher_uncond, anchor_target)

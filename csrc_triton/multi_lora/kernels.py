@@ -248,8 +248,8 @@ def gradients_kernel(
         partial[b, chunk] = sum of x[b, t].T in[b, t, LOW_OFFSET:] over the chunk's t                # ids[b] >= 0
         low[b, t, LOW_OFFSET:] = scale[e] * x[b, t] @ factor[e].T
 
-    A program has one of two roles. The programs of one chunk are neighbours in the launch order: what the first role
-    reads from memory, the second finds in L2.
+    A program has one of two roles. The programs of one chunk are neighbours in the launch order: the second role
+    finds in L2 the rows that the first read from memory.
     """
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     shrink_programs: tl.constexpr = CHUNK // BLOCK_M * rank_blocks if SHRINK else 0

@@ -62,8 +62,8 @@ def multi_lora_linear_triton(
 ) -> Tensor:
     """`reference.multi_lora_linear` on Triton kernels; arguments and results are the same, except:
 
-    Rows with id -1 equal the base layer of the same design to the bit. A sample's result is the same to the bit alone
-    and in any batch: all of it in design "fused", its low-rank part in "split", whose base is `F.linear`. Only x, lora_A
+    Rows with id -1 equal the base layer of the same design to the bit. A sample's result is the same to the bit by
+    itself and in any batch: all of it in design "fused", its low-rank part in "split", whose base is `F.linear`. Only x, lora_A
     and lora_B are differentiable, once.
 
     Args:
@@ -182,15 +182,13 @@ def _gap(x: Tensor, **arguments: Tensor | None) -> str | None:
     return None
 
 
-def _call(
-    x: Tensor, y: Tensor | None, layers: list[Layer], scale: Tensor, ids: Tensor, design: str | None
-) -> Sequence[Tensor]:
+def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence[Tensor]:
     """The outputs of layers, all with adapters and ranks; y is the base of the only layer if that has no weight."""
     lora_A = [layer.lora_A for layer in layers]
     lora_B = [layer.lora_B for layer in layers]
     if not is_traced(x):
         return _Untraced.apply(x, y, layers, scale, ids, design, *lora_A, *lora_B)
-    # An operator's arguments are tensors and lists of them, without None.
+    # The operator takes lists of tensors, without None.
     weights = [layer.weight for layer in layers if layer.weight is not None]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     has_bias = [layer.bias is not None for layer in layers]
@@ -198,7 +196,7 @@ def _call(
 
 
 def _layers_of(weights, biases, has_bias, lora_A, lora_B) -> list[Layer]:
-    """The layers whose parts `_call` gave to the operator."""
+    """The layers whose parts `_call` passed to the operator."""
     remaining = iter(biases)
     biases = [next(remaining) if has else None for has in has_bias]
     return [Layer(*parts) for parts in zip(weights or [None] * len(biases), biases, lora_A, lora_B, strict=True)]
@@ -220,7 +218,7 @@ def _forward(x, y, layers: list[Layer], scale, ids, design: str | None) -> list[
             if y is None:
                 outputs.append(F.linear(x, layer.weight, layer.bias).contiguous())
             else:
-                outputs.append(y.clone(memory_format=torch.contiguous_format))  # its maker may keep y for a gradient
+                outputs.append(y.clone(memory_format=torch.contiguous_format))  # the base may keep y for its gradient
             expand_add(outputs[-1], low, offset, layer.lora_B, ids)
     return [*outputs, low]
 
@@ -354,9 +352,11 @@ def _operator_gradients(ctx, upstream: list[Tensor | None]) -> tuple:
 
 
 def _save(ctx, x, y, layers: list[Layer], low, scale, ids, design) -> None:
-    """Keeps what the gradients need: x for those of lora_A, the ranks' rows for those of lora_B."""
+    """Keeps the tensors of the gradients: x for those of lora_A, the ranks' rows for those of lora_B."""
     ctx.set_materialize_grads(False)
-    ctx.design, ctx.needs_x, ctx.has_y = design, x.requires_grad, y is not None
+    ctx.design = design
+    ctx.needs_x = x.requires_grad
+    ctx.has_y = y is not None
     needs_A = any(layer.lora_A.requires_grad for layer in layers)
     needs_B = any(layer.lora_B.requires_grad for layer in layers)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.lora_A, layer.lora_B)]
@@ -370,10 +370,11 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
     *offsets, ranks = _offsets(tensors[1::3])
     used = [i for i in range(count) if upstream[i] is not None]
     layers = [Upstream(upstream[i], *tensors[3 * i : 3 * i + 3], offsets[i]) for i in used]
-    dx, dA, dB = None, [None] * count, [None] * count
+    dA = [None] * count
+    dB = [None] * count
     dy = upstream[0] if ctx.has_y else None
     if not layers or (x is None and low is None and not ctx.needs_x):
-        return dx, dy, dA, dB
+        return None, dy, dA, dB
     if is_traced(scale):
         grads, weights, lora_A, lora_B, starts = (list(column) for column in zip(*layers, strict=True))
         weights = [weight for weight in weights if weight is not None]
@@ -382,8 +383,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
         with set_wrap_triton_enabled(False):
             found = _backward(layers, x, low, ranks, scale, ids, ctx.needs_x, ctx.design)
     remaining = iter(found)
-    if ctx.needs_x:
-        dx = next(remaining)
+    dx = next(remaining) if ctx.needs_x else None
     for i in used if x is not None else ():
         dA[i] = next(remaining)
     for i in used if low is not None else ():

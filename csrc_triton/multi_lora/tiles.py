@@ -1,7 +1,7 @@
 """Tile sizes of the multi-adapter linear layer, per shape and machine; never by the number of samples in a batch.
 
-A sample's result is then the same to the bit alone and in any batch. The sizes follow from arithmetic on shared memory
-and registers and from what the compiler emits (`csrc_triton/README.md`).
+A sample's result is then the same to the bit by itself and in any batch. The sizes follow from arithmetic on shared memory
+and registers and from the compiler's output (`csrc_triton/README.md`).
 """
 
 from functools import lru_cache
@@ -59,8 +59,8 @@ def up_to(limit: int, size: int) -> int:
 def rank_block(rank: int) -> int:
     """Ranks per block: one block where it holds them, since each reads the rows again; else those that pad the least.
 
-    q, k and v of rank 128 take three blocks of 128 instead of two of 256: a quarter less of products, and of what
-    `gradients_kernel` reads, whose blocks of 128 hold twice the channels.
+    q, k and v of rank 128 take three blocks of 128 instead of two of 256: a quarter less of products, and of reads in
+    `gradients_kernel`, whose blocks of 128 hold twice the channels.
     """
     if rank <= MAX_BLOCK_R:
         return up_to(MAX_BLOCK_R, rank)

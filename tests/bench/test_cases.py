@@ -1,4 +1,4 @@
-"""The list of cases: what is in it, in which order."""
+"""The list of cases: contents and order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate catches what is wrong and lets pass what is as good as eager PyTorch."""
+"""The gate stops wrong outputs and passes those as good as eager PyTorch's."""
 
 from __future__ import annotations
 

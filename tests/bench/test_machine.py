@@ -13,7 +13,7 @@ from bench.machine import commit, describe, revision, slug
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with one source of each kind, and what is none."""
+    """A folder with one source of each kind, and files that are none."""
     for file in (
         "bench/cases.py",
         "bench/report.py",
@@ -54,8 +54,8 @@ def test_what_no_figure_depends_on_leaves_the_revision(checkout, file):
 
 
 def test_commit(checkout, monkeypatch):
-    monkeypatch.setenv("GIT_COMMIT", "told")
-    assert commit(checkout) == "told"
+    monkeypatch.setenv("GIT_COMMIT", "from the variable")
+    assert commit(checkout) == "from the variable"
     git(checkout, "init", "-q")
     git(checkout, "add", "-A")
     git(checkout, "commit", "-qm", "change")
@@ -70,7 +70,7 @@ def test_folder_of_a_gpu():
 
 
 def test_machine_and_roof(monkeypatch):
-    """On the CPU with a small product and copy, and a clock that always says 2 ms."""
+    """On the CPU with a small product and copy, and a clock that always reads 2 ms."""
     monkeypatch.setattr(bench.machine, "ROOF_SIZE", 64)
     monkeypatch.setattr(bench.machine, "COPY_BYTES", 1000)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")

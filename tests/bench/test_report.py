@@ -34,7 +34,7 @@ def linear(k=3072, n=3072, mode="forward", adapters=1, rank=64, samples=2, token
 
 
 def record(case, revision="r1", machine=MACHINE, **times):
-    """A finished record with these medians in ms; what is not a number is the provider's entry itself."""
+    """A finished record with these medians in ms; anything but a number is the provider's entry itself."""
     entry = {"p10_ms": 0.9, "p90_ms": 1.1, "host_ms": 0.05, "rounds": 30, "roof_percent": 50.0, "peak_mib": 10.0}
     providers = {
         name: {**entry, "errors": {"gradient": 1e-7}, "median_ms": value} if isinstance(value, float) else value
@@ -124,7 +124,7 @@ def test_the_low_rank_part_alone_has_goals_and_figures_of_its_own():
     assert designs_of(record(case, ours_fused=1.0, ours_split=2.0)) == []
 
 
-def test_report_tells_goals_losses_figures_and_faults(tmp_path):
+def test_report_of_goals_losses_figures_and_faults(tmp_path):
     found = [
         record(linear(), base=1.0, peft=1.4, ours=1.11, merged={"wrong": "y: error 1"}),
         record(linear(k=12288), base=1.0, baddbmm=1.05, ours=1.10),
@@ -151,7 +151,7 @@ def test_report_tells_goals_losses_figures_and_faults(tmp_path):
     assert row(text, "merged", "wrong: y: error 1")
     assert row(text, "compiled", "failed: RuntimeError: no")
     assert row(text, "the whole case", "OutOfMemoryError: 1 GiB", "stack-")
-    assert "9.0" not in text  # of the case that is still running nothing is told
+    assert "9.0" not in text  # the case that is still running is not reported
 
 
 def test_report_of_nothing():

@@ -1,4 +1,4 @@
-"""Measuring on the CPU: what a record holds, faults of providers, resuming, the budget."""
+"""Measuring on the CPU: contents of a record, faults of providers, resuming, the budget."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def case(rank=2):
 
 
 def providing(monkeypatch, make_inputs=lambda case, device: None, **builders):
-    """Replaces what a case computes: the truth is one, and the providers are these."""
+    """Replaces the computation of a case: the truth is one, and the providers are these."""
     truth = {"y": torch.ones(2, dtype=torch.float64)}
     family = SimpleNamespace(
         make_inputs=make_inputs, expected=lambda i: truth, eager=lambda i: truth, providers=lambda case: builders
@@ -213,7 +213,7 @@ def test_where_processes_ended_twice_outside_any_provider_the_case_has_failed(tm
 
 @pytest.mark.usefixtures("no_compilers")
 def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatch, capsys):
-    """On a CPU in place of the GPU: there ours must say why it cannot run instead of being eager PyTorch."""
+    """On a CPU in place of the GPU: there ours must fail with a reason instead of running as eager PyTorch."""
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     monkeypatch.setattr("clora.ops.interpreting", lambda: False)  # another test may have it on
     monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
@@ -228,7 +228,7 @@ def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatc
     assert "1 of 1 cases finished" in capsys.readouterr().out
 
 
-def test_main_tells_its_supervisor_of_a_lost_device(tmp_path, monkeypatch):
+def test_main_reports_a_lost_device_to_its_supervisor(tmp_path, monkeypatch):
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     for name, value in {
         "CudaStopwatch": lambda device: None,

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Memory that is allocated for a result is first filled with NaN: what a kernel forgets to write shows."""
+    """Memory that is allocated for a result is first filled with NaN, so that an element that a kernel forgets to write shows."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The coarse-to-fine loss as a PyTorch operator: its launches, what it reads in place, compilation, what it refuses."""
+"""The coarse-to-fine loss as a PyTorch operator: its launches, inputs read in place, compilation and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 class Recorder:
-    """Stands in for `wrap_triton` and keeps what each launch was given."""
+    """Stands in for `wrap_triton` and keeps the arguments of each launch."""
 
     def __init__(self, monkeypatch):
         self.launches, self._wrap = [], launch.wrap_triton

@@ -28,7 +28,7 @@ COMPILED = [
 FIRST, OTHER = ([1, -1], ["0", "1"]), ([-1, 0], ["1", "2"])
 """The ids of a pass and the slots that they count."""
 ALLOWED = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-"""PyTorch's setting without which a recomputed part of a graph may not change what is outside it."""
+"""PyTorch's setting without which a recomputed part of a graph may not change anything outside it."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,6 @@ def test_a_transformer_on_eager_ops_is_one_graph_for_all_ids_and_slots(family, m
 def recomputed(bank):
     """`recomputed_blocks` within a graph."""
     if not hasattr(torch._dynamo.config, ALLOWED):
-        pytest.skip(f"torch {torch.__version__} does not compile recomputed blocks that note what waits in the pass")
+        pytest.skip(f"torch {torch.__version__} does not compile recomputed blocks that note waiting outputs")
     with torch._dynamo.config.patch(ALLOWED, True), recomputed_blocks(bank):
         yield

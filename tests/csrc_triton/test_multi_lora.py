@@ -1,4 +1,4 @@
-"""`multi_lora_linear` against a per-sample loop in fp64, its gradients, and what must not leak between samples."""
+"""`multi_lora_linear` against a per-sample loop in fp64, its gradients, and no leaks between samples."""
 
 import pytest
 import torch

@@ -131,7 +131,7 @@ def test_the_rank_takes_no_shared_memory_of_the_base_product(code_of, combinatio
 
 @those(name=("shrink", "grad_B"), target=("sm_90",), shape=("up",))
 def test_four_programs_of_a_small_rank_share_the_registers(code_of, combination):
-    """Kernels bound by bandwidth: what one program waits for, another hides."""
+    """Kernels bound by bandwidth: one program computes while another waits for memory."""
     assert 4 * 128 * code_of(*combination)["registers"] <= 65_536
 
 

@@ -1,4 +1,4 @@
-"""`multi_lora_linear` as PyTorch operators: checked, recomputed, compiled and captured; and what they do not cover."""
+"""`multi_lora_linear` as PyTorch operators: checked, recomputed, compiled and captured; and the calls that they do not cover."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from csrc_triton.registration import INTERPRETED
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-# The operators: what PyTorch checks, recomputes and compiles.
+# The operators: checked, recomputed and compiled by PyTorch.
 
 
 def operator_arguments(arguments):
@@ -136,7 +136,7 @@ def test_never_waits_for_the_gpu(design):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# What is not covered.
+# Calls that are not covered.
 
 
 @pytest.mark.parametrize(

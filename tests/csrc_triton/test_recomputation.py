@@ -1,4 +1,4 @@
-"""Gradient checkpointing on the kernels: blocks that are computed again give the same gradients."""
+"""Gradient checkpointing on the kernels: blocks that are computed again have the same gradients."""
 
 from __future__ import annotations
 
