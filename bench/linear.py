@@ -126,6 +126,7 @@ def expected(inputs: LinearInputs) -> Outputs:
     exact = replace(inputs, **upcast)
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        # [N, K] of each adapter: autograd differentiates through the merged matrix, unlike any provider.
         deltas = [scale * lora_B[e] @ lora_A[e] for e, scale in enumerate(inputs.scales)]
         rows = zip(exact.base(x), x, inputs.ids, strict=True)
         return torch.stack([y + F.linear(row, deltas[e]) for y, row, e in rows])
@@ -221,6 +222,7 @@ def baddbmm(inputs: LinearInputs) -> Call:
     scale, ids = inputs.scale.to(inputs.x.dtype), inputs.adapter_ids
 
     def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        # Each sample's factors, [B, R, K] and [B, N, R].
         a, b = (factor.index_select(0, ids) for factor in (lora_A, lora_B))
         low = torch.bmm(x, a.mT) * scale.index_select(0, ids)[:, None, None]
         return inputs.base(x).baddbmm_(low, b.mT)
@@ -291,6 +293,7 @@ class InPlaceLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         rows, a, b = ctx.saved_tensors
+        # Gradients of y = x W^T + s (x A^T) B^T: back = dy B [M, R] is shared by those of x and A.
         dy = upstream.flatten(0, 1)
         back = dy @ b
         dx = (dy @ ctx.weight).addmm_(back, a, alpha=ctx.scale)

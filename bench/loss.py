@@ -99,6 +99,7 @@ def paper_loss(inputs: LossInputs, case: LossCase) -> Tensor:
         rows.append(_matching_rows((x - sigma * v)[:d], inputs.scores, inputs.guidance))
     if d < len(v):
         rows.append((v[d:] - inputs.anchor_target.double()).square().flatten(1).mean(1))
+    # Rows come in the order of their kinds: the loss is the sum of the kinds' means.
     weighted = torch.cat(rows) * inputs.weight.double()
     counts = [case.kinds.count(kind) for kind in range(3)]
     return torch.stack([part.mean() for part in weighted.split(counts) if len(part)]).sum()
@@ -112,6 +113,7 @@ def _matching_rows(x_g: Tensor, scores: Scores, guidance: float) -> Tensor:
         velocities = (scores.critic, scores.teacher, scores.teacher_uncond)
         fake, cond, uncond = (renoised - sigma * velocity.double() for velocity in velocities)
         real = cond + guidance * (cond - uncond)
+        # g = (fake - real) / mean|x_g - real| per row; x_g - target = g makes g / numel the gradient.
         distance = (x_g - real).abs().mean(dim=tuple(range(1, x_g.ndim)), keepdim=True)
         target = x_g - torch.nan_to_num((fake - real) / distance)
     return 0.5 * (x_g - target).square().flatten(1).mean(1)

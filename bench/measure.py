@@ -72,6 +72,7 @@ def measure(case: Case, bench: Bench, record: dict, save: Callable[[], None]) ->
         save()
         check_alive(bench.device, case.name)
         return
+    # The share of the roof: the least time for the case's arithmetic and traffic, over the median.
     for name, figures in times.items():
         floor = floor_ms(work_of(case, adapted=name != BASE), bench.roof)
         record["providers"][name] |= {**figures, "roof_percent": 100 * floor / figures["median_ms"]}

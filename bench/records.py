@@ -74,6 +74,7 @@ def begin(case: Case, revision: str, designs: list[str], earlier: dict | None) -
     }
     if earlier is None or earlier["revision"] != revision or earlier["status"] != "running":
         return record
+    # The earlier process ended within this case: count its end at the place where it was.
     record["providers"] = {name: entry for name, entry in earlier["providers"].items() if "failed" in entry}
     record["stopped"] = stopped = dict(earlier["stopped"])
     place = earlier["current"]

@@ -102,6 +102,7 @@ def make_inputs(case: StackCase, device: torch.device, seed: int = 0) -> StackIn
 @torch.no_grad()
 def expected(inputs: StackInputs) -> Outputs:
     """The result in fp64, sample by sample on merged weights."""
+    # A stack per sample, into whose weights the sample's adapter is merged.
     rows = []
     for sample, e in enumerate(inputs.ids):
         stack = inputs.model().double()

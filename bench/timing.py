@@ -58,6 +58,7 @@ def interleave(calls: Mapping[str, Call], stopwatch: Stopwatch, rounds: int, war
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(warmup + rounds):
+        # Rotated, so that no provider always follows the same one.
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
             sample = stopwatch(calls[name])

@@ -118,6 +118,7 @@ def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
         f"the tensors are on {device.type}, and the kernels need a GPU",
         "move them to one, or for tests start Python with TRITON_INTERPRET=1 to interpret the kernels, slowly",
     )
+    # `auto` decides without Triton where it can: importing it takes seconds.
     if off_gpu and not explicit:
         return no_gpu
     if torch.version.hip and not explicit:

@@ -139,6 +139,7 @@ def finish_kernel(
     o_all = tl.arange(0, ROWS * BLOCKS)
     b_kinds = tl.load(p_kind + o_all, mask=o_all < rows, other=-1)
     if tl.program_id(0) == 0:
+        # Sums [kind, ROWS] over blocks of rows, then over a block: the mean of each kind's weighted terms.
         o_kind = tl.arange(0, 4)  # three, and one that no row has
         b_counts = tl.sum((b_kinds[None, :] == o_kind[:, None]).to(tl.float32), axis=1)
         b_sums = tl.zeros([4, ROWS], tl.float32)
@@ -162,6 +163,7 @@ def finish_kernel(
             p_distance, p_square, p_sigma, p_weight, o_row, o_row < rows, scored, numel, chunks, CHUNKS
         )
         count = tl.sum((b_kinds == tl.load(p_kind + row)).to(tl.float32))
+        # d loss / d velocity of the whole row is one number times its direction.
         coefficient = tl.div_rn(tl.sum(b_factor), count)
         p_direction += row * numel + start
         p_gradient += row * numel + start

@@ -137,6 +137,7 @@ def _dmd_rows(
     Args:
         factor: `[D]` d loss / d row, over the row's elements.
     """
+    # x0 = x - sigma v, of the student and of the three scores on its re-noised prediction.
     x_g = x - _per_row(sigma, x) * v
     fake, cond, uncond = (
         scores.renoised - _per_row(scores.sigma, x) * u for u in (scores.critic, scores.teacher, scores.teacher_uncond)
@@ -145,6 +146,7 @@ def _dmd_rows(
     normalizer = (x_g - real).abs().flatten(1).mean(1).clamp(min=MIN_NORMALIZER)
     # Dividing by infinity would turn a non-finite row into a finite zero.
     g = (fake - real) / _per_row(torch.where(normalizer.isinf(), torch.nan, normalizer), x)
+    # d row / d v = (d row / d x_g) (d x_g / d v) = (g / numel) (-sigma).
     norm = g.flatten(1).norm(dim=1) * sigma.abs() / x.shape[1:].numel()
     return 0.5 * g.square().flatten(1).mean(1), norm, _per_row(factor, x) * g * _per_row(-sigma, x)
 

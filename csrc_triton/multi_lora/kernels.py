@@ -103,12 +103,14 @@ def shrink_kernel(
         low[b, t, LOW_OFFSET:] = scale[e] * x[b, t] @ concat(factor0[e], factor1[e], factor2[e]).T    # e = ids[b] >= 0
     """
     R: tl.constexpr = R0 + R1 + R2
+    # A program's place: rank blocks are innermost, so that programs that read the same rows are neighbours.
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     i_tile = tl.program_id(0) // rank_blocks
     i_b = (i_tile // row_tiles).to(tl.int64)
     i_e = tl.load(p_ids + i_b).to(tl.int64)
     if i_e < 0:
         return
+    # The ranks of the three factors stand side by side: each of the block's ranks points into its own factor.
     o_r = (tl.program_id(0) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     p_factor = p_factor0 + i_e * s_fe0 + o_r * s_fr0
     if R1 > 0:
@@ -201,6 +203,7 @@ def linear_kernel(
             b_weight = d_weight.load([i_c, i_n]) if WEIGHT_CN else tl.trans(d_weight.load([i_n, i_c]))
             b_y = tl.dot(b_x, b_weight, b_y, input_precision="ieee")
     else:
+        # Rows past the sample's end repeat its last one, as in _shrink_rows.
         o_c = tl.arange(0, BLOCK_C)
         p_block = p_x + i_t.to(tl.int64) * s_xt + tl.minimum(o_m, T - 1 - i_t)[:, None] * s_xt + o_c[None, :]
         if WEIGHT_CN:
@@ -219,6 +222,7 @@ def linear_kernel(
             b_y = tl.dot(b_x, b_weight, b_y, input_precision="ieee")
             p_block += BLOCK_C
             p_weight += BLOCK_C * N if WEIGHT_CN else BLOCK_C
+    # The low-rank part, on the fp32 sums of the base: [BLOCK_M, R] @ [R, BLOCK_N].
     i_e = tl.load(p_ids + i_b).to(tl.int64)
     if i_e >= 0:
         p_low += (i_b * T + i_t) * LOW_R + LOW_OFFSET
@@ -251,6 +255,7 @@ def gradients_kernel(
     A program has one of two roles. The programs of one chunk are neighbours in the launch order: the second role
     finds in L2 the rows that the first read from memory.
     """
+    # Of a chunk's programs the first shrink its rows and the rest sum its channels, each once per rank block.
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     shrink_programs: tl.constexpr = CHUNK // BLOCK_M * rank_blocks if SHRINK else 0
     programs: tl.constexpr = shrink_programs + (C + BLOCK_C - 1) // BLOCK_C * rank_blocks
@@ -301,6 +306,7 @@ def reduce_kernel(
     o_r = tl.arange(0, BLOCK_R)
     m_out = (o_c[:, None] < C) & (o_r[None, :] < R)
     p_partial += o_c[:, None] * PARTIAL_R + PARTIAL_OFFSET + o_r[None, :]
+    # Every program visits all partials in one order, and adds those of its adapter: the same sum in each run.
     b_sum = tl.full([BLOCK_C, BLOCK_R], 0, tl.float32)
     for i_b in range(num_samples):
         mine = tl.load(p_ids + i_b) == i_e

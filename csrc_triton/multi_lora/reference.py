@@ -82,6 +82,7 @@ def _added_in_place(y, x, lora_A, lora_B, scale, adapter_ids) -> Tensor:
 
 def _gathered_adapters(y, x, lora_A, lora_B, scale, adapter_ids) -> Tensor:
     """One batched matmul per factor; the factors of base rows are replaced by zeros before they are used."""
+    # Base rows index adapter 0, whose factors, NaN perhaps, must not meet them.
     base_rows = (adapter_ids < 0)[:, None, None]
     index = adapter_ids.clamp(min=0)
     a = lora_A.index_select(0, index).masked_fill(base_rows, 0).to(x.dtype)  # [B, R, K]
@@ -101,6 +102,7 @@ def _one_adapter(y, x, lora_A, lora_B, scale, adapter_ids) -> Tensor:
     finite = torch.isfinite(lora_A).all() & torch.isfinite(lora_B).all()
     a, b = (torch.nan_to_num(factor, 0.0, 0.0, 0.0).to(x.dtype) for factor in (lora_A, lora_B))
     s = torch.where(finite, scale, torch.nan).expand(num_samples).masked_fill(adapter_ids < 0, 0).to(x.dtype)
+    # All samples' tokens as the rows of one product, each sample's rows scaled by s [B].
     x = x.reshape(num_samples * tokens, k)
     low = (x @ a.mT).view(num_samples, tokens, rank) * s[:, None, None]
     y = y.reshape(num_samples * tokens, n).addmm_(low.view(num_samples * tokens, rank), b.mT)

@@ -91,6 +91,7 @@ def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, ran
     """Tiles of `linear_kernel`."""
     limits = _linear_limits(machine, x_bytes, channels % 16 == 0 and outputs % 16 == 0)
     block_m, block_n, block_c = map(up_to, limits, (tokens, outputs, channels))
+    # The base product waits for memory: a third stage of both operands, where shared memory holds it.
     stages = 3 if (block_m + block_n) * block_c * x_bytes * 3 <= machine.shared_memory - RESERVED else 2
     return {
         "BLOCK_M": block_m,
