@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clora.config.settings import DistillConfig
-from clora.data.batches import DistillData, EffectSamples, GeneralSamples, general_pair
+from clora.data.batches import DistillData, EffectSamples, general_pair
 from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, linear_names
@@ -163,7 +163,7 @@ def random_data(
     pair = torch.arange(12)
     source, instruction = general_pair(pair, 4, 3)
     pairs = torch.stack([source, first_instruction + instruction, torch.full_like(pair, empty)], dim=1)
-    return DistillData.of(table, samples, GeneralSamples(draw(4, *latent), pairs))
+    return DistillData.of(table, samples, draw(4, *latent), pairs)
 
 
 def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections: Any) -> DistillConfig:

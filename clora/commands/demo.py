@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from clora.collection.write import check_output, make_collection, write_collection
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
-from clora.data.batches import DistillData, EffectSamples, GeneralSamples
+from clora.data.batches import DistillData, EffectSamples
 from clora.devices import find_device
 from clora.errors import CloraError, nearest
 from clora.files import check_writable
@@ -139,7 +139,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
         for name, target, row, asked in zip(loras, made.of(list(loras)), teacher_rows, phrasings, strict=True)
     ]
     pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)
-    return DistillData.of(Text.cat(parts), samples, GeneralSamples(general_sources, pairs, made.general))
+    return DistillData.of(Text.cat(parts), samples, general_sources, pairs, made.general)
 
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:

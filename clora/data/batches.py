@@ -37,21 +37,6 @@ class EffectSamples(NamedTuple):
     empty_text: Tensor
 
 
-class GeneralSamples(NamedTuple):
-    """The general stream's part of the data: Q pairs of an unlabelled image and an everyday instruction.
-
-    Attributes:
-        sources: ``[G, S, C]`` encoded images.
-        pairs: ``[Q, 3]`` image, row of the instruction, row of the empty prompt.
-        targets: ``[Q, T, C]`` what the base makes of the pairs, or None. With them the general stream is anchored like
-            effects.
-    """
-
-    sources: Tensor
-    pairs: Tensor
-    targets: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class DistillData:
     """Everything a distillation reads, encoded once, on the CPU; built by `of`.
@@ -64,7 +49,10 @@ class DistillData:
         text: every encoded prompt.
         sources, targets, teacher_text, student_text, empty_text: those of `EffectSamples`, all effects stacked
             (``[E, M, ...]``, ``student_text [E, P, M]``).
-        general_sources, general_pairs, general_targets: those of `GeneralSamples`.
+        general_sources: ``[G, S, C]`` unlabelled images of the general stream.
+        general_pairs: ``[Q, 3]`` the general stream's pairs: source, row of the instruction, row of the empty prompt.
+        general_targets: ``[Q, T, C]`` what the base makes of these pairs, or None. With them the general stream is
+            anchored like effects.
     """
 
     effects: tuple[str, ...]
@@ -84,26 +72,25 @@ class DistillData:
             raise ValueError(f"expected a general target for each pair, found {found}")
 
     @classmethod
-    def of(cls, text: Text, effects: Sequence[EffectSamples], general: GeneralSamples) -> DistillData:
+    def of(
+        cls,
+        text: Text,
+        effects: Sequence[EffectSamples],
+        general_sources: Tensor,
+        general_pairs: Tensor,
+        general_targets: Tensor | None = None,
+    ) -> DistillData:
         """Stacks the effects; one with fewer samples or phrasings than others repeats its own in turn."""
-        most_samples = max(len(effect.targets) for effect in effects)
-        most_phrasings = max(len(effect.student_text) for effect in effects)
+        samples = torch.arange(max(len(effect.targets) for effect in effects))
+        phrasings = torch.arange(max(len(effect.student_text) for effect in effects))
         padded = []
-        for effect in effects:
-            rows = torch.arange(most_samples) % len(effect.targets)
-            phrasings = torch.arange(most_phrasings) % len(effect.student_text)
-            padded.append(
-                EffectSamples(
-                    effect.name,
-                    effect.sources[rows],
-                    effect.targets[rows],
-                    effect.teacher_text[rows],
-                    effect.student_text[phrasings][:, rows],
-                    effect.empty_text[rows],
-                )
-            )
+        for name, sources, targets, teacher, student, empty in effects:
+            # [M] -> most samples of any effect, [P, M] -> most phrasings of any effect too.
+            rows = samples % len(targets)
+            student = student[phrasings % len(student)][:, rows]
+            padded.append((name, sources[rows], targets[rows], teacher[rows], student, empty[rows]))
         names, *parts = zip(*padded, strict=True)
-        return cls(names, text, *map(torch.stack, parts), *general)
+        return cls(names, text, *map(torch.stack, parts), general_sources, general_pairs, general_targets)
 
 
 def general_pair(pair: Tensor, num_sources: int, num_texts: int) -> tuple[Tensor, Tensor]:
@@ -147,21 +134,9 @@ class Batch:
         )
 
 
-class _Rows(NamedTuple):
-    """B rows drawn from one stream.
-
-    Attributes:
-        effect: ``[B]`` as in `Batch`.
-        student, teacher, empty: ``[B]`` rows of `DistillData.text`.
-        source, target: ``[B, S, C]`` and ``[B, T, C]``.
-    """
-
-    effect: Tensor
-    student: Tensor
-    teacher: Tensor
-    empty: Tensor
-    source: Tensor
-    target: Tensor
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""B rows of one stream: effect as in `Batch`, table rows of the student's, teacher's and empty prompts, ``[B]`` each,
+then sources ``[B, S, C]`` and targets ``[B, T, C]``."""
 
 
 class BatchSampler:
@@ -199,6 +174,7 @@ class BatchSampler:
         """
         anchored = self.objective.trajectory_anchoring and self.data.general_targets is not None
         has_loss = self.objective.backward_simulation or anchored
+        # Between two draws the rows keep their streams, as the released code has it for 20 updates (section 5).
         if self.objective.dual_stream and has_loss and update % self.objective.switch_every == 0:
             chance = torch.rand(self.batch_size, generator=self.generator)
             self._general = chance >= self.objective.switch_probability
@@ -224,23 +200,21 @@ class BatchSampler:
         rows = self._effect_rows()
         others = self._general_rows() if len(self.data.general_pairs) else None
         if general.any():
-            chosen = []
-            for own, other in zip(rows, others, strict=True):
-                chosen.append(torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own))
-            rows = _Rows(*chosen)
-        source = send(rows.source, self.device)
+            pairs = zip(rows, others, strict=True)
+            rows = [torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own) for own, other in pairs]
+        effect, student, teacher, empty, source, target = rows
+        source = send(source, self.device)
 
         def conditioned(text_rows: Tensor) -> Conditioning:
             return Conditioning(self.data.text[text_rows].to(self.device), source)
 
-        has_target = ~general if self.data.general_targets is None else torch.ones_like(general)
         return Batch(
-            rows.effect,
-            conditioned(rows.student),
-            conditioned(rows.teacher),
-            conditioned(rows.empty),
-            send(rows.target, self.device, torch.float32),
-            has_target,
+            effect,
+            conditioned(student),
+            conditioned(teacher),
+            conditioned(empty),
+            send(target, self.device, torch.float32),
+            has_target=~general if self.data.general_targets is None else torch.ones_like(general),
         )
 
     def _effect_rows(self) -> _Rows:
@@ -250,23 +224,19 @@ class BatchSampler:
         sample = self._pick(data.targets.shape[1])
         phrasing = self._pick(data.student_text.shape[1])
         teacher = data.teacher_text[effect, sample]
-        return _Rows(
-            effect,
-            data.student_text[effect, phrasing, sample] if self.objective.orthogonal_prompting else teacher,
-            teacher,
-            data.empty_text[effect, sample],
-            data.sources[effect, sample],
-            data.targets[effect, sample],
-        )
+        # Orthogonal prompting (4b): the student reads trigger and description, else the teacher's own prompt.
+        student = data.student_text[effect, phrasing, sample] if self.objective.orthogonal_prompting else teacher
+        empty = data.empty_text[effect, sample]
+        return effect, student, teacher, empty, data.sources[effect, sample], data.targets[effect, sample]
 
     def _general_rows(self) -> _Rows:
-        """A random pair for each row: student and teacher, the base, read the same instruction."""
+        """A random pair for each row: the student and its teacher, the base, read the same instruction."""
         data = self.data
         pair = self._pick(len(data.general_pairs))
         source, instruction, empty = data.general_pairs[pair].unbind(1)
         target = torch.zeros(1, 1, 1) if data.general_targets is None else data.general_targets[pair]
         effect = torch.full_like(pair, GENERAL)
-        return _Rows(effect, instruction, instruction, empty, data.general_sources[source], target)
+        return effect, instruction, instruction, empty, data.general_sources[source], target
 
     def _pick(self, count: int) -> Tensor:
         return torch.randint(count, (self.batch_size,), generator=self.generator)

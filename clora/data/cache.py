@@ -1,6 +1,6 @@
-"""Tensors kept on disk under the hash of all that they were made from; read again only if they are whole.
+"""Tensors kept on disk under the hash of everything that they were made from; read again only if they are whole.
 
-One safetensors file per entry. Its header holds what it was made from, as JSON, and the hash of its tensors.
+One safetensors file per entry. Its header holds the entry's key, as JSON, and the hash of its tensors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ VERSION = 1
 
 Entry = Mapping[str, Tensor]
 Key = Mapping[str, object]
-"""What an entry is made from: JSON values, large things by their hash."""
+"""Everything that an entry is made from: JSON values, and hashes of large inputs."""
 
 
 class Cache:
     """A folder of entries.
 
     Args:
-        folder: it is created with the first entry, and several runs may share it; None keeps nothing.
+        folder: created with the first entry; several runs may share it. None keeps nothing.
     """
 
     def __init__(self, folder: Path | None):
@@ -37,17 +37,18 @@ class Cache:
     def entries(
         self, kind: str, keys: Sequence[Key], make: Callable[[list[int]], Iterable[tuple[int, Entry]]]
     ) -> list[Entry]:
-        """The entry of each key, read where it is there and made where it is not.
+        """The entry of each key, read where the folder has it and made where it has not.
 
         Args:
-            kind: what they are, the name of a subfolder.
-            keys: one for each.
-            make: called with the positions of what is missing, if anything is; yields each with its entry, which is
-                written at once, so that work that is stopped keeps what it had.
+            kind: the name of a subfolder.
+            keys: one for each entry.
+            make: called with the positions of missing entries, unless all are found; yields each position with its
+                entry, which is written at once: work that is interrupted keeps what it had.
 
         Raises:
             CloraError: an entry cannot be written.
         """
+        # Reading comes first and whole, so that ``make`` can batch whatever is missing.
         found = {i: entry for i, key in enumerate(keys) if (entry := self._read(kind, key)) is not None}
         missing = [i for i in range(len(keys)) if i not in found]
         for i, entry in make(missing) if missing else ():
@@ -59,9 +60,11 @@ class Cache:
         path = self._path(kind, key)
         if path is None or not path.exists():
             return None
+        # Whatever the damage, a file cut short or another tool's, the entry is made again.
         try:
             with safe_open(path, "pt") as file:
-                entry, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                header = file.metadata()
             if header["sha256"] == tensor_digest(entry):
                 return entry
         except (OSError, SafetensorError, TypeError, KeyError):

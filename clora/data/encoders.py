@@ -52,7 +52,8 @@ class Encoders:
         for name, home in self._homes.items():
             move(self.adapter.pipeline.components[name], home)
         if self._homes and self.device.type == "cuda":
-            torch.cuda.empty_cache()  # one large block for the transformer instead of the encoders' many
+            # The transformer comes next and is to find one large block instead of the encoders' many small ones.
+            torch.cuda.empty_cache()
         self._homes = {}
 
     def prompts(self, prompts: Sequence[str], pixels: Tensor | None) -> Text:
@@ -63,6 +64,7 @@ class Encoders:
         """
         images = [None] * len(prompts) if pixels is None else pixel_digests(pixels)
         limit = self.adapter.max_sequence_length
+        # The image is a part of a prompt's key only where the family encodes them together.
         keys = [
             {**self._key, "max_sequence_length": limit, "prompt": prompt, "image": image}
             for prompt, image in zip(prompts, images, strict=True)
@@ -96,6 +98,8 @@ class Encoders:
     def _encode(
         self, kind: str, keys: Sequence[Key], encode: Callable[[list[int]], Iterator[Entry]], at_once: int
     ) -> list[Entry]:
+        """Entries of the keys; ``encode(rows)`` yields those of some of them, called for ``at_once`` rows at a time."""
+
         def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
             self._bring()
             for start in range(0, len(missing), at_once):
@@ -123,6 +127,7 @@ def _text_entries(text: Text) -> Iterator[Entry]:
     """Each prompt's tensors without the padding at its end, which depends on the prompts encoded beside it."""
     positions = torch.arange(1, text.embeds.shape[1] + 1)
     for row in range(len(text)):
+        # Up to the last token: in the middle of a prompt masked positions may separate its segments.
         length = len(positions) if text.mask is None else int((positions * text.mask[row]).max())
         parts = {name: part for name, part in vars(text[row]).items() if part is not None}
         yield {name: part if name == "pooled" else part[:length] for name, part in parts.items()}

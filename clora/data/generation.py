@@ -93,6 +93,7 @@ class Generator:
         sigmas = student_schedule(steps, self.shift)
 
         def sample(rows: slice) -> Tensor:
+            # Draw 0 of a sample's noise is the start, the others noise its predictions again.
             noises = [self._noise(seeds[rows], k + 1) for k in range(steps - 1)]
             velocity = self._conditioned(ids[rows], conditioning[rows])
             return few_step_sample(velocity, self._noise(seeds[rows]), sigmas, noises=noises)
@@ -111,7 +112,8 @@ class Generator:
             return self.adapter.velocity(x, sigma, conditioning)
 
     def _noise(self, seeds: list[int], draw: int = 0) -> Tensor:
-        """fp32 noise of each sample, in the latents' dtype on the device; ``draw`` counts the noises of one sample."""
+        """Noise of each sample ``[B, T, C]``, in the latents' dtype on the device; ``draw`` counts those of a sample."""
+        # Drawn in fp32 on the CPU, so that it is the same whatever the device and the dtype.
         generators = [torch.Generator().manual_seed(1000 * seed + draw) for seed in seeds]
         noises = [torch.randn(self.adapter.latent_shape, generator=generator) for generator in generators]
         return send(torch.stack(noises), self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""Image files to tensors and back; everything wrong with a file is said before training starts."""
+"""Image files to tensors and back; whatever is wrong with a file is an error before training starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = N
     Args:
         folder: a folder of images and nothing else; hidden files and subfolders are passed over.
         size: height and width.
-        limit: the first so many; None for all.
+        limit: at most this number, the first by name; None for all.
 
     Returns:
         File names in order, and fp32 images ``[N, 3, H, W]`` in [-1, 1].
@@ -57,16 +57,18 @@ def list_images(folder: str | Path) -> list[Path]:
 def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
     """One image as fp32 ``[3, H, W]`` in [-1, 1]; see `load_images`."""
     height, width = size
+    with _opened(Path(file)) as opened:
+        image = _to_rgb(ImageOps.exif_transpose(opened))  # upright, whatever way the camera was held
     # Cropped first: resizing out of a box (ImageOps.fit) mixes in pixels from beyond the crop.
-    image = _crop(_open_rgb(Path(file)), width / height).resize((width, height), Image.Resampling.LANCZOS)
+    image = _crop(image, width / height).resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.float().div(127.5).sub(1).contiguous()
 
 
 def check_image(file: Path) -> None:
-    """Reads an image's header alone. Raises CloraError for what it tells: no image, empty, or enormous."""
-    with _told(file), Image.open(file) as opened:
-        _check_pixels(file, *opened.size)
+    """Reads only an image's header. Raises CloraError where it is no image, empty, or enormous."""
+    with _opened(file):
+        pass
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -76,28 +78,28 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _open_rgb(file: Path) -> Image.Image:
-    """Decodes a file to RGB, upright, on white where it is transparent."""
-    with _told(file), Image.open(file) as opened:
-        _check_pixels(file, *opened.size)
-        return _to_rgb(ImageOps.exif_transpose(opened))
-
-
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
-    """Tells what is wrong with an image file that is read inside."""
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Yields an image file, its header checked and nothing decoded yet; names the file in every error raised inside."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit of `_check_pixels` is lower
-            yield
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit is above `MAX_PIXELS`
+            with Image.open(file) as opened:
+                width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    found = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
+                    most = MAX_PIXELS // 10**6
+                    raise CloraError(f"{file} is enormous: {found}; expected at most {most}. Scale it down")
+                yield opened
     except CloraError:
         raise
     except UnidentifiedImageError as error:
-        what = "is empty (0 bytes)" if file.stat().st_size == 0 else "is not an image that can be read"
-        raise CloraError(f"{file} {what}; expected PNG, JPEG, WebP or the like. Remove or replace it") from error
+        found = "is empty (0 bytes)" if file.stat().st_size == 0 else "is not an image that can be read"
+        raise CloraError(f"{file} {found}; expected PNG, JPEG, WebP or the like. Remove or replace it") from error
     except Image.DecompressionBombError as error:
         raise CloraError(f"{file} is enormous: {error}; expected at most {MAX_PIXELS // 10**6} megapixels") from error
-    except Exception as error:  # decoders of damaged files raise whatever they meet: struct, zlib, value errors
+    except Exception as error:
+        # Decoders of damaged files raise whatever they run into: errors of struct, of zlib, of values.
         raise CloraError(f"{file} is a damaged image ({error}). Remove or replace it") from error
 
 
@@ -105,19 +107,15 @@ def _crop(image: Image.Image, aspect: float) -> Image.Image:
     """The largest centred part of an image with `aspect` = width / height."""
     width = min(image.width, max(1, round(image.height * aspect)))
     height = min(image.height, max(1, round(image.width / aspect)))
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def _check_pixels(file: Path, width: int, height: int) -> None:
-    """Looks at the header's size only: nothing is decoded yet."""
-    if width * height > MAX_PIXELS:
-        found = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
-        raise CloraError(f"{file} is enormous: {found}; expected at most {MAX_PIXELS // 10**6}. Scale it down")
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip 16 bits at 255
+    """RGB of 8 bits, on white where the image is transparent."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16 bits are scaled to 8: Pillow's own conversion would clip them at 255.
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

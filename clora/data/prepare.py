@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clora.config.settings import DistillConfig, general_instructions
-from clora.data.batches import DistillData, EffectSamples, GeneralSamples, general_pair
+from clora.data.batches import DistillData, EffectSamples, general_pair
 from clora.data.cache import Cache
 from clora.data.encoders import Encoders, Pictures, PromptTable, pixel_digests
 from clora.data.images import list_images, load_images
@@ -82,6 +82,7 @@ def encode_data(
         check_pairs(config)
         shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
+        # Images that several effects use are encoded once, under the name of their set.
         pictures = {p.name: p.pixels for p in (shared, *(effect.pictures for effect in effects.values()))}
         latents = {name: encoders.sources(pixels) for name, pixels in pictures.items()}
         sources = {name: latents[effect.pictures.name][effect.used] for name, effect in effects.items()}
@@ -89,6 +90,7 @@ def encode_data(
         for effect in config.effects:
             if effect.targets is not None:
                 targets[effect.name] = encoders.results(read(effect.targets, None))
+    # The encoders have left the device: the transformer takes their place, first to render, then to train.
     if device is not None:
         move(adapter.pipeline.transformer, device)
     renders = CachedTargets(config, adapter, table, text, cache, encoders.components)
@@ -101,7 +103,7 @@ def encode_data(
     ]
     general = latents[shared.name]
     general_targets = _general_targets(renders, shared, general, pairs)
-    return DistillData.of(text, samples, GeneralSamples(general, pairs, general_targets))
+    return DistillData.of(text, samples, general, pairs, general_targets)
 
 
 class DataCount(NamedTuple):
@@ -137,7 +139,7 @@ def count_data(config: DistillConfig, text_sees_image: bool) -> DataCount:
 
 
 def renders_general(config: DistillConfig) -> bool:
-    """Whether the base renders targets of the general stream."""
+    """True if the base renders targets of the general stream."""
     objective = config.objective
     return bool(config.data.general_targets) and objective.dual_stream and objective.trajectory_anchoring
 
@@ -180,6 +182,7 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, re
     rendered = [count for count, effect in zip(counts, config.effects, strict=True) if effect.targets is None]
     rows = {}
     for effect, own, count in zip(config.effects, pictures, counts, strict=True):
+        # [M] pictures in turn, beside each the effect's prompts: what is encoded with an image has a row for each.
         used = torch.arange(max(rendered) if effect.targets is None else count) % count
         rows[effect.name] = EffectRows(
             pictures=own,
@@ -192,12 +195,13 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, re
 
 
 def _general_pairs(config: DistillConfig, text_sees_image: bool, shared: Pictures, table: PromptTable) -> Tensor:
-    """`GeneralSamples.pairs`: as many as are to be rendered, else every picture with every instruction."""
+    """`DistillData.general_pairs`: as many as are to be rendered, else every picture with every instruction."""
     if not config.objective.dual_stream:
         return torch.empty(0, 3, dtype=torch.int64)
     instructions = general_instructions(config.data)
     num_sources = len(shared.pixels)
     every = num_sources * len(instructions)
+    # Where a prompt is encoded with its image, every pair is an encoding of its own, so that their number is bounded.
     count = config.data.general_targets or (min(every, MAX_PAIRS) if text_sees_image else every)
     source, instruction = general_pair(torch.arange(count), num_sources, len(instructions))
     prompt = [table.rows(instructions[i], shared, s[None]) for i, s in zip(instruction.tolist(), source, strict=True)]

@@ -22,8 +22,10 @@ from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
 from clora.progress import stage
 
-FIRST_GENERAL_SEED = 500_000  # apart from the seeds of the teachers' renders
-TEACHERS_AT_ONCE, GENERAL_AT_ONCE = 16, 24  # samples of a batch, where ``train.forward_rows`` allows as many
+# The base's seeds begin apart from those of the teachers' renders, which count from the config's own.
+FIRST_GENERAL_SEED = 500_000
+# Samples of a batch, where ``train.forward_rows`` allows as many.
+TEACHERS_AT_ONCE, GENERAL_AT_ONCE = 16, 24
 NO_TARGET_READS = {"steps", "shift"}  # the student's settings in the section ``sampler``
 
 
@@ -108,7 +110,8 @@ def render_targets(
         )
 
     used = sorted(set(samples.teacher.tolist()) - {GENERAL})
-    if not used:  # the base renders with no bank attached, in larger batches
+    if not used:
+        # The base renders with no bank attached, and in larger batches: it needs no memory for LoRAs.
         at_once = samples_at_once(config, GENERAL_AT_ONCE)
         generator = Generator(adapter, None, None, config.sampler.shift, at_once, report)
         for start in range(0, len(samples.prompt), at_once):
@@ -125,6 +128,7 @@ def render_targets(
     at_once = samples_at_once(config, TEACHERS_AT_ONCE)
     with AdapterBank(transformer, states, pages=pages) as bank:
         generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, at_once, report)
+        # With fewer pages on the device than teachers a batch may be cut where the next teacher would not fit.
         chunks = bank.chunks(ids, at_once)
         for rows, following in zip(chunks, [*chunks[1:], slice(0)], strict=True):
             with bank.placed(ids[rows]) as slots:
@@ -176,6 +180,7 @@ class CachedTargets:
 
     def _keys(self, teachers: Mapping[str, LoRAState], samples: Samples, images: Sequence[str]) -> list[Key]:
         """Everything that a render depends on, whatever other renders share its batch."""
+        # A render is found again by what it shows, not by its place in a run: one more effect renders only its own.
         shared = {
             "family": type(self.adapter).__name__,
             "pipeline": digest(self.components),

@@ -1,4 +1,4 @@
-"""What a pass of the transformer is conditioned on: encoded prompts and the images to edit."""
+"""The inputs of a pass of the transformer beside the noisy latents: encoded prompts and the images to edit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from clora.devices import send, take
 
 Shapes = tuple[tuple[int, int], ...]
-"""Height and width in tokens of each reference image, then of what else a family reads of them."""
+"""Height and width in tokens of each reference image, then of whatever else a family reads of them."""
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,33 @@ class Text:
         return Text(*(None if part is None else take(part, rows) for part in (self.embeds, self.mask, self.pooled)))
 
     def to(self, device: torch.device) -> Text:
-        """The same prompts on a device, but for their mask."""
+        """The same prompts on a device; the mask stays on the CPU."""
         return Text(send(self.embeds, device), self.mask, None if self.pooled is None else send(self.pooled, device))
 
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
         """All rows, shorter ones padded with masked zeros."""
         length = max(part.embeds.shape[1] for part in parts)
-        parts = [part._padded(length) for part in parts]
-        masked = any(part.mask is not None for part in parts)
-        return Text(
-            torch.cat([part.embeds for part in parts]),
-            torch.cat([part._full_mask() for part in parts]) if masked else None,
-            None if parts[0].pooled is None else torch.cat([part.pooled for part in parts]),
-        )
-
-    def _full_mask(self) -> Tensor:
-        if self.mask is not None:
-            return self.mask
-        return torch.ones(self.embeds.shape[:2], dtype=torch.bool)
-
-    def _padded(self, length: int) -> Text:
-        extra = length - self.embeds.shape[1]
-        if not extra:
-            return self
-        mask = functional.pad(self._full_mask(), (0, extra))
-        return Text(functional.pad(self.embeds, (0, 0, 0, extra)), mask, self.pooled)
+        # Prompts that all have one length and no mask stay without: attention then needs none.
+        masked = any(part.mask is not None or part.embeds.shape[1] < length for part in parts)
+        embeds, masks = [], []
+        for part in parts:
+            padding = length - part.embeds.shape[1]
+            mask = torch.ones(part.embeds.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
+            embeds.append(functional.pad(part.embeds, (0, 0, 0, padding)) if padding else part.embeds)
+            masks.append(functional.pad(mask, (0, padding)))
+        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
+        return Text(torch.cat(embeds), torch.cat(masks) if masked else None, pooled)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a batch is conditioned on; rows are samples.
+    """The conditioning of a batch; rows are samples.
 
     Attributes:
         text: the prompts, ``B`` rows.
-        source: packed latents of the images to edit, one after the other, ``[B, S, C]``, and what else the family reads
-            of these images after them, in rows of the same width.
+        source: ``[B, S, C]`` packed latents of the images to edit, one after the other; whatever else the family reads
+            of these images follows, in rows of the same width.
         shapes: the sizes in tokens of all these parts, the same for all rows; None for one image of the adapter's own
             size.
     """
@@ -102,5 +93,5 @@ class Conditioning:
         """All rows. Raises ValueError where images differ in size."""
         if any(part.shapes != parts[0].shapes for part in parts):
             raise ValueError(f"expected images of one size, found {[part.shapes for part in parts]}")
-        text, source = Text.cat([part.text for part in parts]), torch.cat([part.source for part in parts])
-        return Conditioning(text, source, parts[0].shapes)
+        text = Text.cat([part.text for part in parts])
+        return Conditioning(text, torch.cat([part.source for part in parts]), parts[0].shapes)

@@ -13,7 +13,7 @@ from clora.errors import CloraError
 
 @dataclass(frozen=True)
 class StepCheck:
-    """What an optimizer step leaves on the device: numbers for the report, and what shows that it went wrong.
+    """The outcome of an optimizer step, still on the device: numbers for the report, and the signs of a fault.
 
     Attributes:
         step: update and LoRA, as in ``update 3: the student``.
@@ -43,6 +43,7 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
     Raises:
         CloraError: a loss or a gradient is not finite; describes the first such step.
     """
+    # Two flags and then the numbers of each step, in one tensor: reading it is the only wait.
     found = []
     for check in checks:
         found += [check.nonfinite.any(), ~torch.isfinite(check.gradient_norm), *check.values.values()]

@@ -19,7 +19,7 @@ def make_optimizer(name: str, parameters: Sequence[Tensor], learning_rate: float
         name: as in ``train.optimizer``.
         parameters: fp32 factors.
         learning_rate: its first value.
-        bits: of AdamW's states: 32, or 8 by bitsandbytes (2 bytes a parameter for 8); Muon's are of 32 bits.
+        bits: of AdamW's states: 32, or 8 by bitsandbytes (2 bytes per parameter instead of 8). Muon's states are fp32.
 
     Raises:
         CloraError: bitsandbytes is not installed, or cannot compute on the parameters' device.
@@ -39,11 +39,12 @@ def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float) -> torc
             "train.optimizer_bits: 8 needs bitsandbytes; pip install bitsandbytes, or choose 32"
         ) from error
     device = parameters[0].device
-    probe = torch.zeros(8192, device=device, requires_grad=True)  # smaller tensors keep states of 32 bits
+    # A step on a probe finds out whether its kernels run here; it must be large, since small tensors keep 32 bits.
+    probe = torch.zeros(8192, device=device, requires_grad=True)
     probe.grad = torch.ones_like(probe)
     try:
         AdamW8bit([probe], learning_rate, **ADAMW).step()
-    except (AttributeError, NotImplementedError, RuntimeError) as error:  # what it raises differs between releases
+    except (AttributeError, NotImplementedError, RuntimeError) as error:  # the error differs between releases
         raise CloraError(
             f"train.optimizer_bits: the installed bitsandbytes cannot train on {device} ({error}); upgrade it, train on "
             "a GPU, or choose 32"
@@ -70,10 +71,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            # Parameters of one shape form one stack: a few large products instead of many small ones.
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 alike.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in alike.items():  # one stack each: a few large products for many small ones
+            for shape, parameters in alike.items():
+                # An orthogonal [M, N] matrix has the root mean square max(M, N) ** -0.5, an AdamW step about 0.2.
                 rate = 0.2 * group["lr"] * max(shape[-2:]) ** 0.5
                 directions = [_direction(p, self.state[p], group["momentum"]) for p in parameters]
                 steps = orthogonalized(torch.stack(directions)).unbind()
@@ -93,6 +96,8 @@ def _direction(parameter: Tensor, state: dict[str, Tensor], momentum: float) -> 
 def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Matrices ``[..., M, N]`` with all singular values brought near 1, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
+    # On the shorter side the Gram matrix is smaller. Divided by the Frobenius norm no singular value s is above 1, and
+    # every iteration takes each to a s + b s^3 + c s^5, which brings them near 1 and keeps the singular vectors.
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

@@ -54,7 +54,7 @@ def train_student(
 
 
 def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState]) -> LoRAState:
-    """The student before training: a zero delta, or the truncated mean of the teachers' deltas.
+    """The student before training: a zero delta, or the mean of the teachers' deltas cut to its rank.
 
     Ranks that the mean leaves empty get a random ``lora_A``, else they would never learn.
     """
@@ -68,6 +68,7 @@ def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState
 
 
 def _fill(fresh: LoRAModule, merged: LoRAModule | None) -> LoRAModule:
+    """The mean's ranks, then fresh ones for those that it leaves empty."""
     if merged is None:
         return fresh
     # A row's norm is the square root of its singular value; of teachers padded with zeros some are 0. A rank whose

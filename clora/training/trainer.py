@@ -170,6 +170,7 @@ class DistillTrainer:
             rollout: from `simulate` of this batch; None for trajectory anchoring only.
         """
         rows = self._student_rows(batch, rollout)
+        # One part after the other, so that only its activations are in memory; the gradients add up.
         parts = [self._learn(part) for part in rows.split(self.config.train.gradient_rows)]
         norm = self._step(self.student_optimizer, self.student)
         values = {}

@@ -1,4 +1,4 @@
-"""Streams and batches."""
+"""The two streams and the batches drawn from them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_batch_holds_matching_rows(adapter, orthogonal):
 
 
 def test_a_prompt_encoded_with_its_image_goes_with_that_image(adapter):
-    """As in the families whose text encoder sees the source: another row for every prompt and source."""
+    """In families whose text encoder sees the source, every pair of prompt and source has a row of its own."""
     effects, rows = ["effect_0", "effect_1", "effect_2"], torch.arange(3 * 3)
     data = random_data(adapter, effects)
     text = Text(torch.randn(9 + 18 + 9 + 12, 2, 24))

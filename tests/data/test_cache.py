@@ -1,4 +1,4 @@
-"""What is kept on disk: found again by what it was made from, and never used where it is not whole."""
+"""Entries on disk: found again by everything they were made from, and never used where they are damaged."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def same(found):
     )
 
 
-def test_what_was_made_is_read_again(tmp_path):
+def test_an_entry_is_read_again(tmp_path):
     made = []
     assert same(Cache(tmp_path / "c").entries("text", KEYS, make(made)))
     assert made == [[0, 1]]
     assert same(Cache(tmp_path / "c").entries("text", KEYS, refuse))
     turned = [dict(reversed(key.items())) for key in KEYS]
-    assert same(Cache(tmp_path / "c").entries("text", turned, refuse)), "the order of a key's parts is nothing"
+    assert same(Cache(tmp_path / "c").entries("text", turned, refuse)), "the order of a key's parts does not matter"
     assert len(list((tmp_path / "c" / "text").iterdir())) == 2
 
 
@@ -64,7 +64,7 @@ def test_without_a_folder_nothing_is_kept():
     assert made == [[0, 1], [0, 1]]
 
 
-def test_work_that_is_stopped_keeps_what_it_had(tmp_path):
+def test_interrupted_work_keeps_its_entries(tmp_path):
     def stopped(missing):
         yield 0, entry(0)
         raise KeyboardInterrupt
@@ -99,7 +99,7 @@ def other_names(path):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, empty, another_file, other_names])
-def test_a_damaged_entry_is_told_in_one_line_and_made_again(tmp_path, capsys, damage):
+def test_a_damaged_entry_is_reported_in_one_line_and_made_again(tmp_path, capsys, damage):
     cache = Cache(tmp_path)
     cache.entries("text", KEYS[:1], make([]))
     (path,) = (tmp_path / "text").iterdir()

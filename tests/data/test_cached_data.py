@@ -1,4 +1,4 @@
-"""Encoding and rendering behind the cache: what is there is read, only the rest is made, and the result is the same."""
+"""Encoding and rendering behind the cache: existing entries are read, only missing ones made, with the same result."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_one_effect_more_costs_itself(encode, work, tmp_path):
         torch.testing.assert_close(tensor, tensors(whole)[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_one_image_more_is_encoded_alone(encode, work, tmp_path):
+def test_only_a_new_image_is_encoded(encode, work, tmp_path):
     encode(Cache(tmp_path / "c"))
     work.clear()
     write_images(tmp_path / "images", 5)  # the first four as they were
@@ -175,14 +175,14 @@ def test_given_targets_are_encoded_once(encode, adapter, monkeypatch, tmp_path):
     assert same(encode(Cache(tmp_path / "c"), names), first)
 
 
-def test_a_lora_is_known_by_what_it_does(adapter):
+def test_a_lora_is_known_by_its_factors(adapter):
     transformer = adapter.pipeline.transformer
     found = [lora_digest(random_lora(transformer, 2, seed)) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 
 class Masked:
-    """A family whose prompts are encoded with their image, as long as they are, padded to the longest beside them."""
+    """A family that encodes prompts with their image, padded to the longest prompt beside them."""
 
     max_sequence_length = 40
     calls = 0
@@ -220,8 +220,8 @@ def test_a_prompt_with_its_image_does_not_depend_on_those_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("hit", [False, True])
-def test_encoders_are_on_the_device_while_they_encode_alone(encode, adapter, monkeypatch, tmp_path, hit):
-    """The moves are noted, not made: there is one device here."""
+def test_encoders_are_on_the_device_only_while_they_encode(encode, adapter, monkeypatch, tmp_path, hit):
+    """The moves are recorded, not made, since there is only one device here."""
     moved, device = [], torch.device("meta")
     names = {id(part): name for name, part in adapter.pipeline.components.items()}
     if hit:

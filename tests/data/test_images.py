@@ -1,4 +1,4 @@
-"""Image folders: pixels that come through exactly, and every bad file told by name."""
+"""Image folders: pixels come through exactly, and every bad file is named."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_pairs_come_in_one_order_whatever_their_formats(tmp_path, pixels):
 
 
 @pytest.mark.parametrize("what", ["output", "images"])
-def test_a_folder_that_cannot_be_looked_into(tmp_path, monkeypatch, what):
-    """Up to Python 3.11 asking whether it exists raises."""
+def test_a_folder_without_permission(tmp_path, monkeypatch, what):
+    """Up to Python 3.11 `Path.exists` itself raises."""
 
     def refuse(self):
         raise PermissionError(13, "Permission denied")

@@ -98,7 +98,7 @@ def test_every_loss_is_near_that_of_fp32(low, adapter):
     assert reports["low"] == pytest.approx(reports["whole"], rel=0.1)
 
 
-def test_what_trains_and_what_is_measured_is_fp32(low):
+def test_trained_factors_and_losses_are_fp32(low):
     data = random_data(low, ["effect_0", "effect_1", "effect_2"])
     data = dataclasses.replace(data, targets=data.targets.to(BF16), sources=data.sources.to(BF16))
     with make_trainer(low, data) as trainer:
@@ -129,7 +129,7 @@ def test_what_trains_and_what_is_measured_is_fp32(low):
 
 
 def test_generated_latents_start_and_end_in_bfloat16(low, inputs, monkeypatch):
-    """As a pipeline's own, which are in the dtype of the prompts."""
+    """As in a stock pipeline, whose latents are in the dtype of the prompts."""
     seen, velocity = [], low.velocity
     monkeypatch.setattr(low, "velocity", lambda x, *rest: seen.append(x) or velocity(x, *rest))
     generator = Generator(low, None, None, 3.0)
@@ -154,7 +154,7 @@ def test_a_re_noised_prediction_is_that_of_fp32_arithmetic(low):
 
 
 def test_a_stock_pipeline_in_bfloat16_has_our_timesteps_and_latents(tiny_folder, tmp_path):
-    """Of the student's sampler; the pipeline's own call, with the LoRA loaded and the collection's scheduler."""
+    """The student's sampler against the pipeline's own call, with the LoRA loaded and the collection's scheduler."""
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder).to(BF16)
     pipeline.set_progress_bar_config(disable=True)
     adapter, student = tiny_adapter(pipeline, SIZE), random_lora(pipeline.transformer, 4, 7)

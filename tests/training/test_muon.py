@@ -1,4 +1,4 @@
-"""The float32 Muon against torch's own, and what its step is."""
+"""The float32 Muon against torch's own, and the properties of its step."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where the student starts, what it adapts, and that training leaves nothing else behind."""
+"""The student's start and its layers; training leaves nothing else behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_student_starts_at_zero_or_at_the_mean_of_the_teachers(adapter, padd
         assert (module.lora_A.abs().sum(1) > 0).all(), "a rank with lora_A = lora_B = 0 never learns"
 
 
-def test_targets_of_the_student(adapter):
+def test_layers_of_the_student(adapter):
     transformer = adapter.pipeline.transformer
     teachers = random_teachers(transformer, 1)
     config = tiny_config(["effect_0"], student={"targets": ("attn.to_q", "attn.to_k")})

@@ -47,7 +47,7 @@ def test_each_step_trains_its_own_slot(adapter):
 
 
 @pytest.mark.parametrize("part", TERMS)
-def test_a_part_switched_off_removes_its_term_alone(adapter, part):
+def test_a_part_switched_off_removes_only_its_term(adapter, part):
     for objective in ({part: False}, {"weights": {part: 0.0}}):
         with make_trainer(adapter, objective=objective) as trainer:
             values = raise_first([trainer.student_step(*rolled(trainer))])

@@ -66,7 +66,7 @@ def test_a_broken_checkpoint_is_refused(adapter, tmp_path, content):
 
 
 def finite_step(values):
-    """The check of a step that nothing is wrong with."""
+    """The check of a step that went well."""
     row = torch.zeros(1)
     return StepCheck("a step", values, row > 0, row[0], row, "strongest", str)
 
@@ -98,8 +98,8 @@ def test_a_nan_source_stops_the_critic(adapter):
             raise_first([trainer.critic_step(*rolled(trainer))])
 
 
-def test_what_went_wrong_is_never_in_a_checkpoint(adapter, tmp_path, monkeypatch):
-    """The steps that follow a fault within an update compute on; what is on disk is from before."""
+def test_a_fault_never_reaches_a_checkpoint(adapter, tmp_path, monkeypatch):
+    """The later steps of an update are computed with the fault; the file on disk is from before."""
     checkpoint = tmp_path / "state.safetensors"
     with make_trainer(adapter, train={"updates": 5, "checkpoint_every": 1, "critic_ratio": 2}) as trainer:
         real, states = trainer.simulate, []
@@ -146,7 +146,7 @@ def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, lo
 
 
 def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
-    """So that switching it off is one flag, whatever share of the run it would have had."""
+    """Switching anchoring off takes one flag, whatever share of the run it would have had."""
     with make_trainer(adapter, objective={"trajectory_anchoring": False}, train={"anchor_share": 0.9}) as trainer:
         reports = []
         trainer.fit(lambda update, values: reports.append(values))
