@@ -139,30 +139,19 @@ def random_data(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    # The table's rows: teachers' prompts, students', three instructions, the empty prompt.
     num_effects = len(effects)
-    first_student = num_effects
-    first_instruction = num_effects * (1 + phrasings)
-    empty = first_instruction + 3
-    table = Text(draw(empty + 1, *text))
+    # The table of prompts is these four parts, one after the other: teachers', students', instructions, the empty one.
+    counts = [num_effects, num_effects * phrasings, 3, 1]
+    table = Text(draw(sum(counts), *text))
+    teacher, student, instructions, empty = torch.arange(sum(counts)).split(counts)
     images = draw(num_effects, sources, *latent)
     targets = draw(num_effects, sources, *latent)
-    samples = []
-    for i, name in enumerate(effects):
-        student = first_student + phrasings * i + torch.arange(phrasings)
-        samples.append(
-            EffectSamples(
-                name,
-                images[i],
-                targets[i],
-                torch.full((sources,), i),
-                student[:, None].expand(-1, sources),
-                torch.full((sources,), empty),
-            )
-        )
-    pair = torch.arange(12)
-    source, instruction = general_pair(pair, 4, 3)
-    pairs = torch.stack([source, first_instruction + instruction, torch.full_like(pair, empty)], dim=1)
+    asked = student.view(num_effects, phrasings, 1)
+    samples = [
+        EffectSamples(name, images[i], targets[i], teacher[i], asked[i], empty) for i, name in enumerate(effects)
+    ]
+    source, instruction = general_pair(torch.arange(12), 4, 3)
+    pairs = torch.stack([source, instructions[instruction], empty.expand_as(source)], dim=1)
     return DistillData.of(table, samples, draw(4, *latent), pairs)
 
 

@@ -131,11 +131,8 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     parts = [teacher, student, general_text, adapter.encode_prompts([""])]
     teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
     phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
-    count = len(sources)
     samples = [
-        EffectSamples(
-            name, sources, target, row.expand(count), asked[:, None].expand(-1, count), empty_row.expand(count)
-        )
+        EffectSamples(name, sources, target, row, asked[:, None], empty_row)
         for name, target, row, asked in zip(loras, made.of(list(loras)), teacher_rows, phrasings, strict=True)
     ]
     pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)

@@ -20,13 +20,15 @@ GENERAL = -1
 class EffectSamples(NamedTuple):
     """One effect's part of the data: M samples, the student's prompts in P phrasings.
 
+    Rows of prompts are one for each sample, or a single one that all samples share.
+
     Attributes:
         name: the effect.
         sources: ``[M, S, C]`` encoded images to edit.
         targets: ``[M, T, C]`` what the teacher makes of them (the paper's y).
-        teacher_text: ``[M]`` rows of the teacher's own prompt in `DistillData.text`.
-        student_text: ``[P, M]`` rows of trigger and description.
-        empty_text: ``[M]`` rows of the empty prompt of the unconditional branch.
+        teacher_text: ``[M]`` or ``[1]`` rows of the teacher's own prompt in `DistillData.text`.
+        student_text: ``[P, M]`` or ``[P, 1]`` rows of trigger and description.
+        empty_text: ``[M]`` or ``[1]`` rows of the empty prompt of the unconditional branch.
     """
 
     name: str
@@ -85,10 +87,12 @@ class DistillData:
         phrasings = torch.arange(max(len(effect.student_text) for effect in effects))
         padded = []
         for name, sources, targets, teacher, student, empty in effects:
-            # [M] -> most samples of any effect, [P, M] -> most phrasings of any effect too.
-            rows = samples % len(targets)
-            student = student[phrasings % len(student)][:, rows]
-            padded.append((name, sources[rows], targets[rows], teacher[rows], student, empty[rows]))
+            # From [M] to the most samples of any effect, from [P, M] to the most phrasings too.
+            count = len(targets)
+            rows = samples % count
+            student = student.expand(-1, count)[phrasings % len(student)][:, rows]
+            teacher, empty = teacher.expand(count)[rows], empty.expand(count)[rows]
+            padded.append((name, sources[rows], targets[rows], teacher, student, empty))
         names, *parts = zip(*padded, strict=True)
         return cls(names, text, *map(torch.stack, parts), general_sources, general_pairs, general_targets)
 
