@@ -116,7 +116,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
+def test_bad_input_is_refused_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
     make_bad, message = BAD[case]
     monkeypatch.setattr(targets_module, "render_targets", None)  # that takes hours: mistakes are told before
     with pytest.raises(CloraError, match=message):

@@ -117,13 +117,13 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
     assert np.abs(outputs["sepia"][0] - plain).mean() > 0.01, "the LoRA must be in the pipeline"
 
 
-def test_an_unknown_effect_is_told_before_anything_is_written(tmp_path):
+def test_an_unknown_effect_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(CloraError, match=r"unknown effect 'sno'; .*; did you mean 'snow'.*\?$"):
         demo.run_demo(tmp_path / "out", 0, ["sno"], full=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_is_told_first(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CloraError, match="is a file"):
         demo.run_demo(tmp_path / "file", 0, None, full=False)

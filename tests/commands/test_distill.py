@@ -61,7 +61,7 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
         (None, "a local Flux2KleinPipeline (folder base)"),
     ],
 )
-def test_the_base_is_called_as_its_folder_says(tiny_folder, adapter, tmp_path, monkeypatch, stated, expected):
+def test_the_base_is_called_as_its_folder_states(tiny_folder, adapter, tmp_path, monkeypatch, stated, expected):
     (tmp_path / "base").mkdir()
     (tmp_path / "tests" / "lora").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -151,7 +151,7 @@ def test_a_pipeline_saved_in_bfloat16_runs_in_one_type(tmp_path):
     assert loaded.encode_prompt("a red circle", max_sequence_length=40)[0].dtype == torch.float32
 
 
-def test_a_teacher_that_is_not_exact_is_told(monkeypatch, capsys):
+def test_a_teacher_that_is_not_exact_is_reported(monkeypatch, capsys):
     """A full change of a layer may be taken as factors of a lower rank, as far as its effect allows."""
     transformer = tiny_pipeline().transformer
     shapes, module = linear_shapes(transformer), "transformer_blocks.0.attn.to_q"

@@ -23,7 +23,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_stopped_run_says_what_it_kept_and_from_where_it_goes_on(make_config, monkeypatch, capsys):
+def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_config, monkeypatch, capsys):
     config, stop_after = make_config(train={"updates": 3, "checkpoint_every": 2}), 1
     iterate = DistillTrainer._iterate
 
@@ -169,7 +169,7 @@ def test_runs_share_a_folder_of_their_own(make_config, monkeypatch, tmp_path):
     assert (tmp_path / "kept" / "targets").is_dir()
 
 
-def test_a_checkpoint_of_other_settings_is_told_before_anything_is_rendered(make_config, monkeypatch):
+def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_rendered(make_config, monkeypatch):
     def no_disk(*arguments):
         raise CloraError("the disk is full")
 

@@ -128,13 +128,13 @@ def test_wrong_section(load, override):
         load(override)
 
 
-def test_a_malformed_config_is_told_of_by_its_own_check(load):
+def test_a_malformed_config_is_reported_by_its_own_check(load):
     for override in ("effects=3", "effects=[3]", "data=3"):
         with pytest.raises(CloraError, match=f"^override '{override[:4]}.*: {override[:4]}"):
             load(override)
 
 
-def test_an_effect_that_the_config_has_twice_is_told_of(load):
+def test_an_effect_that_the_config_has_twice_is_reported(load):
     """Not of the prompts file, which has one effect that the config then lacks."""
     with pytest.raises(CloraError, match=r"my\.yaml.*two effects have the name 'snow'"):
         load("effects.1.name=snow")

@@ -191,7 +191,7 @@ def test_a_mistake_in_an_override_is_not_the_files(load, tmp_path, overrides, he
     assert str(caught.value).startswith(heading.replace("FILE", str(tmp_path / "c.yaml")))
 
 
-def test_mistakes_of_the_file_and_of_overrides_are_told_apart(load, tmp_path):
+def test_mistakes_of_the_file_and_of_overrides_are_kept_apart(load, tmp_path):
     with pytest.raises(CloraError) as caught:
         load("train.updats=4", "seed=5", text=TEXT.replace("rank: 8", "rank: x"))
     heading, *problems = str(caught.value).splitlines()

@@ -1,4 +1,4 @@
-"""What one pass of a transformer costs, counted on fake tensors, and what the device can do."""
+"""The cost of one pass of a transformer, counted on fake tensors, and the capacity of the device."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_problem_is_told_at_once(job, tmp_path):
+def test_every_problem_is_reported_at_once(job, tmp_path):
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "good.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"not a safetensors file")
@@ -64,7 +64,7 @@ def test_every_problem_is_told_at_once(job, tmp_path):
     assert len(problems) == len(set(problems))
 
 
-def test_pictures_are_told_of_by_the_setting_that_names_them(job, tmp_path):
+def test_pictures_are_reported_by_the_setting_that_names_them(job, tmp_path):
     (tmp_path / "before").mkdir()
     own = {"sources": str(tmp_path / "before"), "targets": str(tmp_path / "gone")}
     effects = [{"name": "a", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow", **own}]
@@ -93,7 +93,7 @@ def test_a_component_of_an_unknown_class_is_a_problem(job, tmp_path, tiny_folder
     assert "text_encoder cannot be loaded as LaterForCausalLM" in problem
 
 
-def test_a_processor_without_torchvision_says_what_to_install(job, tmp_path, tiny_folder, monkeypatch):
+def test_a_processor_without_torchvision_states_what_to_install(job, tmp_path, tiny_folder, monkeypatch):
     def needs_torchvision(folder):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
 
@@ -123,11 +123,11 @@ def test_minutes_bound_the_training_but_not_the_rendering(job):
     ("count", "shown"),
     [(20_430_000_000, "20.43 B"), (3_140_000, "3.1 M"), (999_000_000, "999.0 M"), (60_500, "60.5 K")],
 )
-def test_parameters_are_told_in_their_unit(count, shown):
+def test_parameters_are_shown_in_their_unit(count, shown):
     assert _parameters(count) == f"{shown} parameters"
 
 
-def test_too_little_memory_is_told_with_what_helps(job, monkeypatch):
+def test_too_little_memory_is_reported_with_what_helps(job, monkeypatch):
     monkeypatch.setattr("clora.commands.plan.cost.device_memory", lambda device: 1000)
     (problem,) = make_plan(job())["problems"]
     assert "the device has 1.0 kB" in problem

@@ -71,7 +71,7 @@ def test_text_space():
     assert calls == [2, 2, 1, 2, 2, 1]
 
 
-def test_what_all_prompts_share_tells_nothing_apart():
+def test_what_all_prompts_share_does_not_distinguish_them():
     """One huge channel in every token: raw cosines would all be 1."""
     own = torch.eye(4, 6, dtype=torch.float64)
     shared = torch.zeros(6, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_an_effects_own_prompt_may_be_near():
     assert choose_triggers([["0", "90"], ["270"]], ["0", "100"], embed) == ["0", "270"]
 
 
-def test_of_equals_the_first_and_alone_the_first():
+def test_of_equals_and_of_one_the_first():
     assert choose_triggers([["90", "90.0"], ["0"]], ["180", "180"], embed) == ["90", "0"]
     assert choose_triggers([["90.0", "90"], ["0"]], ["180", "180"], embed) == ["90.0", "0"]
     assert choose_triggers([["7", "8"]], ["1"], embed) == ["7"]

@@ -252,7 +252,7 @@ def test_too_long_answers_are_refused_by_the_text_encoder(config_file, monkeypat
 
 
 @pytest.mark.parametrize("overrides", [["prompts.writer=templates"], []])
-def test_templates_alone(config_file, monkeypatch, capsys, overrides):
+def test_only_templates(config_file, monkeypatch, capsys, overrides):
     """Asked for, or because the pipeline's text encoder cannot write."""
     if not overrides:
         monkeypatch.setattr(write, "pipeline_writer", lambda pipeline: None)

@@ -39,7 +39,7 @@ def test_klein_reads_text(klein, short_answers):
     assert answer == (by_hand.rpartition("\n")[0] if len(ids) == 6 else by_hand)
 
 
-def test_an_answer_depends_on_the_seed_alone(qwen_vl, pair, monkeypatch):
+def test_an_answer_depends_only_on_the_seed(qwen_vl, pair, monkeypatch):
     monkeypatch.setattr(writers, "_decode", lambda processor, ids: ids.tolist())
     monkeypatch.setattr(writers, "MAX_TOKENS", 12)
     writer = language_model_writer("a", *qwen_vl)
