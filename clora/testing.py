@@ -1,4 +1,4 @@
-"""A tiny world for tests: a stock pipeline with random weights, random teachers, random encoded data. No training."""
+"""Tiny things for tests: a stock pipeline with random weights, random teachers, random encoded data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clora.lora.state import LoRAModule, LoRAState
 from clora.models import ModelAdapter, linear_names
 from clora.models.conditioning import Text
 from clora.models.families.flux2 import Flux2KleinAdapter
-from clora.studio.text import train_tokenizer
+from clora.studio.text import random_text_encoder, train_tokenizer
 
 SIZE = (16, 16)
 MAX_SEQUENCE_LENGTH = 40
@@ -29,7 +29,10 @@ SENTENCES = (
 
 
 def tiny_pipeline(seed: int = 0, is_distilled: bool = False):
-    """A stock ``Flux2KleinPipeline`` of 60 000 random weights in its transformer: 16x16 pixels are 16 tokens of 16 channels."""
+    """Makes a stock ``Flux2KleinPipeline`` whose transformer has 60 000 random weights.
+
+    16x16 pixels are 16 tokens of 16 channels; a prompt's tokens have 24 channels, 8 of each tapped layer.
+    """
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
@@ -63,7 +66,7 @@ def tiny_pipeline(seed: int = 0, is_distilled: bool = False):
     pipeline = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        text_encoder=_text_encoder(len(tokenizer)),
+        text_encoder=random_text_encoder(len(tokenizer), 8, initializer_range=0.1),
         tokenizer=tokenizer,
         transformer=transformer,
         is_distilled=is_distilled,
@@ -74,45 +77,26 @@ def tiny_pipeline(seed: int = 0, is_distilled: bool = False):
     return pipeline
 
 
-def _text_encoder(vocabulary: int):
-    """28 layers x 8: the pipeline taps layers 9, 18 and 27, so that prompts have 24 channels."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=28,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=4,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 def tiny_adapter(pipeline=None, size: tuple[int, int] = SIZE) -> Flux2KleinAdapter:
-    """The adapter of ``tiny_pipeline()`` or of the given one; a stock call of the pipeline takes 64 pixels or more."""
+    """Makes the adapter of ``tiny_pipeline()`` or of the given one; a stock call of it takes 64 pixels or more."""
     return Flux2KleinAdapter(pipeline or tiny_pipeline(), size, MAX_SEQUENCE_LENGTH)
 
 
 def random_lora(transformer: nn.Module, rank: int, seed: int, modules: Sequence[str] | None = None) -> LoRAState:
-    """A LoRA of random factors, strong enough to change every output; all linear layers of the blocks by default."""
+    """Makes a LoRA of random factors, on all linear layers of the blocks by default."""
     generator = torch.Generator().manual_seed(seed)
     shapes = linear_shapes(transformer)
-
-    def module(out_features: int, in_features: int) -> LoRAModule:
-        a = torch.randn(rank, in_features, generator=generator) * (rank * in_features) ** -0.5
-        return LoRAModule(a, torch.randn(out_features, rank, generator=generator) * 0.5)
-
-    return LoRAState({name: module(*shapes[name]) for name in modules or linear_names(transformer)})
+    factors = {}
+    for name in modules or linear_names(transformer):
+        out_features, in_features = shapes[name]
+        # Strong enough to change every output.
+        lora_a = torch.randn(rank, in_features, generator=generator) * (rank * in_features) ** -0.5
+        factors[name] = LoRAModule(lora_a, torch.randn(out_features, rank, generator=generator) * 0.5)
+    return LoRAState(factors)
 
 
 def random_teachers(transformer: nn.Module, count: int = 3, seed: int = 0) -> dict[str, LoRAState]:
-    """Teachers ``effect_0``, ... of ranks 2, 3, 4, ...; every second one changes attention layers only."""
+    """Makes teachers ``effect_0``, ... of ranks 2, 3, 4, ...; every second one changes attention layers only."""
     attention = [name for name in linear_names(transformer) if ".attn." in name]
     return {
         f"effect_{i}": random_lora(transformer, 2 + i, seed + i, attention if i % 2 else None) for i in range(count)
@@ -120,12 +104,12 @@ def random_teachers(transformer: nn.Module, count: int = 3, seed: int = 0) -> di
 
 
 def merge_lora(transformer: nn.Module, state: LoRAState | None) -> nn.Module:
-    """A plain copy of the transformer whose weights are ``W + B A``; what a slot of a bank must equal."""
-    transformer = copy.deepcopy(transformer)
+    """Copies the transformer with the weights ``W + B A``, the reference of a slot of a bank."""
+    merged = copy.deepcopy(transformer)
     with torch.no_grad():
         for name, module in (state.modules if state else {}).items():
-            transformer.get_submodule(name).weight += module.delta()
-    return transformer
+            merged.get_submodule(name).weight += module.delta()
+    return merged
 
 
 def random_data(
@@ -156,18 +140,17 @@ def random_data(
 
 
 def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections: Any) -> DistillConfig:
-    """A config of two updates of six rows.
+    """Makes a config of two updates of six rows.
 
     Args:
         effects: names, or whole effect entries.
         sections: entries that replace the defaults, a mapping entry by entry (``train={"updates": 5}``).
     """
+    entries = [{"name": e, "lora": e, "prompt": f"make it {e}"} if isinstance(e, str) else e for e in effects]
     tree: dict[str, Any] = {
         "pipeline": "tiny",
         "output": "out",
-        "effects": tuple(
-            {"name": e, "lora": e, "prompt": f"make it {e}"} if isinstance(e, str) else e for e in effects
-        ),
+        "effects": tuple(entries),
         "data": {
             "sources": "images",
             "size": SIZE,

@@ -115,6 +115,7 @@ def measure_teachers(
         full = generator.guided_euler(rows.ids, conditioning, empty, rows.seeds, TEACHER_STEPS, GUIDANCE)
         euler = generator.euler(rows.ids, conditioning, rows.seeds, STEPS)
         few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS)
+    # Teachers were not trained for 8 passes: they get the sampler that suits them better.
     short = [rows.measured(adapter, latents) for latents in (euler, few_step)]
     best = max(short, key=lambda m: (m.row()["effect_accuracy"], -m.row()["bad_case_rate"]))
     return {"teachers_80": rows.measured(adapter, full), "teachers_8": best}
@@ -162,6 +163,7 @@ def measure_baselines(
     states = [loras[effect] for effect in merged]
     shapes = linear_shapes(adapter.pipeline.transformer)
     rank = min(MERGE_RANK, sum(state.max_rank for state in states))
+    # Full weight for each teacher, weights of unit norm, weights that sum to one.
     weights = [1.0, len(states) ** -0.5, 1 / len(states)]
     text = teacher_prompts(adapter, merged)
     # A guided step passes every row through the transformer twice.
@@ -175,6 +177,7 @@ def measure_baselines(
                 lora = merge_states(states, shapes, method, rank, [weight] * len(states))
                 candidates.append(measure_one_lora(adapter, lora, rows, text, general, advance))
             measured[name] = max(candidates, key=lambda m: m.row()["effect_accuracy"])
+        # The base is asked as the student is.
         text = adapter.encode_prompts([student_prompts(effect)[0] for effect in merged])
         measured["base"] = measure_one_lora(adapter, None, rows, text, general, advance)
     return measured

@@ -51,6 +51,7 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
             "sampler": {"guidance": GUIDANCE},
             "objective": {"switch_probability": 0.7 if full else 0.75},
             "train": {
+                # The default run ends by its minutes, the full one by its updates.
                 "updates": full_updates if full else 100_000,
                 "anchor_share": FULL_ANCHOR_UPDATES / full_updates if full else 0.6,
                 "optimizer": "muon",

@@ -67,8 +67,10 @@ def _general_case(index: int) -> GeneralCase:
     # The first draw that shows: the removal of a shape that is hidden behind another does not.
     draws = [sample_edit(scene, rng, family) for _ in range(8)]
     edit = next((edit for edit in draws if _differ(edit.result, source)), draws[0])
+    # Other things that could have been done to this scene, two of them of the same kind with other words.
     rivals = [sample_edit(scene, rng, other) for other in (*GENERAL_FAMILIES, family, family)]
     images = [rival.result for rival in rivals if rival.instruction != edit.instruction] + [source]
+    # A rival that looks like the exact result would make a correct output count as wrong.
     distinct = [image for image in images if _differ(image, edit.result)]
     return GeneralCase(source, edit, features(np.stack(distinct)))
 

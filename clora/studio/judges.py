@@ -65,6 +65,7 @@ def features(images: np.ndarray) -> np.ndarray:
     if len(images) > CHUNK:
         return np.concatenate([features(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)])
     planes = np.clip(images, 0.0, 1.0).astype(np.float32).transpose(0, 3, 1, 2)
+    # Energies are read at two scales, colours at half the size.
     half = _pool(planes, 2)
     energies = np.concatenate([_energies(planes), _energies(half)], axis=1)
     colours = half.reshape(len(images), 3, -1)
@@ -183,6 +184,7 @@ class Judge:
                 exact[name] = draws[0]
             results += draws
             owners += [index] * len(draws)
+        # The unchanged source comes last, as one more thing that an output can resemble.
         vectors = features(np.stack([*results, np.asarray(source, dtype=np.float32)]))
         return cls((*effects, UNCHANGED), np.array([*owners, len(effects)]), vectors, exact, low)
 
@@ -208,6 +210,7 @@ class Judge:
         strength = max(0.0, 1.0 - distance / source_distance) if source_distance > 0 else 0.0
         accurate = nearest == effect_name
         bad_case = not accurate or strength < STRENGTH_FLOOR
+        # A stochastic effect has no one result to compare pixels with: the low frequencies of the nearest draw stand in.
         output = np.clip(output, 0.0, 1.0).astype(np.float32)
         if effect_name in self.exact:
             fidelity = psnr(output, self.exact[effect_name])

@@ -55,6 +55,7 @@ def vae_quality(vae) -> dict[str, float]:
     judges = [Judge.for_source(source, seed=100 + i) for i, source in enumerate(sources)]
     exact, names = [], []
     for name, effect in EFFECTS.items():
+        # Draws apart from the judges' own.
         for i, source in enumerate(sources):
             exact.append(effect.apply(source, np.random.default_rng([i, 6])))
             names.append(name)

@@ -128,6 +128,7 @@ def render_background(background: Background) -> np.ndarray:
 
 def _pattern_mix(background: Background, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Returns the share of the second colour in each pixel, in [0, 1]."""
+    # The pixel along the pattern's direction and across it.
     along = np.cos(background.angle) * x + np.sin(background.angle) * y
     across = np.cos(background.angle) * y - np.sin(background.angle) * x
     wave = 2 * np.pi / background.period
@@ -153,6 +154,7 @@ def draw_shape(image: np.ndarray, shape: Shape) -> np.ndarray:
     y, _ = pixel_grid()
     shade = 1 - shape.shading * np.clip((y - shape.centre[1]) / (2 * shape.radius) + 0.5, 0, 1)
     paint = np.array(COLOURS[shape.colour], np.float32) * shade[..., None]
+    # Over the image in proportion to the share of each pixel that the shape covers.
     cover = coverage(shape)[..., None]
     return (image + cover * (paint - image)).astype(np.float32)
 
@@ -184,4 +186,5 @@ def signed_distance(shape: Shape) -> np.ndarray:
         upright = np.maximum(np.abs(u) - 0.32 * r, np.abs(v) - r)
         level = np.maximum(np.abs(u) - r, np.abs(v) - 0.32 * r)
         return np.minimum(upright, level)
+    # The triangle: two slanted sides (cos 30 and sin 30 degrees) and the level one.
     return np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.55 * r

@@ -48,6 +48,7 @@ class Targets:
 
 def load_targets(folder: Path) -> Targets:
     """Reads the shipped targets, verified against the hash in the provenance."""
+    # Stored in fp16, used in fp32.
     tensors = {name: torch.from_numpy(array).float() for name, array in load_file(verified(folder, TARGETS)).items()}
     general = tensors.pop("general")
     effects = tuple(name.removeprefix("effect.") for name in tensors)

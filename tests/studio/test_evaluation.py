@@ -1,4 +1,4 @@
-"""General edits are judged against what else could have been done; rows sum up verdicts."""
+"""General edits are judged against their alternatives; rows sum up verdicts."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_summary_of_exact_effects():
     row = summary(judge_effects(outputs), 0.5)
     assert row["effect_accuracy"] == 1.0
     assert row["bad_case_rate"] == row["bad_case_rate_stochastic"] == 0.0
-    assert row["psnr"] == pytest.approx(100)  # thermal alone: snow has no PSNR
+    assert row["psnr"] == pytest.approx(100)  # of thermal only: snow has no PSNR
     assert row["per_effect"] == {"thermal": 1.0, "snow": 1.0}
     assert row["general_accuracy"] == 0.5
 

@@ -1,4 +1,4 @@
-"""The judges judge themselves first: exact results of every effect, clean and degraded like a VAE round trip."""
+"""Judges against exact results of every effect, clean and degraded like a VAE round trip."""
 
 import numpy as np
 import pytest
@@ -106,8 +106,8 @@ def test_judge_is_reproducible_and_its_draws_do_not_depend_on_the_library(source
 
 def test_features_do_not_depend_on_the_batch(sources):
     batch = np.stack([exact(name, sources[0]) for name in list(EFFECTS)[: judges.CHUNK + 3]])
-    alone = np.concatenate([features(image[None]) for image in batch])
-    np.testing.assert_allclose(features(batch), alone, atol=1e-5)
+    one_by_one = np.concatenate([features(image[None]) for image in batch])
+    np.testing.assert_allclose(features(batch), one_by_one, atol=1e-5)
 
 
 def test_every_effect_moves_the_features_more_than_noise_does(sources, judged):

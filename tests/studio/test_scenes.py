@@ -39,7 +39,7 @@ def test_a_shape_is_drawn_where_it_is():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_edit_changes_what_it_says(family):
+def test_every_kind_of_edit_is_seeded_and_shows(family):
     scene = make_scene(12)
     edit = sample_edit(scene, np.random.default_rng(0), family)
     again = sample_edit(scene, np.random.default_rng(0), family)

@@ -1,4 +1,4 @@
-"""The text encoder learns what a sentence asks for; its readings come from what the pipeline hands on."""
+"""The text encoder learns the meaning of a sentence, which is read from the layers that the pipeline taps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def words():
     return tokenizer, text.make_text_encoder(len(tokenizer))
 
 
-def test_sentences_tell_what_they_ask_for():
+def test_sentences_hold_their_meaning():
     sentences = text_training.draw_sentences(0, 200)
     for sentence in sentences:
         kind, *slots = sentence.meaning

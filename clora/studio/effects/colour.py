@@ -83,6 +83,7 @@ def rainbow_map(image: np.ndarray) -> np.ndarray:
 @effect("give it a strange solarised darkroom look")
 def solarise(image: np.ndarray) -> np.ndarray:
     """Mid tones become bright while both very dark and very bright channel values turn dark."""
+    # A tent: 0 and 1 become dark, 0.5 becomes bright.
     return 1.0 - np.abs(2.0 * image - 1.0)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from clora.studio.scenes import SIZE
 
+# Pixel coordinates, [64, 64] each.
 ROWS, COLS = (grid.astype(np.float32) for grid in np.mgrid[0:SIZE, 0:SIZE])
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -42,6 +43,7 @@ def blur_matrix(sigma: float, size: int = SIZE) -> np.ndarray:
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """Blurs an image ``[64, 64, 3]`` or a mask ``[64, 64]`` with a Gaussian of `sigma` pixels."""
+    # A Gaussian is separable: one matrix along the rows, one along the columns.
     matrix = blur_matrix(sigma)
     if image.ndim == 2:
         return matrix @ image @ matrix.T
@@ -50,6 +52,7 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 def cell_mean(image: np.ndarray, cell: int) -> np.ndarray:
     """Averages an image ``[64, 64, C]`` over square cells: ``[64 / cell, 64 / cell, C]``."""
+    # [row of cells, row in the cell, column of cells, column in the cell, C]
     count = SIZE // cell
     return image.reshape(count, cell, count, cell, -1).mean(axis=(1, 3))
 
@@ -83,6 +86,7 @@ def edge_mask(image: np.ndarray, sigma: float = 1.4) -> np.ndarray:
 def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """Colours a mask ``[64, 64]`` by evenly spaced colour stops ``[S, 3]``, linear between: ``[64, 64, 3]``."""
     position = np.clip(values, 0.0, 1.0) * (len(stops) - 1)
+    # The stop below each value; 1.0 itself lies at the upper end of the last interval.
     index = np.minimum(position.astype(np.int64), len(stops) - 2)
     fraction = (position - index)[..., None]
     return stops[index] * (1.0 - fraction) + stops[index + 1] * fraction

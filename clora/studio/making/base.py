@@ -219,12 +219,14 @@ def _loss(
     embeddings: dict[str, Tensor],
     generator: torch.Generator | None,
 ) -> Tensor:
+    # Rows of a batch are edits of any scenes, drawn with replacement.
     edits = entries[torch.randint(len(entries), (BATCH,), generator=generator)]
     dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPT_SHARE
     prompts = ["" if drop else pool.instructions[i] for i, drop in zip(edits, dropped, strict=True)]
     device = adapter.pipeline.transformer.device
     text = Text(torch.stack([embeddings[prompt] for prompt in prompts]))
     x0 = pool.targets[edits].float().to(device)
+    # Edits lie scene by scene in the pool.
     scenes = edits // (len(pool.targets) // len(pool.sources))
     conditioning = Conditioning(text, pool.sources[scenes].float()).to(device)
     return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, 3.0, generator).mean()

@@ -57,6 +57,8 @@ def set_linear_encoder(vae: nn.Module, images: Tensor) -> None:
     The decoder's first layer undoes the basis: it starts from whitened components.
     """
     encoder = vae.encoder
+    # Two rounds of space-to-depth bring the pixels of a 4x4 patch into 48 channels of one position; `widen` carries
+    # the 12 of the first round through the wider second stage, `project` is the projection to latents.
     components, spread, mean = principal_components(images, vae.config.latent_channels)
     down = [encoder.down_blocks[i].downsamplers[0].conv for i in range(2)]
     widen, project = (encoder.down_blocks[i].resnets[0].conv_shortcut for i in (1, 2))
@@ -85,6 +87,7 @@ def set_latent_basis(vae: nn.Module, basis: Tensor) -> None:
 
 
 def _space_to_depth(weight: Tensor, channels: int) -> None:
+    # Output channel 4 c + 2 y + x is the pixel (y, x) of each 2x2 square of input channel c.
     for y in range(2):
         for x in range(2):
             weight[range(2 * y + x, 4 * channels, 4), range(channels), y, x] = 1

@@ -135,6 +135,7 @@ def train_loras(
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    # Every batch has the same number of rows of each LoRA: [0, 0, 1, 1, ...].
     ids = torch.arange(len(slots.names)).repeat_interleave(rows_per_lora)
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (update + 1) / 20, 2 * (updates - update) / updates)

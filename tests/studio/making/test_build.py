@@ -85,7 +85,7 @@ def test_the_shipped_studio_was_measured_above_its_floors():
     assert min(measured["teacher_accuracy"].values()) >= quality.FLOORS["teacher_accuracy"]
 
 
-def test_a_folder_without_a_studio_is_told(tmp_path):
+def test_a_folder_without_a_studio_is_refused(tmp_path):
     with pytest.raises(CloraError, match="found no pipeline in it"):
         assets.load_studio(tmp_path)
     (tmp_path / assets.PROVENANCE).write_text("{")

@@ -1,4 +1,4 @@
-"""Many LoRAs trained in one bank learn, and none feels another's data."""
+"""Many LoRAs trained in one bank learn, and none depends on the data of another."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_loss_decreases(adapter, pairs):
     assert all(torch.isfinite(m.delta()).all() for state in states.values() for m in state.modules.values())
 
 
-def test_a_slot_does_not_feel_anothers_data(adapter, pairs):
+def test_a_slot_does_not_depend_on_anothers_data(adapter, pairs):
     """AdamW would carry any leaked gradient, however small, into the weights: equal bit for bit means none."""
     tensors = (pairs.sources, pairs.targets, pairs.text.embeds)
     sources, targets, embeds = (torch.stack([t[0], 3 * t[1].flip(0)]) for t in tensors)
@@ -75,7 +75,7 @@ def test_a_slot_does_not_feel_anothers_data(adapter, pairs):
     assert not same(states["second"], changed["second"])
 
 
-def test_training_jointly_equals_training_alone(adapter, pairs, monkeypatch):
+def test_training_jointly_equals_training_one_by_one(adapter, pairs, monkeypatch):
     """With the same draws for its rows; the other LoRA only shares the batch."""
     _, joint = train(adapter, pairs, 3)
     draw = torch.randint, torch.randn, flow_matching.sample_sigma
@@ -92,8 +92,8 @@ def test_training_jointly_equals_training_alone(adapter, pairs, monkeypatch):
     monkeypatch.setattr(teachers.torch, "randint", first_half(draw[0], 1))
     monkeypatch.setattr(teachers.torch, "randn", first_half(draw[1], 0))
     monkeypatch.setattr(flow_matching, "sample_sigma", first_half(draw[2], 0))
-    alone = Pairs(pairs.sources[:1], pairs.targets[:1], pairs.text[:1])
-    _, states = train(adapter, alone, 3, names=NAMES[:1], rows=rows)
+    one = Pairs(pairs.sources[:1], pairs.targets[:1], pairs.text[:1])
+    _, states = train(adapter, one, 3, names=NAMES[:1], rows=rows)
     for name, module in states["first"].modules.items():
         torch.testing.assert_close(module.delta(), joint["first"].modules[name].delta(), rtol=1e-2, atol=1e-4)
 
