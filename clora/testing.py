@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData, EffectSamples, general_pair
-from clora.lora.layers import linear_shapes
+from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAModule, LoRAState
-from clora.models import ModelAdapter, linear_names
+from clora.models import ModelAdapter
 from clora.models.conditioning import Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.text import random_text_encoder, train_tokenizer
@@ -87,7 +87,7 @@ def random_lora(transformer: nn.Module, rank: int, seed: int, modules: Sequence[
     generator = torch.Generator().manual_seed(seed)
     shapes = linear_shapes(transformer)
     factors = {}
-    for name in modules or linear_names(transformer):
+    for name in modules or block_layers(transformer):
         out_features, in_features = shapes[name]
         # Strong enough to change every output.
         lora_a = torch.randn(rank, in_features, generator=generator) * (rank * in_features) ** -0.5
@@ -97,7 +97,7 @@ def random_lora(transformer: nn.Module, rank: int, seed: int, modules: Sequence[
 
 def random_teachers(transformer: nn.Module, count: int = 3, seed: int = 0) -> dict[str, LoRAState]:
     """Makes teachers ``effect_0``, ... of ranks 2, 3, 4, ...; every second one changes attention layers only."""
-    attention = [name for name in linear_names(transformer) if ".attn." in name]
+    attention = [name for name in block_layers(transformer) if ".attn." in name]
     return {
         f"effect_{i}": random_lora(transformer, 2 + i, seed + i, attention if i % 2 else None) for i in range(count)
     }

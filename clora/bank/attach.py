@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from clora.bank.bank import AdapterBank, BankBytes, RoutedLinear
+from clora.bank.bank import AdapterBank, BankBytes
 from clora.bank.slots import index_of
-from clora.errors import CloraError
 from clora.lora.algebra import MAX_ERROR
-from clora.lora.layers import linear_shapes, linear_weights
+from clora.lora.layers import linear_shapes, linear_weights, transformer_of
 from clora.lora.load import read_lora
 from clora.lora.state import LoRAState
 
@@ -55,7 +55,7 @@ class AttachedLoRAs:
 
 
 def attach(
-    transformer: nn.Module, adapters: Mapping[str, str | Path | LoRAState], *, max_error: float = MAX_ERROR
+    transformer: Any, adapters: Mapping[str, str | Path | LoRAState], *, max_error: float = MAX_ERROR
 ) -> AttachedLoRAs:
     """Puts LoRAs beside a transformer's layers, ready for batches that mix them.
 
@@ -69,7 +69,7 @@ def attach(
     Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs only inside `route`.
 
     Args:
-        transformer: a diffusers transformer, also with quantised weights.
+        transformer: a diffusers transformer, also with quantised weights, or the pipeline that has it.
         adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or a loaded one. They are
             stored in the transformer's dtype.
         max_error: as in `clora.load_lora`, for files whose changes are not of low rank.
@@ -77,12 +77,7 @@ def attach(
     Raises:
         CloraError: a LoRA cannot be read or does not fit, none is given, or the transformer already carries others.
     """
-    if any(isinstance(module, RoutedLinear) for module in transformer.modules()):
-        raise CloraError(
-            "the transformer has LoRAs attached already; call detach() of what clora.attach returned first"
-        )
-    if getattr(transformer, "peft_config", None):
-        raise CloraError("the transformer has LoRAs loaded by diffusers; call pipe.unload_lora_weights() first")
+    transformer = transformer_of(transformer)
     shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     states = {
         name: lora if isinstance(lora, LoRAState) else read_lora(lora, shapes, weights, max_error=max_error)

@@ -54,6 +54,16 @@ def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+def block_layers(transformer: nn.Module) -> list[str]:
+    """Returns the linear layers inside the transformer's blocks, which a LoRA changes by default, in module order.
+
+    Blocks are the modules that diffusers calls the transformer's repeated blocks, whatever attributes hold them.
+    """
+    repeated = transformer._repeated_blocks
+    blocks = tuple(f"{name}." for name, module in transformer.named_modules() if type(module).__name__ in repeated)
+    return [name for name in linear_shapes(transformer) if name.startswith(blocks)]
+
+
 def linear_weights(transformer: nn.Module) -> dict[str, Tensor]:
     """Returns the weight ``[out, in]`` of each layer of `linear_shapes`; nothing is copied."""
     return {name: layer.weight for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}

@@ -4,8 +4,7 @@ An adapter is chosen by the class of the loaded pipeline (`adapter_for`); `regis
 the pipeline's own methods throughout, so that a stock call of the pipeline gives what the engine gives.
 """
 
-from clora.models.common import linear_names
 from clora.models.protocol import ModelAdapter
 from clora.models.registry import adapter_for, register
 
-__all__ = ["ModelAdapter", "adapter_for", "linear_names", "register"]
+__all__ = ["ModelAdapter", "adapter_for", "register"]

@@ -1,10 +1,12 @@
-"""What the adapters share."""
+"""The common part of all model families: `FamilyAdapter`, the base of their adapters, and functions that they share."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from math import prod
 from types import ModuleType
 from typing import TypeVar
 
@@ -13,26 +15,144 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clora.devices import send
 from clora.errors import CloraError
-from clora.models.conditioning import Text
+from clora.models.conditioning import Conditioning, Shapes, Text
 from clora.models.protocol import ModelAdapter
 
 One = TypeVar("One")
 
 MAX_IMAGES, MAX_PIXELS = 32, 4 * 1024 * 1024
-"""Of a batch for an autoencoder."""
+"""The largest batch of an autoencoder."""
 MAX_PROMPTS, MAX_TOKENS = 64, 4096
-"""Of a batch for a text encoder."""
+"""The largest batch of a text encoder."""
 
 
-def check_size(size: tuple[int, int], multiple: int) -> None:
-    """Raises CloraError for an image size that is no multiple of the pipeline's patches."""
-    if size[0] % multiple or size[1] % multiple:
-        raise CloraError(f"expected an image size in multiples of {multiple} pixels, found {size[0]}x{size[1]}")
+class FamilyAdapter(ABC):
+    """A `ModelAdapter` as far as the families agree; a subclass adds what its pipeline does in its own way.
+
+    Args:
+        pipeline: a diffusers pipeline of the family.
+        size: ``(height, width)`` of the results in pixels, multiples of the pipeline's patch size.
+        max_sequence_length: text tokens of a prompt; a longer prompt is an error, never a silent cut.
+
+    Raises:
+        CloraError: the size does not fit the patch size.
+    """
+
+    text_sees_image = False
+    image_tokens = 0
+    default_guidance = 0.0
+    guidance_embedding: float | None = None
+    _patch = 2  # latent pixels on each side of a token
+    _takes_one_image = False  # the pipeline edits one image, not several
+
+    def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
+        multiple = pipeline.vae_scale_factor * 2
+        if size[0] % multiple or size[1] % multiple:
+            raise CloraError(f"expected an image size in multiples of {multiple} pixels, found {size[0]}x{size[1]}")
+        self.pipeline = pipeline
+        self.size = size
+        self.max_sequence_length = max_sequence_length
+        self.student_call = {"guidance_scale": 1.0}
+        # The module of the pipeline's class, with the functions and constants that its call uses.
+        self._module: ModuleType = sys.modules[type(pipeline).__module__]
+        self._token = pipeline.vae_scale_factor * self._patch  # its pixels on each side
+        self._grid = self._grid_of(*size)
+        self.latent_shape = (prod(self._grid), pipeline.transformer.config.in_channels)
+        self.source_shapes: Shapes = (self._grid,)
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """See `ModelAdapter`."""
+        return self.pipeline.transformer.dtype
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in tokens of an image in pixels."""
+        return height // self._token, width // self._token
+
+    @abstractmethod
+    def num_tokens(self, prompt: str) -> int:
+        """See `ModelAdapter.num_tokens`."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
+        """See `ModelAdapter.encode_prompts`."""
+
+    @torch.no_grad()
+    def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
+        """See `ModelAdapter.encode_sources`. Raises CloraError for several images if the pipeline takes one."""
+        if self._takes_one_image:
+            references = [only_image(self.pipeline, references)]
+        fitted = [self._fit(images) for images in references]
+        # The tokens of all images in one sequence [N, S, C], image after image; their sizes tell them apart again.
+        latents = torch.cat([self.encode_images(images) for images in fitted], dim=1)
+        return latents, tuple(self._grid_of(*images.shape[-2:]) for images in fitted)
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """References ``[N, 3, H, W]`` in the size in which the pipeline's autoencoder reads them; by default their own."""
+        return images
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
+        device = self.pipeline.vae.device
+        return in_chunks(lambda part: self._encode(part.to(device)).cpu(), images, images.shape[-2:])
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """Packed latents ``[N, T, C]`` of images ``[N, 3, H, W]`` on the autoencoder's device."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `ModelAdapter.decode`."""
+        device = self.pipeline.vae.device
+        return in_chunks(lambda part: self._decode(part.to(device)).cpu(), latents, self.size)
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]`` of packed latents ``[N, T, C]`` on the autoencoder's device."""
+
+    def teacher_schedule(self, steps: int) -> Tensor:
+        """See `ModelAdapter.teacher_schedule`."""
+        return stock_schedule(self.pipeline.scheduler, steps, self._time_shift(steps))
+
+    def _time_shift(self, steps: int) -> float:
+        """The shift ``mu`` that a stock call gives its scheduler: by default from a line through two image sizes."""
+        config = self.pipeline.scheduler.config
+        return self._module.calculate_shift(
+            self.latent_shape[0],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `ModelAdapter.velocity`."""
+
+    def _predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **inputs) -> Tensor:
+        """The velocity of a transformer that reads one sequence of image tokens: the noisy ones, then the source's.
+
+        Args:
+            x: noisy packed latents ``[B, T, C]``.
+            sigma: noise levels ``[B]``.
+            conditioning: ``B`` rows.
+            inputs: the other arguments of the transformer.
+        """
+        transformer = self.pipeline.transformer
+        output = transformer(
+            hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
+            encoder_hidden_states=conditioning.text.embeds.to(transformer.dtype),
+            timestep=timestep(sigma, transformer.dtype),
+            return_dict=False,
+            **inputs,
+        )[0]
+        # It predicts [B, T + S, C], for the source's tokens too; nothing asks for those.
+        return output[:, : x.shape[1]]
 
 
-def check_lengths(adapter: ModelAdapter, prompts: Sequence[str]) -> None:
+def check_lengths(adapter: ModelAdapter | FamilyAdapter, prompts: Sequence[str]) -> None:
     """Raises CloraError for a prompt of more tokens than the adapter takes."""
     for prompt in prompts:
         count = adapter.num_tokens(prompt)
@@ -53,17 +173,12 @@ def check_limit(pipeline, max_sequence_length: int, limit: int) -> None:
 
 
 def only_image(pipeline, images: Sequence[One] | None) -> One:
-    """The one image of a sample, or of all samples. Raises CloraError where there is another number."""
+    """The one image of a sample, or of all samples. Raises CloraError for any other number of images."""
     if images is None or len(images) != 1:
         raise CloraError(
             f"expected one image to edit, which is what {type(pipeline).__name__} takes, found {len(images or ())}"
         )
     return images[0]
-
-
-def module_of(pipeline) -> ModuleType:
-    """The module of a pipeline's class, which has the functions and constants that its call uses."""
-    return sys.modules[type(pipeline).__module__]
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -79,7 +194,7 @@ def num_seen_tokens(image_processor, height: int, width: int) -> int:
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, size: tuple[int, int]) -> Tensor:
-    """An autoencoder's ``function`` over as many rows at a time as its memory allows, which grows with their pixels.
+    """Calls an autoencoder's ``function`` on as many rows at a time as fit its memory, which grows with their pixels.
 
     Args:
         function: encodes or decodes.
@@ -129,31 +244,15 @@ def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
     Args:
         scheduler: the pipeline's; it is left as it is.
         steps: number of steps.
-        mu: the time shift that the pipeline passes for its image size, used where the scheduler shifts dynamically.
+        mu: the time shift that the pipeline passes for its image size, used if the scheduler shifts dynamically.
     """
     copy = type(scheduler).from_config(scheduler.config)
     if copy.config.get("use_flow_sigmas"):
         copy.set_timesteps(steps, mu=mu)
     else:
+        # Pipelines pass their own levels 1, ..., 1 / steps, which the scheduler then shifts.
         copy.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return copy.sigmas
-
-
-def linear_mu(pipeline, num_tokens: int) -> float:
-    """The time shift of pipelines that take it from a line through two image sizes (``calculate_shift``)."""
-    config = pipeline.scheduler.config
-    return module_of(pipeline).calculate_shift(
-        num_tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-
-
-def attention_mask(text: Text, device: torch.device) -> Tensor | None:
-    """The prompts' mask ``[B, L]`` as a pipeline hands it to its transformer: None where every token counts."""
-    return None if text.mask is None or text.mask.all() else send(text.mask, device)
 
 
 def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -161,20 +260,3 @@ def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32:
         return sigma.to(dtype)  # the last bit of the round trip is not worth it
     return (1000 * sigma).to(dtype) / 1000
-
-
-def linear_names(transformer) -> list[str]:
-    """Names of all linear layers inside the transformer's blocks, the default LoRA targets.
-
-    Blocks are what diffusers calls the transformer's repeated blocks, whatever attributes hold them.
-    """
-    blocks = tuple(
-        f"{name}."
-        for name, module in transformer.named_modules()
-        if type(module).__name__ in transformer._repeated_blocks
-    )
-    return [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.startswith(blocks)
-    ]

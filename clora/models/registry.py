@@ -16,7 +16,7 @@ _ADAPTERS: dict[str, str | Callable[..., ModelAdapter]] = {
     "Flux2Pipeline": "clora.models.families.flux2:Flux2Adapter",
     "FluxKontextPipeline": "clora.models.families.flux_kontext:FluxKontextAdapter",
     "LongCatImageEditPipeline": "clora.models.families.longcat_image:LongCatImageEditAdapter",
-    "QwenImage21Pipeline": "clora.models.families.qwen_image:QwenImage21Adapter",
+    "QwenImage21Pipeline": "clora.models.families.qwen_image21:QwenImage21Adapter",
     "QwenImageEditPipeline": "clora.models.families.qwen_image:QwenImageEditAdapter",
     "QwenImageEditPlusPipeline": "clora.models.families.qwen_image:QwenImageEditPlusAdapter",
     "ZImageOmniPipeline": "clora.models.families.z_image:ZImageOmniAdapter",

@@ -13,9 +13,9 @@ from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData
 from clora.errors import CloraError
 from clora.lora.algebra import sum_svd
-from clora.lora.layers import linear_shapes
+from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
-from clora.models import ModelAdapter, linear_names
+from clora.models import ModelAdapter
 from clora.training.trainer import CRITIC, STUDENT, DistillTrainer, Report
 
 
@@ -86,7 +86,7 @@ def student_layers(transformer, suffixes: tuple[str, ...] | None) -> list[str]:
     Raises:
         CloraError: a suffix fits no layer.
     """
-    names = linear_names(transformer)
+    names = block_layers(transformer)
     if suffixes is None:
         return names
     unused = [suffix for suffix in suffixes if not any(name.endswith(suffix) for name in names)]

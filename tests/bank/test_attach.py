@@ -104,7 +104,7 @@ def test_a_stock_pipeline_makes_each_picture_with_its_own_lora(loras):
         expected.append(pictures(prompts[i], latents[i : i + 1]))
     pipeline.transformer = transformer
     plain = pictures(prompts, latents)
-    bank = clora.attach(transformer, states)
+    bank = clora.attach(pipeline, states)
     with bank.route(NAMES):
         found = pictures(prompts, latents)
     bank.detach()
@@ -180,7 +180,7 @@ def test_a_transformer_that_carries_others_is_told():
     transformer = tiny_transformer(FAMILIES[0])
     lora = {"a": random_lora(transformer, 2, 0)}
     bank = clora.attach(transformer, lora)
-    with pytest.raises(CloraError, match=r"attached already; call detach\(\)"):
+    with pytest.raises(CloraError, match=r"has LoRAs loaded .*detach\(\)"):
         clora.attach(transformer, lora)
     bank.detach()
     clora.attach(transformer, lora).detach()

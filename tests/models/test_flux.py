@@ -13,7 +13,8 @@ from clora.collection.write import student_scheduler
 from clora.data.generation import Generator
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule, teacher_schedule
-from clora.models import adapter_for, linear_names
+from clora.lora.layers import block_layers
+from clora.models import adapter_for
 from clora.models.loading import with_guidance
 from clora.testing import SENTENCES, random_lora, tiny_config
 
@@ -48,7 +49,7 @@ def adapter(family, pipelines):
 @pytest.fixture(scope="module")
 def loras(adapter):
     transformer = adapter.pipeline.transformer
-    attention = [name for name in linear_names(transformer) if ".attn." in name]
+    attention = [name for name in block_layers(transformer) if ".attn." in name]
     return {"all": random_lora(transformer, 4, 7), "attention": random_lora(transformer, 2, 8, attention)}
 
 
@@ -242,7 +243,7 @@ def test_default_targets_are_the_layers_of_both_kinds_of_blocks(name, pipelines)
     double, single = TARGETS[name]
     expected = {f"transformer_blocks.0.{layer}" for layer in double}
     expected |= {f"single_transformer_blocks.0.{layer}" for layer in single}
-    assert sorted(linear_names(pipelines[id(FAMILIES[name])].transformer)) == sorted(expected)
+    assert sorted(block_layers(pipelines[id(FAMILIES[name])].transformer)) == sorted(expected)
 
 
 def test_a_prompt_of_too_many_tokens_is_an_error(family, pipelines):

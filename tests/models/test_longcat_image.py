@@ -22,8 +22,9 @@ from clora.data.prepare import encode_data
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
+from clora.lora.layers import block_layers
 from clora.lora.save import save_diffusers_lora
-from clora.models import adapter_for, linear_names
+from clora.models import adapter_for
 from clora.models.conditioning import Conditioning
 from clora.models.families.longcat_image import LongCatImageEditAdapter
 from clora.testing import random_lora, random_teachers, tiny_config
@@ -239,7 +240,7 @@ def test_a_student_is_trained(adapter, tmp_path):
     reports = []
     student = train_student(config, adapter, teachers, encoded, lambda update, values: reports.append(values))
     assert len(reports) == 2
-    assert set(student.modules) == set(linear_names(adapter.pipeline.transformer))
+    assert set(student.modules) == set(block_layers(adapter.pipeline.transformer))
     assert all(torch.isfinite(module.delta()).all() for module in student.modules.values())
     assert sum(bool(module.lora_B.any()) for module in student.modules.values()) == len(student.modules)
 

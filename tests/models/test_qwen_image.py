@@ -12,7 +12,8 @@ from clora.collection.write import student_scheduler
 from clora.data.generation import Generator
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule, teacher_schedule
-from clora.models import adapter_for, linear_names
+from clora.lora.layers import block_layers
+from clora.models import adapter_for
 from clora.testing import SENTENCES, random_lora
 
 TOLERANCE = 1e-4  # of pixels in [0, 1]; one 8-bit level is 0.0039
@@ -41,7 +42,7 @@ def small_areas(pipelines):
 @pytest.fixture(scope="module")
 def loras(pipelines):
     transformer = pipelines[PLUS_2509].transformer  # all have the same layers
-    attention = [name for name in linear_names(transformer) if ".attn." in name]
+    attention = [name for name in block_layers(transformer) if ".attn." in name]
     return {"all": random_lora(transformer, 4, 7), "attention": random_lora(transformer, 2, 8, attention)}
 
 
@@ -200,7 +201,7 @@ def test_the_default_targets_are_all_linear_layers_of_the_blocks(pipelines):
     attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     layers = [f"attn.{name}" for name in attention] + ["img_mod.1", "txt_mod.1"]
     layers += [f"{mlp}.net.{part}" for mlp in ("img_mlp", "txt_mlp") for part in ("0.proj", "2")]
-    assert sorted(linear_names(pipelines[PLUS_2511].transformer)) == sorted(
+    assert sorted(block_layers(pipelines[PLUS_2511].transformer)) == sorted(
         f"transformer_blocks.{block}.{layer}" for block in range(2) for layer in layers
     )
 

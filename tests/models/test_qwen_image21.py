@@ -14,7 +14,8 @@ from clora.collection.write import student_scheduler
 from clora.data.generation import Generator
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
-from clora.models import adapter_for, linear_names
+from clora.lora.layers import block_layers
+from clora.models import adapter_for
 from clora.testing import SENTENCES, random_lora
 
 if not hasattr(diffusers, "QwenImage21Pipeline"):
@@ -35,7 +36,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def loras(pipeline):
-    attention = [name for name in linear_names(pipeline.transformer) if ".attn." in name]
+    attention = [name for name in block_layers(pipeline.transformer) if ".attn." in name]
     return {
         "all": random_lora(pipeline.transformer, 4, 7),
         "attention": random_lora(pipeline.transformer, 2, 8, attention),

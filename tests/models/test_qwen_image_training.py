@@ -17,9 +17,10 @@ from clora.collection.metadata import LORA_FILE
 from clora.commands import distill as engine
 from clora.commands.plan import make_plan
 from clora.data.images import load_images
+from clora.lora.layers import block_layers
 from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora
-from clora.models import adapter_for, linear_names
+from clora.models import adapter_for
 from clora.testing import random_teachers, tiny_config
 
 SIZE = (64, 96)
@@ -43,7 +44,7 @@ def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch
 
     student = load_lora(folder / LORA_FILE, pipeline.transformer)
     learned = {name for name, module in student.modules.items() if module.lora_B.any()}
-    assert set(linear_names(pipeline.transformer)) - learned == {f"transformer_blocks.1.{layer}" for layer in UNUSED}
+    assert set(block_layers(pipeline.transformer)) - learned == {f"transformer_blocks.1.{layer}" for layer in UNUSED}
     check_stock_call(adapter, folder, config)
 
 

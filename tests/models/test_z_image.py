@@ -16,8 +16,9 @@ from clora.data.prepare import encode_data
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
+from clora.lora.layers import block_layers
 from clora.lora.save import save_diffusers_lora
-from clora.models import adapter_for, linear_names
+from clora.models import adapter_for
 from clora.models.conditioning import Conditioning
 from clora.models.families.z_image import ZImageOmniAdapter, _pack, _unpack
 from clora.testing import random_lora, random_teachers, tiny_config
@@ -232,14 +233,14 @@ def test_a_student_is_trained(adapter, tmp_path):
     reports = []
     student = train_student(config, adapter, teachers, encoded, lambda update, values: reports.append(values))
     assert len(reports) == 2
-    assert set(student.modules) == set(linear_names(adapter.pipeline.transformer))
+    assert set(student.modules) == set(block_layers(adapter.pipeline.transformer))
     unchanged = [name for name, module in student.modules.items() if not module.lora_B.any()]
     assert not unchanged
     assert all(torch.isfinite(module.delta()).all() for module in student.modules.values())
 
 
 def test_every_block_is_a_target(adapter):
-    names = linear_names(adapter.pipeline.transformer)
+    names = block_layers(adapter.pipeline.transformer)
     assert {name.split(".")[0] for name in names} == {"noise_refiner", "context_refiner", "siglip_refiner", "layers"}
     assert {name.split(".", 2)[2] for name in names if name.startswith("layers.1.")} == {
         *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),

@@ -59,7 +59,7 @@ def pass_cost(adapter: ModelAdapter, layers: list[str], rank: int, text_shape: t
     """Counts one sample's forward pass through a bank of one trainable LoRA.
 
     Args:
-        adapter: of a pipeline on fake tensors (`clora.models.loading`).
+        adapter: of a pipeline on fake tensors (`clora.models.skeleton`).
         layers: the student's layers.
         rank: its rank.
         text_shape: tokens and channels of a prompt.

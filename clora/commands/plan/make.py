@@ -25,7 +25,8 @@ from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.models import adapter_for
-from clora.models.loading import pipeline_folder, skeleton, with_guidance
+from clora.models.loading import with_guidance
+from clora.models.skeleton import pipeline_folder, skeleton
 from clora.training.student import student_layers
 
 

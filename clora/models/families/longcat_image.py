@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from PIL import Image
@@ -11,26 +10,14 @@ from torch import Tensor
 
 from clora.devices import send
 from clora.errors import CloraError
-from clora.models.common import (
-    check_lengths,
-    check_limit,
-    check_size,
-    in_chunks,
-    linear_mu,
-    module_of,
-    num_seen_tokens,
-    only_image,
-    stock_schedule,
-    timestep,
-    to_pil,
-)
-from clora.models.conditioning import Conditioning, Shapes, Text
+from clora.models.common import FamilyAdapter, check_lengths, check_limit, num_seen_tokens, only_image, to_pil
+from clora.models.conditioning import Conditioning, Text
 
 AREA = 1024 * 1024  # pixels that the pipeline brings every picture to, keeping its proportions
 LATENT_CHANNELS = 16
 
 
-class LongCatImageEditAdapter:
+class LongCatImageEditAdapter(FamilyAdapter):
     """LongCat-Image-Edit: one picture, whose proportions alone decide the size of the result.
 
     Args:
@@ -41,34 +28,21 @@ class LongCatImageEditAdapter:
             prompt is padded; a longer prompt is an error.
 
     Raises:
-        CloraError: no stock call makes that size, or takes so many tokens.
+        CloraError: no stock call makes that size, or takes this number of tokens.
     """
 
     text_sees_image = True
     default_guidance = 3.5
-    guidance_embedding = None
+    _takes_one_image = True
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
-        multiple = pipeline.vae_scale_factor * 2
-        check_size(size, multiple)
-        self.pipeline = pipeline
+        super().__init__(pipeline, size, max_sequence_length)
         if self._stock_size(size) != size:
             raise CloraError(
                 f"expected an image size that LongCat-Image-Edit makes, about a megapixel; found {size[0]}x{size[1]}, "
                 "for pictures of these proportions it makes {}x{}".format(*self._stock_size(size))
             )
         check_limit(pipeline, max_sequence_length, pipeline.tokenizer_max_length)
-        self.size = size
-        self.max_sequence_length = max_sequence_length
-        self.student_call = {"guidance_scale": 1.0}
-        self._grid = (size[0] // multiple, size[1] // multiple)
-        self.latent_shape = (prod(self._grid), LATENT_CHANNELS * 4)
-        self.source_shapes = (self._grid,)
-
-    @property
-    def latent_dtype(self) -> torch.dtype:
-        """See `ModelAdapter`."""
-        return self.pipeline.transformer.dtype
 
     @property
     def image_tokens(self) -> int:
@@ -78,28 +52,29 @@ class LongCatImageEditAdapter:
         return seen + self.pipeline.tokenizer_max_length - self.max_sequence_length
 
     def _stock_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        width, height = module_of(self.pipeline).calculate_dimensions(AREA, size[1] / size[0])
+        """Height and width of the result of a stock call with a picture of this size."""
+        width, height = self._module.calculate_dimensions(AREA, size[1] / size[0])
         return height, width
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`; one by one, as the pipeline takes them."""
         check_lengths(self, prompts)
-        images = only_image(self.pipeline, references)
-        return Text.cat([self._encode_prompt(*pair) for pair in zip(prompts, images, strict=True)])
+        height, width = self.size
+        parts = []
+        for prompt, image in zip(prompts, only_image(self.pipeline, references), strict=True):
+            seen = self.pipeline.image_processor.resize(self._resized(image), height // 2, width // 2)
+            parts.append(Text(self.pipeline.encode_prompt([prompt], seen)[0].cpu()))
+        return Text.cat(parts)
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`. Words in quotation marks are encoded letter by letter."""
-        parts = module_of(self.pipeline).split_quotation(prompt)
-        pieces = [piece for part, quoted in parts for piece in (part if quoted else [part])]
+        pieces = []
+        for part, is_quoted in self._module.split_quotation(prompt):
+            pieces += part if is_quoted else [part]
         return sum(len(self.pipeline.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
 
-    def _encode_prompt(self, prompt: str, image: Tensor) -> Text:
-        height, width = self.size
-        seen = self.pipeline.image_processor.resize(self._fit(image), height // 2, width // 2)
-        return Text(self.pipeline.encode_prompt([prompt], seen)[0].cpu())
-
-    def _fit(self, image: Tensor) -> Image.Image:
+    def _resized(self, image: Tensor) -> Image.Image:
         """A picture in the size that the pipeline brings it to."""
         image = to_pil(image)
         size = self._stock_size((image.height, image.width))
@@ -110,28 +85,14 @@ class LongCatImageEditAdapter:
             )
         return self.pipeline.image_processor.resize(image, *size)
 
-    @torch.no_grad()
-    def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
-        """See `ModelAdapter.encode_sources`; one picture for each sample."""
+    def _fit(self, images: Tensor) -> Tensor:
         preprocess = self.pipeline.image_processor.preprocess
-        fitted = [preprocess(self._fit(image), *self.size) for image in only_image(self.pipeline, references)]
-        return self.encode_images(torch.cat(fitted)), self.source_shapes
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """See `ModelAdapter.encode_images`."""
-        vae = self.pipeline.vae
-        return in_chunks(self._encode, images.to(vae.device, vae.dtype), images.shape[-2:]).cpu()
+        return torch.cat([preprocess(self._resized(image), *self.size) for image in images])
 
     def _encode(self, images: Tensor) -> Tensor:
         height, width = (2 * side for side in self._grid)
-        latents = self.pipeline._encode_vae_image(images, generator=None)
+        latents = self.pipeline._encode_vae_image(images.to(self.pipeline.vae.dtype), generator=None)
         return self.pipeline._pack_latents(latents, len(images), LATENT_CHANNELS, height, width)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), self.size).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
@@ -139,28 +100,19 @@ class LongCatImageEditAdapter:
         grid = grid / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(grid.to(vae.dtype), return_dict=False)[0]
 
-    def teacher_schedule(self, steps: int) -> Tensor:
-        """See `ModelAdapter.teacher_schedule`."""
-        return stock_schedule(self.pipeline.scheduler, steps, linear_mu(self.pipeline, self.latent_shape[0]))
-
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
-        transformer = self.pipeline.transformer
-        text = conditioning.text.embeds.to(transformer.dtype)
-        text_ids, image_ids = self._position_ids(text.shape[1])
-        output = transformer(
-            hidden_states=torch.cat([x, conditioning.source.to(x)], dim=1).to(transformer.dtype),
-            encoder_hidden_states=text,
-            timestep=timestep(sigma, transformer.dtype),
-            txt_ids=send(text_ids, x.device),
-            img_ids=send(image_ids, x.device),
+        # The first id of a position is 0 for text, 1 for the latents and 2 for the source. The other two run along the
+        # text, and over the grids from L, the text's length, on: [L, 3] and [T + S, 3] with S = T.
+        ids, length = self._module.prepare_pos_ids, conditioning.text.embeds.shape[1]
+        height, width = self._grid
+        text = ids(0, "text", num_token=length)
+        images = [ids(i, "image", (length, length), height=height, width=width) for i in (1, 2)]
+        return self._predict(
+            x,
+            sigma,
+            conditioning,
+            txt_ids=send(text, x.device),
+            img_ids=send(torch.cat(images), x.device),
             guidance=None,
-            return_dict=False,
-        )[0]
-        return output[:, : x.shape[1]]
-
-    def _position_ids(self, text_length: int) -> tuple[Tensor, Tensor]:
-        """Of the text ``[L, 3]``, and of the latents and the source after them ``[2 T, 3]``, which begin at L both."""
-        ids, (height, width), start = module_of(self.pipeline).prepare_pos_ids, self._grid, (text_length, text_length)
-        latents, source = (ids(m, "image", start, height=height, width=width) for m in (1, 2))
-        return ids(0, "text", num_token=text_length), torch.cat([latents, source])
+        )

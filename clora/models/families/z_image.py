@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from clora.models.common import check_lengths, check_size, in_chunks, linear_mu, stock_schedule, to_pil
+from clora.models.common import FamilyAdapter, check_lengths, to_pil
 from clora.models.conditioning import Conditioning, Shapes, Text
 
 MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline brings larger ones to the area of its result
@@ -19,7 +19,7 @@ MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline brings larger ones
 PROMPT_SEGMENT = "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
 
 
-class ZImageOmniAdapter:
+class ZImageOmniAdapter(FamilyAdapter):
     """Z-Image Omni: the pipeline's ``guidance_scale`` is w itself, not w + 1, and a call without guidance has 0.
 
     An image to edit is read twice, as latents and as SigLIP features. A source has both, in rows of the latents' width:
@@ -42,110 +42,80 @@ class ZImageOmniAdapter:
         CloraError: the size does not fit the patch size.
     """
 
-    text_sees_image = False
-    image_tokens = 0
     default_guidance = 5.0
-    guidance_embedding = None
     latent_dtype = torch.float32
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
-        self._multiple = pipeline.vae_scale_factor * 2
-        check_size(size, self._multiple)
-        self.pipeline = pipeline
-        self.size = size
-        self.max_sequence_length = max_sequence_length
+        super().__init__(pipeline, size, max_sequence_length)
         self.student_call = {"guidance_scale": 0.0}  # 1 would be a second, guided pass
-        self._grid = (size[0] // self._multiple, size[1] // self._multiple)
+        # The transformer makes tokens of 2 x 2 latent pixels itself, so its channels are those of one pixel.
         self.latent_shape = (prod(self._grid), pipeline.transformer.config.in_channels * 4)
-        self.source_shapes = (self._grid, self._feature_grid(size))
-
-    def _feature_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width in SigLIP features of an image."""
         blank = Image.new("RGB", size[::-1])
-        height, width = self.pipeline.siglip_processor(images=[blank], return_tensors="pt").spatial_shapes[0].tolist()
-        return height, width
+        height, width = pipeline.siglip_processor(images=[blank], return_tensors="pt").spatial_shapes[0].tolist()
+        self.source_shapes = (self._grid, (height, width))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`; of the references only their number is read, which is 1 for None."""
         check_lengths(self, prompts)
-        num_images = 1 if references is None else len(references)
-        return Text.cat([self._encode_prompt(prompt, num_images) for prompt in prompts])
+        num_images, parts = 1 if references is None else len(references), []
+        for prompt in prompts:
+            (segments,), _ = self.pipeline.encode_prompt(
+                [prompt],
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+                num_condition_images=num_images,
+            )
+            # All segments [L, D] in one row [1, L', D], where a masked row of zeros ends each; see `_segments`.
+            embeds = torch.cat([functional.pad(segment, (0, 0, 0, 1)) for segment in segments])
+            mask = torch.cat([functional.pad(torch.ones(len(s), dtype=torch.bool), (0, 1)) for s in segments])
+            parts.append(Text(embeds[None].cpu(), mask[None]))
+        return Text.cat(parts)
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`."""
         return len(self.pipeline.tokenizer(PROMPT_SEGMENT.format(prompt))["input_ids"])
 
-    def _encode_prompt(self, prompt: str, num_images: int) -> Text:
-        (segments,), _ = self.pipeline.encode_prompt(
-            [prompt],
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            num_condition_images=num_images,
-        )
-        embeds = torch.cat([functional.pad(segment, (0, 0, 0, 1)) for segment in segments])
-        mask = torch.cat([functional.pad(torch.ones(len(s), dtype=torch.bool), (0, 1)) for s in segments])
-        return Text(embeds[None].cpu(), mask[None])
-
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
-        """See `ModelAdapter.encode_sources`; the features of an image are of it as it is before it is cropped to patches."""
-        fitted = [[self._fit(to_pil(image)) for image in images] for images in references]
-        latents = [self._encode_cropped(images) for images in fitted]
-        features = [self._encode_features(images) for images in fitted]
-        grids = [(images[0].height // self._multiple, images[0].width // self._multiple) for images in fitted]
-        width = self.latent_shape[1]
-        rows = [*latents, *(grid.flatten(1).unflatten(1, (-1, width)) for grid in features)]
-        return torch.cat(rows, dim=1), (*grids, *((grid.shape[1], grid.shape[2]) for grid in features))
+        """See `ModelAdapter.encode_sources`; the features are those of an image before it is cropped to patches."""
+        processor, channels = self.pipeline.image_processor, self.latent_shape[1]
+        latents, features, grids, feature_grids = [], [], [], []
+        for pixels in references:
+            images = [to_pil(image) for image in pixels]
+            if images[0].width * images[0].height > MAX_AREA:
+                images = [processor._resize_to_target_area(image, prod(self.size)) for image in images]
+            grid = self._grid_of(images[0].height, images[0].width)
+            height, width = (side * self._token for side in grid)
+            cropped = [processor.preprocess(i, height=height, width=width, resize_mode="crop") for i in images]
+            latents.append(self.encode_images(torch.cat(cropped)))
+            grids.append(grid)
 
-    def _fit(self, image: Image.Image) -> Image.Image:
-        if image.width * image.height <= MAX_AREA:
-            return image
-        return self.pipeline.image_processor._resize_to_target_area(image, self.size[0] * self.size[1])
-
-    def _encode_cropped(self, images: Sequence[Image.Image]) -> Tensor:
-        height, width = (side // self._multiple * self._multiple for side in (images[0].height, images[0].width))
-        preprocess = self.pipeline.image_processor.preprocess
-        cropped = [preprocess(image, height=height, width=width, resize_mode="crop") for image in images]
-        return self.encode_images(torch.cat(cropped))
-
-    def _encode_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """SigLIP's features, ``[N, h, w, D]``."""
-        device = self.pipeline.siglip.device
-        (features,) = self.pipeline.prepare_siglip_embeds(list(images), 1, device, torch.float32)
-        return torch.stack(features).cpu()
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
-        return in_chunks(self._encode, images.to(self.pipeline.vae.device), images.shape[-2:]).cpu()
+            (seen,) = self.pipeline.prepare_siglip_embeds(images, 1, self.pipeline.siglip.device, torch.float32)
+            seen = torch.stack(seen).cpu()
+            feature_grids.append((seen.shape[1], seen.shape[2]))
+            # [N, h, w, D] as rows of the latents' width, [N, h w D / C, C], so that both go into one tensor.
+            features.append(seen.flatten(1).unflatten(1, (-1, channels)))
+        return torch.cat([*latents, *features], dim=1), (*grids, *feature_grids)
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Latents in fp32. The pipeline rounds pixels to bfloat16 and so takes a bfloat16 VAE only; this takes any."""
         vae = self.pipeline.vae
+        # The pipeline rounds pixels to bfloat16 and so takes only a bfloat16 VAE; this takes any. Latents are fp32.
         latents = vae.encode(images.bfloat16().to(vae.dtype)).latent_dist.mode()
         return _pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `ModelAdapter.decode`."""
-        return in_chunks(self._decode, latents.to(self.pipeline.vae.device), self.size).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         grid = _unpack(latents.to(vae.dtype), self._grid)
         return vae.decode(grid / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
-    def teacher_schedule(self, steps: int) -> Tensor:
-        """See `ModelAdapter.teacher_schedule`."""
-        return stock_schedule(self.pipeline.scheduler, steps, linear_mu(self.pipeline, self.latent_shape[0]))
-
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `ModelAdapter.velocity`; fp32. The transformer's own output is its negative."""
+        """See `ModelAdapter.velocity`; fp32."""
         transformer = self.pipeline.transformer
         shapes = conditioning.shapes or self.source_shapes
         clean, features = self._split(conditioning.source.to(x.device, transformer.dtype), shapes)
         noisy = _unpack(x.to(transformer.dtype), self._grid)
+        # For each sample a list of its images [C, 1, H, W], the clean references and then the noisy latents.
         images = [grid.unsqueeze(2) for grid in (*clean, noisy)]
         output = transformer(
             x=[list(row) for row in zip(*images, strict=True)],
@@ -155,11 +125,13 @@ class ZImageOmniAdapter:
             image_noise_mask=[[0] * len(clean) + [1]] * len(x),
             return_dict=False,
         )[0]
+        # It predicts x0 - eps, at a time that runs from 0 (noise) to 1.
         return -_pack(torch.stack(output).squeeze(2)).float()
 
     def _split(self, source: Tensor, shapes: Shapes) -> tuple[list[Tensor], list[Tensor]]:
         """Latents ``[B, C, H, W]`` and features ``[B, h, w, D]`` of each image of a source."""
-        num_images, width = len(shapes) // 2, self.pipeline.transformer.config.siglip_feat_dim
+        width = self.pipeline.transformer.config.siglip_feat_dim
+        num_images = len(shapes) // 2
         grids, feature_grids = shapes[:num_images], shapes[num_images:]
         rows_per_feature = width // self.latent_shape[1]
         lengths = [prod(grid) for grid in grids] + [prod(grid) * rows_per_feature for grid in feature_grids]
@@ -178,17 +150,15 @@ def _pack(grid: Tensor) -> Tensor:
 
 
 def _unpack(latents: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `_pack`, for ``grid`` tokens in height and width."""
     return functional.pixel_shuffle(latents.transpose(1, 2).unflatten(2, grid), 2)
 
 
 def _segments(text: Text, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Each row's segments, ``[L, D]`` each."""
-    embeds = text.embeds.to(dtype)
-    return [_runs(row, mask) for row, mask in zip(embeds, text.mask.tolist(), strict=True)]
-
-
-def _runs(row: Tensor, mask: Sequence[bool]) -> list[Tensor]:
-    """The stretches of a row that the mask keeps."""
-    runs = [(kept, len(list(group))) for kept, group in groupby(mask)]
-    parts = row.split([length for _, length in runs])
-    return [part for part, (kept, _) in zip(parts, runs, strict=True) if kept]
+    """Each row's segments, ``[L, D]`` each: the stretches that the mask keeps."""
+    segments = []
+    for row, mask in zip(text.embeds.to(dtype), text.mask.tolist(), strict=True):
+        runs = [(is_kept, len(list(group))) for is_kept, group in groupby(mask)]
+        parts = row.split([length for _, length in runs])
+        segments.append([part for part, (is_kept, _) in zip(parts, runs, strict=True) if is_kept])
+    return segments

@@ -16,10 +16,10 @@ from clora.devices import send
 from clora.errors import CloraError
 from clora.flow.matching import flow_matching_losses
 from clora.lora.families import FLUX2
-from clora.lora.layers import linear_shapes
+from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
 from clora.lora.state import LoRAState, fresh_lora
-from clora.models import ModelAdapter, linear_names
+from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.effects import EFFECTS
@@ -75,7 +75,7 @@ def train_teachers(
     """Trains teachers together; returns effect name to LoRA."""
     transformer = adapter.pipeline.transformer
     generator = torch.Generator().manual_seed(seed)
-    layers = linear_names(transformer)
+    layers = block_layers(transformer)
     attention = [name for name in layers if ".attn." in name]
     shapes = linear_shapes(transformer)
     fresh = {

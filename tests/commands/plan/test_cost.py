@@ -16,11 +16,12 @@ from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.commands.plan.cost import count_blocks, device_memory, pass_cost, source_rows
 from clora.commands.plan.make import make_plan
+from clora.lora.layers import block_layers
 from clora.lora.save import save_diffusers_lora
-from clora.models import adapter_for, linear_names
+from clora.models import adapter_for
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
-from clora.models.loading import skeleton
+from clora.models.skeleton import skeleton
 from clora.testing import (
     MAX_SEQUENCE_LENGTH,
     SIZE,
@@ -52,7 +53,7 @@ def test_a_pass_on_fake_tensors_keeps_what_a_real_one_keeps(tiny_folder, adapter
     pipeline = skeleton(str(tiny_folder), torch.float32)
     bare = Flux2KleinAdapter(pipeline, SIZE, MAX_SEQUENCE_LENGTH)
     assert count_blocks(pipeline.transformer) == 2
-    cost = pass_cost(bare, linear_names(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24))
+    cost = pass_cost(bare, block_layers(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24))
     transformer = adapter.pipeline.transformer
     with AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)}) as bank:
 
@@ -166,7 +167,7 @@ def test_a_familys_pass_is_counted_as_it_runs_on_what_is_encoded(job_of, family)
     source, shapes = adapter.encode_sources(pixels)
     tokens = adapter.num_tokens("snow") if family == "ZImageOmniPipeline" else text.embeds.shape[1]
     bare = adapter_for(skeleton(config.pipeline, torch.float32), config.data.size, 48)
-    cost = pass_cost(bare, linear_names(transformer), RANK, (tokens, text.embeds.shape[2]))
+    cost = pass_cost(bare, block_layers(transformer), RANK, (tokens, text.embeds.shape[2]))
     with AdapterBank(transformer, {"student": random_lora(transformer, RANK, 0)}) as bank:
         counter = FlopCounterMode(display=False)
 

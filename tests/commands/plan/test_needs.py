@@ -24,9 +24,8 @@ from clora.commands.plan.needs import (
     slot_bytes,
 )
 from clora.data.prepare import count_data, encode_data
-from clora.lora.layers import linear_shapes
+from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.load import read_lora
-from clora.models import linear_names
 from clora.models.loading import load_pipeline, with_guidance
 from clora.testing import (
     random_lora,
@@ -43,7 +42,7 @@ def facts_of(transformer, teachers):
     ranks = {name: {m: module.rank for m, module in state.modules.items()} for name, state in teachers.items()}
     weights = sum(p.numel() * p.itemsize for p in transformer.parameters())
     return Facts(
-        weights, 0, torch.float32, linear_shapes(transformer), linear_names(transformer), ranks, 1, PassCost(0.0, 0, 0)
+        weights, 0, torch.float32, linear_shapes(transformer), block_layers(transformer), ranks, 1, PassCost(0.0, 0, 0)
     )
 
 

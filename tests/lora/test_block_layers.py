@@ -6,12 +6,12 @@ import torch
 from helpers import tiny_longcat
 
 from clora import testing
-from clora.models import linear_names
+from clora.lora.layers import block_layers
 
 
 def test_names_and_order_where_blocks_are_called_transformer_blocks():
     for transformer in (testing.tiny_pipeline().transformer, tiny_longcat.tiny_pipeline().transformer):
         linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-        names = linear_names(transformer)
+        names = block_layers(transformer)
         assert names == [name for name in linear if "transformer_blocks." in name]
         assert 0 < len(names) < len(linear)

@@ -1,0 +1,124 @@
+"""A pipeline without its weights, which `clora plan` counts with: models from their configs, tokenizers and schedulers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clora.errors import CloraError
+from clora.progress import quiet_libraries
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*", "*.gguf")
+
+
+def pipeline_folder(path: str) -> Path:
+    """Returns the folder of a pipeline; of one on the Hub, everything but its weights is downloaded.
+
+    Raises:
+        CloraError: neither a folder nor a repository that can be reached.
+    """
+    folder = Path(path)
+    if folder.exists():
+        return folder
+    if folder.is_absolute() or path.startswith("."):
+        raise CloraError(f"pipeline {path!r}: no such folder; expected a pipeline's folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=list(WEIGHTS)))
+    except Exception as error:  # the hub's client raises many kinds: no network, no such repository, no access
+        raise CloraError(
+            f"pipeline {path!r}: there is no such folder, and it cannot be had from the Hub ({error})"
+        ) from error
+
+
+def skeleton(path: str, dtype: torch.dtype) -> Any:
+    """Loads a pipeline without its weights.
+
+    diffusers' models are on fake tensors, which cost nothing and can be computed with under their own ``fake_mode``. Text
+    encoders are on the meta device, since transformers fills them with values that fake tensors do not have.
+
+    Args:
+        path: folder or hub id; only configs and tokenizers are read.
+        dtype: of the models.
+
+    Raises:
+        CloraError: no diffusers pipeline, or a component whose config cannot be used.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    folder = pipeline_folder(path)
+    index, pipeline_class = _read_index(path, folder)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    parts = {}
+    with quiet_libraries():
+        for name, value in index.items():
+            if not name.startswith("_"):
+                parts[name] = _component(folder / name, *value, dtype, mode) if isinstance(value, list) else value
+        return pipeline_class(**parts)
+
+
+def check_processors(path: str) -> None:
+    """Checks that a pipeline's processors can be loaded, so that an error comes before hours of loading weights.
+
+    Args:
+        path: folder or hub id; no weights are downloaded.
+
+    Raises:
+        CloraError: no diffusers pipeline, or a processor that cannot be loaded.
+    """
+    folder = pipeline_folder(path)
+    with quiet_libraries():
+        for name, value in _read_index(path, folder)[0].items():
+            if isinstance(value, list) and "Processor" in (value[1] or ""):
+                _component(folder / name, *value, torch.float32, None)
+
+
+def _read_index(path: str, folder: Path) -> tuple[dict[str, Any], Any]:
+    """Returns a pipeline's model_index.json, and the class that it names."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        return index, getattr(importlib.import_module("diffusers"), index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CloraError(
+            f"pipeline {path!r} is no diffusers pipeline that is known here ({folder / 'model_index.json'}: {error!r}); "
+            "expected a folder as save_pretrained writes it, or a newer diffusers"
+        ) from error
+
+
+def _component(folder: Path, library: str | None, name: str | None, dtype: torch.dtype, mode: Any) -> Any:
+    """Builds a model from its config, or loads a tokenizer, processor or scheduler; None for an absent component."""
+    if library is None or name is None:
+        return None
+    try:
+        found = getattr(importlib.import_module(library), name)
+        if not issubclass(found, torch.nn.Module):
+            return found.from_pretrained(folder)
+        with _default_dtype(dtype), mode if library == "diffusers" else torch.device("meta"):
+            if library == "diffusers":
+                model = found.from_config(found.load_config(folder))
+            else:
+                model = found(found.config_class.from_pretrained(folder))
+            return model.eval().requires_grad_(False)
+    except Exception as error:  # readers of damaged configs raise whatever they meet
+        reason = str(error)
+        # transformers reads pictures and videos with torchvision, and its own message about that is long.
+        if "torchvision" in reason.lower():
+            reason = f"it needs torchvision; pip install torchvision, the release for torch {torch.__version__}"
+        raise CloraError(f"{folder} cannot be loaded as {name}: {reason}") from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
