@@ -176,7 +176,7 @@ def dora_delta(weight, file, name):
     return 1.5 * weight.norm(dim=1, keepdim=True) * merged / merged.norm(dim=1, keepdim=True) - weight
 
 
-def test_a_transformer_that_carries_others_is_told():
+def test_a_transformer_that_carries_other_loras_is_refused(tmp_path):
     transformer = tiny_transformer(FAMILIES[0])
     lora = {"a": random_lora(transformer, 2, 0)}
     bank = clora.attach(transformer, lora)
@@ -184,6 +184,7 @@ def test_a_transformer_that_carries_others_is_told():
         clora.attach(transformer, lora)
     bank.detach()
     clora.attach(transformer, lora).detach()
-    transformer.peft_config = {"default": None}
-    with pytest.raises(CloraError, match=r"loaded by diffusers; call pipe.unload_lora_weights\(\)"):
+    save_diffusers_lora(lora["a"], tmp_path / "lora.safetensors")
+    transformer.load_lora_adapter(tmp_path, prefix="transformer", weight_name="lora.safetensors")
+    with pytest.raises(CloraError, match=r"has LoRAs loaded .*call pipe.unload_lora_weights\(\)"):
         clora.attach(transformer, lora)
