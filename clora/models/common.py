@@ -54,8 +54,6 @@ class FamilyAdapter(ABC):
         self.size = size
         self.max_sequence_length = max_sequence_length
         self.student_call = {"guidance_scale": 1.0}
-        # The module of the pipeline's class, with the functions and constants that its call uses.
-        self._module: ModuleType = sys.modules[type(pipeline).__module__]
         self._token = pipeline.vae_scale_factor * self._patch  # its pixels on each side
         self._grid = self._grid_of(*size)
         self.latent_shape = (prod(self._grid), pipeline.transformer.config.in_channels)
@@ -65,6 +63,11 @@ class FamilyAdapter(ABC):
     def latent_dtype(self) -> torch.dtype:
         """See `ModelAdapter`."""
         return self.pipeline.transformer.dtype
+
+    @property
+    def _module(self) -> ModuleType:
+        """The module of the pipeline's class, with the functions and constants that its call uses."""
+        return sys.modules[type(self.pipeline).__module__]
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in tokens of an image in pixels."""

@@ -1,4 +1,4 @@
-"""What a pipeline is, in a few bytes: by this the cache sees that another model was loaded."""
+"""Hashes of a pipeline's components, by which the cache notices that another model was loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from clora.hashing import digest, tensor_digest
 
 SAMPLE = 1024
-"""Values taken of a large tensor at its start, in its middle and at its end."""
+"""The number of values taken from the start, the middle and the end of a large tensor."""
 
-# Where it was loaded from, by which version, and what a tokenizer was last asked to do.
+# Settings that change though the component stays the same: its folder, versions, a tokenizer's last call.
 _PASSING = {"transformers_version", "name_or_path", "is_local", "local_files_only", "truncation", "padding"}
 
 
@@ -35,24 +35,18 @@ def component_fingerprints(pipeline) -> dict[str, str]:
 def _fingerprint(component) -> str:
     if isinstance(component, nn.Module):
         tensors = dict(_samples(component.state_dict()))
-        return digest([type(component).__name__, _settings(component), tensor_digest(tensors)])
+        config = getattr(component, "config", {})
+        settings = _lasting(config.to_dict() if hasattr(config, "to_dict") else config)
+        return digest([type(component).__name__, settings, tensor_digest(tensors)])
     if hasattr(component, "tokenizer") or hasattr(component, "image_processor"):
-        return digest([type(component).__name__, _parts(component)])
+        # A processor counts with what it consists of (image processor, tokenizer) and with its own plain settings.
+        parts = {k: _fingerprint(v) if hasattr(v, "save_pretrained") else v for k, v in vars(component).items()}
+        plain = {k: v for k, v in parts.items() if isinstance(v, (str, int, float, list, dict))}
+        return digest([type(component).__name__, plain])
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
         files = {str(file.relative_to(folder)): _file(file) for file in Path(folder).rglob("*") if file.is_file()}
     return digest([type(component).__name__, files])
-
-
-def _parts(processor) -> dict[str, object]:
-    """What a processor consists of (image processor, tokenizer), and its own plain settings."""
-    parts = {k: _fingerprint(v) if hasattr(v, "save_pretrained") else v for k, v in vars(processor).items()}
-    return {k: v for k, v in parts.items() if isinstance(v, (str, int, float, list, dict))}
-
-
-def _settings(module: nn.Module) -> object:
-    config = getattr(module, "config", {})
-    return _lasting(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
 def _lasting(config: object) -> object:

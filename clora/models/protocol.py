@@ -1,4 +1,4 @@
-"""What every model adapter does."""
+"""The protocol of model adapters, by which the engine runs any family."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class ModelAdapter(Protocol):
     Attributes:
         pipeline: the diffusers pipeline, whose ``transformer`` carries the bank.
         size: height and width in pixels of the images it makes.
-        max_sequence_length: most text tokens of a prompt.
+        max_sequence_length: the most text tokens of a prompt.
         latent_shape: ``(T, C)`` of an image of that size.
         latent_dtype: of the velocities, in which a stock call keeps latents from step to step.
-        source_shapes: size in tokens of the source, where it is one image of `size`.
-        text_sees_image: whether a prompt is encoded together with the images to edit.
+        source_shapes: size in tokens of the source, if it is one image of `size`.
+        text_sees_image: true if a prompt is encoded together with the images to edit.
         image_tokens: rows of an encoded prompt beyond `max_sequence_length`: those of the image to edit, where it is one
             image of `size`, and padding.
-        default_guidance: guidance w of the family's LoRAs by custom; 0 where a stock call has no second, empty-prompt pass.
+        default_guidance: guidance w usual for the family's LoRAs; 0 if a stock call has no second, empty-prompt pass.
         guidance_embedding: guidance scale embedded in every pass, of student, critic and teachers alike; None for a
             family without guidance embedding.
         student_call: what a stock call needs, besides prompt, picture, steps, size and ``max_sequence_length``, to run the

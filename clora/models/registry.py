@@ -1,4 +1,4 @@
-"""Which adapter serves which pipeline class."""
+"""The table of adapters by pipeline class."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adapter_for(
         guidance_embedding: guidance scale embedded in every pass; None for that of a stock call.
 
     Raises:
-        CloraError: the family has no adapter, or no guidance embedding where one is wanted.
+        CloraError: the family has no adapter, or no guidance embedding though one is wanted.
     """
     name = type(pipeline).__name__
     if name not in _ADAPTERS:

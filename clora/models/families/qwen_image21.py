@@ -54,8 +54,11 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
-        transformer, text, num_tokens = self.pipeline.transformer, conditioning.text, x.shape[1]
+        transformer, text = self.pipeline.transformer, conditioning.text
+        num_tokens = x.shape[1]
+        # The sources come before the result, which is last in the sequence.
         shapes = [(1, *shape) for shape in (*(conditioning.shapes or self.source_shapes), self._grid)]
+        # Zero rows of the text are the images' places, [1, L]; a place stands for 2 x 2 tokens, of the result too.
         places, mask = (text.embeds[:1] == 0).all(-1), attention_mask(text, x.device)
         if mask is not None:
             places = places & mask[:1]
@@ -89,7 +92,8 @@ def _positions_without_padding(rope, mask: Tensor | None, num_tokens: int) -> It
     padding = (~mask).sum(1)
 
     def move_back(module, arguments, freqs: Tensor) -> _RowFreqs:
-        back = module.freqs[0][padding].conj()[:, None]  # of the first axis, along which the sequence runs
+        # Of the first axis, along which the sequence runs. The conjugate [B, 1, D / 2] turns by the padding backwards.
+        back = module.freqs[0][padding].conj()[:, None]
         rows = freqs.repeat(len(padding), 1, 1)
         rows[:, -num_tokens:, : back.shape[-1]] *= back
         return _RowFreqs(rows.unsqueeze(2))
