@@ -25,7 +25,7 @@ from clora.training.student import student_layers
 
 
 class Problems(list[str]):
-    """Messages, one for each problem."""
+    """Messages, one for each problem; the same one only once."""
 
     @contextmanager
     def catch(self) -> Iterator[None]:
@@ -33,7 +33,8 @@ class Problems(list[str]):
         try:
             yield
         except CloraError as error:
-            self.append(str(error))
+            if str(error) not in self:
+                self.append(str(error))
 
     def refuse(self) -> None:
         """Raises CloraError with all messages, if there are any."""
@@ -56,16 +57,15 @@ def find_file_problems(config: DistillConfig) -> Problems:
     ):
         with problems.catch():
             check(argument)
-    problems += _named_problems(config.model_dump(mode="json"))
-    return Problems(dict.fromkeys(problems))
+    _check_named_files(config.model_dump(mode="json"), problems)
+    return problems
 
 
 def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[str]) -> CloraError:
     """Adds to the error of a refused config what is wrong with the pictures and LoRA files that the config names."""
-    try:
-        found = _named_problems(read_tree(path, overrides))
-    except CloraError:  # the file is no YAML, which the error reports
-        return error
+    found = Problems()
+    with suppress(CloraError):  # of a file that is no YAML, which the error reports
+        _check_named_files(read_tree(path, overrides), found)
     return CloraError("\n  ".join([f"{error}\nand of the files that it names:", *found])) if found else error
 
 
@@ -76,9 +76,8 @@ def _check_schedule(config: DistillConfig) -> None:
         target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)
 
 
-def _named_problems(tree: Mapping[str, Any]) -> Problems:
+def _check_named_files(tree: Mapping[str, Any], problems: Problems) -> None:
     """Checks the pictures and LoRA files that a config's tree names, each folder once."""
-    problems = Problems()
     seen = set()
     for setting, path in named_files(tree).items():
         with problems.catch(), about(setting):
@@ -90,12 +89,10 @@ def _named_problems(tree: Mapping[str, Any]) -> Problems:
                     # One damaged picture does not hide the next.
                     with problems.catch(), about(setting):
                         check_image(file)
-    return problems
 
 
-def find_prompt_problems(config: DistillConfig, adapter: ModelAdapter) -> Problems:
+def check_prompts(config: DistillConfig, adapter: ModelAdapter, problems: Problems) -> None:
     """Checks the length of all prompts for a model, with or without its weights."""
-    problems = Problems()
     prompts = []
     for effect in config.effects:
         prompts += [effect.prompt, *effect.student_prompts]
@@ -104,27 +101,26 @@ def find_prompt_problems(config: DistillConfig, adapter: ModelAdapter) -> Proble
     for prompt in dict.fromkeys(prompts):
         with problems.catch():
             check_lengths(adapter, [prompt])
-    return problems
 
 
-def find_layer_problems(
-    config: DistillConfig, transformer: Any, shapes: Mapping[str, tuple[int, int]]
-) -> tuple[Problems, dict[str, dict[str, int]]]:
+def check_layers(
+    config: DistillConfig, transformer: Any, shapes: Mapping[str, tuple[int, int]], problems: Problems
+) -> dict[str, dict[str, int]]:
     """Checks that the student's layers and the teachers fit a model.
 
     Args:
         config: the settings.
         transformer: with or without weights.
         shapes: its `clora.lora.layers.linear_shapes`.
+        problems: receives what is wrong.
 
     Returns:
-        The problems, and effect to layer to rank, of each teacher that can be used.
+        Effect to layer to rank, of each teacher that can be used.
     """
-    problems = Problems()
     ranks = {}
     with problems.catch():
         student_layers(transformer, config.student.targets)
     for i, effect in enumerate(config.effects):
         with problems.catch(), about(f"effects.{i}.lora"):
             ranks[effect.name] = lora_ranks(effect.lora, shapes)
-    return problems, ranks
+    return ranks

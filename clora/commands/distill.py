@@ -28,15 +28,15 @@ from clora.config.settings import DistillConfig, TrainConfig, general_instructio
 from clora.data.cache import Cache
 from clora.data.images import list_images
 from clora.data.prepare import encode_data
-from clora.devices import find_device, find_dtype
+from clora.devices import find_device
 from clora.errors import CloraError
 from clora.files import check_writable, user_path
 from clora.hashing import digest
 from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.state import LoRAState
-from clora.models import ModelAdapter, adapter_for
+from clora.models import ModelAdapter
 from clora.models.fingerprint import component_fingerprints
-from clora.models.loading import load_pipeline, load_teacher, with_guidance
+from clora.models.loading import load_adapter, load_teacher
 from clora.progress import say, stage, up_to
 from clora.training.checkpoint import check_resumable, load_values
 from clora.training.student import student_layers, train_student
@@ -69,17 +69,21 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     if push_to_hub is not None:
         check_repo(push_to_hub)
     with stage("load pipeline and LoRAs", None):
-        config, adapter, teachers = _load(config)
+        config, adapter = load_adapter(config)
+        transformer = adapter.pipeline.transformer
+        shapes = linear_shapes(transformer)
+        weights = linear_weights(transformer)
+        teachers = {effect.name: load_teacher(effect, shapes, weights) for effect in config.effects}
         # Before training, so that the hashes are those of the files that were read.
         collection = _describe(config, adapter, teachers)
     # Rendering takes hours; wrong layers and a checkpoint of another run are refused before it.
-    student_layers(adapter.pipeline.transformer, config.student.targets)
+    student_layers(transformer, config.student.targets)
     is_done = not checkpoint.exists() and is_finished(output, collection)
     _announce(output, config, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     if not is_done:
         student, samples = _train(config, adapter, teachers, Cache(cache_folder), checkpoint)
-        write_collection(student, collection, output, adapter.pipeline.transformer.dtype, repo_id, samples)
+        write_collection(student, collection, output, transformer.dtype, repo_id, samples)
         # The folder is made to be shared: only the collection stays in it.
         checkpoint.unlink(missing_ok=True)
         if config.data.cache is None:
@@ -89,17 +93,6 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     if repo_id is not None:
         say(f"uploaded to {upload(output, repo_id, UPLOADED_FILES)}")
     return output
-
-
-def _load(config: DistillConfig) -> tuple[DistillConfig, ModelAdapter, dict[str, LoRAState]]:
-    """Returns the config with its family's defaults, the pipeline on the CPU, and the teachers."""
-    pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, find_device(config.device)))
-    adapter = adapter_for(
-        pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
-    )
-    shapes, weights = linear_shapes(pipeline.transformer), linear_weights(pipeline.transformer)
-    teachers = {effect.name: load_teacher(effect, shapes, weights) for effect in config.effects}
-    return with_guidance(config, adapter), adapter, teachers
 
 
 def _describe(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]) -> Collection:
@@ -196,7 +189,7 @@ def _train(
 ) -> tuple[LoRAState, bytes | None]:
     """Returns the student and its samples; None for samples that do not fit the memory."""
     device = find_device(config.device)
-    with _reported_stop(checkpoint):
+    try:
         data = encode_data(config, adapter, teachers, cache, device)
         with training_bar(f"distil into {checkpoint.parent.name}", config.train) as report:
             student = train_student(config, adapter, teachers, data, report, checkpoint)
@@ -205,13 +198,6 @@ def _train(
         except RuntimeError as error:  # pictures are not worth a training
             say(f"no {SAMPLES_FILE} is made: {str(error).splitlines()[0]}")
             return student, None
-
-
-@contextmanager
-def _reported_stop(checkpoint: Path) -> Iterator[None]:
-    """Reports after Ctrl-C what was kept."""
-    try:
-        yield
     except KeyboardInterrupt:
         if checkpoint.exists():
             say(f"stopped; the same command goes on from update {load_values(checkpoint)['update']}")

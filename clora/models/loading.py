@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from clora.config.settings import DistillConfig, EffectConfig
-from clora.devices import find_device, move
+from clora.devices import find_device, find_dtype, move
 from clora.errors import CloraError
 from clora.lora.load import read_lora
 from clora.lora.state import LoRAState
-from clora.models import ModelAdapter
+from clora.models import ModelAdapter, adapter_for
 from clora.models.skeleton import check_processors
 from clora.progress import quiet_libraries, say
 
@@ -74,6 +74,19 @@ def load_teacher(
             f"effect {effect.name}: {len(state.errors)} layers without low rank became factors, error {worst:.2%} at most"
         )
     return state
+
+
+def load_adapter(config: DistillConfig) -> tuple[DistillConfig, ModelAdapter]:
+    """Loads a config's pipeline onto the CPU, in the dtype of its device; see `adapt` for the result."""
+    dtype = find_dtype(config.dtype, find_device(config.device))
+    return adapt(config, load_pipeline(config.pipeline, "cpu", dtype))
+
+
+def adapt(config: DistillConfig, pipeline) -> tuple[DistillConfig, ModelAdapter]:
+    """Returns a config with the guidance of the pipeline's family where it states none, and the adapter that it sets up."""
+    data = config.data
+    adapter = adapter_for(pipeline, data.size, data.max_sequence_length, config.sampler.guidance_embedding)
+    return with_guidance(config, adapter), adapter
 
 
 def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig:

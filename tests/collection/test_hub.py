@@ -137,7 +137,7 @@ def test_a_finished_collection_is_uploaded_without_training_again(hub, config, m
 
 
 def test_a_bad_id_stops_before_the_pipeline_is_loaded(hub, config, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "load_pipeline", None)
+    monkeypatch.setattr(engine, "load_adapter", None)
     monkeypatch.setattr(engine, "encode_data", None)
     with pytest.raises(CloraError, match="no repository id"):
         distill(config, "not/an/id")

@@ -20,7 +20,7 @@ from clora.data.images import load_images
 from clora.lora.layers import block_layers
 from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora
-from clora.models import adapter_for
+from clora.models import adapter_for, loading
 from clora.testing import random_teachers, tiny_config
 
 SIZE = (64, 96)
@@ -35,7 +35,7 @@ def test_two_updates_give_a_file_for_the_stock_pipeline(zero_cond_t, monkeypatch
     config = make_config(tmp_path, random_teachers(pipeline.transformer, 2))
     weights = {name: p.clone() for name, p in pipeline.transformer.named_parameters()}
     seen, train = {}, engine.train_student
-    monkeypatch.setattr(engine, "load_pipeline", lambda *arguments: pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments: pipeline)
     monkeypatch.setattr(engine, "train_student", lambda *arguments: seen.update(data=arguments[3]) or train(*arguments))
     folder = engine.distill(config)
     assert all(torch.equal(p, weights[name]) for name, p in pipeline.transformer.named_parameters())
@@ -74,7 +74,7 @@ def test_a_saved_pipeline_is_distilled_and_takes_the_result(model, monkeypatch, 
 def test_the_default_guidance_is_that_of_a_stock_call():
     pipeline = tiny_qwen_pipeline()
     config = tiny_config(["a"], sampler={"guidance": None})
-    sampler = engine.with_guidance(config, adapter_for(pipeline, SIZE, 40)).sampler
+    sampler = loading.with_guidance(config, adapter_for(pipeline, SIZE, 40)).sampler
     assert sampler.guidance == inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default - 1
 
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 from rich.console import Group
+from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from rich.text import Text
 
-from clora.commands.checks import Problems, find_file_problems, find_layer_problems, find_prompt_problems
+from clora.commands.checks import Problems, check_layers, check_prompts, find_file_problems
 from clora.commands.plan import cost, needs
 from clora.config.settings import DistillConfig
 from clora.data.prepare import DataCount, count_data
 from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
-from clora.models import adapter_for
-from clora.models.loading import with_guidance
+from clora.models.loading import adapt
 from clora.models.skeleton import pipeline_folder, skeleton
 from clora.training.student import student_layers
 
@@ -49,7 +49,7 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
             plan = _model_plan(config, device, problems, notes)
         except cost.Uncounted as error:
             notes.append(str(error))
-    return {"problems": list(dict.fromkeys(problems)), "notes": notes, **plan}
+    return {"problems": problems, "notes": notes, **plan}
 
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems, notes: list[str]) -> dict[str, Any]:
@@ -60,13 +60,9 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
     # Before the adapter, which may refuse the size or the family: that would hide the layers' problems.
     if getattr(transformer, "_repeated_blocks", None):
         shapes = linear_shapes(transformer)
-        found, ranks = find_layer_problems(config, transformer, shapes)
-        problems += found
-    adapter = adapter_for(
-        pipeline, config.data.size, config.data.max_sequence_length, config.sampler.guidance_embedding
-    )
-    config = with_guidance(config, adapter)
-    problems += find_prompt_problems(config, adapter)
+        ranks = check_layers(config, transformer, shapes, problems)
+    config, adapter = adapt(config, pipeline)
+    check_prompts(config, adapter, problems)
     layers = student_layers(transformer, config.student.targets)
     parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
     facts = needs.Facts(
@@ -220,16 +216,18 @@ def _table(title: str, rows: Mapping[str, str]) -> Table:
     return table
 
 
-def _size(count: float) -> str:
-    if count < 1e5:
-        return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+def _size(count: int) -> str:
+    return _in_unit(count, ["bytes", "kB", "MB", "GB", "TB"])
 
 
 def _parameters(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.2f} B parameters"
-    return f"{count / 1e6:.1f} M parameters" if count >= 1e6 else f"{count / 1e3:.1f} K parameters"
+    return _in_unit(count, ["parameters", "K parameters", "M parameters", "B parameters"])
+
+
+def _in_unit(count: int, units: list[str]) -> str:
+    """A count in the largest of these units, each a thousand of the one before, that it fills."""
+    size, unit = pick_unit_and_suffix(count, units, 1000)
+    return f"{count / size:.4g} {unit}"
 
 
 def _duration(seconds: float) -> str:

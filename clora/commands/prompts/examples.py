@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from clora.config.settings import DistillConfig, EffectConfig
 from clora.data.generation import Report
-from clora.data.images import list_images, load_image
+from clora.data.images import list_images, load_image, load_images
 from clora.data.rendering import Samples, render_targets
-from clora.errors import CloraError, about
+from clora.errors import about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.common import to_pil
@@ -19,23 +20,14 @@ NUM_PAIRS = 2  # as in the paper
 
 
 def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
-    """Reads the first pairs of an effect's ``sources`` and ``targets``.
+    """Reads the first pairs of an effect's ``sources`` and ``targets``, whose names are the same (`check_pairs`).
 
     Raises:
-        CloraError: a picture without its result, or one that cannot be read.
+        CloraError: a picture that cannot be read.
     """
-    with about(f"effect {effect.name!r}: targets"):
-        results = {file.stem: file for file in list_images(effect.targets or "")}
-    with about(f"effect {effect.name!r}: sources"):
-        files = list_images(effect.sources or "")[:NUM_PAIRS]
-    alone = [file.name for file in files if file.stem not in results]
-    if alone:
-        raise CloraError(
-            f"effect {effect.name!r}: {effect.sources} and {effect.targets} must hold one image of each name, found no "
-            f"result for {alone}"
-        )
-    pictures = [(load_image(file, size), load_image(results[file.stem], size)) for file in files]
-    return [(to_pil(before), to_pil(after)) for before, after in pictures]
+    _, before = load_images(effect.sources or "", size, NUM_PAIRS)
+    _, after = load_images(effect.targets or "", size, NUM_PAIRS)
+    return _to_pairs(before, after)
 
 
 def rendered_pairs(
@@ -63,5 +55,9 @@ def rendered_pairs(
     rows = torch.arange(2 * NUM_PAIRS).view(2, 1, NUM_PAIRS)
     samples = Samples.of_teachers(adapter.encode_sources([pixels])[0][None], *rows, config.seed)
     latents = torch.stack(list(render_targets(adapter, {effect.name: teacher}, samples, text, config, report)))
-    results = adapter.decode(latents)
-    return [(to_pil(before), to_pil(after)) for before, after in zip(pixels, results, strict=True)]
+    return _to_pairs(pixels, adapter.decode(latents))
+
+
+def _to_pairs(before: Tensor, after: Tensor) -> Pairs:
+    """Pairs of pictures from two batches ``[N, 3, H, W]``."""
+    return [(to_pil(picture), to_pil(result)) for picture, result in zip(before, after, strict=True)]

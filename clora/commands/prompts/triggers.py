@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ Embed = Callable[[Sequence[str]], Tensor]
 """Texts to unit vectors ``[N, D]``, whose products are similarities."""
 
 
-@dataclass(frozen=True)
-class Similarity:
+class Similarity(NamedTuple):
     """The nearest neighbours of a trigger, by cosine; None where there is nothing to compare it with.
 
     Attributes:

@@ -111,10 +111,11 @@ def describe_effect(
     writer: Writer | None, prompt: str, pairs: Sequence[tuple[Image, Image]], count: int, seed: str, fitting: Fitting
 ) -> Written:
     """Describes an effect in ``count`` wordings; templates where there is no writer or too few of its texts are usable."""
-    if writer is None:
-        return _filled(Written([], TEMPLATES, None), templates(prompt), count)
-    request = effect_request(prompt, pairs if writer.sees_pictures else (), count)
-    return _filled(write_texts(writer, request, count, seed, fitting), templates(prompt), count)
+    written = Written([], TEMPLATES, None)
+    if writer is not None:
+        request = effect_request(prompt, pairs if writer.sees_pictures else (), count)
+        written = write_texts(writer, request, count, seed, fitting)
+    return _filled(written, templates(prompt), count)
 
 
 def write_general(writer: Writer, count: int, seed: str, fitting: Fitting) -> Iterator[Written]:

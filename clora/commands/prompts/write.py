@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -25,19 +26,19 @@ from clora.commands.prompts.writers import Writer, load_writer, pipeline_writer
 from clora.config.everyday import everyday_instructions, everyday_topics
 from clora.config.prompts_file import EffectPrompts, PromptsFile, make_trigger, prompts_text
 from clora.config.settings import DistillConfig, EffectConfig
+from clora.data.prepare import check_pairs
 from clora.data.rendering import num_passes
-from clora.devices import find_device, find_dtype, move
+from clora.devices import find_device, move, on_device
 from clora.errors import CloraError
 from clora.files import check_writable, user_path, write_atomic
 from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.load import read_lora
-from clora.models import ModelAdapter, adapter_for
-from clora.models.loading import load_pipeline, with_guidance
+from clora.models import ModelAdapter
+from clora.models.loading import load_adapter
 from clora.progress import say, stage
 
 
-@dataclass(frozen=True)
-class EffectReport:
+class EffectReport(NamedTuple):
     """The choices for one effect.
 
     Attributes:
@@ -76,13 +77,14 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
     if not any(map(_is_open, config.effects)) and not _wants_general(config):
         raise CloraError("the config states all student_prompts and general_instructions: nothing is left to write")
     check_writable(target.parent)
+    device = find_device(config.device)
     with stage("load pipeline", None):
-        device = find_device(config.device)
-        adapter = _load(config, device)
-        config = with_guidance(config, adapter)
-        writer, notice = _choose_writer(config, adapter.pipeline, device)
-    if notice is not None:
-        say(notice)
+        config, adapter = load_adapter(config)
+        for name, part in adapter.pipeline.components.items():
+            # The transformer waits on the CPU: at most it renders examples.
+            if isinstance(part, nn.Module) and name != "transformer":
+                move(part, device)
+    writer = _choose_writer(config, adapter.pipeline, device)
     pairs = _pairs(config, adapter, device) if writer is not None and writer.sees_pictures else {}
     with stage("compare triggers", None):
         embed = text_space(lambda texts: encode_texts(adapter, texts), everyday_instructions())
@@ -107,34 +109,28 @@ def _wants_general(config: DistillConfig) -> bool:
     return config.objective.dual_stream and config.data.general_instructions is None
 
 
-def _load(config: DistillConfig, device: torch.device) -> ModelAdapter:
-    """Returns the pipeline's adapter; all but the transformer, which at most renders examples, is on the device."""
-    pipeline = load_pipeline(config.pipeline, "cpu", find_dtype(config.dtype, device))
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name != "transformer":
-            move(part, device)
-    data = config.data
-    return adapter_for(pipeline, data.size, data.max_sequence_length, config.sampler.guidance_embedding)
-
-
-def _choose_writer(config: DistillConfig, pipeline, device: torch.device) -> tuple[Writer | None, str | None]:
-    """Returns the writer, or None for templates, and a notice to the user, if any."""
+def _choose_writer(config: DistillConfig, pipeline, device: torch.device) -> Writer | None:
+    """Returns the writer, or None for templates; reports what the pipeline's own writer cannot do."""
     if config.prompts.writer == "templates":
-        return None, None
+        return None
     if config.prompts.writer != "auto":
-        return load_writer(config.prompts.writer, device), None
+        with stage("load writer", None):
+            return load_writer(config.prompts.writer, device)
     writer = pipeline_writer(pipeline)
     if writer is None:
         found = type(getattr(pipeline, "text_encoder", None)).__name__
-        return None, (
+        say(
             f"prompts are made from templates: the pipeline's text encoder ({found}) cannot write; "
             "prompts.writer takes the folder of a vision-language model"
         )
-    return writer, None if writer.sees_pictures else f"{writer.name} reads the teachers' prompts, it sees no pictures"
+    elif not writer.sees_pictures:
+        say(f"{writer.name} reads the teachers' prompts, it sees no pictures")
+    return writer
 
 
 def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -> dict[str, Pairs]:
     """Returns pictures before and after each effect whose prompts are to be written."""
+    check_pairs(config)
     effects = [effect for effect in config.effects if _is_open(effect)]
     pairs = {effect.name: given_pairs(effect, config.data.size) for effect in effects if effect.targets is not None}
     missing = [effect for effect in effects if effect.targets is None]
@@ -142,12 +138,11 @@ def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -
         return pairs
     transformer = adapter.pipeline.transformer
     shapes, weights = linear_shapes(transformer), linear_weights(transformer)
-    move(transformer, device)
-    with stage("render examples", num_passes(config, NUM_PAIRS * len(missing))) as advance:
+    num_rendered = NUM_PAIRS * len(missing)
+    with on_device(transformer, device), stage("render examples", num_passes(config, num_rendered)) as advance:
         for effect in missing:  # one teacher at a time: many would fill the memory
             teacher = read_lora(effect.lora, shapes, weights, max_error=effect.max_error)
             pairs[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
-    move(transformer, torch.device("cpu"))
     return pairs
 
 
@@ -172,34 +167,29 @@ def _write(
     texts, parts = {}, []
     with stage("write prompts", len(wanted) + asks_general * len(everyday_topics())) as advance:
         for effect, trigger in wanted:
-
-            def fitting(some: list[str], before: str = f"{trigger} ") -> list[str]:
-                # The encoder has to take a description with the trigger before it.
-                prompts = [before + text for text in some]
-                return [prompt.removeprefix(before) for prompt in _fitting(adapter, prompts)]
-
+            fitting = partial(_fitting, adapter, before=f"{trigger} ")
             shown = pairs.get(effect.name, ())
             seed = f"{config.seed}/{effect.name}"
             texts[effect.name] = describe_effect(writer, effect.prompt, shown, settings.paraphrases, seed, fitting)
             advance()
         if asks_general:
-            for part in write_general(writer, settings.general, f"{config.seed}", lambda some: _fitting(adapter, some)):
+            for part in write_general(writer, settings.general, f"{config.seed}", partial(_fitting, adapter)):
                 parts.append(part)
                 advance()
     return texts, join_general(parts, settings.general) if _wants_general(config) else None
 
 
-def _fitting(adapter: ModelAdapter, texts: list[str]) -> list[str]:
-    """Keeps the texts that are not longer than ``max_sequence_length``, which only the adapter can measure."""
+def _fitting(adapter: ModelAdapter, texts: list[str], before: str = "") -> list[str]:
+    """Keeps the texts that fit ``max_sequence_length`` with ``before`` in front; only the adapter can measure them."""
     if not texts:
         return []
     try:
-        encode_texts(adapter, texts)
+        encode_texts(adapter, [before + text for text in texts])
         return texts
     except CloraError:
-        # One of them is too long: halves are tried until it stands alone.
+        # One of them is too long: each half is tried by itself, down to single texts.
         half = len(texts) // 2
-        return [*_fitting(adapter, texts[:half]), *_fitting(adapter, texts[half:])] if half else []
+        return [*_fitting(adapter, texts[:half], before), *_fitting(adapter, texts[half:], before)] if half else []
 
 
 def _report(
@@ -217,7 +207,7 @@ def _report(
 
 
 def _entry(line: EffectReport, written: Written) -> EffectPrompts:
-    found = {"trigger": line.similarity.trigger, "prompt": line.similarity.prompt}
+    found = line.similarity._asdict()
     return EffectPrompts(
         name=line.name,
         trigger=line.trigger,
@@ -243,7 +233,6 @@ def similarity_table(report: Sequence[EffectReport]) -> Table:
     for column in ("effect", "trigger", "prompts by", "nearest trigger", "nearest prompt"):
         table.add_column(column, overflow="fold")  # a trigger that is cut cannot be typed
     for line in report:
-        nearest = (line.similarity.trigger, line.similarity.prompt)
-        cells = ("" if found is None else f"{found[0]:.2f} {found[1]}" for found in nearest)
+        cells = ("" if found is None else f"{found[0]:.2f} {found[1]}" for found in line.similarity)
         table.add_row(*map(Text, (line.name, line.trigger, line.written_by, *cells)))  # names are no markup
     return table

@@ -68,34 +68,44 @@ def load_writer(path: str, device: torch.device) -> Writer:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = Path(path)
-    source = folder if folder.exists() else path
+    is_folder = Path(path).exists()
     try:
         with quiet_libraries():
-            processor = AutoProcessor.from_pretrained(source)
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", use_safetensors=True)
+            processor = AutoProcessor.from_pretrained(path)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", use_safetensors=True)
     except Exception as error:  # readers of damaged configs, processors and weights raise whatever they meet
-        where = "" if folder.exists() else "; there is no such folder, so it was taken for a hub id"
+        where = "" if is_folder else "; there is no such folder, so it was taken for a hub id"
         raise CloraError(
             f"prompts.writer: {path!r} cannot be loaded as a vision-language model with its processor{where}: {error}"
         ) from error
     if not getattr(processor, "chat_template", None):
         raise CloraError(f"prompts.writer: {path!r} has no chat template; use an instruction-tuned model")
-    return language_model_writer(Path(path).name if folder.exists() else path, model.eval().to(device), processor)
+    return language_model_writer(Path(path).name if is_folder else path, model.eval().to(device), processor)
 
 
 def language_model_writer(name: str, model, processor) -> Writer:
     """Makes a writer of a transformers model that generates and its processor or tokenizer."""
     sees = getattr(processor, "image_processor", None) is not None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    cuda = [model.device] if model.device.type == "cuda" else []
 
     def answer(request: Request, seed: int) -> str:
-        with quiet_libraries():
+        with quiet_libraries(), torch.random.fork_rng(cuda):
             inputs = {
                 key: value.to(model.device, model.dtype if value.is_floating_point() else None)
                 for key, value in _inputs(processor, request, sees).items()
             }
-            tokens = _generate(model, processor, inputs, seed)
-        return _decode(processor, tokens[inputs["input_ids"].shape[1] :])
+            torch.manual_seed(seed)
+            # [1, request and answer]; sampled, since a request is repeated where its answer is of no use.
+            tokens = model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=0.8,
+                top_p=0.9,
+                max_new_tokens=MAX_TOKENS,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return _decode(tokenizer, tokens[0, inputs["input_ids"].shape[1] :])
 
     return Writer(name, sees, answer)
 
@@ -125,26 +135,8 @@ def _part(part: str | Image) -> dict[str, Any]:
     return {"type": "image", "image": smaller}
 
 
-@torch.no_grad()
-def _generate(model, processor, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
-    """Token ids of request and answer; sampled, since a request is repeated where its answer is of no use."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        return model.generate(
-            **inputs,
-            do_sample=True,
-            temperature=0.8,
-            top_p=0.9,
-            max_new_tokens=MAX_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-        )[0]
-
-
-def _decode(processor, answer: torch.Tensor) -> str:
+def _decode(tokenizer, answer: torch.Tensor) -> str:
     """The answer's text; where the model was cut off, without its last, unfinished line."""
-    tokenizer = getattr(processor, "tokenizer", processor)
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return text.rpartition("\n")[0] if len(answer) >= MAX_TOKENS else text
 

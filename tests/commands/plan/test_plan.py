@@ -121,7 +121,7 @@ def test_minutes_bound_the_training_but_not_the_rendering(job):
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(20_430_000_000, "20.43 B"), (3_140_000, "3.1 M"), (999_000_000, "999.0 M"), (60_500, "60.5 K")],
+    [(20_430_000_000, "20.43 B"), (3_140_000, "3.14 M"), (999_000_000, "999 M"), (60_500, "60.5 K")],
 )
 def test_parameters_are_shown_in_their_unit(count, shown):
     assert _parameters(count) == f"{shown} parameters"
@@ -130,7 +130,7 @@ def test_parameters_are_shown_in_their_unit(count, shown):
 def test_too_little_memory_is_reported_with_what_helps(job, monkeypatch):
     monkeypatch.setattr("clora.commands.plan.cost.device_memory", lambda device: 1000)
     (problem,) = make_plan(job())["problems"]
-    assert "the device has 1.0 kB" in problem
+    assert "the device has 1 kB" in problem
     assert "train.gradient_checkpointing=true" in problem
 
 

@@ -24,6 +24,7 @@ from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
 from clora.lora.load import load_lora
 from clora.lora.save import save_diffusers_lora
+from clora.models import loading
 from clora.models.common import to_pil
 from clora.models.conditioning import Text
 from clora.models.families.flux2 import Flux2KleinAdapter
@@ -182,7 +183,7 @@ def test_qwen_image_edit_as_a_whole(config_file, qwen_pipeline, files, monkeypat
     from helpers.tiny_qwen_image import shrink
 
     shrink(monkeypatch, qwen_pipeline)
-    monkeypatch.setattr(write, "load_pipeline", lambda *_: qwen_pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: qwen_pipeline)
     answer, seen = write.pipeline_writer(qwen_pipeline).answer, []
 
     def noted(pipeline):
@@ -266,7 +267,9 @@ def test_only_templates(config_file, monkeypatch, capsys, overrides):
 def test_edits_are_never_lost(config_file, tmp_path, monkeypatch):
     (tmp_path / "my.prompts.yaml").write_text("my edits", "utf-8")
     config = unfilled(config_file())
-    monkeypatch.setattr(write, "load_pipeline", lambda *_: pytest.fail("loaded before the file was looked for"))
+    monkeypatch.setattr(
+        loading, "load_pipeline", lambda *_: pytest.fail("loads a pipeline before it looks for the file")
+    )
     with pytest.raises(CloraError, match="is there, and may hold edits; --overwrite replaces it"):
         write_prompts(config, "my.prompts.yaml")
     assert (tmp_path / "my.prompts.yaml").read_text("utf-8") == "my edits"
@@ -284,7 +287,7 @@ def test_a_target_is_missing(config_file, fake_writer, files, tmp_path):
     (tmp_path / "after").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "after" / "1.png")
     path = config_file({"sources": str(files / "before"), "targets": str(tmp_path / "after")})
-    with pytest.raises(CloraError, match=r"effect 'blueprint': .* found no result for \['0\.png'\]"):
+    with pytest.raises(CloraError, match=r"effect 'blueprint': .* found no pair for \['0', '2'\]"):
         write_prompts(unfilled(path), "my.prompts.yaml")
 
 
