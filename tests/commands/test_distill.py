@@ -138,7 +138,7 @@ def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path)
 def test_a_device_that_is_not_there(monkeypatch, tiny_folder):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(CloraError, match="no Apple GPU"):
-        engine.load_pipeline(str(tiny_folder), "mps")
+        loading.load_pipeline(str(tiny_folder), "mps")
 
 
 def test_a_pipeline_saved_in_bfloat16_runs_in_one_type(tmp_path):
@@ -146,7 +146,7 @@ def test_a_pipeline_saved_in_bfloat16_runs_in_one_type(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.text_encoder.to(torch.bfloat16)
     pipeline.save_pretrained(tmp_path)
-    loaded = engine.load_pipeline(str(tmp_path), "cpu")
+    loaded = loading.load_pipeline(str(tmp_path), "cpu")
     assert loaded.text_encoder.dtype == loaded.transformer.dtype == torch.float32
     assert loaded.encode_prompt("a red circle", max_sequence_length=40)[0].dtype == torch.float32
 
