@@ -22,7 +22,7 @@ from clora.collection.metadata import (
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.files import check_writable, write_atomic
-from clora.lora.save import check_storable, save_diffusers_lora
+from clora.lora.save import check_storable, save_lora
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -136,7 +136,7 @@ def write_collection(
         write_atomic(folder / SAMPLES_FILE, samples)
     write_atomic(folder / "README.md", model_card(collection, hub_id, samples is not None))
     _save_scheduler(collection, folder / "scheduler")
-    save_diffusers_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
+    save_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
     return folder
 
 

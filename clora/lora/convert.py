@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from clora.lora.families import (
 from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
 from clora.lora.layers import LayerShapes, pipeline_shapes, pipeline_weights
 from clora.lora.load import read_lora
-from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
+from clora.lora.save import save_lora
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAState
 
@@ -74,15 +75,13 @@ def convert_lora(
         rank: the largest rank to keep.
         energy: instead, the share of every module's energy to keep (`clora.lora.algebra.reduce_to_energy`).
         dtype: one of `DTYPES`; by default the type that the file is stored in.
-        pipeline: folder of the pipeline that the LoRA is for, where the file's names do not show it, and with its
-            weights where the file holds DoRA, which depends on them.
+        pipeline: folder of the LoRA's pipeline, where the file's names do not show its layers. DoRA needs it with its
+            weights.
         max_error: as in `clora.lora.load.read_lora`.
 
     Returns:
-        A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank`` (the largest),
-        ``max_error``, ``load_error`` and ``modules``, one entry each: ``name, rank_before, rank, energy`` (the share
-        kept), ``error``, the relative error of the update that a reader of the new file gets, and ``load_error``, by which
-        the factors that were read had missed the file's own change before, 0 but for changes without low rank.
+        A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank, max_error, load_error`` (the
+        largest ones) and ``modules`` (see `_compared`).
 
     Raises:
         CloraError: an unknown format or type, both `rank` and `energy`, a file that cannot be read or written, or
@@ -97,29 +96,11 @@ def convert_lora(
     weights = None if pipeline is None else pipeline_weights(pipeline)
     state = read_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
     dtype = dtype or _stored_dtype(source)
-    smaller = state
-    if rank is not None:
-        smaller = reduce_to_rank(state, rank)
-    elif energy is not None:
-        smaller = reduce_to_energy(state, energy, uniform=format == "diffusers")
-    # The update stays the same; only its factors are rescaled to what fp8 can hold.
-    if dtype == "fp8":
-        smaller = LoRAState({name: balanced(module) for name, module in smaller.modules.items()}, state.metadata)
-    _write(smaller, output, format, DTYPES[dtype], shapes)
-    modules: list[dict[str, Any]] = []
-    for name, before in state.modules.items():
-        after = smaller.modules[name]
-        modules.append(
-            {
-                "name": name,
-                "rank_before": before.rank,
-                "rank": after.rank,
-                "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
-                # Of the update that a reader of the new file gets, against the one that was read.
-                "error": relative_error(before, stored_as(after, DTYPES[dtype])),
-                "load_error": state.errors.get(name, 0.0),
-            }
-        )
+    smaller = _reduced(state, format, rank, energy, dtype)
+    metadata = {key: value for key, value in state.metadata.items() if _KEPT_METADATA.fullmatch(key)}
+    family = _family(state, format, shapes)
+    save_lora(smaller, output, format, dtype=DTYPES[dtype], family=family, shapes=shapes, metadata=metadata)
+    modules = _compared(state, smaller, DTYPES[dtype])
     return {
         "file": str(source.file),
         "output": str(output),
@@ -131,6 +112,42 @@ def convert_lora(
         "load_error": max(entry["load_error"] for entry in modules),
         "modules": modules,
     }
+
+
+def _reduced(state: LoRAState, format: str, rank: int | None, energy: float | None, dtype: str) -> LoRAState:
+    """Returns the LoRA at the wanted rank or energy, with factors that the wanted type can hold."""
+    if rank is not None:
+        state = reduce_to_rank(state, rank)
+    elif energy is not None:
+        state = reduce_to_energy(state, energy, uniform=format == "diffusers")
+    # The update stays the same; only its factors are rescaled to what fp8 can hold.
+    if dtype == "fp8":
+        state = replace(state, modules={name: balanced(module) for name, module in state.modules.items()})
+    return state
+
+
+def _compared(state: LoRAState, smaller: LoRAState, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Compares each module that was read with what a reader of the new file gets.
+
+    Returns:
+        One entry each: ``name, rank_before, rank, energy`` (the share kept), ``error`` (relative, of the update) and
+        ``load_error``, by which the factors that were read had missed the file's own change before; 0 unless that
+        has no low rank.
+    """
+    modules: list[dict[str, Any]] = []
+    for name, before in state.modules.items():
+        after = smaller.modules[name]
+        modules.append(
+            {
+                "name": name,
+                "rank_before": before.rank,
+                "rank": after.rank,
+                "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
+                "error": relative_error(before, stored_as(after, dtype)),
+                "load_error": state.errors.get(name, 0.0),
+            }
+        )
+    return modules
 
 
 def render(report: Mapping[str, Any]) -> Group:
@@ -183,12 +200,19 @@ def _stored_dtype(source: LoRASource) -> str:
     return found.pop() if len(found) == 1 else "fp32"
 
 
-def _family(state: LoRAState) -> Family | None:
-    """Returns the family whose original names kohya and ComfyUI expect, where no pipeline is given.
+def _family(state: LoRAState, format: str, shapes: LayerShapes | None) -> Family | None:
+    """Returns the family whose original names kohya and ComfyUI expect; None for the formats with diffusers' names.
+
+    Args:
+        shapes: of the pipeline's layers, where one is given.
 
     Raises:
         CloraError: the names fit several families, which name these modules differently.
     """
+    if format not in ("kohya", "comfyui"):
+        return None
+    if shapes is not None:
+        return family_of(shapes)
     # A collection names its pipeline.
     family = family_of_pipeline(state.metadata.get("clora.pipeline", ""))
     if family is not None:
@@ -204,21 +228,3 @@ def _family(state: LoRAState) -> Family | None:
             "transformer/config.json is enough)"
         )
     return known[0] if known else None
-
-
-def _write(
-    state: LoRAState,
-    output: Path,
-    format: str,
-    dtype: torch.dtype,
-    shapes: LayerShapes | None,
-) -> None:
-    metadata = {key: value for key, value in state.metadata.items() if _KEPT_METADATA.fullmatch(key)}
-    if format == "diffusers":
-        save_diffusers_lora(state, output, dtype=dtype, metadata=metadata)
-    elif format == "peft":
-        save_peft_folder(state, output, dtype=dtype, metadata=metadata)
-    else:
-        save = save_kohya if format == "kohya" else save_comfyui
-        family = _family(state) if shapes is None else family_of(shapes)
-        save(state, output, dtype=dtype, family=family, shapes=shapes, metadata=metadata)

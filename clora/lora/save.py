@@ -15,156 +15,75 @@ from clora.errors import CloraError
 from clora.files import replacing
 from clora.lora.adapter_config import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from clora.lora.families import Family, Part, original_part, reordered
+from clora.lora.keys import PREFIXES, UNDERSCORED
 from clora.lora.layers import LayerShapes
 from clora.lora.state import LoRAModule, LoRAState
 
+_PREFIX = {format_name: prefix for prefix, format_name in PREFIXES.items()}
 _WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
 
 
-def save_diffusers_lora(
+def save_lora(
     state: LoRAState,
     path: str | Path,
+    format: str = "diffusers",
     *,
+    alpha: float | None = None,
     dtype: torch.dtype = torch.float32,
+    family: Family | None = None,
+    shapes: LayerShapes | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the file that diffusers (any version), ComfyUI and, for FLUX, sglang read alike.
+    """Writes a LoRA in one of four formats.
 
-    Its keys are ``transformer.X.lora_A.weight`` and ``lora_B``. Every module is zero-padded to the largest rank, and
-    alpha = rank is not written: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose stated alphas.
+    ``diffusers`` is read alike by diffusers (any version), ComfyUI and, for FLUX, sglang. Its modules are zero-padded to
+    the largest rank and have alpha = rank unstated: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose
+    stated alphas. In the other formats ranks may differ. ``comfyui`` (ai-toolkit's too) states no alpha either.
 
     Args:
         state: the LoRA to write.
-        path: the ``.safetensors`` file.
+        path: the ``.safetensors`` file, or the folder for ``peft``.
+        format: ``diffusers``, ``peft``, ``kohya`` or ``comfyui``.
+        alpha: for ``peft`` and ``kohya``, stated for every module, ``lora_B`` being rescaled to it; each module's own
+            rank by default.
         dtype: stored type.
-        metadata: entries for the file's header, under your own keys.
-
-    Raises:
-        CloraError: the file cannot be written, a value is not finite, or `metadata` takes diffusers' own key.
-    """
-    if METADATA_KEY in (metadata or {}):
-        raise CloraError(f"metadata key {METADATA_KEY!r} is diffusers' own and alpha = rank needs none; rename yours")
-    _write(_named(state.padded(state.max_rank).modules, "transformer.", dtype), path, metadata)
-
-
-def save_peft_folder(
-    state: LoRAState,
-    folder: str | Path,
-    alpha: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Args:
-        state: the LoRA to write; ranks may differ.
-        folder: created where missing.
-        alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
-        dtype: stored type.
-        metadata: entries for the header of the weights.
-
-    Raises:
-        CloraError: the folder cannot be written or a value is not finite.
-    """
-    from peft import LoraConfig
-
-    ranks = {name: module.rank for name, module in state.modules.items() if module.rank != state.max_rank}
-    config = LoraConfig(
-        r=state.max_rank,
-        lora_alpha=state.max_rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-        target_modules=sorted(state.modules),
-        rank_pattern=ranks,
-        alpha_pattern=dict(ranks) if alpha is None else {},
-    )
-    # PEFT holds the modules as a set, which JSON has not.
-    text = json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True)
-    modules = {name: _with_alpha(module, alpha) for name, module in state.modules.items()}
-    tensors = _named(modules, "base_model.model.", dtype)
-    folder = Path(folder)
-    _refuse_nonfinite(tensors, folder)
-    # The config is renamed before the weights: without it they would be read with alpha = rank.
-    with replacing(folder / PEFT_WEIGHTS) as weights, replacing(folder / PEFT_CONFIG) as config_file:
-        _write_and_compare(tensors, weights, metadata)
-        config_file.write_text(text, encoding="utf-8")
-
-
-def save_kohya(
-    state: LoRAState,
-    path: str | Path,
-    alpha: float | None = None,
-    dtype: torch.dtype = torch.float32,
-    *,
-    family: Family | None,
-    shapes: LayerShapes | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes kohya's format: ``lora_unet_*`` with ``lora_down``, ``lora_up`` and ``.alpha``.
-
-    Args:
-        state: the LoRA to write; ranks may differ.
-        path: the ``.safetensors`` file.
-        alpha: stated for every module, ``lora_B`` being rescaled to it; each module's own rank by default.
-        dtype: stored type.
-        family: whose original names the modules get, where q, k and v may be one module; None for diffusers' names.
+        family: for ``kohya`` and ``comfyui``, whose original names the modules get, where q, k and v may be one module;
+            diffusers' names by default.
         shapes: of the transformer's layers; needed where a module is fused of unequal parts, of which the state lacks
             one.
-        metadata: entries for the file's header.
+        metadata: entries for the header of the weights, under your own keys.
 
     Raises:
-        CloraError: the file cannot be written, a value is not finite, or `shapes` are needed.
+        CloraError: the file cannot be written, a value is not finite, alpha is not above 0 or has no place in the
+            format, `shapes` are needed, or `metadata` takes diffusers' own key.
     """
-    tensors = {}
-    for name, module in _renamed(state, family, shapes).items():
-        stem = "lora_unet_" + name.replace(".", "_")
-        module = _with_alpha(module, alpha)
-        tensors[f"{stem}.lora_down.weight"] = module.lora_A.to(dtype)
-        tensors[f"{stem}.lora_up.weight"] = module.lora_B.to(dtype)
-        tensors[f"{stem}.alpha"] = torch.tensor(float(module.rank if alpha is None else alpha))
-    _write(tensors, path, metadata)
-
-
-def save_comfyui(
-    state: LoRAState,
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    *,
-    family: Family | None,
-    shapes: LayerShapes | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes the format of ai-toolkit and ComfyUI: ``diffusion_model.*``, alpha = rank.
-
-    Args:
-        state: the LoRA to write; ranks may differ.
-        path: the ``.safetensors`` file.
-        dtype: stored type.
-        family, shapes: as in `save_kohya`.
-        metadata: entries for the file's header.
-
-    Raises:
-        CloraError: the file cannot be written, a value is not finite, or `shapes` are needed.
-    """
-    _write(_named(_renamed(state, family, shapes), "diffusion_model.", dtype), path, metadata)
+    path = Path(path)
+    if format == "diffusers" and METADATA_KEY in (metadata or {}):
+        raise CloraError(f"metadata key {METADATA_KEY!r} is diffusers' own and alpha = rank needs none; rename yours")
+    tensors = _tensors(_stored_modules(state, format, family, shapes), format, dtype, alpha)
+    if format != "peft" and path.suffix != ".safetensors":
+        raise CloraError(f"{path}: expected a name that ends in .safetensors")
+    _refuse_nonfinite(tensors, path)
+    if format != "peft":
+        with replacing(path) as file:
+            _write_and_compare(tensors, file, metadata)
+        return
+    text = _peft_config(state, alpha)
+    # The config is renamed before the weights: without it they would be read with alpha = rank.
+    with replacing(path / PEFT_WEIGHTS) as weights, replacing(path / PEFT_CONFIG) as config:
+        _write_and_compare(tensors, weights, metadata)
+        config.write_text(text, encoding="utf-8")
 
 
 def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:
     """Raises CloraError where a value is not finite in the type it is to be stored in."""
-    _refuse_nonfinite(_named(state.modules, "transformer.", dtype), path)
+    _refuse_nonfinite(_tensors(state.modules, "diffusers", dtype), path)
 
 
 def _refuse_nonfinite(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise CloraError(f"{path}: {name} holds NaN or infinite values as {tensor.dtype}; nothing was written")
-
-
-def _write(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None) -> None:
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CloraError(f"{path}: expected a name that ends in .safetensors")
-    _refuse_nonfinite(tensors, path)
-    with replacing(path) as file:
-        _write_and_compare(tensors, file, metadata)
 
 
 def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None) -> None:
@@ -188,26 +107,50 @@ def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapp
         raise OSError(str(error)) from error
 
 
-def _named(modules: Mapping[str, LoRAModule], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(
+    modules: Mapping[str, LoRAModule], format: str, dtype: torch.dtype, alpha: float | None = None
+) -> dict[str, Tensor]:
+    """Returns the tensors of a file by their keys."""
+    if alpha is not None and format not in ("peft", "kohya"):
+        raise CloraError(f"{format} files state no alpha, found {alpha}; leave it out, or write peft or kohya")
+    if alpha is not None and alpha <= 0:
+        raise CloraError(f"alpha must be above 0, found {alpha}")
+    down, up = ("lora_down", "lora_up") if format == "kohya" else ("lora_A", "lora_B")
     tensors = {}
     for name, module in modules.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = module.lora_A.to(dtype)
-        tensors[f"{prefix}{name}.lora_B.weight"] = module.lora_B.to(dtype)
+        stem = _PREFIX[format] + (name.replace(".", "_") if format in UNDERSCORED else name)
+        tensors[f"{stem}.{down}.weight"] = module.lora_A.to(dtype)
+        # A loader multiplies the product by the stated alpha / rank.
+        scale = 1.0 if alpha is None else module.rank / alpha
+        tensors[f"{stem}.{up}.weight"] = (module.lora_B * scale).to(dtype)
+        if format == "kohya":
+            tensors[f"{stem}.alpha"] = torch.tensor(float(module.rank if alpha is None else alpha))
     return tensors
 
 
-def _with_alpha(module: LoRAModule, alpha: float | None) -> LoRAModule:
-    """Returns the factors to store beside a stated alpha: a loader multiplies them by alpha / rank."""
-    if alpha is None:
-        return module
-    if alpha <= 0:
-        raise CloraError(f"alpha must be above 0, found {alpha}")
-    return LoRAModule(module.lora_A, module.lora_B * (module.rank / alpha))
+def _peft_config(state: LoRAState, alpha: float | None) -> str:
+    """Returns the text of PEFT's ``adapter_config.json``."""
+    from peft import LoraConfig
+
+    ranks = {name: module.rank for name, module in state.modules.items() if module.rank != state.max_rank}
+    config = LoraConfig(
+        r=state.max_rank,
+        lora_alpha=state.max_rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        target_modules=sorted(state.modules),
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks) if alpha is None else {},
+    )
+    # PEFT holds the modules as a set, which JSON has not.
+    return json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True)
 
 
-def _renamed(state: LoRAState, family: Family | None, shapes: LayerShapes | None) -> Mapping[str, LoRAModule]:
-    """Returns the modules under a family's original names, those that it fuses as one."""
-    if family is None:
+def _stored_modules(
+    state: LoRAState, format: str, family: Family | None, shapes: LayerShapes | None
+) -> Mapping[str, LoRAModule]:
+    """Returns the modules as a format has them: of one rank for diffusers, by the family's names for kohya and ComfyUI."""
+    if format == "diffusers":
+        return state.padded(state.max_rank).modules
+    if format == "peft" or family is None:
         return state.modules
     renamed = {}
     for module in state.modules:

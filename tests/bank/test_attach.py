@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import clora
 from clora.errors import CloraError
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.testing import merge_lora, random_lora
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -60,7 +60,7 @@ def test_a_routed_batch_equals_merged_copies_sample_by_sample(family, loras, tmp
     transformer = tiny_transformer(family)
     states, batch = loras(transformer), batch_of(family, transformer, 3)
     file = tmp_path / "a.safetensors"
-    save_diffusers_lora(states["a"], file)
+    save_lora(states["a"], file)
     before, plain = dict(transformer.named_modules()), outputs(transformer, batch)
     expected = [outputs(merge_lora(transformer, states.get(name)), row(batch, i)) for i, name in enumerate(NAMES)]
     bank = clora.attach(transformer, {"a": file, "b": states["b"]})
@@ -153,7 +153,7 @@ def test_a_change_without_low_rank_is_attached_as_far_as_it_is_allowed(tmp_path)
     transformer = tiny_transformer("Flux2KleinPipeline")
     name = "transformer_blocks.0.ff.linear_in"
     weight = transformer.get_submodule(name).weight.detach()
-    save_diffusers_lora(random_lora(transformer, 2, 0, [name]), tmp_path / "lora.safetensors")
+    save_lora(random_lora(transformer, 2, 0, [name]), tmp_path / "lora.safetensors")
     scale = {f"transformer.{name}.dora_scale": 1.5 * weight.norm(dim=1, keepdim=True)}
     save_file(load_file(tmp_path / "lora.safetensors") | scale, tmp_path / "dora.safetensors")
     needed = []
@@ -184,7 +184,7 @@ def test_a_transformer_that_carries_other_loras_is_refused(tmp_path):
         clora.attach(transformer, lora)
     bank.detach()
     clora.attach(transformer, lora).detach()
-    save_diffusers_lora(lora["a"], tmp_path / "lora.safetensors")
+    save_lora(lora["a"], tmp_path / "lora.safetensors")
     transformer.load_lora_adapter(tmp_path, prefix="transformer", weight_name="lora.safetensors")
     with pytest.raises(CloraError, match=r"has LoRAs loaded .*call pipe.unload_lora_weights\(\)"):
         clora.attach(transformer, lora)

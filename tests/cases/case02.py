@@ -16,7 +16,7 @@ from PIL import Image
 import clora
 from clora.collection.metadata import CollectedEffect, Collection, Sampling, to_metadata
 from clora.collection.write import scheduler_config
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.testing import MAX_SEQUENCE_LENGTH, random_lora, tiny_pipeline
 
 torch._dynamo.config.suppress_errors = False
@@ -34,7 +34,7 @@ about = Collection(
     ),
     scheduler=scheduler_config(3.0),
 )
-save_diffusers_lora(lora, folder / "pytorch_lora_weights.safetensors", metadata=to_metadata(about))
+save_lora(lora, folder / "pytorch_lora_weights.safetensors", metadata=to_metadata(about))
 image = Image.fromarray((np.random.default_rng(3).random((64, 64, 3)) * 255).astype("uint8"))
 
 

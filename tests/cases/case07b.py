@@ -13,7 +13,7 @@ import clora
 from clora.collection.metadata import CollectedEffect, Collection, Sampling, to_metadata
 from clora.collection.write import scheduler_config
 from clora.errors import CloraError
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.testing import MAX_SEQUENCE_LENGTH, random_lora, tiny_pipeline
 
 pipe = tiny_pipeline(is_distilled=True)
@@ -29,7 +29,7 @@ about = Collection(
     ),
     scheduler=scheduler_config(3.0),
 )
-save_diffusers_lora(random_lora(plain, 4, 1), folder / "pytorch_lora_weights.safetensors", metadata=to_metadata(about))
+save_lora(random_lora(plain, 4, 1), folder / "pytorch_lora_weights.safetensors", metadata=to_metadata(about))
 image = Image.fromarray((np.random.default_rng(3).random((64, 64, 3)) * 255).astype("uint8"))
 
 

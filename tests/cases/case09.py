@@ -17,13 +17,13 @@ from PIL import Image
 
 import clora
 import clora.commands.distill as job
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.testing import random_lora, tiny_pipeline
 
 folder = Path(tempfile.mkdtemp())
 pipe = tiny_pipeline()
 pipe.save_pretrained(folder / "pipe")
-save_diffusers_lora(random_lora(pipe.transformer, 2, 1), folder / "a.safetensors")
+save_lora(random_lora(pipe.transformer, 2, 1), folder / "a.safetensors")
 (folder / "images").mkdir()
 (folder / "edits.txt").write_text("brighten the image\n")
 

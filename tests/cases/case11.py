@@ -18,7 +18,7 @@ import clora
 from clora.collection.metadata import CollectedEffect, Collection, Sampling, to_metadata
 from clora.collection.write import scheduler_config
 from clora.errors import CloraError
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAModule, LoRAState
 from clora.testing import MAX_SEQUENCE_LENGTH, merge_lora, random_lora, tiny_pipeline
 
@@ -39,7 +39,7 @@ def collection(name, lora, shift):
         ),
         scheduler=scheduler_config(shift),
     )
-    save_diffusers_lora(lora, folder / name / "pytorch_lora_weights.safetensors", metadata=to_metadata(about))
+    save_lora(lora, folder / name / "pytorch_lora_weights.safetensors", metadata=to_metadata(about))
     return folder / name
 
 

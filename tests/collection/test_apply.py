@@ -20,7 +20,7 @@ from clora.collection.write import write_collection
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.lora.families import FLUX2
-from clora.lora.save import save_comfyui
+from clora.lora.save import save_lora
 from clora.testing import merge_lora, random_lora
 
 SNOW, MOEBIUS = effect("snow", ("<snow> let it snow.",)), effect("moebius", ("<moebius> thin ink lines", "as a comic"))
@@ -158,7 +158,7 @@ def test_apply_takes_all_of_a_file_or_nothing(collection, family, change):
 
 def test_a_lora_that_is_no_collection(tmp_path):
     state = random_lora(bare_pipeline("Flux2KleinPipeline").transformer, 2, 0)
-    save_comfyui(state, tmp_path / "a.safetensors", family=FLUX2)
+    save_lora(state, tmp_path / "a.safetensors", "comfyui", family=FLUX2)
     with pytest.raises(CloraError, match="no collection of clora's"):
         clora.load_collection(tmp_path / "a.safetensors")
     with pytest.raises(CloraError, match="does not exist"):

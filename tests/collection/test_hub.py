@@ -92,11 +92,11 @@ def test_the_revision_of_a_pipeline_in_the_cache(monkeypatch):
 @pytest.fixture
 def config(tiny_folder, tmp_path, monkeypatch):
     """The config of a job; the test replaces its slow parts."""
-    from clora.lora.save import save_diffusers_lora
+    from clora.lora.save import save_lora
     from clora.testing import tiny_pipeline
 
     monkeypatch.setattr("clora.commands.distill.draw_samples", lambda *arguments: b"a picture")
-    save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "snow.safetensors")
+    save_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "snow.safetensors")
     effects = [{"name": "snow", "lora": str(tmp_path / "snow.safetensors"), "prompt": "make it snow"}]
     sources = {"sources": str(write_images(tmp_path / "images", 1))}
     return tiny_config(effects, pipeline=str(tiny_folder), output=str(tmp_path / "out"), data=sources)

@@ -17,7 +17,7 @@ from clora.collection.write import LORA_FILE, SAMPLES_FILE
 from clora.commands.distill import distill
 from clora.data.generation import Generator
 from clora.data.images import load_images
-from clora.lora.save import save_peft_folder
+from clora.lora.save import save_lora
 from clora.models.conditioning import Conditioning
 from clora.testing import SIZE, merge_lora, random_data, random_lora, tiny_config
 
@@ -30,7 +30,7 @@ def make_config(adapter, tiny_folder, tmp_path):
     effects = [{"name": name, "lora": str(tmp_path / name), "prompt": f"make it {name}"} for name in EFFECTS]
     effects[1]["sources"] = str(own)
     for seed, name in enumerate(EFFECTS):
-        save_peft_folder(random_lora(adapter.pipeline.transformer, 2, seed), tmp_path / name, alpha=1.0)
+        save_lora(random_lora(adapter.pipeline.transformer, 2, seed), tmp_path / name, "peft", alpha=1.0)
 
     def make(**sections):
         base = {"pipeline": str(tiny_folder), "output": str(tmp_path / "out")}

@@ -24,7 +24,7 @@ from clora.errors import CloraError
 from clora.flow.matching import student_schedule, teacher_schedule
 from clora.flow.sampling import few_step_sample
 from clora.lora.load import load_lora
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAModule, LoRAState
 from clora.models.conditioning import Conditioning
 from clora.testing import MAX_SEQUENCE_LENGTH, random_lora, tiny_adapter
@@ -169,7 +169,7 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
     """Guidance w is guidance_scale w + 1; Euler, static shift, the pipeline's own scheduler."""
     steps, w = 5, 1.5
     teacher = random_lora(adapter.pipeline.transformer, 3, 21)
-    save_diffusers_lora(teacher, tmp_path / "teacher.safetensors")
+    save_lora(teacher, tmp_path / "teacher.safetensors")
     pipeline.load_lora_weights(tmp_path / "teacher.safetensors")
     timesteps = []
     pipeline.transformer.register_forward_pre_hook(

@@ -6,7 +6,7 @@ import pytest
 from helpers.pictures import write_images
 
 from clora.lora.families import FLUX2
-from clora.lora.save import save_kohya, save_peft_folder
+from clora.lora.save import save_lora
 from clora.testing import random_lora, tiny_config
 
 EFFECTS = ("blueprint", "snow")
@@ -16,8 +16,8 @@ EFFECTS = ("blueprint", "snow")
 def loras(adapter, tmp_path_factory):
     """Two teachers in different formats and of different ranks."""
     folder, transformer = tmp_path_factory.mktemp("loras"), adapter.pipeline.transformer
-    save_kohya(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", alpha=2.0, family=FLUX2)
-    save_peft_folder(random_lora(transformer, 2, 2, ["transformer_blocks.0.attn.to_q"]), folder / "snow", alpha=1.0)
+    save_lora(random_lora(transformer, 3, 1), folder / "blueprint.safetensors", "kohya", alpha=2.0, family=FLUX2)
+    save_lora(random_lora(transformer, 2, 2, ["transformer_blocks.0.attn.to_q"]), folder / "snow", "peft", alpha=1.0)
     return {"blueprint": folder / "blueprint.safetensors", "snow": folder / "snow"}
 
 

@@ -19,10 +19,10 @@ from clora.testing import random_lora, tiny_pipeline
 def wrong_architecture(tmp_path):
     other = dataclasses.replace(random_lora(tiny_pipeline().transformer, 2, 0))
     modules = {f"other_blocks.{i}.proj": m for i, m in enumerate(other.modules.values())}
-    from clora.lora.save import save_diffusers_lora
+    from clora.lora.save import save_lora
 
     path = tmp_path / "other.safetensors"
-    save_diffusers_lora(dataclasses.replace(other, modules=modules), path)
+    save_lora(dataclasses.replace(other, modules=modules), path)
     return {"first": {"lora": str(path)}}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from helpers.edits import Sample, start_noise
 
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.testing import SENTENCES, tiny_pipeline
@@ -246,7 +246,7 @@ def stock_call(
     pipeline.set_progress_bar_config(disable=True)
     if sample.lora is not None:
         file = folder / f"{sample.lora}.safetensors"
-        save_diffusers_lora(loras[sample.lora], file)
+        save_lora(loras[sample.lora], file)
         pipeline.load_lora_weights(file)
     noise = start_noise(adapter, sample) if noise is None else noise
     arguments = {"num_inference_steps": 8, "output_type": "pt", "max_sequence_length": family.length, **kwargs}

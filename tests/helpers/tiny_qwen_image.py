@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from helpers.edits import Sample, start_noise
 
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.testing import SENTENCES
@@ -123,7 +123,7 @@ def stock_call(adapter: ModelAdapter, loras, sample: Sample, folder, scheduler=N
         file = lora = loras[sample.lora]
         if isinstance(lora, LoRAState):
             file = folder / "lora.safetensors"
-            save_diffusers_lora(lora, file)
+            save_lora(lora, file)
         pipeline.load_lora_weights(file)
     arguments = {"latents": start_noise(adapter, sample), **adapter.student_call, **kwargs}
     torch.manual_seed(sample.seed)

@@ -19,7 +19,7 @@ from clora.lora.algebra import (
     stored_as,
     sum_svd,
 )
-from clora.lora.save import save_peft_folder
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAModule, LoRAState
 
 ATTENTION = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
@@ -140,7 +140,7 @@ def test_merge_states_equals_peft_on_the_model(tmp_path, transformer, shapes, st
     weights = [1.0, 0.5, 2.0]
     merged = merge_states(states, shapes, method, rank=4, weights=weights)
     for index, state in enumerate(states):
-        save_peft_folder(state, tmp_path / str(index))
+        save_lora(state, tmp_path / str(index), "peft")
     model = PeftModel.from_pretrained(copy.deepcopy(transformer), tmp_path / "0", adapter_name="0")
     for name in ("1", "2"):
         model.load_adapter(tmp_path / name, adapter_name=name)

@@ -22,7 +22,7 @@ from clora.lora.convert import FORMATS, convert_lora, render
 from clora.lora.families import FLUX2
 from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.load import load_lora, read_lora
-from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAState
 from clora.testing import random_lora
 
@@ -54,7 +54,7 @@ def written(tmp_path, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_means_the_same_update(model, tmp_path, format, assert_same_deltas):
     state = mixed(model)
-    save_peft_folder(state, tmp_path / "in", alpha=3.0)
+    save_lora(state, tmp_path / "in", "peft", alpha=3.0)
     report = convert_lora(tmp_path / "in", written(tmp_path, format), format)
     read = load_lora(written(tmp_path, format), model)
     assert read.format == format
@@ -73,8 +73,8 @@ def reduced_to(read, state):
 def test_ranks_alphas_and_names(models, tmp_path):
     """diffusers has one rank and no alpha; kohya states each module's own; names are FLUX's only for FLUX."""
     for family, name in zip(FAMILIES, ("double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_q"), strict=True):
-        save_diffusers_lora(mixed(models[family]), tmp_path / "in.safetensors")
-        save_peft_folder(mixed(models[family]), tmp_path / "mixed")
+        save_lora(mixed(models[family]), tmp_path / "in.safetensors")
+        save_lora(mixed(models[family]), tmp_path / "mixed", "peft")
         for format in ("diffusers", "kohya", "comfyui"):
             convert_lora(tmp_path / "mixed", written(tmp_path, format), format)
         diffusers, kohya, comfyui = (load_file(written(tmp_path, f)) for f in ("diffusers", "kohya", "comfyui"))
@@ -91,7 +91,7 @@ def test_ranks_alphas_and_names(models, tmp_path):
 def test_a_lower_rank_and_its_error(models, tmp_path, format):
     model = models["Flux2KleinPipeline"]
     state = mixed(model)
-    save_peft_folder(state, tmp_path / "in")
+    save_lora(state, tmp_path / "in", "peft")
     report = convert_lora(tmp_path / "in", written(tmp_path, format), format, rank=2, dtype="bf16")
     read = load_lora(written(tmp_path, format), model)
     for entry in report["modules"]:
@@ -106,7 +106,7 @@ def test_a_lower_rank_and_its_error(models, tmp_path, format):
 
 
 def test_energy_is_kept_by_every_module(models, tmp_path):
-    save_diffusers_lora(random_lora(models["Flux2KleinPipeline"], 6, 0), tmp_path / "in.safetensors")
+    save_lora(random_lora(models["Flux2KleinPipeline"], 6, 0), tmp_path / "in.safetensors")
     ranks = {}
     for format in ("diffusers", "peft"):
         report = convert_lora(tmp_path / "in.safetensors", written(tmp_path, format), format, energy=0.7)
@@ -122,7 +122,7 @@ def test_energy_is_kept_by_every_module(models, tmp_path):
 )
 def test_types_and_their_errors(models, tmp_path, dtype, stored, error):
     model = models["Flux2KleinPipeline"]
-    save_diffusers_lora(random_lora(model, 3, 0), tmp_path / "in.safetensors")
+    save_lora(random_lora(model, 3, 0), tmp_path / "in.safetensors")
     report = convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", dtype=dtype)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {stored}  # noqa: SIM118
@@ -142,7 +142,7 @@ def test_diffusers_reads_fp8(models, tmp_path):
     from clora.testing import merge_lora
 
     family = "Flux2KleinPipeline"
-    save_diffusers_lora(random_lora(models[family], 3, 0), tmp_path / "in.safetensors")
+    save_lora(random_lora(models[family], 3, 0), tmp_path / "in.safetensors")
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", dtype="fp8")
     read = load_lora(tmp_path / "out.safetensors", models[family])
     pipeline = bare_pipeline(family)
@@ -155,7 +155,7 @@ def test_diffusers_reads_fp8(models, tmp_path):
 def test_a_collection_stays_one(models, tmp_path, format):
     described = describe()
     metadata = to_metadata(described) | {"modelspec.license": "mit", "ss_network_dim": "64"}
-    save_diffusers_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors", metadata=metadata)
+    save_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors", metadata=metadata)
     convert_lora(tmp_path / "in.safetensors", written(tmp_path, format), format, rank=2)
     assert load_collection(written(tmp_path, format)).collection == described
     weights = tmp_path / "peft" / "adapter_model.safetensors" if format == "peft" else written(tmp_path, format)
@@ -175,11 +175,11 @@ def folder(models, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("save", [save_kohya, save_comfyui])
-def test_fused_names_need_the_model(models, tmp_path, folder, save, assert_same_deltas):
+@pytest.mark.parametrize("format", ["kohya", "comfyui"])
+def test_fused_names_need_the_model(models, tmp_path, folder, format, assert_same_deltas):
     model = models["Flux2KleinPipeline"]
     state = random_lora(model, 3, 0)
-    save(state, tmp_path / "in.safetensors", family=FLUX2)
+    save_lora(state, tmp_path / "in.safetensors", format, family=FLUX2)
     with pytest.raises(CloraError, match="does not show which layer.*--pipeline FOLDER"):
         convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", pipeline=folder("Flux2KleinPipeline"))
@@ -209,16 +209,14 @@ def test_names_that_no_diffusers_model_has_need_the_model(tmp_path, stem):
 
 def test_names_that_two_families_share_need_the_model(models, tmp_path, folder):
     for family, name in zip(FAMILIES, ("double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_q"), strict=True):
-        save_diffusers_lora(random_lora(models[family], 3, 0, ATTENTION), tmp_path / "in.safetensors")
+        save_lora(random_lora(models[family], 3, 0, ATTENTION), tmp_path / "in.safetensors")
         arguments = (tmp_path / "in.safetensors", tmp_path / "out.safetensors", "comfyui")
         with pytest.raises(CloraError, match="Qwen-Image and .*FLUX.2.* have layers like .*--pipeline FOLDER"):
             convert_lora(*arguments)
         convert_lora(*arguments, pipeline=folder(family))
         assert f"diffusion_model.{name}.lora_B.weight" in load_file(tmp_path / "out.safetensors")
         metadata = to_metadata(describe(pipeline=family))
-        save_diffusers_lora(
-            random_lora(models[family], 3, 0, ATTENTION), tmp_path / "in.safetensors", metadata=metadata
-        )
+        save_lora(random_lora(models[family], 3, 0, ATTENTION), tmp_path / "in.safetensors", metadata=metadata)
         convert_lora(*arguments)
         assert f"diffusion_model.{name}.lora_B.weight" in load_file(tmp_path / "out.safetensors"), (
             "a collection names its pipeline"
@@ -238,7 +236,7 @@ def test_names_that_two_families_share_need_the_model(models, tmp_path, folder):
     ],
 )
 def test_bad_requests_write_nothing(models, tmp_path, options, message):
-    save_diffusers_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors")
+    save_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors")
     before = (tmp_path / "in.safetensors").read_bytes()
     options = {"output": "out.safetensors"} | options
     with pytest.raises(CloraError, match=message):
@@ -254,7 +252,7 @@ def test_dora_is_exported_beside_its_base_and_what_its_factors_miss_is_told(mode
     model.save_pretrained(tmp_path / "config" / "transformer")
     (tmp_path / "config" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     assert len(list((tmp_path / "base" / "transformer").glob("*.safetensors"))) > 1
-    save_diffusers_lora(random_lora(model, 3, 0, ATTENTION), tmp_path / "lora.safetensors")
+    save_lora(random_lora(model, 3, 0, ATTENTION), tmp_path / "lora.safetensors")
     name = f"transformer.{ATTENTION[0]}"
     scale = {
         f"{name}.dora_scale": 1.5 * model.get_submodule(ATTENTION[0]).weight.detach().float().norm(dim=1, keepdim=True)
@@ -304,7 +302,7 @@ def test_module_names_are_whole_in_80_columns():
 
 
 def test_the_command(models, tmp_path, monkeypatch, capsys):
-    save_diffusers_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors")
+    save_lora(random_lora(models[FAMILIES[0]], 3, 0), tmp_path / "in.safetensors")
     arguments = ["clora", "export", str(tmp_path / "in.safetensors"), "--output", str(tmp_path / "out.safetensors")]
     monkeypatch.setattr("sys.argv", [*arguments, "--rank", "2", "--dtype", "fp16", "--json"])
     with pytest.raises(SystemExit) as stop:

@@ -18,7 +18,7 @@ from clora.lora import save as save_module
 from clora.lora.families import FLUX2
 from clora.lora.layers import linear_shapes
 from clora.lora.load import load_lora, read_lora
-from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
+from clora.lora.save import save_lora
 from clora.lora.source import content_hash
 from clora.lora.state import LoRAModule, LoRAState
 
@@ -42,7 +42,7 @@ def with_shared_qkv(state):
 
 def test_diffusers_export(tmp_path, shapes, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = random_state(ranks=(2, 4)), tmp_path / "out" / "pytorch_lora_weights.safetensors"
-    save_diffusers_lora(state.padded(6), path, metadata={"clora": json.dumps({"effects": ["snow"]})})
+    save_lora(state.padded(6), path, metadata={"clora": json.dumps({"effects": ["snow"]})})
     with safe_open(path, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "clora": '{"effects": ["snow"]}'}
         assert all(opened.get_slice(key).get_shape()[0] == 6 for key in opened.keys() if "lora_A" in key)  # noqa: SIM118
@@ -56,12 +56,12 @@ def test_load_lora_takes_a_pipeline_or_its_transformer(
     tmp_path, adapter, transformer, random_state, assert_same_deltas
 ):
     state, path = random_state(), tmp_path / "a.safetensors"
-    save_diffusers_lora(state, path)
+    save_lora(state, path)
     assert_same_deltas(load_lora(path, transformer), state)
     name = next(iter(linear_shapes(adapter.pipeline.transformer)))
     layer = adapter.pipeline.transformer.get_submodule(name)
     lora = LoRAState({name: LoRAModule(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))})
-    save_diffusers_lora(lora, path)
+    save_lora(lora, path)
     assert_same_deltas(load_lora(path, adapter.pipeline), lora)
     with pytest.raises(CloraError, match="expected a diffusers pipeline or its transformer, found str"):
         load_lora(path, "black-forest-labs/FLUX.2-klein-4B")
@@ -69,7 +69,7 @@ def test_load_lora_takes_a_pipeline_or_its_transformer(
 
 def test_load_lora_refuses_a_transformer_that_carries_loras(tmp_path, transformer, random_state):
     path, model = tmp_path / "a.safetensors", copy.deepcopy(transformer)
-    save_diffusers_lora(random_state(), path)
+    save_lora(random_state(), path)
     model.load_lora_adapter(path, prefix="transformer")
     with pytest.raises(CloraError, match="has LoRAs loaded .*base_layer.*unload_lora_weights"):
         load_lora(path, model)
@@ -83,7 +83,7 @@ def test_load_lora_refuses_a_transformer_that_carries_loras(tmp_path, transforme
 @pytest.mark.parametrize("alpha", [None, 8.0], ids=["alpha_is_rank", "alpha_8"])
 def test_peft_folder(tmp_path, shapes, transformer, run, random_state, applied_output, assert_same_deltas, alpha):
     state = random_state(ranks=(2, 4))
-    save_peft_folder(state, tmp_path / "peft", alpha=alpha)
+    save_lora(state, tmp_path / "peft", "peft", alpha=alpha)
     assert sorted(file.name for file in (tmp_path / "peft").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -97,7 +97,7 @@ def test_peft_folder(tmp_path, shapes, transformer, run, random_state, applied_o
 def test_kohya(tmp_path, shapes, random_state, diffusers_output, applied_output, assert_same_deltas, shared):
     state, path = random_state(ranks=(4,)), tmp_path / "kohya.safetensors"
     state = with_shared_qkv(state) if shared else state
-    save_kohya(state, path, alpha=2.0, family=FLUX2)
+    save_lora(state, path, "kohya", alpha=2.0, family=FLUX2)
     qkv = load_file(path)["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
     assert qkv.shape == (4 if shared else 12, 16)
     loaded = read_lora(path, shapes)
@@ -109,24 +109,24 @@ def test_kohya_in_diffusers(tmp_path, random_state, diffusers_output, applied_ou
     """On the modules that diffusers' kohya converter has (it skips all modulations)."""
     modules = [*ATTENTION, "transformer_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_out", "x_embedder"]
     state, path = random_state(modules=modules), tmp_path / "kohya.safetensors"
-    save_kohya(state, path, alpha=1.0, family=FLUX2)
+    save_lora(state, path, "kohya", alpha=1.0, family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(state), rtol=1e-5, atol=1e-5)
 
 
 def test_comfyui(tmp_path, shapes, random_state, diffusers_output, applied_output, assert_same_deltas):
     state, path = with_shared_qkv(random_state()), tmp_path / "comfyui.safetensors"
-    save_comfyui(state, path, family=FLUX2)
+    save_lora(state, path, "comfyui", family=FLUX2)
     assert all(key.startswith("diffusion_model.") for key in load_file(path))
     assert_same_deltas(read_lora(path, shapes), state)
     # diffusers 0.42 forgets to swap the halves of the final modulation, so it is compared without that module.
     rest = LoRAState({name: module for name, module in state.modules.items() if name != "norm_out.linear"})
-    save_comfyui(rest, path, family=FLUX2)
+    save_lora(rest, path, "comfyui", family=FLUX2)
     torch.testing.assert_close(diffusers_output(path), applied_output(rest), rtol=1e-5, atol=1e-5)
 
 
 def test_fused_with_missing_parts(tmp_path, shapes, random_state):
     state, path = random_state(modules=["transformer_blocks.0.attn.to_k"]), tmp_path / "a.safetensors"
-    save_comfyui(state, path, family=FLUX2)
+    save_lora(state, path, "comfyui", family=FLUX2)
     loaded = read_lora(path, shapes)
     assert torch.equal(loaded.modules[ATTENTION[1]].delta(), state.modules[ATTENTION[1]].delta())
     assert not loaded.modules[ATTENTION[0]].delta().any()
@@ -317,32 +317,34 @@ def test_save_refuses(tmp_path, random_state):
     huge = LoRAState({ATTENTION[0]: LoRAModule(torch.full((2, 16), 1e9), torch.ones(16, 2))})
     (tmp_path / "file").write_text("")
     with pytest.raises(CloraError, match="NaN"):
-        save_diffusers_lora(broken, tmp_path / "a.safetensors")
+        save_lora(broken, tmp_path / "a.safetensors")
     with pytest.raises(CloraError, match="float16"):
-        save_diffusers_lora(huge, tmp_path / "a.safetensors", dtype=torch.float16)
+        save_lora(huge, tmp_path / "a.safetensors", dtype=torch.float16)
     with pytest.raises(CloraError, match="lora_adapter_metadata"):
-        save_diffusers_lora(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": "{}"})
+        save_lora(state, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": "{}"})
     with pytest.raises(CloraError, match="cannot be written"):
-        save_diffusers_lora(state, tmp_path / "file" / "a.safetensors")
+        save_lora(state, tmp_path / "file" / "a.safetensors")
     with pytest.raises(CloraError, match="cannot be written"):
-        save_peft_folder(state, tmp_path / "file")
+        save_lora(state, tmp_path / "file", "peft")
     with pytest.raises(CloraError, match="ends in .safetensors"):
-        save_comfyui(state, tmp_path / "a.bin", family=FLUX2)
+        save_lora(state, tmp_path / "a.bin", "comfyui", family=FLUX2)
     with pytest.raises(CloraError, match="alpha must be above 0"):
-        save_kohya(state, tmp_path / "a.safetensors", alpha=0, family=FLUX2)
+        save_lora(state, tmp_path / "a.safetensors", "kohya", alpha=0, family=FLUX2)
+    with pytest.raises(CloraError, match="comfyui files state no alpha"):
+        save_lora(state, tmp_path / "a.safetensors", "comfyui", alpha=2.0, family=FLUX2)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_saved_file_is_as_readable_as_any_other(tmp_path, random_state):
     path, other = tmp_path / "a.safetensors", tmp_path / "other"
-    save_diffusers_lora(random_state(), path)
+    save_lora(random_state(), path)
     other.touch()
     assert path.stat().st_mode == other.stat().st_mode
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, random_state):
     path = tmp_path / "a.safetensors"
-    save_diffusers_lora(random_state(seed=0), path)
+    save_lora(random_state(seed=0), path)
     before = path.read_bytes()
 
     def half_written(tensors, file, metadata):
@@ -351,7 +353,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, random_sta
 
     monkeypatch.setattr(save_module, "save_file", half_written)
     with pytest.raises(CloraError, match="no space left"):
-        save_diffusers_lora(random_state(seed=1), path)
+        save_lora(random_state(seed=1), path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -362,5 +364,5 @@ def test_silent_disk_corruption_is_noticed(tmp_path, monkeypatch, random_state):
 
     monkeypatch.setattr(save_module, "save_file", wrong)
     with pytest.raises(CloraError, match="read back differs"):
-        save_diffusers_lora(random_state(), tmp_path / "a.safetensors")
+        save_lora(random_state(), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from clora.lora.families import FLUX2
 from clora.lora.inspect import inspect, inspect_lora, render
 from clora.lora.layers import linear_shapes, pipeline_shapes
 from clora.lora.load import read_lora
-from clora.lora.save import save_kohya, save_peft_folder
+from clora.lora.save import save_lora
 
 
 def text(info):
@@ -28,7 +28,7 @@ def text(info):
 
 def test_names_and_hashes_are_whole_in_80_columns(tmp_path, shapes, random_state):
     file = tmp_path / f"{'a_file_name_of_a_length_that_is_found_on_hubs_' * 2}.safetensors"
-    save_kohya(random_state(), file, family=FLUX2)
+    save_lora(random_state(), file, "kohya", family=FLUX2)
     console = Console(file=io.StringIO(), width=80)
     info = inspect_lora(file) | {"unmatched": ["some.module"], "metadata": {"ss_tag": "x" * 81, "other": "y" * 80}}
     console.print(render(info), crop=False)
@@ -41,7 +41,7 @@ def test_names_and_hashes_are_whole_in_80_columns(tmp_path, shapes, random_state
 
 
 def test_kohya_with_a_model(tmp_path, shapes, random_state):
-    save_kohya(random_state(), tmp_path / "a.safetensors", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
+    save_lora(random_state(), tmp_path / "a.safetensors", "kohya", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
     info = inspect_lora(tmp_path, shapes)
     assert json.loads(json.dumps(info)) == info
     assert info["format"] == "kohya"
@@ -61,7 +61,7 @@ def test_kohya_with_a_model(tmp_path, shapes, random_state):
 
 def test_peft_without_a_model(tmp_path, random_state):
     state = random_state(ranks=(2, 4))
-    save_peft_folder(state, tmp_path, alpha=8)
+    save_lora(state, tmp_path, "peft", alpha=8)
     info = inspect_lora(tmp_path)
     assert info["format"] == "peft"
     assert info["matched"] is None
@@ -73,7 +73,7 @@ def test_peft_without_a_model(tmp_path, random_state):
 
 def test_lists_what_does_not_fit(tmp_path, shapes, random_state):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
+    save_lora(random_state(modules=["x_embedder", "context_embedder"]), path, "kohya", alpha=4.0, family=FLUX2)
     extra = {
         "surprise[bold]": torch.ones(2),
         "lora_unet_elsewhere.lora_down.weight": torch.ones(2, 3),
@@ -125,7 +125,7 @@ def test_raises_on_unreadable(tmp_path, name, content, words):
 @pytest.mark.parametrize("part", ["lora_down.weight", "alpha"])
 def test_nan_is_a_problem(tmp_path, random_state, part):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(modules=["x_embedder", "context_embedder"]), path, alpha=4.0, family=FLUX2)
+    save_lora(random_state(modules=["x_embedder", "context_embedder"]), path, "kohya", alpha=4.0, family=FLUX2)
     tensors = load_file(path)
     spoilt = next(key for key in tensors if key.endswith(part))
     tensors[spoilt].fill_(torch.nan)
@@ -138,10 +138,10 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
 
 def test_the_family_is_found_without_a_model(tmp_path, shapes, random_state):
     path = tmp_path / "a.safetensors"
-    save_kohya(random_state(), path, alpha=2.0, family=FLUX2)
+    save_lora(random_state(), path, "kohya", alpha=2.0, family=FLUX2)
     assert inspect_lora(path)["families"] == ["FLUX.2"]
     assert inspect_lora(path, shapes)["families"] == ["FLUX.2"]
-    save_kohya(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, alpha=2.0, family=FLUX2)
+    save_lora(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, "kohya", alpha=2.0, family=FLUX2)
     assert inspect_lora(path)["families"] == ["FLUX.1", "FLUX.2"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}, path)

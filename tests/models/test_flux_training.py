@@ -16,7 +16,7 @@ from PIL import Image
 from clora.collection.write import LORA_FILE
 from clora.commands.distill import distill
 from clora.lora.load import load_lora
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models import adapter_for
 from clora.testing import random_lora, tiny_config
 
@@ -35,7 +35,7 @@ def test_two_updates_give_a_collection(name, family, tmp_path, monkeypatch):
         picture(i, (70, 90)).save(tmp_path / "images" / f"{i}.png")
     effects = []
     for i, effect in enumerate(EFFECTS):
-        save_diffusers_lora(random_lora(pipeline.transformer, 2 + i, i), tmp_path / f"{effect}.safetensors")
+        save_lora(random_lora(pipeline.transformer, 2 + i, i), tmp_path / f"{effect}.safetensors")
         effects.append({"name": effect, "lora": str(tmp_path / f"{effect}.safetensors"), "prompt": f"make it {effect}"})
     config = tiny_config(
         effects,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from clora.collection.write import LORA_FILE, write_collection
 from clora.flow.matching import student_schedule
 from clora.lora.convert import convert_lora
-from clora.lora.save import save_peft_folder
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAState
 from clora.testing import random_lora
 
@@ -157,7 +157,7 @@ def old_diffusers_scales(tensors):
 
 def test_old_diffusers_scales_nothing(student, collection, tmp_path):
     assert set(old_diffusers_scales(load_file(collection)).values()) == {1.0}
-    save_peft_folder(student, tmp_path / "mixed")
+    save_lora(student, tmp_path / "mixed", "peft")
     mixed = old_diffusers_scales(load_file(tmp_path / "mixed" / "adapter_model.safetensors"))
     assert set(mixed.values()) != {1.0}, "the rule that a uniform rank is for"
 

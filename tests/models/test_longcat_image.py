@@ -23,7 +23,7 @@ from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
 from clora.lora.layers import block_layers
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models import adapter_for
 from clora.models.conditioning import Conditioning
 from clora.models.families.longcat_image import LongCatImageEditAdapter
@@ -60,7 +60,7 @@ def loras(adapter):
 def stock_pipeline(lora, folder, scheduler=None):
     """A fresh pipeline that loads a collection's folder the way that LongCat has for it."""
     pipeline = tiny_pipeline()
-    save_diffusers_lora(lora, folder / LORA_FILE)
+    save_lora(lora, folder / LORA_FILE)
     pipeline.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=LORA_FILE)
     pipeline.scheduler = scheduler or pipeline.scheduler
     return pipeline
@@ -187,7 +187,7 @@ def test_guided_teachers_equal_stock_calls(adapter, loras, tmp_path, w):
 )
 def test_a_collection_loads_whole(loras, tmp_path, name, kwargs):
     """By file, by folder with the name, and by folder with the type; a folder alone is taken for a pickle's."""
-    save_diffusers_lora(loras[0], tmp_path / LORA_FILE)
+    save_lora(loras[0], tmp_path / LORA_FILE)
     transformer = tiny_pipeline().transformer
     transformer.load_lora_adapter(tmp_path / name, prefix="transformer", **kwargs)
     assert_carries(transformer, loras[0])

@@ -19,7 +19,7 @@ from clora.commands.plan import make_plan
 from clora.data.images import load_images
 from clora.lora.layers import block_layers
 from clora.lora.load import load_lora
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models import adapter_for, loading
 from clora.testing import random_teachers, tiny_config
 
@@ -94,7 +94,7 @@ def make_config(folder, teachers, **settings):
     write_images(folder / "images", 3, size=SIZE)
     effects = []
     for name, state in teachers.items():
-        save_diffusers_lora(state, folder / f"{name}.safetensors")
+        save_lora(state, folder / f"{name}.safetensors")
         effects.append({"name": name, "lora": str(folder / f"{name}.safetensors"), "prompt": f"make it {name}"})
     data = {"sources": str(folder / "images"), "size": SIZE, "sources_per_effect": 2, "general_targets": 3}
     return tiny_config(effects, output=str(folder / "out"), data=data, **settings)

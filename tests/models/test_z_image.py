@@ -17,7 +17,7 @@ from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
 from clora.lora.layers import block_layers
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models import adapter_for
 from clora.models.conditioning import Conditioning
 from clora.models.families.z_image import ZImageOmniAdapter, _pack, _unpack
@@ -48,7 +48,7 @@ def stock_pipeline(lora, folder, scheduler=None):
     """A fresh pipeline as a user has it, except that its fp32 VAE takes the bfloat16 pixels it is handed."""
     pipeline = tiny_pipeline()
     pipeline.vae.encoder.register_forward_pre_hook(lambda module, args: (args[0].float(),))
-    save_diffusers_lora(lora, folder / "lora.safetensors")
+    save_lora(lora, folder / "lora.safetensors")
     pipeline.load_lora_weights(folder / "lora.safetensors")
     pipeline.scheduler = scheduler or pipeline.scheduler
     return pipeline
@@ -200,7 +200,7 @@ def test_an_unchanged_pipeline_with_its_bfloat16_vae(loras, tmp_path):
     pipeline, adapter = tiny_pipeline(), tiny_adapter(size=SIZE)
     for each in (pipeline, adapter.pipeline):
         each.vae.to(torch.bfloat16)
-    save_diffusers_lora(loras[0], tmp_path / "lora.safetensors")
+    save_lora(loras[0], tmp_path / "lora.safetensors")
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     pipeline.scheduler = student_scheduler(3.0)
     latents, *_ = draw(1, seed=3)

@@ -22,7 +22,7 @@ from clora.data.generation import Generator
 from clora.data.images import load_image
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models.conditioning import Conditioning
 from clora.models.loading import load_pipeline
 from clora.testing import MAX_SEQUENCE_LENGTH, random_data, random_lora, tiny_adapter, tiny_config, tiny_pipeline
@@ -61,7 +61,7 @@ def run(folder, dtype, tmp_path, monkeypatch):
     loras = []
     for seed in range(2):
         loras.append(str(tmp_path / f"{seed}.safetensors"))
-        save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, seed), loras[-1])
+        save_lora(random_lora(tiny_pipeline().transformer, 2, seed), loras[-1])
     effects = [{"name": f"e{i}", "lora": lora, "prompt": f"make it {i}"} for i, lora in enumerate(loras)]
     data = {"sources": str(images), "sources_per_effect": 2, "general_targets": 3}
     config = tiny_config(effects, pipeline=str(folder), output=str(out), data=data, dtype=dtype)
@@ -177,7 +177,7 @@ def test_a_stock_pipeline_in_bfloat16_has_our_timesteps_and_latents(tiny_folder,
         )
     bank.detach()
     ours, seen[:] = list(seen), []
-    save_diffusers_lora(student, tmp_path / "lora.safetensors")
+    save_lora(student, tmp_path / "lora.safetensors")
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     pipeline.scheduler = student_scheduler(3.0)
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from clora.errors import CloraError
 from clora.flow.matching import flow_matching_losses
 from clora.lora.families import FLUX2
 from clora.lora.layers import block_layers, linear_shapes
-from clora.lora.save import save_comfyui, save_diffusers_lora, save_kohya, save_peft_folder
+from clora.lora.save import save_lora
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
@@ -179,14 +179,7 @@ def _check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str
 
 def save_teacher(spec: TeacherSpec, state: LoRAState, folder: Path) -> Path:
     """Writes one teacher in its format under ``folder``; returns the file or folder that a user would point at."""
-    if spec.format == "peft":
-        save_peft_folder(state, folder / spec.effect, dtype=torch.float16)
-        return folder / spec.effect
-    path = folder / f"{spec.effect}.safetensors"
-    if spec.format == "kohya":
-        save_kohya(state, path, KOHYA_ALPHA, dtype=torch.float16, family=FLUX2)
-    elif spec.format == "comfyui":
-        save_comfyui(state, path, dtype=torch.float16, family=FLUX2)
-    else:
-        save_diffusers_lora(state, path, dtype=torch.float16)
+    path = folder / (spec.effect if spec.format == "peft" else f"{spec.effect}.safetensors")
+    alpha = KOHYA_ALPHA if spec.format == "kohya" else None
+    save_lora(state, path, spec.format, alpha=alpha, dtype=torch.float16, family=FLUX2)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.pictures import write_images
 
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.testing import (
     random_lora,
     tiny_config,
@@ -20,7 +20,7 @@ def job(tmp_path, tiny_folder):
     """Returns job(**sections): a config of two teachers whose files exist."""
     transformer = tiny_pipeline().transformer
     for name, rank in (("snow", 2), ("sepia", 8)):
-        save_diffusers_lora(random_lora(transformer, rank, rank), tmp_path / f"{name}.safetensors")
+        save_lora(random_lora(transformer, rank, rank), tmp_path / f"{name}.safetensors")
     write_images(tmp_path / "images", 4)
 
     def make(effects=None, **sections):

@@ -17,7 +17,7 @@ from clora.bank.recompute import recomputed_blocks
 from clora.commands.plan.cost import count_blocks, device_memory, pass_cost, source_rows
 from clora.commands.plan.make import make_plan
 from clora.lora.layers import block_layers
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models import adapter_for
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
@@ -118,7 +118,7 @@ def job_of(tmp_path, monkeypatch):
             pytest.skip(f"this diffusers has no {family}")
         pipeline = pipeline_of(family, monkeypatch)
         save_for_plan(pipeline, tmp_path / family, monkeypatch)
-        save_diffusers_lora(random_lora(pipeline.transformer, 2, 0), tmp_path / "a.safetensors")
+        save_lora(random_lora(pipeline.transformer, 2, 0), tmp_path / "a.safetensors")
         write_images(tmp_path / "images", 1)
         data = {"sources": str(tmp_path / "images"), "size": size_of(family), "max_sequence_length": 48}
         effects = [{"name": "a", "lora": str(tmp_path / "a.safetensors"), "prompt": "p", "student_prompts": ["q"]}]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from clora.cli import app
 from clora.commands.plan.make import _parameters, make_plan
 from clora.errors import CloraError
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models.loading import load_pipeline
 from clora.testing import (
     MAX_SEQUENCE_LENGTH,
@@ -42,7 +42,7 @@ def test_a_plan_reads_no_weights(job, tmp_path, tiny_folder):
 
 def test_every_problem_is_reported_at_once(job, tmp_path):
     (tmp_path / "images" / "empty.png").write_bytes(b"")
-    save_diffusers_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "good.safetensors")
+    save_lora(random_lora(tiny_pipeline().transformer, 2, 0), tmp_path / "good.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"not a safetensors file")
     effects = [
         {"name": "a", "lora": str(tmp_path / "missing.safetensors"), "prompt": "make it snow"},

@@ -23,7 +23,7 @@ from clora.data.images import load_image, load_images
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
 from clora.lora.load import load_lora
-from clora.lora.save import save_diffusers_lora
+from clora.lora.save import save_lora
 from clora.models import loading
 from clora.models.common import to_pil
 from clora.models.conditioning import Text
@@ -41,7 +41,7 @@ def files(tmp_path_factory, adapter_of_session):
     folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     for i, name in enumerate(NAMES):
         lora = random_lora(adapter_of_session.pipeline.transformer, 2, i)
-        save_diffusers_lora(lora, folder / f"{name}.safetensors", dtype=torch.float32)
+        save_lora(lora, folder / f"{name}.safetensors", dtype=torch.float32)
     for kind in ("images", "before", "after"):
         (folder / kind).mkdir()
         for i in range(3):
@@ -191,7 +191,7 @@ def test_qwen_image_edit_as_a_whole(config_file, qwen_pipeline, files, monkeypat
 
     monkeypatch.setattr(write, "pipeline_writer", noted)
     teacher = files / "qwen.safetensors"
-    save_diffusers_lora(random_lora(qwen_pipeline.transformer, 2, 0), teacher)
+    save_lora(random_lora(qwen_pipeline.transformer, 2, 0), teacher)
     path = config_file(data={"size": [32, 32], "general_instructions": ["darken it"]})
     write_prompts(unfilled(path, f"effects=[{{name: a, lora: {teacher}, prompt: make it snow}}]"), "my.prompts.yaml")
     (effect,) = read_prompts("my.prompts.yaml").effects
