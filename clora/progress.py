@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +18,7 @@ _LIVE_SECONDS = 0.2
 Advance = Callable[..., None]
 
 
-@contextmanager
-def stage(title: str, total: int | None, console: Console | None = None) -> Iterator[Advance]:
+def stage(title: str, total: int | None, console: Console | None = None) -> AbstractContextManager[Advance]:
     """Shows the progress of one stage; stages follow one another, they do not nest.
 
     ::
@@ -33,19 +32,18 @@ def stage(title: str, total: int | None, console: Console | None = None) -> Iter
         total: number of steps; None where it is not known.
         console: the place to show it; standard error by default, so that standard output stays clean.
 
-    Yields:
-        ``advance(n=1, **values)``: n more steps are done; values (numbers or scalar tensors) are shown beside the bar.
-        They are turned to numbers only when they are shown, so a tensor on a GPU does not stall every step.
+    Returns:
+        A context that yields ``advance(n=1, **values)``: n more steps are done; values (numbers or scalar tensors) are
+        shown beside the bar. They are turned to numbers only when they are shown, so a tensor on a GPU does not stall
+        every step.
     """
     console = console or Console(stderr=True)
-    show = _live if console.is_terminal else _plain
-    with show(title, total, console) as advance:
-        yield advance
+    return (_live if console.is_terminal else _plain)(title, total, console)
 
 
-def say(text: str) -> None:
-    """Shows a line on standard error, between stages."""
-    Console(stderr=True).print(Text(text), soft_wrap=True)
+def say(text: str, console: Console | None = None) -> None:
+    """Shows a line, between stages; on standard error by default."""
+    (console or Console(stderr=True)).print(Text(text), soft_wrap=True)
 
 
 @contextmanager
@@ -110,12 +108,9 @@ def _live(title: str, total: int | None, console: Console) -> Iterator[Advance]:
 
 @contextmanager
 def _plain(title: str, total: int | None, console: Console) -> Iterator[Advance]:
-    def line(text: str) -> None:
-        console.print(Text(text), soft_wrap=True)
-
     start = shown = time.monotonic()
     done = 0
-    line(f"{title} ...")
+    say(f"{title} ...", console)
 
     def advance(n: int = 1, **values: Any) -> None:
         nonlocal done, shown
@@ -123,14 +118,14 @@ def _plain(title: str, total: int | None, console: Console) -> Iterator[Advance]
         now = time.monotonic()
         if now - shown >= PLAIN_SECONDS:
             shown = now
-            line(f"{title}: {_position(done, total, now - start)} {_format(values)}".rstrip())
+            say(f"{title}: {_position(done, total, now - start)} {_format(values)}".rstrip(), console)
 
     try:
         yield advance
     except BaseException:
-        line(f"{title}: stopped after {time.monotonic() - start:.1f} s")
+        say(f"{title}: stopped after {time.monotonic() - start:.1f} s", console)
         raise
-    line(f"{title}: done in {time.monotonic() - start:.1f} s")
+    say(f"{title}: done in {time.monotonic() - start:.1f} s", console)
 
 
 def _position(done: int, total: int | None, elapsed: float) -> str:

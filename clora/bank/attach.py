@@ -13,8 +13,8 @@ from torch import nn
 from clora.bank.bank import AdapterBank, BankBytes
 from clora.bank.slots import index_of
 from clora.lora.algebra import MAX_ERROR
-from clora.lora.layers import linear_shapes, linear_weights, transformer_of
-from clora.lora.load import read_lora
+from clora.lora.layers import transformer_of
+from clora.lora.load import load_lora
 from clora.lora.state import LoRAState
 
 
@@ -78,9 +78,8 @@ def attach(
         CloraError: a LoRA cannot be read or does not fit, none is given, or the transformer already carries others.
     """
     transformer = transformer_of(transformer)
-    shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     states = {
-        name: lora if isinstance(lora, LoRAState) else read_lora(lora, shapes, weights, max_error=max_error)
+        name: lora if isinstance(lora, LoRAState) else load_lora(lora, transformer, max_error=max_error)
         for name, lora in adapters.items()
     }
     return AttachedLoRAs(transformer, states)

@@ -32,7 +32,6 @@ from clora.devices import find_device
 from clora.errors import CloraError
 from clora.files import check_writable, user_path
 from clora.hashing import digest
-from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.fingerprint import component_fingerprints
@@ -71,9 +70,7 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     with stage("load pipeline and LoRAs", None):
         config, adapter = load_adapter(config)
         transformer = adapter.pipeline.transformer
-        shapes = linear_shapes(transformer)
-        weights = linear_weights(transformer)
-        teachers = {effect.name: load_teacher(effect, shapes, weights) for effect in config.effects}
+        teachers = {effect.name: load_teacher(effect, transformer) for effect in config.effects}
         # Before training, so that the hashes are those of the files that were read.
         collection = _describe(config, adapter, teachers)
     # Rendering takes hours; wrong layers and a checkpoint of another run are refused before it.

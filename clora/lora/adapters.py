@@ -27,6 +27,13 @@ from clora.lora.state import LoRAModule
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _KINDS = {"lora": "LoRA", "lokr": "LoKr", "hada": "LoHa", "diff": "diff"}
+# The parts of each type's matrices: (up, down) of a product, or one whole matrix.
+_MATRICES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "LoRA": (("lora_B", "lora_A"),),
+    "LoKr": (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
+    "LoHa": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
+    "diff": (("diff",),),
+}
 
 
 @dataclass(frozen=True)
@@ -217,24 +224,17 @@ def _matrices(source: LoRASource, stem: str, parts: Mapping[str, str]) -> tuple[
         raise CloraError(f"{source.file}: {stem} is {' and '.join(found)} at once ({', '.join(parts.values())})")
     # alpha or a magnitude without matrices is reported as an incomplete LoRA.
     kind = found[0] if found else "LoRA"
-    matrices: list[tuple[str, ...]] = []
-    if kind == "LoRA":
-        matrices = [("lora_B", "lora_A")]
-    elif kind == "LoHa":
-        matrices = [("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")]
-    elif kind == "LoKr":
-        for name in ("lokr_w1", "lokr_w2"):
-            is_product = f"{name}_a" in parts or f"{name}_b" in parts
-            matrices.append((f"{name}_a", f"{name}_b") if is_product else (name,))
-    else:
-        matrices = [("diff",)]
+    matrices = _MATRICES[kind]
+    if kind == "LoKr":
+        # Each is a product where the file has a factor of it, else whole.
+        matrices = tuple(pair if parts.keys() & set(pair) else (pair[0].removesuffix("_a"),) for pair in matrices)
     expected = set().union(*matrices)
     missing = sorted(expected - set(parts))
     extra = sorted(set(parts) - expected - {"alpha", "magnitude"})
     if missing or extra:
         wrong = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(extra)} too"
         raise CloraError(f"{source.file}: {stem} {wrong} (found only {', '.join(parts.values())})")
-    return kind, tuple(matrices)
+    return kind, matrices
 
 
 def _matrix_shape(source: LoRASource, parts: Mapping[str, str], matrix: tuple[str, ...]) -> tuple[int, int]:

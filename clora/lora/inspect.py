@@ -28,42 +28,28 @@ _SHOWN_CHARACTERS = 80
 def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
     """Describes a LoRA file of any common format, and all that is wrong with it.
 
+    Its tensors are read one module at a time, to see that all values are finite.
+
     Args:
         path: a ``.safetensors`` file, or a folder with one.
         pipeline: the model that it is for, to find which of its layers the LoRA changes: the folder of a saved
             pipeline (its configs are enough), a diffusers pipeline or a transformer.
 
     Returns:
-        The dictionary of `inspect_lora`.
-
-    Raises:
-        CloraError: an unreadable file, or no such pipeline.
-    """
-    if pipeline is None:
-        return inspect_lora(path)
-    is_folder = isinstance(pipeline, (str, Path))
-    return inspect_lora(path, pipeline_shapes(pipeline) if is_folder else linear_shapes(transformer_of(pipeline)))
-
-
-def inspect_lora(path: str | Path, shapes: LayerShapes | None = None) -> dict[str, Any]:
-    """Describes a LoRA; its tensors are read one module at a time, to see that all values are finite.
-
-    Args:
-        path: a LoRA file or folder.
-        shapes: of a transformer's layers, to find which of them it changes.
-
-    Returns:
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
-        ``types, ranks, alphas, scales`` (count by value), ``modules`` (one entry each: ``name, type, targets`` (the
-        layers), ``rank, alpha, alpha_from, scale, loads_as_rank, error``), ``max_error`` (of the factors that stand for
-        dense changes; None where all is exact), ``families`` (that have all of its names; the model's own one where a
-        model is given), ``matched`` (layers that it changes; None without a model), ``unmatched`` (module names),
-        ``problems`` and ``notes`` (one message each), ``unknown_keys``, ``unsupported`` (reason to keys) and
-        ``metadata``.
+        ``types, ranks, alphas, scales`` (count by value), ``modules`` (see `_describe`), ``max_error`` (of the factors
+        that stand for dense changes; None where all is exact), ``families`` (that have all of its names; the model's
+        own one where a model is given), ``matched`` (layers that it changes; None without a model), ``unmatched``
+        (module names), ``problems`` and ``notes`` (one message each), ``unknown_keys``, ``unsupported`` (reason to
+        keys) and ``metadata``.
 
     Raises:
-        CloraError: a missing, corrupt or pickled file, or a broken adapter config.
+        CloraError: a missing, corrupt or pickled file, a broken adapter config, or no such pipeline.
     """
+    shapes: LayerShapes | None = None
+    if pipeline is not None:
+        is_folder = isinstance(pipeline, (str, Path))
+        shapes = pipeline_shapes(pipeline) if is_folder else linear_shapes(transformer_of(pipeline))
     source = open_lora(path)
     keys = sort_keys(source.shapes)
     table = {} if shapes is None else routes(shapes)
@@ -102,7 +88,7 @@ def inspect_lora(path: str | Path, shapes: LayerShapes | None = None) -> dict[st
 
 
 def render(info: Mapping[str, Any]) -> Group:
-    """Lays out the result of `inspect_lora` for the terminal; a hash fits into 80 columns whole."""
+    """Lays out the result of `inspect` for the terminal; a hash fits into 80 columns whole."""
     table = Table.grid(padding=(0, 1))
     table.add_column("what", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
@@ -113,7 +99,11 @@ def render(info: Mapping[str, Any]) -> Group:
 
 
 def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) -> tuple[dict[str, Any], list[str]]:
-    """Returns one module's entry, and what is wrong with it."""
+    """Returns one module's entry, and what is wrong with it.
+
+    The entry has ``name, type, targets`` (the layers that it changes), ``rank, alpha, alpha_from, scale, loads_as_rank``
+    and ``error`` (of the factors that it loads as).
+    """
     strength = find_strength(adapter)
     rank: int | None = adapter.exact_rank
     error: float | None = 0.0

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clora.errors import CloraError
@@ -87,36 +88,20 @@ def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
         raise CloraError(f"{message}; expected a folder as save_pretrained writes it") from error
 
 
-def pipeline_weights(folder: str | Path) -> Mapping[str, Tensor] | None:
-    """Returns the weights of a pipeline folder's transformer by layer, each read at its use; None where none are stored.
+def pipeline_weights(folder: str | Path) -> dict[str, Tensor] | None:
+    """Returns the weights of a pipeline folder's transformer by layer; None where none are stored.
 
     Raises:
         CloraError: a file of them that cannot be read.
     """
     # Sorted, so that the plain file comes after its variants (diffusion_pytorch_model.fp16.safetensors) and is taken.
     files = sorted((user_path(folder) / "transformer").glob("*.safetensors"))
-    return _StoredWeights(files) if files else None
-
-
-class _StoredWeights(Mapping[str, Tensor]):
-    """The weights of a saved model by layer, each read when it is asked for."""
-
-    def __init__(self, files: list[Path]):
-        self._files: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    keys = list(opened.keys())
-            except (OSError, SafetensorError) as error:
-                raise CloraError(f"{file} is not a readable safetensors file: {error}") from error
-            self._files |= {key.removesuffix(".weight"): file for key in keys if key.endswith(".weight")}
-
-    def __getitem__(self, layer: str) -> Tensor:
-        with safe_open(self._files[layer], framework="pt") as opened:
-            return opened.get_tensor(f"{layer}.weight")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            # Mapped into memory, so that only the layers that are used are read.
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CloraError(f"{file} is not a readable safetensors file: {error}") from error
+        weights |= {key.removesuffix(".weight"): tensor for key, tensor in tensors.items() if key.endswith(".weight")}
+    return weights if files else None

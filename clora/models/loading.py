@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from clora.config.settings import DistillConfig, EffectConfig
 from clora.devices import find_device, find_dtype, move
 from clora.errors import CloraError
-from clora.lora.load import read_lora
+from clora.lora.load import load_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter, adapter_for
 from clora.models.skeleton import check_processors
@@ -63,11 +62,9 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
-def load_teacher(
-    effect: EffectConfig, shapes: Mapping[str, tuple[int, int]], weights: Mapping[str, torch.Tensor]
-) -> LoRAState:
-    """Loads an effect's LoRA, and reports factors that are not exact. Raises CloraError as `clora.lora.load.read_lora`."""
-    state = read_lora(effect.lora, shapes, weights, max_error=effect.max_error)
+def load_teacher(effect: EffectConfig, transformer: torch.nn.Module) -> LoRAState:
+    """Loads an effect's LoRA, and reports factors that are not exact. Raises CloraError as `clora.load_lora`."""
+    state = load_lora(effect.lora, transformer, max_error=effect.max_error)
     if state.errors:
         worst = max(state.errors.values())
         say(

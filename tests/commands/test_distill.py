@@ -154,17 +154,17 @@ def test_a_pipeline_saved_in_bfloat16_runs_in_one_type(tmp_path):
 def test_a_teacher_that_is_not_exact_is_reported(monkeypatch, capsys):
     """A full change of a layer may be taken as factors of a lower rank, as far as its effect allows."""
     transformer = tiny_pipeline().transformer
-    shapes, module = linear_shapes(transformer), "transformer_blocks.0.attn.to_q"
-    delta = torch.randn(shapes[module], generator=torch.Generator().manual_seed(0))
+    module = "transformer_blocks.0.attn.to_q"
+    delta = torch.randn(linear_shapes(transformer)[module], generator=torch.Generator().manual_seed(0))
 
-    def load(path, shapes, weights, max_error):
+    def load(path, transformer, max_error):
         factors, error = factorise(delta, max_rank=16, max_error=max_error)
-        assert error <= max_error, "as read_lora checks"
+        assert error <= max_error, "as load_lora checks"
         return LoRAState({module: factors}, errors={module: error})
 
-    monkeypatch.setattr(loading, "read_lora", load)
+    monkeypatch.setattr(loading, "load_lora", load)
     effect = tiny_config([{"name": "full", "lora": "full", "prompt": "p", "max_error": 0.7}]).effects[0]
-    state = loading.load_teacher(effect, shapes, {})
+    state = loading.load_teacher(effect, transformer)
     error = float((state.modules[module].delta() - delta).norm() / delta.norm())
     assert 0.1 < error <= 0.7
     assert (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clora.errors import CloraError
 from clora.lora.algebra import MAX_RANK
-from clora.lora.inspect import inspect_lora
+from clora.lora.inspect import inspect
 from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.load import read_lora
 
@@ -346,7 +346,7 @@ def test_peft_dora_without_magnitudes_is_refused(tmp_path):
     write(tmp_path / "adapter_model.safetensors", tensors)
     with pytest.raises(CloraError, match="states DoRA but .* has no magnitude"):
         read_lora(tmp_path, {"x": (4, 6)})
-    assert "has no magnitude" in inspect_lora(tmp_path)["problems"][0]
+    assert "has no magnitude" in inspect(tmp_path)["problems"][0]
 
 
 def test_diffusers_agrees_on_lokr(tmp_path, models):

@@ -1,4 +1,4 @@
-"""`inspect_lora` describes a file, and does not stop at contents that `load_lora` refuses."""
+"""`inspect` describes a file, and does not stop at contents that `load_lora` refuses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
 from clora.lora.families import FLUX2
-from clora.lora.inspect import inspect, inspect_lora, render
+from clora.lora.inspect import inspect, render
 from clora.lora.layers import linear_shapes, pipeline_shapes
-from clora.lora.load import read_lora
+from clora.lora.load import load_lora
 from clora.lora.save import save_lora
 
 
@@ -30,7 +30,7 @@ def test_names_and_hashes_are_whole_in_80_columns(tmp_path, shapes, random_state
     file = tmp_path / f"{'a_file_name_of_a_length_that_is_found_on_hubs_' * 2}.safetensors"
     save_lora(random_state(), file, "kohya", family=FLUX2)
     console = Console(file=io.StringIO(), width=80)
-    info = inspect_lora(file) | {"unmatched": ["some.module"], "metadata": {"ss_tag": "x" * 81, "other": "y" * 80}}
+    info = inspect(file) | {"unmatched": ["some.module"], "metadata": {"ss_tag": "x" * 81, "other": "y" * 80}}
     console.print(render(info), crop=False)
     path, *lines = console.file.getvalue().splitlines()
     assert path == str(file), "which can be copied whole"
@@ -40,9 +40,9 @@ def test_names_and_hashes_are_whole_in_80_columns(tmp_path, shapes, random_state
     assert values.endswith(f"ss_tag={'x' * 80}...other={'y' * 80}")
 
 
-def test_kohya_with_a_model(tmp_path, shapes, random_state):
+def test_kohya_with_a_model(tmp_path, transformer, shapes, random_state):
     save_lora(random_state(), tmp_path / "a.safetensors", "kohya", alpha=2.0, dtype=torch.bfloat16, family=FLUX2)
-    info = inspect_lora(tmp_path, shapes)
+    info = inspect(tmp_path, transformer)
     assert json.loads(json.dumps(info)) == info
     assert info["format"] == "kohya"
     assert info["matched"] == len(shapes)
@@ -62,7 +62,7 @@ def test_kohya_with_a_model(tmp_path, shapes, random_state):
 def test_peft_without_a_model(tmp_path, random_state):
     state = random_state(ranks=(2, 4))
     save_lora(state, tmp_path, "peft", alpha=8)
-    info = inspect_lora(tmp_path)
+    info = inspect(tmp_path)
     assert info["format"] == "peft"
     assert info["matched"] is None
     assert info["parameters"] == state.num_parameters
@@ -71,7 +71,7 @@ def test_peft_without_a_model(tmp_path, random_state):
     assert "no model given" in text(info)
 
 
-def test_lists_what_does_not_fit(tmp_path, shapes, random_state):
+def test_lists_what_does_not_fit(tmp_path, transformer, random_state):
     path = tmp_path / "a.safetensors"
     save_lora(random_state(modules=["x_embedder", "context_embedder"]), path, "kohya", alpha=4.0, family=FLUX2)
     extra = {
@@ -87,7 +87,7 @@ def test_lists_what_does_not_fit(tmp_path, shapes, random_state):
         "lora_unet_single_stream_modulation_lin.lora_up.weight": torch.ones(48, 2),
     }
     save_file(load_file(path) | extra, path)
-    info = inspect_lora(path, shapes)
+    info = inspect(path, transformer)
     assert info["unknown_keys"] == ["surprise[bold]"]
     assert info["unmatched"] == ["lora_unet_elsewhere"]
     ((reason, keys),) = info["unsupported"].items()
@@ -105,7 +105,7 @@ def test_lists_what_does_not_fit(tmp_path, shapes, random_state):
 
 def test_no_lora_keys(tmp_path):
     save_file({"model.weight": torch.ones(2)}, tmp_path / "a.safetensors")
-    info = inspect_lora(tmp_path)
+    info = inspect(tmp_path)
     assert (info["format"], info["unknown_keys"], info["modules"]) == ("unknown", ["model.weight"], [])
     assert "model.weight" in text(info)
 
@@ -117,9 +117,9 @@ def test_no_lora_keys(tmp_path):
 def test_raises_on_unreadable(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CloraError, match=words):
-        inspect_lora(tmp_path / name)
+        inspect(tmp_path / name)
     with pytest.raises(CloraError, match="does not exist"):
-        inspect_lora(tmp_path / "nothing")
+        inspect(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("part", ["lora_down.weight", "alpha"])
@@ -130,23 +130,23 @@ def test_nan_is_a_problem(tmp_path, random_state, part):
     spoilt = next(key for key in tensors if key.endswith(part))
     tensors[spoilt].fill_(torch.nan)
     save_file(tensors, path)
-    info = inspect_lora(path)
+    info = inspect(path)
     assert len(info["modules"]) == 1
     (problem,) = info["problems"]
     assert f"{spoilt} holds NaN" in problem
 
 
-def test_the_family_is_found_without_a_model(tmp_path, shapes, random_state):
+def test_the_family_is_found_without_a_model(tmp_path, transformer, random_state):
     path = tmp_path / "a.safetensors"
     save_lora(random_state(), path, "kohya", alpha=2.0, family=FLUX2)
-    assert inspect_lora(path)["families"] == ["FLUX.2"]
-    assert inspect_lora(path, shapes)["families"] == ["FLUX.2"]
+    assert inspect(path)["families"] == ["FLUX.2"]
+    assert inspect(path, transformer)["families"] == ["FLUX.2"]
     save_lora(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, "kohya", alpha=2.0, family=FLUX2)
-    assert inspect_lora(path)["families"] == ["FLUX.1", "FLUX.2"]
+    assert inspect(path)["families"] == ["FLUX.1", "FLUX.2"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}, path)
-    assert inspect_lora(path)["families"] == []
-    assert "unknown" in text(inspect_lora(path))
+    assert inspect(path)["families"] == []
+    assert "unknown" in text(inspect(path))
 
 
 @pytest.mark.parametrize("values", [{"num_layers": "x"}, {"_class_name": "logging"}, {"_class_name": 3}])
@@ -162,7 +162,7 @@ def lora(stem, rank=4):
     return {f"{stem}.lora_A.weight": torch.ones(rank, 16), f"{stem}.lora_B.weight": torch.ones(16, rank)}
 
 
-def test_adapter_types(tmp_path, shapes):
+def test_adapter_types(tmp_path, transformer):
     """Each type's rank, scale and the rank it loads as; the base decides DoRA's."""
     block = "diffusion_model.transformer_blocks.0.attn"
     tensors = {
@@ -183,7 +183,7 @@ def test_adapter_types(tmp_path, shapes):
         f"{block}.add_q_proj.dora_scale": torch.ones(16, 1),
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    for info in (inspect_lora(tmp_path), inspect_lora(tmp_path, shapes)):
+    for info in (inspect(tmp_path), inspect(tmp_path, transformer)):
         assert json.loads(json.dumps(info)) == info
         found = {
             entry["name"].removeprefix(f"{block}."): tuple(
@@ -212,21 +212,22 @@ def test_adapter_types(tmp_path, shapes):
 
 def test_the_error_of_dense_changes(tmp_path):
     """The one that loading with the same model leaves, and a problem where loading would refuse it."""
-    path, shapes = tmp_path / "a.safetensors", {"x": (300, 400)}
+    path = tmp_path / "a.safetensors"
+    transformer = torch.nn.ModuleDict({"x": torch.nn.Linear(400, 300)})
     values = torch.full((300,), 1e-4)
     values[:9] = 1.0
     generator = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(400, 300, generator=generator)).Q
     save_file({"x.diff": (left * values) @ right.T}, path)
-    for info in (inspect_lora(path), inspect_lora(path, shapes)):
+    for info in (inspect(path), inspect(path, transformer)):
         (entry,) = info["modules"]
         assert entry["loads_as_rank"] == 9
-        assert info["max_error"] == entry["error"] == read_lora(path, shapes).errors["x"]
+        assert info["max_error"] == entry["error"] == load_lora(path, transformer).errors["x"]
         assert entry["error"] == pytest.approx(1e-4 * (291 / 9) ** 0.5, rel=1e-2)
     assert "0.057% of a module's change" in text(info)
     save_file({"x.diff": torch.randn(300, 400, generator=generator)}, path)
-    (problem,) = inspect_lora(path, shapes)["problems"]
+    (problem,) = inspect(path, transformer)["problems"]
     assert "not of low rank" in problem
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from clora.errors import CloraError
 from clora.lora.adapter_config import AdapterConfig
 from clora.lora.families import FLUX2, original_part, routes
-from clora.lora.inspect import inspect_lora
+from clora.lora.inspect import inspect
 from clora.lora.keys import sort_keys
 from clora.lora.load import read_lora
 
@@ -86,7 +86,7 @@ def test_peft_weights_without_an_alpha_are_refused(tmp_path, shapes):
     path = save(tmp_path / "a.safetensors", f"base_model.model.{MODULE}", *matrices())
     with pytest.raises(CloraError, match=r"adapter_config\.json beside the weights, none is stated"):
         read_lora(path, shapes)
-    (problem,) = inspect_lora(path)["problems"]
+    (problem,) = inspect(path)["problems"]
     assert "strength is not known" in problem
     stated = save(tmp_path / "b.safetensors", f"base_model.model.{MODULE}", *matrices(), alpha=ALPHA)
     assert read_lora(stated, shapes).format == "peft"

@@ -31,8 +31,7 @@ from clora.data.rendering import num_passes
 from clora.devices import find_device, move, on_device
 from clora.errors import CloraError
 from clora.files import check_writable, user_path, write_atomic
-from clora.lora.layers import linear_shapes, linear_weights
-from clora.lora.load import read_lora
+from clora.lora.load import load_lora
 from clora.models import ModelAdapter
 from clora.models.loading import load_adapter
 from clora.progress import say, stage
@@ -137,11 +136,10 @@ def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -
     if not missing:
         return pairs
     transformer = adapter.pipeline.transformer
-    shapes, weights = linear_shapes(transformer), linear_weights(transformer)
     num_rendered = NUM_PAIRS * len(missing)
     with on_device(transformer, device), stage("render examples", num_passes(config, num_rendered)) as advance:
         for effect in missing:  # one teacher at a time: many would fill the memory
-            teacher = read_lora(effect.lora, shapes, weights, max_error=effect.max_error)
+            teacher = load_lora(effect.lora, transformer, max_error=effect.max_error)
             pairs[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
     return pairs
 
