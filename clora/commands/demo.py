@@ -29,11 +29,11 @@ from clora.models.loading import load_pipeline
 from clora.progress import say, stage
 from clora.studio import assets, baselines, evaluation, targets
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
+from clora.studio.demo_report import write_report
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
 from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes
-from clora.studio.report import GridData, write_report
 from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
 from clora.training.student import train_student
 
@@ -260,7 +260,8 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
         f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
         f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best]:.1%}"
     )
-    return write_report(run.folder, metrics, _grid(names, rows, outputs, best), run.curves)
+    columns, images = _grid(names, rows, outputs, best)
+    return write_report(run.folder, metrics, columns, images, run.curves)
 
 
 def _peak_megabytes() -> int | None:
@@ -290,8 +291,8 @@ def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection
     }
 
 
-def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> GridData:
-    """One scene of each effect, by every method."""
+def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> tuple[Sequence[str], np.ndarray]:
+    """One scene of each effect, by every method: titles, and images ``[E, C, H, W, 3]``."""
     columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
     images = []
     for name in names:
@@ -300,4 +301,4 @@ def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> Gr
         exact = EFFECTS[name].apply(source, np.random.default_rng(0))
         others = [rows[method]["images"][name] / 255 for method in ("teachers_80", "teachers_8", best)]
         images.append(np.stack([source, exact, *others, outputs[name][scene]]))
-    return GridData(columns, tuple(names), np.stack(images))
+    return columns, np.stack(images)

@@ -13,10 +13,11 @@ from PIL import Image
 from clora.data.images import encode_png
 from clora.errors import CloraError
 from clora.report.drawing import smooth
+from clora.studio.demo_report import method_name, write_report
 from clora.studio.pixels import to_bytes
-from clora.studio.report import GridData, method_name, write_report
 
 EFFECTS = ["snow", "a<b>&c"]
+COLUMNS = ("source", "teacher, 80 passes", "clora")
 
 
 def row(method, accuracy, psnr=20.0, precomputed=True):
@@ -53,16 +54,16 @@ def metrics():
 
 
 @pytest.fixture(scope="module")
-def grid():
-    images = np.random.default_rng(0).random((2, 3, 16, 16, 3))
-    return GridData(("source", "teacher, 80 passes", "clora"), tuple(EFFECTS), images)
+def images():
+    return np.random.default_rng(0).random((2, 3, 16, 16, 3))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, metrics, grid):
+def folder(tmp_path_factory, metrics, images):
     folder = tmp_path_factory.mktemp("report") / "new"
     curve = [(i, float(i)) for i in range(50)]
-    assert write_report(folder, metrics, grid, {"dmd_bs": [*curve, (50, float("nan"))], "empty": []}).is_file()
+    curves = {"dmd_bs": [*curve, (50, float("nan"))], "empty": []}
+    assert write_report(folder, metrics, COLUMNS, images, curves).is_file()
     return folder
 
 
@@ -105,20 +106,21 @@ def test_grid_is_enlarged(folder):
     assert image.shape[1] > 3 * 192
 
 
-def test_png_shows_the_pixels(grid):
-    pixels = to_bytes(grid.images)[0, 0]
+def test_png_shows_the_pixels(images):
+    pixels = to_bytes(images)[0, 0]
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels)
 
 
-def test_wrong_grid_shape():
-    with pytest.raises(ValueError, match=r"expected images \[1, 2, H, W, 3\]"):
-        GridData(("a", "b"), ("x",), np.zeros((2, 1, 4, 4, 3)))
+def test_wrong_grid_shape(tmp_path, metrics):
+    with pytest.raises(ValueError, match=r"expected images \[2, 3, H, W, 3\]"):
+        write_report(tmp_path, metrics, COLUMNS, np.zeros((3, 2, 4, 4, 3)), {})
+    assert not list(tmp_path.iterdir())
 
 
-def test_unwritable(tmp_path, metrics, grid):
+def test_unwritable(tmp_path, metrics, images):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CloraError, match="cannot be written"):
-        write_report(tmp_path / "file", metrics, grid, {})
+        write_report(tmp_path / "file", metrics, COLUMNS, images, {})
 
 
 def test_method_names():

@@ -17,26 +17,6 @@ from clora.report.html import Curve, data_uri, embedded_curves, plain_json, rend
 from clora.studio.pixels import to_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class GridData:
-    """Pictures to compare: one row per effect, one column per method.
-
-    Attributes:
-        columns: titles.
-        rows: effect names.
-        images: ``[R, C, H, W, 3]`` in [0, 1].
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[str, ...]
-    images: np.ndarray
-
-    def __post_init__(self) -> None:
-        expected = (len(self.rows), len(self.columns))
-        if self.images.ndim != 5 or self.images.shape[:2] != expected or self.images.shape[4] != 3:
-            raise ValueError(f"expected images [{expected[0]}, {expected[1]}, H, W, 3], found {self.images.shape}")
-
-
 @dataclass(frozen=True)
 class Column:
     """One column of the table of results; ``best`` chooses the value to mark, if any."""
@@ -111,14 +91,21 @@ METHODS = {
 }
 
 
-def write_report(folder: str | Path, metrics: Mapping[str, Any], grid: GridData, curves: Mapping[str, Curve]) -> Path:
+def write_report(
+    folder: str | Path,
+    metrics: Mapping[str, Any],
+    columns: Sequence[str],
+    images: np.ndarray,
+    curves: Mapping[str, Curve],
+) -> Path:
     """Writes ``report.html``, ``grid.png`` and ``metrics.json``, each whole or not at all.
 
     Args:
         folder: where to; created where it is missing.
         metrics: ``seed, device, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents
             them. A value that is not finite is written as null.
-        grid: pictures.
+        columns: titles of the C columns of pictures.
+        images: ``[E, C, H, W, 3]`` in [0, 1], a row for each of the metrics' effects.
         curves: name to (update, value) pairs.
 
     Returns:
@@ -126,25 +113,28 @@ def write_report(folder: str | Path, metrics: Mapping[str, Any], grid: GridData,
 
     Raises:
         CloraError: a file cannot be written.
+        ValueError: images of another shape.
     """
     folder = Path(folder)
     metrics = plain_json(metrics)
-    pixels = to_bytes(grid.images)
+    effects = metrics["effects"]
+    if images.ndim != 5 or images.shape[:2] != (len(effects), len(columns)) or images.shape[4] != 3:
+        raise ValueError(f"expected images [{len(effects)}, {len(columns)}, H, W, 3], found {images.shape}")
+    pixels = to_bytes(images)
     pictures = [[data_uri(encode_png(image)) for image in row] for row in pixels]
     page = render_page(
         "report.html.j2",
         metrics=metrics,
         headline=_headline(metrics["rows"]),
         columns=COLUMNS,
-        rows=_table(metrics["rows"]),
-        any_precomputed=any(row["precomputed"] for row in metrics["rows"]),
-        per_effect=_per_effect(metrics),
-        grid_columns=grid.columns,
-        grid=list(zip(grid.rows, pictures, strict=True)),
+        best=_best(metrics["rows"]),
+        method_name=method_name,
+        grid_columns=columns,
+        grid=list(zip(effects, pictures, strict=True)),
         curves=embedded_curves(curves),
     )
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    write_atomic(folder / "grid.png", encode_png(draw_grid(grid.columns, grid.rows, pixels)))
+    write_atomic(folder / "grid.png", encode_png(draw_grid(columns, effects, pixels)))
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
@@ -157,31 +147,14 @@ def method_name(method: str) -> str:
     return f"merged LoRA, {words.removeprefix('merge ')}" if method.startswith("merge") else words
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the table's rows, with every cell as (text, is the best of its column)."""
-    lines = [
-        {"method": row["method"], "name": method_name(row["method"]), "precomputed": row["precomputed"], "cells": []}
-        for row in rows
-    ]
+def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the best value of each column as text, so that values that look equal are marked alike."""
+    best = {}
     for column in COLUMNS:
-        values = [row[column.key] for row in rows]
-        known = [value for value in values if value is not None]
-        # Compared as text: values that look equal are marked alike.
-        best = column.show(column.best(known)) if column.best and known else None
-        for line, value in zip(lines, values, strict=True):
-            text = "–" if value is None else column.show(value)
-            line["cells"].append((text, text == best))
-    return lines
-
-
-def _per_effect(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns accuracy by effect and method: header names, and per effect the cells as (text, share)."""
-    rows = metrics["rows"]
-    lines = []
-    for effect in metrics["effects"]:
-        shares = [row["per_effect"].get(effect) for row in rows]
-        lines.append((effect, [("–" if share is None else f"{100 * share:.0f} %", share) for share in shares]))
-    return {"methods": [method_name(row["method"]) for row in rows], "effects": lines}
+        known = [row[column.key] for row in rows if row[column.key] is not None]
+        if column.best and known:
+            best[column.key] = column.show(column.best(known))
+    return best
 
 
 def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
