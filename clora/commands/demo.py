@@ -79,7 +79,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         CloraError: unknown effect or device, or the folder cannot be written.
     """
     names = check_effects(effects or DEFAULT_EFFECTS)
-    folder = assets.assets_folder()
+    folder = assets.ASSETS
     config = demo_config(names, seed, None) if full else demo_config(names, seed)
     run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}), full)
     check_output(run.folder / "collection")

@@ -14,29 +14,25 @@ from clora.models.loading import load_pipeline
 from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent / "assets"  # the shipped studio
 PROVENANCE = "provenance.json"
 SEED = 0  # of every stage of the build
 
 
-def assets_folder() -> Path:
-    """Returns the folder of the shipped studio. Raises CloraError where it is incomplete."""
-    if not (ASSETS / "pipeline" / "model_index.json").exists():
-        raise CloraError(f"expected the studio in {ASSETS}, found it incomplete; run `clora studio build` or reinstall")
-    return ASSETS
-
-
-def pipeline_folder() -> Path:
-    """Returns the folder that ``DiffusionPipeline.from_pretrained`` takes."""
-    return assets_folder() / "pipeline"
+def pipeline_folder(studio: Path = ASSETS) -> Path:
+    """Returns the folder that ``DiffusionPipeline.from_pretrained`` takes. Raises CloraError where it is missing."""
+    folder = studio / "pipeline"
+    # Without this check, diffusers would look for the folder's name on the model hub.
+    if not (folder / "model_index.json").exists():
+        raise CloraError(
+            f"expected a studio in {studio}, found no pipeline in it; run `clora studio build {studio}` or reinstall clora"
+        )
+    return folder
 
 
 def load_studio(folder: Path, device: str | torch.device = "auto") -> Flux2KleinAdapter:
     """Loads a built studio's pipeline. Raises CloraError where it is missing or cannot be loaded."""
-    # Without this check, diffusers would look for the folder's name on the model hub.
-    if not (folder / "pipeline" / "model_index.json").exists():
-        raise CloraError(f"expected a studio in {folder}, found no pipeline in it; `clora studio build {folder}`")
-    return studio_adapter(load_pipeline(str(folder / "pipeline"), str(device)))
+    return studio_adapter(load_pipeline(str(pipeline_folder(folder)), str(device)))
 
 
 def studio_adapter(pipeline) -> Flux2KleinAdapter:

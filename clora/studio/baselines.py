@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clora.bank.bank import AdapterBank
-from clora.data.generation import Generator
+from clora.data.generation import Generator, Report
 from clora.lora.algebra import merge_states
 from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
@@ -32,8 +32,6 @@ TEACHER_STEPS = 40
 SHIFT = 3.0
 FIRST_EFFECT_SEED = 7_000_000
 FIRST_GENERAL_SEED = 8_000_000
-
-Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,14 @@ class EvaluationSet:
     """Encoded held-out scenes of every effect: E effects on N scenes each, ``E x N`` rows.
 
     Attributes:
+        adapter: the studio.
         effects: the effects.
         ids: ``[E x N]``, the effect of each row.
         sources: ``[E x N, T, C]``.
         seeds: of the noise, one for each row.
     """
 
+    adapter: Flux2KleinAdapter
     effects: tuple[str, ...]
     ids: Tensor
     sources: Tensor
@@ -74,15 +74,15 @@ class EvaluationSet:
         sources = adapter.encode_images(to_tensor(evaluation.held_out_sources(evaluation.NUM_SCENES)))
         ids = torch.arange(len(effects)).repeat_interleave(len(sources))
         seeds = [FIRST_EFFECT_SEED + i for i in range(len(ids))]
-        return EvaluationSet(tuple(effects), ids, sources.repeat(len(effects), 1, 1), seeds)
+        return EvaluationSet(adapter, tuple(effects), ids, sources.repeat(len(effects), 1, 1), seeds)
 
     def conditioning(self, text: Text) -> Conditioning:
         """The rows with the prompt of their effect, of ``text``'s E."""
         return Conditioning(text[self.ids], self.sources)
 
-    def measured(self, adapter: Flux2KleinAdapter, latents: Tensor) -> Measured:
+    def measured(self, latents: Tensor) -> Measured:
         """Judges the latents of all rows."""
-        images = to_images(adapter.decode(latents)).reshape(len(self.effects), -1, *adapter.size, 3)
+        images = to_images(self.adapter.decode(latents)).reshape(len(self.effects), -1, *self.adapter.size, 3)
         outputs = dict(zip(self.effects, images, strict=True))
         return Measured(outputs, evaluation.judge_effects(outputs), None)
 
@@ -116,22 +116,17 @@ def measure_teachers(
         euler = generator.euler(rows.ids, conditioning, rows.seeds, STEPS)
         few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS)
     # Teachers were not trained for 8 passes: they get the sampler that suits them better.
-    short = [rows.measured(adapter, latents) for latents in (euler, few_step)]
+    short = [rows.measured(latents) for latents in (euler, few_step)]
     best = max(short, key=lambda m: (m.row()["effect_accuracy"], -m.row()["bad_case_rate"]))
-    return {"teachers_80": rows.measured(adapter, full), "teachers_8": best}
+    return {"teachers_80": rows.measured(full), "teachers_8": best}
 
 
 def measure_one_lora(
-    adapter: Flux2KleinAdapter,
-    lora: LoRAState | None,
-    rows: EvaluationSet,
-    text: Text,
-    general: Conditioning,
-    report: Report,
+    lora: LoRAState | None, rows: EvaluationSet, text: Text, general: Conditioning, report: Report
 ) -> Measured:
     """Measures one LoRA (None: the base) on every effect and on general edits, with the few-step sampler."""
-    transformer = adapter.pipeline.transformer
-    with nullcontext() if lora is None else AdapterBank(transformer, {"lora": lora}) as bank:
+    adapter = rows.adapter
+    with nullcontext() if lora is None else AdapterBank(adapter.pipeline.transformer, {"lora": lora}) as bank:
         slots = None if bank is None else bank.slots()
         generator = Generator(adapter, bank, slots, SHIFT, report=report)
         latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS)
@@ -139,7 +134,7 @@ def measure_one_lora(
         ids = torch.zeros(count, dtype=torch.int64)
         general_latents = generator.few_step(ids, general, general_seeds(count), STEPS)
     return replace(
-        rows.measured(adapter, latents),
+        rows.measured(latents),
         general=evaluation.general_accuracy(to_images(adapter.decode(general_latents))),
         megabytes=None if lora is None else round(2e-6 * lora.num_parameters, 2),
     )
@@ -175,11 +170,11 @@ def measure_baselines(
             candidates = []
             for weight in weights:
                 lora = merge_states(states, shapes, method, rank, [weight] * len(states))
-                candidates.append(measure_one_lora(adapter, lora, rows, text, general, advance))
+                candidates.append(measure_one_lora(lora, rows, text, general, advance))
             measured[name] = max(candidates, key=lambda m: m.row()["effect_accuracy"])
         # The base is asked as the student is.
         text = adapter.encode_prompts([student_prompts(effect)[0] for effect in merged])
-        measured["base"] = measure_one_lora(adapter, None, rows, text, general, advance)
+        measured["base"] = measure_one_lora(None, rows, text, general, advance)
     return measured
 
 

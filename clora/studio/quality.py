@@ -14,7 +14,7 @@ from clora.errors import CloraError
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.progress import stage
 from clora.studio import baselines, evaluation
-from clora.studio.assets import assets_folder, load_studio
+from clora.studio.assets import ASSETS, load_studio
 from clora.studio.demo_config import GUIDANCE
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import Judge
@@ -30,7 +30,7 @@ def check(folder: Path | None = None, device: str = "auto") -> None:
     Raises:
         CloraError: a measured number is below its floor, or unknown device.
     """
-    folder = folder or assets_folder()
+    folder = folder or ASSETS
     adapter = load_studio(folder, device)
     loras = load_teachers(adapter, folder, TEACHERS)
     measured = vae_quality(adapter.pipeline.vae) | {"general_accuracy": general_quality(adapter)}

@@ -92,8 +92,8 @@ def test_the_full_demo_makes_everything_anew(short, monkeypatch, tmp_path):
 
 def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypatch, tmp_path):
     config = demo_config(["sepia"], 0)
-    lora = assets.assets_folder() / "teachers" / "sepia"
-    adapter = assets.load_studio(assets.assets_folder(), "cpu")
+    lora = assets.ASSETS / "teachers" / "sepia"
+    adapter = assets.load_studio(assets.ASSETS, "cpu")
     student = read_lora(lora, linear_shapes(adapter.pipeline.transformer))
     described = make_collection(config, adapter, "studio", {"sepia": lora}, {"sepia": None})
     collection = write_collection(student, described, tmp_path, torch.float32)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clora.errors import CloraError
 from clora.files import write_atomic
 from clora.flow.matching import flow_matching_losses
 from clora.models.conditioning import Conditioning, Text
@@ -19,7 +18,7 @@ from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.edits import FAMILIES, sample_edit
 from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
-from clora.training.checkpoint import load_state, save_state
+from clora.training.checkpoint import check_same, load_state, save_state
 from clora.training.optimizers import Muon
 
 BATCH = 16
@@ -196,8 +195,7 @@ def _resume(checkpoint: Path, parameters, average, optimizers, generator, recipe
     if not checkpoint.exists():
         return 0
     tensors, values = load_state(checkpoint, optimizers, {"data": generator})
-    if values["recipe"] != recipe:
-        raise CloraError(f"checkpoint {checkpoint} was written with another recipe or other data; remove it")
+    check_same(values["recipe"], recipe, checkpoint)
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weight.{name}"])
         average[name].copy_(tensors[f"average.{name}"])

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors.numpy import save
 
@@ -176,16 +175,13 @@ def _target_stage(folder: Path, device: torch.device) -> Made:
 def _baseline_stage(folder: Path, device: torch.device) -> Made:
     adapter = load_studio(folder, device)
     loras = load_teachers(adapter, folder, TEACHERS)
-    rows, images = {}, {}
-    for name, measured in measure_baselines(adapter, loras, DEFAULT_EFFECTS).items():
-        rows[name] = measured.to_json()
-        for effect, outputs in measured.outputs.items():
-            images[f"{name}/{effect}"] = to_bytes(outputs[grid_scene(effect)])
-    write_atomic(folder / "baselines.json", json.dumps(rows) + "\n")
+    rows = measure_baselines(adapter, loras, DEFAULT_EFFECTS)
+    images = {}
+    for name, row in rows.items():
+        images |= {f"{name}/{effect}": to_bytes(row.outputs[effect][grid_scene(effect)]) for effect in row.outputs}
+    write_atomic(folder / "baselines.json", json.dumps({name: row.to_json() for name, row in rows.items()}) + "\n")
     write_atomic(folder / "baselines.safetensors", save(images))
-    accuracy = {}
-    for effect, verdicts in rows["teachers_80"]["verdicts"].items():
-        accuracy[effect] = float(np.mean([verdict["accurate"] for verdict in verdicts]))
+    accuracy = rows["teachers_80"].row()["per_effect"]
     return {"teacher_accuracy": accuracy, "guidance": GUIDANCE}, ["baselines.json", "baselines.safetensors"]
 
 

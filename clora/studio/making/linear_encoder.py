@@ -74,14 +74,9 @@ def set_linear_encoder(vae: nn.Module, images: Tensor) -> None:
     pixels = torch.arange(NUM_PIXELS).view(3, 2, 2, 2, 2)
     order = pixels.permute(0, 2, 4, 1, 3).flatten()
     _set_signed_pairs(encoder, project, components[:, order], -components @ mean)
-    set_latent_basis(vae, latent_basis(spread))
-
-
-@torch.no_grad()
-def set_latent_basis(vae: nn.Module, basis: Tensor) -> None:
-    """Expresses the latents in a basis; the decoder's first layer undoes it. The variance channels stay zero."""
-    count = len(basis)
-    vae.quant_conv.weight[:count, :count, 0, 0] = basis
+    # Latents in their basis; the channels of their variance stay zero.
+    basis = latent_basis(spread)
+    vae.quant_conv.weight[: len(basis), : len(basis), 0, 0] = basis
     nn.init.zeros_(vae.post_quant_conv.bias)
     vae.post_quant_conv.weight[:, :, 0, 0] = torch.linalg.inv(basis)
 

@@ -30,9 +30,9 @@ from clora.studio.teachers import SPECS, TeacherSpec
 FIRST_SCENE = 200_000_000
 PAIRS = 20
 UPDATES = 700
-ROWS_PER_LORA = 2
+ROWS_PER_LORA = 2  # in every batch
 LEARNING_RATE = 2e-3
-SHIFT = 2.0
+SHIFT = 2.0  # of the noise levels
 KOHYA_ALPHA = 4.0
 
 
@@ -83,18 +83,7 @@ def train_teachers(
         for spec in specs
     }
     with AdapterBank(transformer, fresh, dtype=torch.float32) as bank:
-        train_loras(
-            adapter,
-            bank,
-            bank.slots(trainable=True),
-            encode_pairs(adapter, specs),
-            updates=UPDATES,
-            rows_per_lora=ROWS_PER_LORA,
-            learning_rate=LEARNING_RATE,
-            shift=SHIFT,
-            seed=seed,
-            report=report,
-        )
+        train_loras(adapter, bank, bank.slots(trainable=True), encode_pairs(adapter, specs), seed, report)
         trained = {}
         for spec in specs:
             # Without the layers that other teachers brought into the bank.
@@ -108,25 +97,18 @@ def train_loras(
     bank: AdapterBank,
     slots: Slots,
     pairs: Pairs,
-    *,
-    updates: int,
-    rows_per_lora: int,
-    learning_rate: float,
-    shift: float,
     seed: int,
     report: Callable[[int, Mapping[str, float]], None],
 ) -> None:
     """Trains every slot of ``slots`` on its own pairs; slots do not influence one another.
+
+    The learning rate of AdamW rises over the first 20 updates and falls linearly over the second half.
 
     Args:
         adapter: the model family, around the pipeline whose transformer carries the bank.
         bank: the bank.
         slots: trainable slots, in the order of ``pairs``.
         pairs: encoded training pairs.
-        updates: optimizer updates; the learning rate falls linearly over the second half.
-        rows_per_lora: samples of each LoRA in a batch.
-        learning_rate: peak AdamW learning rate.
-        shift: time shift of the noise levels.
         seed: of the draws.
         report: called as ``report(update, {"loss": ...})``.
 
@@ -134,13 +116,13 @@ def train_loras(
         CloraError: a loss or gradient is not finite; names the update and the LoRA.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(slots.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(slots.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     # Every batch has the same number of rows of each LoRA: [0, 0, 1, 1, ...].
-    ids = torch.arange(len(slots.names)).repeat_interleave(rows_per_lora)
-    for update in range(updates):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (update + 1) / 20, 2 * (updates - update) / updates)
-        losses = _losses(adapter, bank, slots, pairs, ids, shift, generator)
-        per_lora = losses.view(-1, rows_per_lora)
+    ids = torch.arange(len(slots.names)).repeat_interleave(ROWS_PER_LORA)
+    for update in range(UPDATES):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (update + 1) / 20, 2 * (UPDATES - update) / UPDATES)
+        losses = _losses(adapter, bank, slots, pairs, ids, generator)
+        per_lora = losses.view(-1, ROWS_PER_LORA)
         _check_finite(per_lora.detach().sum(1), slots.names, update, "loss")
         optimizer.zero_grad(set_to_none=True)
         # Summed over LoRAs, so that each has the gradient that it would have if it were trained by itself.
@@ -157,7 +139,6 @@ def _losses(
     slots: Slots,
     pairs: Pairs,
     ids: Tensor,
-    shift: float,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Computes the flow-matching loss of each row, ``[B]``."""
@@ -166,7 +147,7 @@ def _losses(
     x0 = send(pairs.targets[ids, sample].float(), device)
     conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float()).to(device)
     with bank.route(slots, send(ids, device)):
-        return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, shift, generator)
+        return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, SHIFT, generator)
 
 
 def _check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:

@@ -72,13 +72,13 @@ def test_a_stage_without_what_it_needs_is_refused(stages, tmp_path):
 
 def test_the_shipped_stages_belong_together():
     """None was made from files that have changed since."""
-    folder = assets.assets_folder()
+    folder = assets.ASSETS
     assert [name for name in build.STAGES if not build._is_done(folder, name)] == []
     assert targets.load_targets(folder).effects == tuple(sorted(TEACHERS))
 
 
 def test_the_shipped_studio_was_measured_above_its_floors():
-    recorded = assets.provenance(assets.assets_folder())
+    recorded = assets.provenance(assets.ASSETS)
     measured = {name: value for entry in recorded.values() for name, value in entry["measured"].items()}
     assert all(measured[name] >= quality.FLOORS[name] for name in ("vae_psnr", "judge_accuracy", "general_accuracy"))
     assert measured["teacher_accuracy"].keys() == set(TEACHERS)
@@ -104,8 +104,8 @@ def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "NUM_GENERAL", 2)
     monkeypatch.setattr(targets, "TARGET_SOURCES", 2)
     monkeypatch.setattr(baselines, "TEACHER_STEPS", 2)
-    adapter = assets.load_studio(assets.assets_folder())
-    loras = load_teachers(adapter, assets.assets_folder(), NAMES)
+    adapter = assets.load_studio(assets.ASSETS)
+    loras = load_teachers(adapter, assets.ASSETS, NAMES)
     run = demo.Run(tmp_path, demo_config(NAMES, 0), full=True)
     rows = demo.measured_rows(run, adapter, loras)
     assert list(rows) == ["teachers_80", "teachers_8", *baselines.MERGES, "base"]
@@ -140,8 +140,8 @@ def tiny(monkeypatch, tmp_path):
     ):
         for name, count in counts.items():
             monkeypatch.setattr(module, name, count)
-    shutil.copytree(assets.assets_folder() / "pipeline", tmp_path / "pipeline")
-    shutil.copy(assets.assets_folder() / assets.PROVENANCE, tmp_path)
+    shutil.copytree(assets.ASSETS / "pipeline", tmp_path / "pipeline")
+    shutil.copy(assets.ASSETS / assets.PROVENANCE, tmp_path)
     return tmp_path
 
 

@@ -17,6 +17,7 @@ from clora.studio.making import teachers
 from clora.studio.making.teachers import Pairs, train_loras
 
 NAMES = ("first", "second")
+ROWS = 4
 
 
 @pytest.fixture
@@ -30,24 +31,22 @@ def pairs(adapter):
     )
 
 
-def train(adapter, pairs, updates, names=NAMES, rows=4):
+@pytest.fixture(autouse=True)
+def recipe(monkeypatch):
+    """Fast learning from small batches."""
+    monkeypatch.setattr(teachers, "ROWS_PER_LORA", ROWS)
+    monkeypatch.setattr(teachers, "LEARNING_RATE", 2e-2)
+
+
+def train(adapter, pairs, updates, monkeypatch, names=NAMES):
     """Trains slots of a bank of fresh LoRAs on the pairs; returns the losses and the states of all slots."""
+    monkeypatch.setattr(teachers, "UPDATES", updates)
     transformer = adapter.pipeline.transformer
     generator, losses = torch.Generator().manual_seed(1), []
     fresh = {name: fresh_lora(linear_shapes(transformer), 3, generator) for name in NAMES}
     with AdapterBank(transformer, fresh) as bank:
-        train_loras(
-            adapter,
-            bank,
-            bank.slots(names, trainable=True),
-            pairs,
-            updates=updates,
-            rows_per_lora=rows,
-            learning_rate=2e-2,
-            shift=2.0,
-            seed=0,
-            report=lambda update, values: losses.append(values["loss"]),
-        )
+        slots = bank.slots(names, trainable=True)
+        train_loras(adapter, bank, slots, pairs, 0, lambda update, values: losses.append(values["loss"]))
         return losses, {name: bank.state(name) for name in NAMES}
 
 
@@ -56,36 +55,35 @@ def same(state, other):
     return all(torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B) for a, b in pairs)
 
 
-def test_the_loss_decreases(adapter, pairs):
+def test_the_loss_decreases(adapter, pairs, monkeypatch):
     pairs.targets[:] = 3 * pairs.targets[0, 0, 0]  # one colour: soon learned
-    losses, states = train(adapter, pairs, 25)
+    losses, states = train(adapter, pairs, 25, monkeypatch)
     assert len(losses) == 25
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert all(torch.isfinite(m.delta()).all() for state in states.values() for m in state.modules.values())
 
 
-def test_a_slot_does_not_depend_on_anothers_data(adapter, pairs):
+def test_a_slot_does_not_depend_on_anothers_data(adapter, pairs, monkeypatch):
     """AdamW would carry any leaked gradient, however small, into the weights: equal bit for bit means none."""
     tensors = (pairs.sources, pairs.targets, pairs.text.embeds)
     sources, targets, embeds = (torch.stack([t[0], 3 * t[1].flip(0)]) for t in tensors)
     other = Pairs(sources, targets, Text(embeds))
-    _, states = train(adapter, pairs, 3)
-    _, changed = train(adapter, other, 3)
+    _, states = train(adapter, pairs, 3, monkeypatch)
+    _, changed = train(adapter, other, 3, monkeypatch)
     assert same(states["first"], changed["first"])
     assert not same(states["second"], changed["second"])
 
 
 def test_training_jointly_equals_training_one_by_one(adapter, pairs, monkeypatch):
     """With the same draws for its rows; the other LoRA only shares the batch."""
-    _, joint = train(adapter, pairs, 3)
+    _, joint = train(adapter, pairs, 3, monkeypatch)
     draw = torch.randint, torch.randn, flow_matching.sample_sigma
-    rows = 4
 
     def first_half(function, position):
         def drawn(*args, **kwargs):
             size = args[position]
             double = (2 * size[0], *size[1:]) if isinstance(size, (tuple, torch.Size)) else 2 * size
-            return function(*args[:position], double, *args[position + 1 :], **kwargs)[:rows]
+            return function(*args[:position], double, *args[position + 1 :], **kwargs)[:ROWS]
 
         return drawn
 
@@ -93,16 +91,16 @@ def test_training_jointly_equals_training_one_by_one(adapter, pairs, monkeypatch
     monkeypatch.setattr(teachers.torch, "randn", first_half(draw[1], 0))
     monkeypatch.setattr(flow_matching, "sample_sigma", first_half(draw[2], 0))
     one = Pairs(pairs.sources[:1], pairs.targets[:1], pairs.text[:1])
-    _, states = train(adapter, one, 3, names=NAMES[:1], rows=rows)
+    _, states = train(adapter, one, 3, monkeypatch, NAMES[:1])
     for name, module in states["first"].modules.items():
         torch.testing.assert_close(module.delta(), joint["first"].modules[name].delta(), rtol=1e-2, atol=1e-4)
 
 
-def test_a_nan_names_update_and_lora(adapter, pairs):
+def test_a_nan_names_update_and_lora(adapter, pairs, monkeypatch):
     bad = dataclasses.replace(pairs, targets=pairs.targets.clone())
     bad.targets[1] = torch.nan
     with pytest.raises(CloraError, match="update 1: the loss of LoRA 'second' is not finite"):
-        train(adapter, bad, 2)
+        train(adapter, bad, 2, monkeypatch)
 
 
 def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs, monkeypatch):
@@ -116,5 +114,5 @@ def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs,
 
     monkeypatch.setattr(teachers, "_losses", steep)
     with pytest.raises(CloraError, match="update 1: the gradient of LoRA 'second' is not finite"):
-        train(adapter, pairs, 2)
+        train(adapter, pairs, 2, monkeypatch)
     assert all(torch.equal(now, before) for now, before in zip(seen["now"], seen["before"], strict=True))
