@@ -10,7 +10,7 @@ import torch
 
 from bench.cases import cpu_cases, telling_cases
 from bench.measure import family_of
-from bench.timing import gpu_timer
+from bench.timing import GpuStamp
 
 
 def with_providers(cases):
@@ -30,7 +30,7 @@ def test_cpu(case, provider, time_provider):
 
 
 @pytest.mark.gpu
-@pytest.mark.benchmark(timer=gpu_timer)
+@pytest.mark.benchmark(timer=GpuStamp)
 @pytest.mark.parametrize(("case", "provider"), with_providers(telling_cases()))
 def test_gpu(case, provider, gpu, time_provider):
     time_provider(case, provider, gpu, rounds=20)

@@ -9,7 +9,7 @@ Legend: B rows, the first D of them scored (distribution matching), the rest anc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -34,9 +34,6 @@ class LossInputs:
     scores: Scores
     anchor_target: Tensor
     guidance: float = GUIDANCE
-
-    def arguments(self) -> dict:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def make_inputs(case: LossCase, device: torch.device, seed: int = 0) -> LossInputs:
@@ -65,7 +62,7 @@ def make_inputs(case: LossCase, device: torch.device, seed: int = 0) -> LossInpu
 def expected(inputs: LossInputs) -> Outputs:
     """The result of the eager definition in fp64."""
     upcast = lambda t: t.detach().double() if t.is_floating_point() else t  # noqa: E731
-    arguments = {name: upcast(t) for name, t in inputs.arguments().items() if isinstance(t, Tensor)}
+    arguments = {name: upcast(t) for name, t in vars(inputs).items() if isinstance(t, Tensor)}
     scores = Scores(*map(upcast, inputs.scores))
     exact = LossInputs(**arguments, scores=scores, guidance=inputs.guidance)
     exact.velocity.requires_grad_()
@@ -121,7 +118,7 @@ def _matching_rows(x_g: Tensor, scores: Scores, guidance: float) -> Tensor:
 
 def _of_ops(inputs: LossInputs, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Loss and gradient."""
-    loss, terms = coarse_to_fine_loss(**inputs.arguments(), backend=backend)
+    loss, terms = coarse_to_fine_loss(**vars(inputs), backend=backend)
     return loss, terms["velocity_gradient"]
 
 

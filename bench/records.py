@@ -8,11 +8,11 @@ timed); "current" is the provider or step that a running one is at. A provider's
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.cases import Case
+from clora.files import write_atomic
 
 STEPS = ("inputs", "timing")
 """Places of a measurement outside any provider: making inputs and truth, and timing all providers that passed."""
@@ -26,10 +26,7 @@ def path_of(folder: Path, case: Case) -> Path:
 
 def write(path: Path, record: dict) -> None:
     """Writes a record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def read(path: Path) -> dict | None:

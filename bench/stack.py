@@ -45,17 +45,10 @@ class Block(nn.Module):
         return self.to_q(x), self.to_k(x), self.to_v(x)
 
 
-class Stack(nn.Module):
-    """`blocks` blocks in a row: `[B, T, H]` to `[B, T, H]`."""
-
-    def __init__(self, case: StackCase):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(case.hidden, case.heads) for _ in range(case.blocks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+def empty_stack(case: StackCase) -> nn.Sequential:
+    """The case's blocks in a row, `[B, T, H]` to `[B, T, H]`, without values."""
+    with torch.device("meta"):
+        return nn.Sequential(*(Block(case.hidden, case.heads) for _ in range(case.blocks)))
 
 
 @dataclass(frozen=True)
@@ -68,10 +61,9 @@ class StackInputs:
     factors: Factors
     ids: tuple[int, ...]
 
-    def model(self) -> Stack:
+    def model(self) -> nn.Sequential:
         """A stack on these weights, frozen, nothing copied."""
-        with torch.device("meta"):
-            stack = Stack(self.case)
+        stack = empty_stack(self.case)
         stack.load_state_dict(self.weights, assign=True)
         return stack.eval().requires_grad_(False)
 
@@ -88,10 +80,10 @@ def make_inputs(case: StackCase, device: torch.device, seed: int = 0) -> StackIn
     def draw(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(std)
 
-    with torch.device("meta"):
-        layers = {name: layer for name, layer in Stack(case).named_modules() if isinstance(layer, nn.Linear)}
     weights, factors = {}, {}
-    for name, layer in layers.items():
+    for name, layer in empty_stack(case).named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
         n, k = layer.weight.shape
         weights |= {f"{name}.weight": draw(n, k, std=k**-0.5), f"{name}.bias": draw(n, std=0.1)}
         lora_A = draw(case.adapters, case.rank, k, std=k**-0.5)
@@ -152,7 +144,6 @@ def peft_switch(inputs: StackInputs) -> Call:
 
 def ours(inputs: StackInputs) -> Call:
     """The trainer's own `AdapterBank` around the stack, which computes q, k and v in one call; fp32 factors, as trained."""
-
     loras = {}
     for e in range(inputs.case.adapters):
         modules = {name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()}
@@ -207,7 +198,7 @@ def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None
             projections = [(layer.base.weight, layer.base.bias, *layer.factors) for layer in layers]
             return shared_op(x, projections, scale, ids)
 
-        for block in model.blocks:
+        for block in model:
             block.qkv = partial(qkv, block)
     return partial(_run, model, inputs.x)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.timing import CudaStopwatch, countdown, gpu_timer, interleave, spread
+from bench.timing import CudaStopwatch, GpuStamp, countdown, interleave, spread
 
 
 def test_providers_take_turns_and_each_begins_a_round():
@@ -64,8 +64,8 @@ def log(monkeypatch):
     return entries
 
 
-def test_gpu_timer_subtracts_events(log):
-    start, end = gpu_timer(), gpu_timer()
+def test_stamps_of_the_gpu_are_subtracted_as_events(log):
+    start, end = GpuStamp(), GpuStamp()
     assert end - start == pytest.approx(1.0)
     assert log == ["event", "event", "wait for event"]
 

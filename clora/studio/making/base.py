@@ -146,7 +146,9 @@ def train_base(
     optimizers = make_optimizers(parameters)
     generator = torch.Generator().manual_seed(seed)
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    embeddings = embed_all(adapter, pool)
+    # [L, D] of every instruction, and of the empty prompt.
+    prompts = sorted({*pool.instructions, ""})
+    embeddings = dict(zip(prompts, adapter.encode_prompts(prompts).embeds, strict=True))
     # A checkpoint belongs to one recipe and one pool, of which the norms stand for the values.
     recipe = {
         "updates": updates,
@@ -228,10 +230,3 @@ def _loss(
     scenes = edits // (len(pool.targets) // len(pool.sources))
     conditioning = Conditioning(text, pool.sources[scenes].float()).to(device)
     return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, 3.0, generator).mean()
-
-
-@torch.no_grad()
-def embed_all(adapter: Flux2KleinAdapter, pool: Pool) -> dict[str, Tensor]:
-    """Encodes every instruction of the pool and the empty prompt, ``[L, D]`` each."""
-    prompts = sorted({*pool.instructions, ""})
-    return dict(zip(prompts, adapter.encode_prompts(prompts).embeds, strict=True))
