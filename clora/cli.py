@@ -175,12 +175,12 @@ def inspect(
 
     Example: [bold]clora inspect my_lora.safetensors[/bold]
     """
+    from clora.lora.inspect import check_usable, render
     from clora.lora.inspect import inspect as describe
-    from clora.lora.inspect import render
 
     info = describe(path, pipeline)
     _print(info, render, as_json)
-    _refuse_unusable(info)
+    check_usable(info)
 
 
 @app.command()
@@ -285,20 +285,3 @@ def _split(names: str) -> list[str]:
     if not found:
         raise CloraError(f"expected names separated by commas, found {names!r}")
     return found
-
-
-def _refuse_unusable(info: Mapping[str, Any]) -> None:
-    """Raises CloraError for an inspected file that `clora distill` would refuse, with all reasons."""
-    reasons = {
-        "it holds no LoRA module": not info["modules"],
-        "it holds what is not supported": info["unsupported"],
-        "it has unknown keys": info["unknown_keys"],
-        "some of its modules are damaged or do not fit, or are not of low rank": info["problems"],
-        "it has modules that the pipeline lacks": info["unmatched"],
-        "its modules are named like those of no model family that clora knows": info["modules"]
-        and info["matched"] is None
-        and not info["families"],
-    }
-    found = [reason for reason, is_so in reasons.items() if is_so]
-    if found:
-        raise CloraError(f"{info['file']} cannot be used as it is: {'; '.join(found)}")

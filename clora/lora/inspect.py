@@ -98,6 +98,23 @@ def render(info: Mapping[str, Any]) -> Group:
     return Group(Text(info["file"], style="bold", no_wrap=True, overflow="ignore"), table)
 
 
+def check_usable(info: Mapping[str, Any]) -> None:
+    """Checks the result of `inspect`. Raises CloraError, with all reasons, for a file that `clora distill` would refuse."""
+    reasons = {
+        "it holds no LoRA module": not info["modules"],
+        "it holds what is not supported": info["unsupported"],
+        "it has unknown keys": info["unknown_keys"],
+        "some of its modules are damaged or do not fit, or are not of low rank": info["problems"],
+        "it has modules that the pipeline lacks": info["unmatched"],
+        "its modules are named like those of no model family that clora knows": info["modules"]
+        and info["matched"] is None
+        and not info["families"],
+    }
+    found = [reason for reason, is_so in reasons.items() if is_so]
+    if found:
+        raise CloraError(f"{info['file']} cannot be used as it is: {'; '.join(found)}")
+
+
 def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) -> tuple[dict[str, Any], list[str]]:
     """Returns one module's entry, and what is wrong with it.
 

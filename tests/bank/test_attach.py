@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.families import FAMILIES, run, tiny_transformer
+from helpers.families import FAMILIES, bare_pipeline, run, tiny_transformer
 from helpers.pictures import picture
 from helpers.tiny_flux import tiny_klein
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ NAMES = ["b", None, "a"]
 
 
 def batch_of(family, transformer, count):
-    """Keyword arguments of a pass over so many different samples."""
+    """Keyword arguments of a pass over ``count`` different samples."""
     seen = {}
     hook = transformer.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
     run(family, transformer)
@@ -176,7 +176,7 @@ def dora_delta(weight, file, name):
     return 1.5 * weight.norm(dim=1, keepdim=True) * merged / merged.norm(dim=1, keepdim=True) - weight
 
 
-def test_a_transformer_that_carries_other_loras_is_refused(tmp_path):
+def test_a_transformer_that_carries_a_bank_is_refused_until_it_is_detached():
     transformer = tiny_transformer(FAMILIES[0])
     lora = {"a": random_lora(transformer, 2, 0)}
     bank = clora.attach(transformer, lora)
@@ -184,7 +184,35 @@ def test_a_transformer_that_carries_other_loras_is_refused(tmp_path):
         clora.attach(transformer, lora)
     bank.detach()
     clora.attach(transformer, lora).detach()
-    save_lora(lora["a"], tmp_path / "lora.safetensors")
-    transformer.load_lora_adapter(tmp_path, prefix="transformer", weight_name="lora.safetensors")
-    with pytest.raises(CloraError, match=r"has LoRAs loaded .*call pipe.unload_lora_weights\(\)"):
-        clora.attach(transformer, lora)
+
+
+LOADED = {
+    "enabled": lambda pipeline: None,
+    "disabled": lambda pipeline: pipeline.disable_lora(),
+    "deleted": lambda pipeline: pipeline.delete_adapters("loaded"),
+    "fused": lambda pipeline: pipeline.fuse_lora(),
+    "unfused": lambda pipeline: (pipeline.fuse_lora(), pipeline.unfuse_lora()),
+}
+
+
+@pytest.mark.parametrize("change", LOADED.values(), ids=list(LOADED))
+def test_a_transformer_with_loaded_loras_is_refused_until_they_are_unloaded(change, tmp_path):
+    """PEFT's layers stay whatever is done to their adapters; a fused LoRA stays in the weights, which are then plain."""
+    pipeline = bare_pipeline(FAMILIES[0])
+    file = tmp_path / "lora.safetensors"
+    save_lora(random_lora(pipeline.transformer, 2, 0), file)
+    expected = run(FAMILIES[0], pipeline.transformer)
+    pipeline.load_lora_weights(file, adapter_name="loaded")
+    change(pipeline)
+    if change is LOADED["fused"]:
+        expected = run(FAMILIES[0], pipeline.transformer)
+    for refused in (lambda: clora.attach(pipeline, {"a": file}), lambda: clora.load_lora(file, pipeline)):
+        with pytest.raises(CloraError, match=r"has LoRAs loaded .*call pipe.unload_lora_weights\(\)"):
+            refused()
+    pipeline.unload_lora_weights()
+    bank = clora.attach(pipeline, {"a": clora.load_lora(file, pipeline)})
+    with bank.route([None]):
+        after = run(FAMILIES[0], pipeline.transformer)
+    bank.detach()
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+    assert not hasattr(pipeline.transformer, "peft_config")
