@@ -1,4 +1,4 @@
-"""Serving many LoRAs from one transformer: one pass of a batch whose samples use different LoRAs."""
+"""Serves many LoRAs from one transformer: one pass of a batch whose samples use different LoRAs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AttachedLoRAs:
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``, or with the base alone for None.
+        """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``; for None, with only the base.
 
         A batch twice as long repeats the names: the prompts, then the negative prompts. A single name is for the whole
         batch.

@@ -30,7 +30,7 @@ from clora.bank.slots import (
     squared_norm,
 )
 from clora.errors import CloraError, nearest
-from clora.lora.load import linear_shapes
+from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
 
 
@@ -69,7 +69,7 @@ class AdapterBank:
     ::
 
         with AdapterBank(transformer, {"snow": snow, "ink": ink}) as bank:
-            with bank.route(bank.slots(), torch.tensor([1, 0, -1])):  # ink, snow, the base alone
+            with bank.route(bank.slots(), torch.tensor([1, 0, -1])):  # ink, snow, only the base
                 ...  # a pass of the transformer on a batch of three samples
 
     Args:
@@ -77,8 +77,8 @@ class AdapterBank:
         states: slot name to LoRA. Ranks and modules may differ: shorter ranks are padded with zeros and a module that
             a LoRA lacks is zero there, so nothing of another slot can leak.
         dtype: of the slots; None for the transformer's compute dtype.
-        pages: None gives every LoRA a slot. A number keeps the LoRAs after the first ``fixed`` on the host, and has this
-            number of slots for them on the device, after those of the fixed ones; see `placed`.
+        pages: None gives every LoRA a slot. With a number, the LoRAs after the first ``fixed`` are on the host, and take
+            turns in this number of slots on the device, after those of the fixed ones; see `placed`.
         fixed: with pages, the number of LoRAs that keep their slot.
 
     Raises:
@@ -129,7 +129,7 @@ class AdapterBank:
         self.detach()
 
     def slots(self, names: Sequence[str] | None = None, rank: int | None = None, trainable: bool = False) -> Slots:
-        """A range of neighbouring slots (default: all), views cut to ``rank`` and set to take gradients or not.
+        """Returns a range of neighbouring slots (default: all), views cut to ``rank`` that take gradients or not.
 
         Raises:
             CloraError: a name is unknown, or the names are not neighbours in the bank's order.
@@ -149,7 +149,7 @@ class AdapterBank:
         return Slots(names, factors, self._all.scale[rows])
 
     def trained(self, name: str, state: LoRAState) -> Slots:
-        """A LoRA that takes gradients, in fp32 on storage of its own: the kernels round it as they read it.
+        """Returns a LoRA that takes gradients, in fp32 on storage of its own: the kernels round it as they read it.
 
         Raises:
             CloraError: it has a module that none of the bank's LoRAs has.
@@ -169,7 +169,7 @@ class AdapterBank:
 
     @contextmanager
     def route(self, slots: Slots, adapter_ids: Tensor) -> Iterator[None]:
-        """Runs the transformer inside with sample b on slot ``adapter_ids[b]`` of ``slots``, -1 for the base alone."""
+        """Inside, sample b of the transformer runs on slot ``adapter_ids[b]`` of ``slots``; -1 is only the base."""
         if self.running is not None:
             raise RuntimeError("a routed pass is already running on this bank")
         self.running = RoutedPass(slots, adapter_ids, self._layers, self._groups)
@@ -180,10 +180,10 @@ class AdapterBank:
 
     @contextmanager
     def placed(self, ids: Tensor) -> Iterator[Tensor]:
-        """The slots ``[B]`` of LoRAs ``ids [B]``, which stay there inside; see `chunks` for how many are possible.
+        """Yields the slots ``[B]`` of LoRAs ``ids [B]``, which stay there inside; `chunks` finds how many are possible.
 
         Args:
-            ids: on the CPU, index into ``names`` or -1 for the base alone.
+            ids: on the CPU, index into ``names`` or -1 for only the base.
         """
         with self._pages.held(self._paged(ids)) as page_of:
             # LoRAs and slots have the same numbers up to the first page; from there on, pages count from zero.
@@ -204,24 +204,24 @@ class AdapterBank:
         return [slice(start, end) for start, end in pairwise([*starts, len(ids)])]
 
     def _paged(self, ids: Tensor) -> list[int]:
-        """The distinct paged LoRAs among ``ids``, as `Pages` counts them."""
+        """Returns the distinct paged LoRAs among ``ids``, as `Pages` counts them."""
         return [i - self._resident for i in dict.fromkeys(ids.tolist()) if i >= self._resident]
 
     def state(self, name: str, rank: int | None = None) -> LoRAState:
-        """A copy of one LoRA as it is stored, its factors cut to ``rank``."""
+        """Copies one LoRA as it is stored, its factors cut to ``rank``."""
         return copied_state(self._stored(name), rank)
 
     def squared_norms(self) -> dict[str, float]:
-        """The sum of the squares of each LoRA's factors as they are stored."""
+        """Returns the sum of the squares of each LoRA's factors as they are stored."""
         return {name: squared_norm(self._stored(name)) for name in self.names}
 
     def _stored(self, name: str) -> Mapping[str, Factors]:
-        """A LoRA's slot, or its copy on the host."""
+        """Returns a LoRA's slot, or its copy on the host."""
         i = index_of(name, self.names)
         return self._all.slot(name) if i < self._resident else self._pages.loras[i - self._resident]
 
     def bytes(self) -> BankBytes:
-        """The memory of all factors."""
+        """Returns the memory of all factors."""
         return BankBytes(bytes_of(self._all.factors), sum(bytes_of(lora) for lora in self._pages.loras))
 
     def detach(self) -> None:

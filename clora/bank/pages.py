@@ -18,7 +18,7 @@ MIN_PAGES = 2
 
 
 def page_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: torch.dtype) -> int:
-    """The bytes of one slot of a bank.
+    """Returns the bytes of one slot of a bank.
 
     Args:
         shapes: module path to ``(out, in)`` (`clora.lora.layers.linear_shapes`).
@@ -29,7 +29,7 @@ def page_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], 
 
 
 def module_ranks(loras: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """The highest rank of each module, from the module's rank in every LoRA (`ranks_of`)."""
+    """Returns the highest rank of each module, from the module's rank in every LoRA (`ranks_of`)."""
     ranks: dict[str, int] = {}
     for lora in loras:
         for module, rank in lora.items():
@@ -38,7 +38,7 @@ def module_ranks(loras: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def pages_that_fit(budget_gb: float | None, one: int, count: int) -> int | None:
-    """The number of device pages under a budget.
+    """Returns the number of device pages under a budget.
 
     Args:
         budget_gb: ``train.teacher_memory_gb``.
@@ -65,11 +65,11 @@ def pages_that_fit(budget_gb: float | None, one: int, count: int) -> int | None:
 def teacher_pages(
     budget_gb: float | None, transformer: nn.Module, states: Sequence[LoRAState], count: int | None = None
 ) -> int | None:
-    """The ``pages`` of a bank under a budget, as `pages_that_fit`.
+    """Returns the ``pages`` of a bank under a budget, as `pages_that_fit`.
 
     Args:
         budget_gb: ``train.teacher_memory_gb``.
-        transformer: what carries the bank.
+        transformer: carries the bank.
         states: every LoRA of the bank; the highest ranks among them are those of a slot.
         count: the teachers among them; all by default.
 
@@ -82,7 +82,7 @@ def teacher_pages(
 
 
 def host_factors(factors: Mapping[str, Factors], dtype: torch.dtype, pinned: bool) -> dict[str, Factors]:
-    """Factors on the host in the slots' dtype and their own ranks; a GPU copies pinned ones without the host's help."""
+    """Returns factors on the host in the slots' dtype and their own ranks; a GPU copies pinned ones by itself."""
 
     def host(factor: Tensor) -> Tensor:
         factor = factor.detach().to("cpu", dtype).contiguous()
@@ -131,7 +131,7 @@ class Pages:
 
     @contextmanager
     def held(self, wanted: Sequence[int]) -> Iterator[dict[int, int]]:
-        """The pages of these LoRAs, at most ``count``, by LoRA; inside, no `fetch` takes them."""
+        """Yields the pages of these LoRAs, at most ``count``, by LoRA; inside, no `fetch` takes them."""
         self.fetch(wanted)
         if self._stream is not None:
             # The pass that follows reads the pages, so it must come after the copies.

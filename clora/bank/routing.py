@@ -25,13 +25,13 @@ SHARED_INPUTS = (
 class RoutedPass:
     """One pass of the transformer: the slot of each sample, and the outputs that were computed before their layer's turn.
 
-    Layers that read the same tensor (q, k and v of an attention) are computed by one call of the op, which reads that
-    tensor once. But the transformer calls them one by one. So the first call of a group computes all its layers,
-    returns its own output, and the others' wait until their layers are called.
+    Layers that read the same tensor (q, k and v of an attention) are computed by one call of the op, so that it is read
+    once. But the transformer calls them one by one. So the first call of a group computes all its layers and returns its
+    own output; the others' wait until their layers are called.
 
     Attributes:
         slots: the slots that the ids count.
-        adapter_ids: ``[B]`` on the transformer's device, -1 for the base alone.
+        adapter_ids: ``[B]`` on the transformer's device, -1 for only the base.
         layers: module to the frozen layer.
         groups: module to the modules of its group, itself among them (`shared_inputs`).
         waiting: module to the tensor that it was computed from and its output.
@@ -44,7 +44,7 @@ class RoutedPass:
     waiting: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def output(self, module: str, x: Tensor) -> Tensor:
-        """A layer's output ``[B, T, N]`` of ``x [B, T, K]``, or ``[B, N]`` of ``[B, K]``."""
+        """Returns a layer's output ``[B, T, N]`` of ``x [B, T, K]``, or ``[B, N]`` of ``[B, K]``."""
         source, y = self.waiting.pop(module, (None, None))
         # The same tensor is the same object: a transformer hands one variable to q, k and v. Comparing values instead
         # would read the device and make the host wait. An id() would not do, since a freed tensor's can be given to
@@ -61,7 +61,7 @@ class RoutedPass:
         return y
 
     def _compute(self, modules: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
-        """The outputs of layers that all read x, by module: ``W x + bias + B_e (A_e x)`` with each sample's slot e."""
+        """Returns the outputs of layers that all read x: ``W x + bias + B_e (A_e x)`` with each sample's slot e."""
         factors = {module: self.slots.factors[module] for module in modules if module in self.slots.factors}
         # The ops take tokens, [B, T, K]. One vector for each sample, as of the time step, is one token.
         tokens = x if x.ndim == 3 else x.unsqueeze(1)
@@ -89,7 +89,7 @@ class RoutedPass:
 
 
 def shared_inputs(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Each module's group, itself among it: layers of one parent and one input size that `SHARED_INPUTS` names."""
+    """Returns each module's group, itself among it: layers of one parent and one input size that `SHARED_INPUTS` names."""
     groups = {}
     for module, size in in_features.items():
         name = module.rpartition(".")[2]
@@ -100,7 +100,7 @@ def shared_inputs(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
 
 
 def ids_of_rows(adapter_ids: Tensor, num_rows: int, module: str) -> Tensor:
-    """The ids ``[num_rows]`` of a layer's rows.
+    """Returns the ids ``[num_rows]`` of a layer's rows.
 
     A layer may see the batch twice, one after the other: a modulation that is also computed for timestep 0.
 
@@ -117,7 +117,7 @@ def ids_of_rows(adapter_ids: Tensor, num_rows: int, module: str) -> Tensor:
 
 
 def is_plain(layer: nn.Linear, x: Tensor) -> bool:
-    """Checks that a layer is only its weight and bias: not quantised, without hooks, and of the input's dtype."""
+    """Returns True for a layer that is only its weight and bias: not quantised, without hooks, and of the input's dtype."""
     hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
     plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, torch.Tensor)
     return plain and not hooked and layer.weight.dtype == x.dtype

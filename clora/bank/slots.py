@@ -24,7 +24,7 @@ class Slots:
 
     Attributes:
         names: the slots, in order.
-        factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; a module without an entry is the base alone.
+        factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; a module without an entry has only the base.
         scale: ones ``[E]``; the states' own scales are in their factors.
     """
 
@@ -33,21 +33,21 @@ class Slots:
     scale: Tensor
 
     def parameters(self) -> list[Tensor]:
-        """The factors as a flat list, for an optimizer."""
+        """Returns the factors as a flat list, for an optimizer."""
         return list(chain.from_iterable(self.factors.values()))
 
     def slot(self, name: str) -> dict[str, Factors]:
-        """The factors of one slot, ``(A [R, K], B [N, R])``, as views."""
+        """Returns the factors of one slot, ``(A [R, K], B [N, R])``, as views."""
         i = index_of(name, self.names)
         return {module: (a[i], b[i]) for module, (a, b) in self.factors.items()}
 
     def state(self, name: str, rank: int | None = None) -> LoRAState:
-        """A copy of one slot as a LoRA, its factors cut to ``rank``."""
+        """Copies one slot as a LoRA, its factors cut to ``rank``."""
         return copied_state(self.slot(name), rank)
 
 
 def slot_dtype(transformer: nn.Module) -> torch.dtype:
-    """The transformer's compute dtype; float32 if a slot cannot have it."""
+    """Returns the transformer's compute dtype; float32 if a slot cannot have it."""
     dtype = getattr(transformer, "dtype", None) or next(transformer.parameters()).dtype
     return dtype if dtype in SLOT_DTYPES else torch.float32
 
@@ -55,10 +55,11 @@ def slot_dtype(transformer: nn.Module) -> torch.dtype:
 def empty_slots(
     layers: Mapping[str, nn.Linear], ranks: Mapping[str, int], names: tuple[str, ...], dtype: torch.dtype
 ) -> Slots:
-    """Slots of zeros, on the device of each layer."""
+    """Makes slots of zeros, on the device of each layer."""
     factors = {}
     for module, layer in layers.items():
-        rank, device = ranks[module], _device(layer)
+        rank = ranks[module]
+        device = _device(layer)
         a = torch.zeros(len(names), rank, layer.in_features, dtype=dtype, device=device)
         b = torch.zeros(len(names), layer.out_features, rank, dtype=dtype, device=device)
         factors[module] = (a, b)
@@ -66,28 +67,28 @@ def empty_slots(
 
 
 def _device(layer: nn.Linear) -> torch.device:
-    """The device that a layer computes on; accelerate's hooks have it for weights that are elsewhere between calls."""
+    """Returns the device that a layer computes on; accelerate's hooks have it for weights that are elsewhere between calls."""
     hook = getattr(layer, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or layer.weight.device)
 
 
 def factors_of(state: LoRAState) -> dict[str, Factors]:
-    """Each module's ``(lora_A [R, K], lora_B [N, R])``."""
+    """Returns each module's ``(lora_A [R, K], lora_B [N, R])``."""
     return {module: (lora.lora_A, lora.lora_B) for module, lora in state.modules.items()}
 
 
 def ranks_of(state: LoRAState) -> dict[str, int]:
-    """Each module's rank."""
+    """Returns each module's rank."""
     return {module: lora.rank for module, lora in state.modules.items()}
 
 
 def bytes_of(factors: Mapping[str, Factors]) -> int:
-    """The memory of factors."""
+    """Returns the memory of factors."""
     return sum(a.nbytes + b.nbytes for a, b in factors.values())
 
 
 def copied_state(factors: Mapping[str, Factors], rank: int | None) -> LoRAState:
-    """A LoRA of copies of these factors, cut to ``rank``."""
+    """Makes a LoRA of copies of these factors, cut to ``rank``."""
     return LoRAState(
         {m: LoRAModule(a[:rank].detach().clone(), b[:, :rank].detach().clone()) for m, (a, b) in factors.items()}
     )
@@ -95,7 +96,7 @@ def copied_state(factors: Mapping[str, Factors], rank: int | None) -> LoRAState:
 
 @torch.no_grad()
 def squared_norm(lora: Mapping[str, Factors]) -> float:
-    """The sum of the squares of all factors."""
+    """Returns the sum of the squares of all factors."""
     norms = [torch.linalg.vector_norm(f, dtype=torch.float64) for f in chain.from_iterable(lora.values())]
     return float(torch.stack(norms).square().sum()) if norms else 0.0
 
@@ -118,7 +119,7 @@ def fill(slot: Mapping[str, Factors], lora: Mapping[str, Factors]) -> None:
 
 
 def index_of(name: str, names: tuple[str, ...], what: str = "adapter") -> int:
-    """The index of a name. Raises CloraError, with the nearest names, if the bank does not have it."""
+    """Returns the index of a name. Raises CloraError, with the nearest names, if the bank does not have it."""
     if name not in names:
         raise CloraError(f"unknown {what} {name!r}; the bank has {list(names)}{nearest(name, names)}")
     return names.index(name)

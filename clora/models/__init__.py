@@ -1,7 +1,7 @@
-"""Model adapters, one per pipeline family, behind one protocol: what the engine needs to know of a family.
+"""Model adapters, one per pipeline family, behind one protocol: all that the engine asks of a family.
 
 An adapter is chosen by the class of the loaded pipeline (`adapter_for`); `register` adds one for another class. It uses
-the pipeline's own methods throughout, so that a stock call of the pipeline gives what the engine gives.
+the pipeline's own methods throughout, so that a stock call of the pipeline computes what the engine computes.
 """
 
 from clora.models.protocol import ModelAdapter

@@ -1,11 +1,11 @@
-"""The common part of all model families: `FamilyAdapter`, the base of their adapters, and functions that they share."""
+"""`FamilyAdapter`, the base of the adapters of all model families, and functions that they share."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from types import ModuleType
 from typing import TypeVar
@@ -21,14 +21,15 @@ from clora.models.protocol import ModelAdapter
 
 One = TypeVar("One")
 
-MAX_IMAGES, MAX_PIXELS = 32, 4 * 1024 * 1024
-"""The largest batch of an autoencoder."""
-MAX_PROMPTS, MAX_TOKENS = 64, 4096
-"""The largest batch of a text encoder."""
+# The largest batch of an autoencoder, and that of a text encoder.
+MAX_IMAGES = 32
+MAX_PIXELS = 4 * 1024 * 1024
+MAX_PROMPTS = 64
+MAX_TOKENS = 4096
 
 
 class FamilyAdapter(ABC):
-    """A `ModelAdapter` as far as the families agree; a subclass adds what its pipeline does in its own way.
+    """The part of a `ModelAdapter` on which the families agree; a subclass adds what its pipeline does in its own way.
 
     Args:
         pipeline: a diffusers pipeline of the family.
@@ -77,9 +78,15 @@ class FamilyAdapter(ABC):
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`."""
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
         """See `ModelAdapter.encode_prompts`."""
+        check_lengths(self, prompts)
+        return Text.cat(list(self._encode_prompts(prompts, references)))
+
+    @abstractmethod
+    def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterable[Text]:
+        """Encodes prompts that are short enough, in parts, each on the CPU."""
 
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
@@ -87,23 +94,23 @@ class FamilyAdapter(ABC):
         if self._takes_one_image:
             references = [only_image(self.pipeline, references)]
         fitted = [self._fit(images) for images in references]
-        # The tokens of all images in one sequence [N, S, C], image after image; their sizes tell them apart again.
+        # The tokens of all images in one sequence [N, S, C], image after image; their sizes separate them again.
         latents = torch.cat([self.encode_images(images) for images in fitted], dim=1)
         return latents, tuple(self._grid_of(*images.shape[-2:]) for images in fitted)
 
     def _fit(self, images: Tensor) -> Tensor:
-        """References ``[N, 3, H, W]`` in the size in which the pipeline's autoencoder reads them; by default their own."""
+        """Resizes references ``[N, 3, H, W]`` as the pipeline does for its autoencoder; by default not at all."""
         return images
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """See `ModelAdapter.encode_images`; any size that is a multiple of the patch size."""
+        """See `ModelAdapter.encode_images`; takes any size that is a multiple of the patch size."""
         device = self.pipeline.vae.device
         return in_chunks(lambda part: self._encode(part.to(device)).cpu(), images, images.shape[-2:])
 
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
-        """Packed latents ``[N, T, C]`` of images ``[N, 3, H, W]`` on the autoencoder's device."""
+        """Returns packed latents ``[N, T, C]`` of images ``[N, 3, H, W]`` on the autoencoder's device."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -113,14 +120,16 @@ class FamilyAdapter(ABC):
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` of packed latents ``[N, T, C]`` on the autoencoder's device."""
+        """Returns images ``[N, 3, H, W]`` of packed latents ``[N, T, C]`` on the autoencoder's device."""
 
     def teacher_schedule(self, steps: int) -> Tensor:
         """See `ModelAdapter.teacher_schedule`."""
         return stock_schedule(self.pipeline.scheduler, steps, self._time_shift(steps))
 
     def _time_shift(self, steps: int) -> float:
-        """The shift ``mu`` that a stock call gives its scheduler: by default from a line through two image sizes."""
+        """Returns the shift ``mu`` that a stock call passes to its scheduler: by default by a line through two sizes."""
+        # Larger images need more noise to lose the same share of their content, so mu grows with the result's tokens.
+        # The tokens of the images to edit do not count.
         config = self.pipeline.scheduler.config
         return self._module.calculate_shift(
             self.latent_shape[0],
@@ -135,7 +144,7 @@ class FamilyAdapter(ABC):
         """See `ModelAdapter.velocity`."""
 
     def _predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **inputs) -> Tensor:
-        """The velocity of a transformer that reads one sequence of image tokens: the noisy ones, then the source's.
+        """Returns the velocity of a transformer that reads one sequence: the noisy tokens, then those of the source.
 
         Args:
             x: noisy packed latents ``[B, T, C]``.
@@ -151,7 +160,7 @@ class FamilyAdapter(ABC):
             return_dict=False,
             **inputs,
         )[0]
-        # It predicts [B, T + S, C], for the source's tokens too; nothing asks for those.
+        # It predicts [B, T + S, C]; what it predicts for the source's tokens has no use.
         return output[:, : x.shape[1]]
 
 
@@ -176,7 +185,7 @@ def check_limit(pipeline, max_sequence_length: int, limit: int) -> None:
 
 
 def only_image(pipeline, images: Sequence[One] | None) -> One:
-    """The one image of a sample, or of all samples. Raises CloraError for any other number of images."""
+    """Returns the one image of a sample, or of all samples. Raises CloraError for any other number of images."""
     if images is None or len(images) != 1:
         raise CloraError(
             f"expected one image to edit, which is what {type(pipeline).__name__} takes, found {len(images or ())}"
@@ -185,14 +194,15 @@ def only_image(pipeline, images: Sequence[One] | None) -> One:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A picture of ``[3, H, W]`` in [-1, 1], as a pipeline's image processor takes it."""
+    """Returns a picture ``[3, H, W]`` in [-1, 1] as a pipeline's image processor takes it."""
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def num_seen_tokens(image_processor, height: int, width: int) -> int:
-    """Tokens that a Qwen-VL text encoder makes of a picture of this size, as the pipeline's processor cuts it."""
+    """Returns the number of tokens that a Qwen-VL text encoder makes of a picture of this size."""
     grid = image_processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["image_grid_thw"]
+    # The grid counts patches; the encoder merges neighbouring ones into a token.
     return int(grid.prod()) // image_processor.merge_size**2
 
 
@@ -209,13 +219,14 @@ def in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, size: tuple[in
 
 
 def prompt_chunks(prompts: Sequence[str], max_sequence_length: int) -> list[list[str]]:
-    """Prompts in parts that a text encoder takes at once; one that is a language model makes logits of every token."""
+    """Splits prompts into parts that a text encoder takes at once."""
+    # By their tokens: a text encoder that is a language model makes logits of every token.
     at_once = max(1, min(MAX_PROMPTS, MAX_TOKENS // max_sequence_length))
     return [list(prompts[i : i + at_once]) for i in range(0, len(prompts), at_once)]
 
 
 def embedded_guidance(pipeline, wanted: float | None) -> float | None:
-    """The guidance scale embedded in every pass: ``wanted``, by default that of a stock call; None without embedding.
+    """Returns the guidance scale embedded in every pass: ``wanted``, by default a stock call's; None without embedding.
 
     Raises:
         CloraError: one is wanted of a transformer without a guidance embedding.
@@ -229,7 +240,7 @@ def embedded_guidance(pipeline, wanted: float | None) -> float | None:
 
 
 def no_guidance_embedding(pipeline, wanted: float) -> CloraError:
-    """The error about a guidance embedding wanted of a family that has none."""
+    """Returns the error about a guidance embedding that is wanted of a family without one."""
     return CloraError(
         f"sampler.guidance_embedding = {wanted}: the transformer of {type(pipeline).__name__} has no guidance "
         "embedding; remove it, or set sampler.guidance for the pass with the empty prompt"
@@ -237,12 +248,12 @@ def no_guidance_embedding(pipeline, wanted: float) -> CloraError:
 
 
 def guidance_rows(guidance: float | None, like: Tensor) -> Tensor | None:
-    """An embedded guidance scale as a pipeline hands it to its transformer: fp32 ``[B]``."""
+    """Returns an embedded guidance scale as a pipeline hands it to its transformer: fp32 ``[B]``."""
     return None if guidance is None else torch.full((len(like),), guidance, device=like.device, dtype=torch.float32)
 
 
 def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
-    """Noise levels ``[steps + 1]``, the last 0, of a pipeline's call with ``steps`` steps.
+    """Returns the noise levels ``[steps + 1]``, the last 0, of a pipeline's call with ``steps`` steps.
 
     Args:
         scheduler: the pipeline's; it is left as it is.
@@ -259,7 +270,9 @@ def stock_schedule(scheduler, steps: int, mu: float) -> Tensor:
 
 
 def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """Noise levels as a pipeline hands them to its transformer: 1000 sigma rounded to the latents' dtype, over 1000."""
+    """Returns noise levels as a pipeline hands them to its transformer: 1000 sigma rounded to ``dtype``, over 1000."""
+    # bfloat16 has 8 significant bits: below 1000, rounding moves 1000 sigma by up to 2, and training must see the same
+    # levels as sampling. In fp32 the round trip changes only the last bit.
     if dtype == torch.float32:
-        return sigma.to(dtype)  # the last bit of the round trip is not worth it
+        return sigma.to(dtype)
     return (1000 * sigma).to(dtype) / 1000

@@ -12,7 +12,7 @@ from torch.nn import functional
 from clora.devices import send, take
 
 Shapes = tuple[tuple[int, int], ...]
-"""Height and width in tokens of each reference image, then of whatever else a family reads of them."""
+"""Height and width in tokens of each reference image, then of anything else that a family reads of them."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,21 @@ class Text:
         return len(self.embeds)
 
     def __getitem__(self, rows: Tensor | slice | int) -> Text:
-        """Some prompts; ``rows`` as in `clora.devices.take`."""
+        """Returns some prompts; ``rows`` as in `clora.devices.take`."""
         return Text(*(None if part is None else take(part, rows) for part in (self.embeds, self.mask, self.pooled)))
 
     def to(self, device: torch.device) -> Text:
-        """The same prompts on a device; the mask stays on the CPU."""
+        """Returns the same prompts on a device; the mask stays on the CPU."""
         return Text(send(self.embeds, device), self.mask, None if self.pooled is None else send(self.pooled, device))
 
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
-        """All rows, shorter ones padded with masked zeros."""
+        """Joins all rows; shorter ones are padded with masked zeros."""
         length = max(part.embeds.shape[1] for part in parts)
         # Prompts that all have one length and no mask stay without: attention then needs none.
         masked = any(part.mask is not None or part.embeds.shape[1] < length for part in parts)
-        embeds, masks = [], []
+        embeds = []
+        masks = []
         for part in parts:
             padding = length - part.embeds.shape[1]
             mask = torch.ones(part.embeds.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
@@ -63,8 +64,8 @@ class Conditioning:
 
     Attributes:
         text: the prompts, ``B`` rows.
-        source: ``[B, S, C]`` packed latents of the images to edit, one after the other; whatever else the family reads
-            of these images follows, in rows of the same width.
+        source: ``[B, S, C]`` packed latents of the images to edit, one after the other; anything else that the family
+            reads of these images follows, in rows of the same width.
         shapes: the sizes in tokens of all these parts, the same for all rows; None for one image of the adapter's own
             size.
     """
@@ -77,20 +78,20 @@ class Conditioning:
         return len(self.source)
 
     def __getitem__(self, rows: Tensor | slice | int) -> Conditioning:
-        """Some samples; ``rows`` as in `clora.devices.take`."""
+        """Returns some samples; ``rows`` as in `clora.devices.take`."""
         return Conditioning(self.text[rows], take(self.source, rows), self.shapes)
 
     def to(self, device: torch.device) -> Conditioning:
-        """The same on a device."""
+        """Returns the same on a device."""
         return Conditioning(self.text.to(device), send(self.source, device), self.shapes)
 
     def with_text(self, text: Text) -> Conditioning:
-        """The same images with other prompts."""
+        """Returns the same images with other prompts."""
         return Conditioning(text, self.source, self.shapes)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """All rows. Raises ValueError where images differ in size."""
+        """Joins all rows. Raises ValueError where images differ in size."""
         if any(part.shapes != parts[0].shapes for part in parts):
             raise ValueError(f"expected images of one size, found {[part.shapes for part in parts]}")
         text = Text.cat([part.text for part in parts])

@@ -21,12 +21,12 @@ _PASSING = {"transformers_version", "name_or_path", "is_local", "local_files_onl
 
 
 def component_fingerprints(pipeline) -> dict[str, str]:
-    """A hash of each of a pipeline's components by name, and of its own settings as ``pipeline``.
+    """Returns a hash of each of a pipeline's components by name, and of its own settings as ``pipeline``.
 
-    Models: class, configuration, and each tensor's name, dtype and shape with its values, which of a tensor of more than
-    3 x 1024 are three samples: a second for 20 billion parameters, where reading them all takes a minute. Any training or
-    merge changes samples of some tensor; a change made by hand to single values in a large one goes unseen. What is no
-    model (tokenizer, processor, scheduler) counts with all that it saves. Folder and library versions do not count.
+    A model counts with class, configuration, and each tensor's name, dtype, shape and values. Of more than 3 x 1024 values
+    three samples are read: a second for 20 billion parameters, where all of them take a minute. Any training or merge
+    changes samples of some tensor; a change made by hand to single values in a large one goes unseen. Other components
+    (tokenizer, processor, scheduler) count with all that they save. Folder and library versions do not count.
     """
     found = {name: _fingerprint(part) for name, part in pipeline.components.items() if part is not None}
     return found | {"pipeline": digest([type(pipeline).__name__, _lasting(pipeline.config)])}
@@ -50,7 +50,7 @@ def _fingerprint(component) -> str:
 
 
 def _lasting(config: object) -> object:
-    """A configuration without what changes though the component stays the same."""
+    """Returns a configuration without the settings that change though the component stays the same."""
     if not isinstance(config, Mapping):
         return config
     return {k: v for k, v in config.items() if not str(k).startswith("_") and k not in _PASSING}
@@ -62,7 +62,7 @@ def _file(file: Path) -> object:
 
 
 def _samples(tensors: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """Whole small tensors and samples of large ones; quantised ones by the plain tensors that they consist of."""
+    """Yields small tensors whole, samples of large ones, and of quantised ones the plain tensors that they consist of."""
     for name, tensor in tensors.items():
         if hasattr(tensor, "__tensor_flatten__"):
             parts = tensor.__tensor_flatten__()[0]

@@ -1,6 +1,6 @@
-"""Loads what a run is made of: the pipeline with its weights, its family's guidance, and the teachers' LoRAs.
+"""Loads the inputs of a run: the pipeline with its weights, its family's guidance, and the teachers' LoRAs.
 
-`clora.models.skeleton` has the pipeline without weights.
+`clora.models.skeleton` loads a pipeline without weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
                 component.eval().requires_grad_(False)
                 move(component, target)
         return pipeline
-    except Exception as error:  # readers of damaged configs, tokenizers and weights raise whatever they meet
+    except Exception as error:  # readers of damaged files raise errors of many kinds
         raise CloraError(f"pipeline {path!r} cannot be loaded: {error}") from error
 
 

@@ -14,8 +14,8 @@ from clora.models.conditioning import Conditioning, Shapes, Text
 class ModelAdapter(Protocol):
     """A pipeline family as the engine sees it.
 
-    Latents are packed and normalised, ``[B, T, C]``; images are float32 ``[B, 3, H, W]`` in [-1, 1]. What is encoded or
-    decoded is returned on the CPU, whatever device the encoders are on.
+    Latents are packed and normalised, ``[B, T, C]``; images are float32 ``[B, 3, H, W]`` in [-1, 1]. Results of encoding
+    and decoding are on the CPU, whatever device the encoders are on.
 
     Attributes:
         pipeline: the diffusers pipeline, whose ``transformer`` carries the bank.
@@ -25,13 +25,13 @@ class ModelAdapter(Protocol):
         latent_dtype: of the velocities, in which a stock call keeps latents from step to step.
         source_shapes: size in tokens of the source, if it is one image of `size`.
         text_sees_image: true if a prompt is encoded together with the images to edit.
-        image_tokens: rows of an encoded prompt beyond `max_sequence_length`: those of the image to edit, where it is one
-            image of `size`, and padding.
+        image_tokens: rows of an encoded prompt beyond `max_sequence_length`: padding, and those of the image to edit if
+            it is one image of `size`.
         default_guidance: guidance w usual for the family's LoRAs; 0 if a stock call has no second, empty-prompt pass.
         guidance_embedding: guidance scale embedded in every pass, of student, critic and teachers alike; None for a
             family without guidance embedding.
-        student_call: what a stock call needs, besides prompt, picture, steps, size and ``max_sequence_length``, to run the
-            student: keyword arguments with numbers.
+        student_call: the keyword arguments with which a stock call runs the student, besides prompt, picture, steps, size
+            and ``max_sequence_length``; their values are numbers.
     """
 
     pipeline: Any
@@ -47,7 +47,7 @@ class ModelAdapter(Protocol):
     student_call: Mapping[str, float]
 
     def num_tokens(self, prompt: str) -> int:
-        """Tokens of a prompt, as ``max_sequence_length`` counts them; only the tokenizer is read."""
+        """Counts the tokens of a prompt as ``max_sequence_length`` does; only the tokenizer is read."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
@@ -75,19 +75,19 @@ class ModelAdapter(Protocol):
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Packed latents ``[N, T, C]`` of images ``[N, 3, H, W]`` of the adapter's size: results to learn."""
+        """Returns packed latents ``[N, T, C]`` of images ``[N, 3, H, W]`` of the adapter's size: results to learn."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` in [-1, 1] (not clipped) of packed latents ``[N, T, C]``."""
+        """Returns images ``[N, 3, H, W]`` in [-1, 1] (not clipped) of packed latents ``[N, T, C]``."""
         ...
 
     def teacher_schedule(self, steps: int) -> Tensor:
-        """Noise levels ``[steps + 1]``, the last 0, that a stock call of the pipeline runs through."""
+        """Returns the noise levels ``[steps + 1]``, the last 0, that a stock call of the pipeline runs through."""
         ...
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The transformer's velocity ``eps - x0``.
+        """Returns the transformer's velocity ``eps - x0``.
 
         Args:
             x: noisy packed latents ``[B, T, C]``.

@@ -37,7 +37,7 @@ def register(pipeline_class: str, adapter: Callable[..., ModelAdapter]) -> None:
 def adapter_for(
     pipeline, size: tuple[int, int], max_sequence_length: int, guidance_embedding: float | None = None
 ) -> ModelAdapter:
-    """The adapter of a loaded pipeline, chosen by its class.
+    """Returns the adapter of a loaded pipeline, chosen by its class.
 
     Args:
         pipeline: a diffusers pipeline.

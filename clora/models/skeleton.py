@@ -14,7 +14,7 @@ import torch
 from clora.errors import CloraError
 from clora.progress import quiet_libraries
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*", "*.gguf")
+WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*", "*.gguf"]
 
 
 def pipeline_folder(path: str) -> Path:
@@ -31,10 +31,10 @@ def pipeline_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, ignore_patterns=list(WEIGHTS)))
+        return Path(snapshot_download(path, ignore_patterns=WEIGHTS))
     except Exception as error:  # the hub's client raises many kinds: no network, no such repository, no access
         raise CloraError(
-            f"pipeline {path!r}: there is no such folder, and it cannot be had from the Hub ({error})"
+            f"pipeline {path!r}: there is no such folder, and it cannot be downloaded from the Hub ({error})"
         ) from error
 
 
@@ -106,7 +106,7 @@ def _component(folder: Path, library: str | None, name: str | None, dtype: torch
             else:
                 model = found(found.config_class.from_pretrained(folder))
             return model.eval().requires_grad_(False)
-    except Exception as error:  # readers of damaged configs raise whatever they meet
+    except Exception as error:  # readers of damaged configs raise errors of many kinds
         reason = str(error)
         # transformers reads pictures and videos with torchvision, and its own message about that is long.
         if "torchvision" in reason.lower():

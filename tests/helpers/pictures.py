@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
     """A smooth picture of ``(height, width)``, so that resizing keeps something of it."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def pictures(sizes: Sequence[tuple[int, int]], seed: int = 0) -> tuple[Image.Image, ...]:
+    """Returns a picture of each size."""
+    return tuple(picture(seed + i, size) for i, size in enumerate(sizes))
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from helpers.edits import Sample, start_noise
 
-from clora.lora.save import save_lora
-from clora.lora.state import LoRAState
-from clora.models import ModelAdapter
 from clora.testing import SENTENCES
 
 VISION = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
@@ -108,47 +102,6 @@ def shrink(monkeypatch, pipeline) -> None:
     module = sys.modules[type(pipeline).__module__]
     calculate, areas = module.calculate_dimensions, {1024 * 1024: 96 * 96, 384 * 384: 80 * 80}
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: calculate(areas[area], ratio))
-
-
-def stock_call(adapter: ModelAdapter, loras, sample: Sample, folder, scheduler=None, steps: int = 8, **kwargs):
-    """Images ``[1, 3, H, W]`` in [0, 1] of a stock call of a copy of the pipeline with the sample's LoRA.
-
-    ``loras`` has states, which are saved in ``folder`` first, or folders and files.
-    """
-    parts = dict(adapter.pipeline.components)
-    parts["transformer"] = copy.deepcopy(parts["transformer"])
-    pipeline = type(adapter.pipeline)(**{**parts, "scheduler": scheduler or parts["scheduler"]})
-    pipeline.set_progress_bar_config(disable=True)
-    if sample.lora is not None:
-        file = lora = loras[sample.lora]
-        if isinstance(lora, LoRAState):
-            file = folder / "lora.safetensors"
-            save_lora(lora, file)
-        pipeline.load_lora_weights(file)
-    arguments = {"latents": start_noise(adapter, sample), **adapter.student_call, **kwargs}
-    torch.manual_seed(sample.seed)
-    images = list(sample.images) if len(sample.images) > 1 else sample.images[0]
-    size = {"height": adapter.size[0], "width": adapter.size[1]}
-    return pipeline(
-        image=images, prompt=sample.prompt, num_inference_steps=steps, output_type="pt", **size, **arguments
-    ).images[:, :3]
-
-
-@contextmanager
-def received(adapter: ModelAdapter) -> Iterator[list[dict[str, Any]]]:
-    """The arguments of every pass of a transformer of the adapter's class inside."""
-    kind, calls = type(adapter.pipeline.transformer), []
-    forward = kind.forward
-
-    def noted(self, **kwargs):
-        calls.append(kwargs)
-        return forward(self, **kwargs)
-
-    kind.forward = noted
-    try:
-        yield calls
-    finally:
-        kind.forward = forward
 
 
 def _tokenizer():

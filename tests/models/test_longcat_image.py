@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import tiny_longcat
 from helpers.collection_cases import describe
-from helpers.pictures import picture, pixels, write_images
+from helpers.edits import Sample, condition, few_step, guided, received, stock_call
+from helpers.pictures import picture, pixels
 from helpers.tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 import clora
-from clora.bank.bank import AdapterBank
 from clora.collection.card import model_card
 from clora.collection.metadata import read_collection, to_metadata
 from clora.collection.write import LORA_FILE, student_scheduler, write_collection
-from clora.data.generation import Generator
-from clora.data.prepare import encode_data
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
-from clora.flow.sampling import few_step_sample
-from clora.lora.layers import block_layers
 from clora.lora.save import save_lora
 from clora.models import adapter_for
-from clora.models.conditioning import Conditioning
 from clora.models.families.longcat_image import LongCatImageEditAdapter
-from clora.testing import random_lora, random_teachers, tiny_config
-from clora.training.student import train_student
+from clora.testing import random_lora
 
 SIZE = (64, 80)
 PROMPTS = (
@@ -37,7 +31,6 @@ PROMPTS = (
     "it's a warm sunset",
     "brighten the image",
 )
-STEPS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -54,46 +47,7 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def loras(adapter):
-    return [random_lora(adapter.pipeline.transformer, 2 + i, 40 + i) for i in range(2)]
-
-
-def stock_pipeline(lora, folder, scheduler=None):
-    """A fresh pipeline that loads a collection's folder the way that LongCat has for it."""
-    pipeline = tiny_pipeline()
-    save_lora(lora, folder / LORA_FILE)
-    pipeline.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=LORA_FILE)
-    pipeline.scheduler = scheduler or pipeline.scheduler
-    return pipeline
-
-
-def call(pipeline, image, prompt, latents, steps=STEPS, seed=0, **guidance):
-    torch.manual_seed(seed)
-    return pipeline(
-        image,
-        prompt,
-        num_inference_steps=steps,
-        latents=latents,
-        output_type="pt",
-        **guidance,
-    ).images
-
-
-def condition(adapter, prompts, images):
-    references = [torch.cat([pixels(image) for image in images])]
-    return Conditioning(adapter.encode_prompts(prompts, references), *adapter.encode_sources(references))
-
-
-def few_step(adapter, states, ids, conditioning, latents, noises=None, seed=0):
-    """Through a bank; noises from the global generator by default, as a stock call draws them."""
-    with AdapterBank(adapter.pipeline.transformer, {str(i): state for i, state in enumerate(states)}) as bank:
-        torch.manual_seed(seed)
-        with torch.no_grad(), bank.route(bank.slots(), torch.tensor(ids)):
-            return few_step_sample(
-                lambda x, sigma: adapter.velocity(x, sigma, conditioning),
-                latents,
-                student_schedule(STEPS),
-                noises=noises,
-            )
+    return {name: random_lora(adapter.pipeline.transformer, 2 + i, 40 + i) for i, name in enumerate("ab")}
 
 
 def assert_carries(transformer, lora):
@@ -104,106 +58,75 @@ def assert_carries(transformer, lora):
         torch.testing.assert_close(layer.get_delta_weight("default_0"), lora.modules[name].delta())
 
 
-def image(adapter, latents):
-    return (adapter.decode(latents) / 2 + 0.5).clamp(0, 1)
-
-
-def draw(adapter, count, seed):
-    torch.manual_seed(seed)
-    return [torch.randn(1, *adapter.latent_shape) for _ in range(count)]
-
-
-@contextmanager
-def timesteps_of(pipeline):
-    """Collects what the transformer receives as time."""
-    seen = []
-    hook = pipeline.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["timestep"].clone()), with_kwargs=True
-    )
-    yield seen
-    hook.remove()
-
-
 @pytest.mark.parametrize(
     ("size", "picture_size"),
     [((64, 64), (64, 64)), (SIZE, SIZE), (SIZE, (152, 190)), (SIZE, (40, 48)), ((80, 64), (81, 64))],
 )
-def test_few_steps_equal_a_stock_call(loras, tmp_path, size, picture_size):
+def test_few_steps_equal_a_stock_call(adapter, loras, tmp_path, size, picture_size):
     """Pictures of any size that has the proportions."""
-    pipeline, adapter = stock_pipeline(loras[0], tmp_path, student_scheduler(3.0)), tiny_adapter(size=size)
-    latents, *_ = draw(adapter, 1, seed=11)
-    with timesteps_of(pipeline) as stock_times:
-        stock = call(pipeline, picture(0, picture_size), PROMPTS[0], latents, **adapter.student_call)
-    conditioning = condition(adapter, PROMPTS[:1], [picture(0, picture_size)])
-    with timesteps_of(adapter.pipeline) as times:
-        ours = image(adapter, few_step(adapter, loras[:1], [0], conditioning, latents))
-    assert torch.equal(torch.cat(stock_times), torch.cat(times))
-    assert torch.equal(torch.cat(times), student_schedule(STEPS))
+    adapter = adapter_for(adapter.pipeline, size, MAX_SEQUENCE_LENGTH)
+    sample = Sample(PROMPTS[0], (picture(0, picture_size),), "a", 11)
+    with received(adapter) as calls:
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0))
+        ours = few_step(adapter, loras, [sample])
+    for seen in (calls[:8], calls[8:]):
+        assert torch.equal(torch.cat([call["timestep"] for call in seen]), student_schedule(8))
     assert stock.shape == (1, 3, *size)
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
-    without = image(adapter, few_step(adapter, loras[:1], [-1], conditioning, latents))
+    without = few_step(adapter, loras, [replace(sample, lora=None)])
     assert (without - stock).abs().max() > 0.01, "the LoRA changes nothing"
 
 
 def test_a_batch_equals_stock_calls_of_its_samples(adapter, loras, tmp_path):
-    """Different pictures, prompts and adapters, one of them the base."""
-    ids, images = [1, 0, -1, 1], [picture(i, SIZE) for i in range(4)]
-    latents = torch.cat([draw(adapter, 1, seed=20 + i)[0] for i in range(4)])
-    noises = [torch.cat(noise) for noise in zip(*(draw(adapter, STEPS - 1, seed=i) for i in range(4)), strict=True)]
-    ours = image(adapter, few_step(adapter, loras, ids, condition(adapter, PROMPTS, images), latents, noises))
-    for i, lora in enumerate(ids):
-        pipeline = stock_pipeline(loras[lora], tmp_path, student_scheduler(3.0))
-        if lora == -1:
-            pipeline.transformer.disable_lora()
-        stock = call(pipeline, images[i], PROMPTS[i], latents[i : i + 1], seed=i, **adapter.student_call)
-        torch.testing.assert_close(ours[i : i + 1], stock, rtol=0, atol=1e-4)
+    """Different pictures, prompts and LoRAs, one of them the base."""
+    samples = [Sample(PROMPTS[i], (picture(i, SIZE),), lora, 20 + i) for i, lora in enumerate(["b", "a", None, "b"])]
+    for sample, ours in zip(samples, few_step(adapter, loras, samples), strict=True):
+        stock = stock_call(adapter, loras, sample, tmp_path, student_scheduler(3.0))
+        torch.testing.assert_close(ours[None], stock, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("w", [0.0, 2.5])
 def test_guided_teachers_equal_stock_calls(adapter, loras, tmp_path, w):
     """The pipeline's own scheduler, which shifts dynamically; its guidance scale is w + 1."""
-    steps, images = 5, [picture(i, SIZE) for i in range(2)]
-    pipeline = stock_pipeline(loras[1], tmp_path)
-    with AdapterBank(adapter.pipeline.transformer, {"teacher": loras[1]}) as bank:
-        conditioning = condition(adapter, PROMPTS[:2], images)
-        empty = adapter.encode_prompts(["", ""], [torch.cat([pixels(image) for image in images])])
-        generator = Generator(adapter, bank, bank.slots(), 3.0)
-        noise = generator._noise([4, 7])
-        with timesteps_of(adapter.pipeline) as times:
-            latents = generator.guided_euler(torch.tensor([0, 0]), conditioning, empty, [4, 7], steps, w)
-    ours = image(adapter, latents)
-    for i in range(2):
-        with timesteps_of(pipeline) as stock_times:
-            stock = call(pipeline, images[i], PROMPTS[i], noise[i : i + 1], steps, guidance_scale=w + 1)
+    steps = 5
+    samples = [Sample(PROMPTS[i], (picture(i, SIZE),), "b", seed) for i, seed in enumerate([4, 7])]
+    with received(adapter) as calls:
+        noise, ours = guided(adapter, loras, samples, condition(adapter, samples, "").text, steps, w)
+    times = [call["timestep"] for call in calls[:steps]]
+    for i, sample in enumerate(samples):
+        with received(adapter) as calls:
+            stock = stock_call(
+                adapter, loras, sample, tmp_path, steps=steps, latents=noise[i : i + 1], guidance_scale=w + 1
+            )
         torch.testing.assert_close(ours[i : i + 1], stock, rtol=0, atol=1e-4)
         passes = 2 if w else 1
-        assert len(stock_times) == steps * passes
-        for time, stock_time in zip(times, stock_times[::passes], strict=True):  # 1000 sigma / 1000: the last bit
-            torch.testing.assert_close(time[i], stock_time[0], rtol=0, atol=1e-7)
+        assert len(calls) == steps * passes
+        for time, call in zip(times, calls[::passes], strict=True):  # 1000 sigma / 1000: the last bit
+            torch.testing.assert_close(time[i], call["timestep"][0], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs"), [(LORA_FILE, {}), ("", {"weight_name": LORA_FILE}), ("", {"use_safetensors": True})]
 )
 def test_a_collection_loads_whole(loras, tmp_path, name, kwargs):
-    """By file, by folder with the name, and by folder with the type; a folder alone is taken for a pickle's."""
-    save_lora(loras[0], tmp_path / LORA_FILE)
+    """By file, by folder with the name, and by folder with the type; only a folder is taken for a pickle's."""
+    save_lora(loras["a"], tmp_path / LORA_FILE)
     transformer = tiny_pipeline().transformer
     transformer.load_lora_adapter(tmp_path / name, prefix="transformer", **kwargs)
-    assert_carries(transformer, loras[0])
+    assert_carries(transformer, loras["a"])
 
 
 @pytest.fixture
 def collection(loras, tmp_path):
     """A collection of random weights, and its LoRA."""
     described = describe(pipeline="LongCatImageEditPipeline", call={"guidance_scale": 1.0})
-    return write_collection(loras[0], described, tmp_path / "collection", torch.float32)
+    return write_collection(loras["a"], described, tmp_path / "collection", torch.float32)
 
 
 def test_apply_loads_a_collection_into_the_transformer(loras, collection):
     pipeline = tiny_pipeline()
     effects = clora.apply(pipeline, collection)
-    assert_carries(pipeline.transformer, loras[0])
+    assert_carries(pipeline.transformer, loras["a"])
     assert pipeline.scheduler.config.stochastic_sampling
     assert effects["a"] == {"prompt": "p", "num_inference_steps": 8, "guidance_scale": 1.0}
 
@@ -227,22 +150,7 @@ def test_the_card_loads_a_collection_into_the_transformer(loras, collection):
     ]
     pipeline = tiny_pipeline()
     exec(line, {"pipe": pipeline})
-    assert_carries(pipeline.transformer, loras[0])
-
-
-def test_a_student_is_trained(adapter, tmp_path):
-    write_images(tmp_path, 3, size=(70, 90))
-    teachers = random_teachers(adapter.pipeline.transformer, 2)
-    data = {"sources": str(tmp_path), "size": SIZE, "sources_per_effect": 2, "general_targets": 2}
-    config = tiny_config(list(teachers), data={**data, "max_sequence_length": MAX_SEQUENCE_LENGTH})
-    encoded = encode_data(config, adapter, teachers)
-    assert encoded.targets.shape == encoded.sources.shape == (2, 2, *adapter.latent_shape)
-    reports = []
-    student = train_student(config, adapter, teachers, encoded, lambda update, values: reports.append(values))
-    assert len(reports) == 2
-    assert set(student.modules) == set(block_layers(adapter.pipeline.transformer))
-    assert all(torch.isfinite(module.delta()).all() for module in student.modules.values())
-    assert sum(bool(module.lora_B.any()) for module in student.modules.values()) == len(student.modules)
+    assert_carries(pipeline.transformer, loras["a"])
 
 
 def test_a_long_prompt_is_refused_and_none_is_cut(adapter):

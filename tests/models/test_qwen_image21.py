@@ -5,13 +5,12 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from helpers.edits import Sample, condition, few_step, routed, start_noise, to_images
-from helpers.pictures import picture, pixels
-from helpers.tiny_qwen_image import received, shrink, stock_call, tiny_qwen21_pipeline
+from helpers.edits import Sample, condition, few_step, guided, received, start_noise, stock_call
+from helpers.pictures import picture, pictures, pixels
+from helpers.tiny_qwen_image import shrink, tiny_qwen21_pipeline
 
 from clora.bank.bank import AdapterBank
 from clora.collection.write import student_scheduler
-from clora.data.generation import Generator
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.lora.layers import block_layers
@@ -43,16 +42,12 @@ def loras(pipeline):
     }
 
 
-def pictures(sizes, seed=0):
-    return tuple(picture(seed + i, size) for i, size in enumerate(sizes))
-
-
 CASES = {"square": (SQUARE, [SQUARE]), "tall_of_wide": (TALL, [WIDE]), "three": (WIDE, [WIDE, TALL, (79, 81)])}
 
 
 @pytest.mark.parametrize(("size", "sizes"), CASES.values(), ids=list(CASES))
 def test_a_stock_call_equals_the_few_step_sampler(pipeline, loras, size, sizes, tmp_path):
-    """Whose stock call keeps keys and values of text and sources from the first step."""
+    """A stock call keeps keys and values of text and sources from the first step."""
     adapter = adapter_for(pipeline, size, LENGTH)
     sample = Sample(SENTENCES[0], pictures(sizes), "all", 5)
     with received(adapter) as calls:
@@ -91,14 +86,11 @@ def test_a_teacher_equals_a_stock_call(pipeline, loras, steps, w, tmp_path):
     assert adapter.default_guidance == 0
     sample = Sample(SENTENCES[1], pictures([WIDE]), "all", 3)
     empty = condition(adapter, [sample], prompt="").text
-    with routed(adapter, loras, [sample]) as (bank, ids):
-        generator = Generator(adapter, bank, bank.slots(), 3.0)
-        noise = generator._noise([4])
-        latents = generator.guided_euler(ids, condition(adapter, [sample]), empty, [4], steps, w)
+    noise, found = guided(adapter, loras, [sample], empty, steps, w)
     with received(adapter) as calls:
         guidance = {"true_cfg_scale": w + 1, "negative_prompt": ""} if w else {}
         stock = stock_call(adapter, loras, sample, tmp_path, steps=steps, latents=noise, **guidance)
-    torch.testing.assert_close(stock, to_images(adapter.decode(latents)), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(stock, found, rtol=0, atol=TOLERANCE)
     timesteps = torch.cat([call["timestep"] for call in calls])
     assert len(timesteps) == steps * (2 if w else 1)
     torch.testing.assert_close(timesteps[:: 2 if w else 1], adapter.teacher_schedule(steps)[:-1], rtol=2e-7, atol=0)

@@ -8,9 +8,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from helpers.edits import Sample, few_step
+from helpers.edits import Sample, few_step, stock_call
 from helpers.pictures import picture, write_images
-from helpers.tiny_qwen_image import shrink, stock_call, tiny_qwen21_pipeline, tiny_qwen_pipeline
+from helpers.tiny_qwen_image import shrink, tiny_qwen21_pipeline, tiny_qwen_pipeline
 
 from clora.collection.apply import load_collection
 from clora.collection.metadata import LORA_FILE
@@ -79,7 +79,7 @@ def test_the_default_guidance_is_that_of_a_stock_call():
 
 
 def check_stock_call(adapter, folder, config):
-    """A stock call as the collection says it is made gives what the few-step sampler gives."""
+    """A stock call as the collection describes it makes the images of the few-step sampler."""
     call = load_collection(folder)["effect_0"]
     prompt, steps, size = call.pop("prompt"), call.pop("num_inference_steps"), (call.pop("height"), call.pop("width"))
     assert (prompt, steps, size) == (config.effects[0].student_prompts[0], config.sampler.steps, SIZE)
@@ -101,7 +101,7 @@ def make_config(folder, teachers, **settings):
 
 
 def check_data(data, adapter, config):
-    """A row of the prompt table for each prompt and picture, as encoded alone."""
+    """A row of the prompt table for each prompt and picture, as encoded by themselves."""
     images = load_images(config.data.sources, SIZE)[1]
     used = [(config.effects[e].prompt, 1, data.teacher_text[e, 1]) for e in range(2)]
     used += [(config.effects[e].student_prompts[0], 1, data.student_text[e, 0, 1]) for e in range(2)]

@@ -1,8 +1,12 @@
-"""FLUX.2: text and reference tokens join the latent tokens, told apart by 4-D position ids."""
+"""FLUX.2: the tokens of text and references join those of the latents; 4-D position ids separate them.
+
+A prompt is padded to ``max_sequence_length``, and the transformer reads the padding as the pipeline does, without a mask.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from PIL import Image
@@ -12,7 +16,6 @@ from clora.devices import send
 from clora.errors import CloraError
 from clora.models.common import (
     FamilyAdapter,
-    check_lengths,
     embedded_guidance,
     guidance_rows,
     prompt_chunks,
@@ -30,24 +33,22 @@ class _Flux2(FamilyAdapter):
         super().__init__(pipeline, size, max_sequence_length)
         self.source_shapes = (self._grid_of(*self._fit(torch.zeros(1, 3, *size)).shape[-2:]),)
         self._text_ids = pipeline._prepare_text_ids(torch.zeros(1, max_sequence_length, 1))[0]
-        self._own_image_ids = self._image_ids(self.source_shapes)
+        self._image_ids = cache(self._make_image_ids)
 
-    def _image_ids(self, shapes: Shapes) -> Tensor:
-        """Position ids of the latents and of the references after them, ``[T + S, 4]``."""
+    def _make_image_ids(self, shapes: Shapes) -> Tensor:
+        """Makes the position ids of the latents and of the references after them, ``[T + S, 4]``."""
+        # The first of the four ids is 0 for the latents, 10 for the first reference, 20 for the next.
         latents = self.pipeline._prepare_latent_ids(torch.zeros(1, 1, *self._grid))[0]
         references = self.pipeline._prepare_image_ids([torch.zeros(1, 1, *shape) for shape in shapes])[0]
         return torch.cat([latents, references])
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
-        """See `ModelAdapter.encode_prompts`."""
-        check_lengths(self, prompts)
+    def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterator[Text]:
         length = self.max_sequence_length
-        chunks = prompt_chunks(prompts, length)
-        return Text(torch.cat([self.pipeline.encode_prompt(c, max_sequence_length=length)[0].cpu() for c in chunks]))
+        for chunk in prompt_chunks(prompts, length):
+            yield Text(self.pipeline.encode_prompt(chunk, max_sequence_length=length)[0].cpu())
 
     def _fit(self, images: Tensor) -> Tensor:
-        """Images of more than 1024 x 1024 pixels are made smaller, and cropped to whole patches, as in the pipeline."""
+        """Scales images of more than 1024 x 1024 pixels down and crops to whole patches, as the pipeline does."""
         height, width = images.shape[-2:]
         if height * width <= MAX_AREA and height % self._token == width % self._token == 0:
             return images
@@ -66,25 +67,25 @@ class _Flux2(FamilyAdapter):
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        # [N, T, C] to [N, C, H, W], where C is four latent channels of 2 x 2 pixels. The autoencoder normalises these
-        # by running statistics of each; `_unpatchify_latents` then puts the pixels back side by side.
+        # [N, T, C] to [N, C, H, W], where the C channels are those of 2 x 2 latent pixels. Unlike FLUX.1, whose latents
+        # have one scale and one shift, each of these channels has its own: the running statistics of a batch norm.
+        # `_unpatchify_latents` then puts the pixels back side by side.
         grid = latents.to(vae.dtype).transpose(1, 2).reshape(len(latents), -1, *self._grid)
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1).to(grid)
         grid = grid * std + vae.bn.running_mean.view(1, -1, 1, 1).to(grid)
         return vae.decode(self.pipeline._unpatchify_latents(grid), return_dict=False)[0].float()
 
     def _time_shift(self, steps: int) -> float:
+        # Unlike the other families, the pipeline shifts less where there are many steps.
         return self._module.compute_empirical_mu(self.latent_shape[0], steps)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
-        shapes = conditioning.shapes
-        image_ids = self._own_image_ids if shapes in (None, self.source_shapes) else self._image_ids(shapes)
         return self._predict(
             x,
             sigma,
             conditioning,
-            img_ids=send(image_ids, x.device),
+            img_ids=send(self._image_ids(conditioning.shapes or self.source_shapes), x.device),
             txt_ids=send(self._text_ids, x.device),
             guidance=guidance_rows(self.guidance_embedding, x),
         )
@@ -103,7 +104,7 @@ class Flux2KleinAdapter(_Flux2):
             does not fit the patch size.
     """
 
-    default_guidance = 4.0
+    default_guidance = 4.0  # w = guidance_scale - 1 of a stock call
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         if pipeline.config.is_distilled:

@@ -1,8 +1,9 @@
-"""FLUX.1 Kontext: one reference, its tokens after the latents', told apart by the first of three position ids."""
+"""FLUX.1 Kontext: the tokens of one reference follow those of the latents; the first of three position ids differs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from clora.devices import send
 from clora.models.common import (
     FamilyAdapter,
-    check_lengths,
     check_limit,
     embedded_guidance,
     guidance_rows,
@@ -52,18 +52,20 @@ class FluxKontextAdapter(FamilyAdapter):
         self.student_call = {**guidance, "max_area": size[0] * size[1]}
         self.source_shapes = (self._grid_of(*self._preferred_size(torch.zeros(1, 3, *size))),)
         self._text_ids = torch.zeros(max_sequence_length, 3)
-        self._own_image_ids = self._image_ids(self.source_shapes)
+        self._image_ids = cache(self._make_image_ids)
 
     def _preferred_size(self, images: Tensor) -> tuple[int, int]:
-        """Height and width to which the pipeline resizes such references."""
+        """Returns the height and width to which the pipeline resizes such references."""
         height, width = self.pipeline.image_processor.get_default_height_width(images)  # whole patches
+        # Of the sizes that the model was trained with, the nearest in aspect; on a tie the smallest width, as in the
+        # pipeline.
         aspect = width / height
         preferred = self._module.PREFERRED_KONTEXT_RESOLUTIONS
         _, width, height = min((abs(aspect - width / height), width, height) for width, height in preferred)
         return height // self._token * self._token, width // self._token * self._token
 
-    def _image_ids(self, shapes: Shapes) -> Tensor:
-        """Position ids of the latents and of the reference after them, ``[T + S, 3]``."""
+    def _make_image_ids(self, shapes: Shapes) -> Tensor:
+        """Makes the position ids of the latents and of the reference after them, ``[T + S, 3]``."""
         ids = [
             self.pipeline._prepare_latent_image_ids(1, *grid, torch.device("cpu"), torch.float32)
             for grid in (self._grid, *shapes)
@@ -73,15 +75,12 @@ class FluxKontextAdapter(FamilyAdapter):
             references[:, 0] = 1
         return torch.cat(ids)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
-        """See `ModelAdapter.encode_prompts`."""
-        check_lengths(self, prompts)
-        length, parts = self.max_sequence_length, []
+    def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterator[Text]:
+        length = self.max_sequence_length
+        # T5's embeddings [N, L, D], padded and read without a mask, and CLIP's pooled ones [N, P].
         for chunk in prompt_chunks(prompts, length):
             embeds, pooled, _ = self.pipeline.encode_prompt(chunk, max_sequence_length=length)
-            parts.append(Text(embeds.cpu(), pooled=pooled.cpu()))
-        return Text.cat(parts)
+            yield Text(embeds.cpu(), pooled=pooled.cpu())
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`."""
@@ -89,7 +88,8 @@ class FluxKontextAdapter(FamilyAdapter):
         return len(tokenizer(self.pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
 
     def _fit(self, images: Tensor) -> Tensor:
-        processor, size = self.pipeline.image_processor, self._preferred_size(images)
+        processor = self.pipeline.image_processor
+        size = self._preferred_size(images)
         return torch.cat([processor.preprocess(processor.resize(to_pil(image), *size), *size) for image in images])
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -104,14 +104,12 @@ class FluxKontextAdapter(FamilyAdapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
-        shapes = conditioning.shapes
-        image_ids = self._own_image_ids if shapes in (None, self.source_shapes) else self._image_ids(shapes)
         return self._predict(
             x,
             sigma,
             conditioning,
             pooled_projections=conditioning.text.pooled.to(self.pipeline.transformer.dtype),
             guidance=guidance_rows(self.guidance_embedding, x),
-            img_ids=send(image_ids, x.device),
+            img_ids=send(self._image_ids(conditioning.shapes or self.source_shapes), x.device),
             txt_ids=send(self._text_ids, x.device),
         )

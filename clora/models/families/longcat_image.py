@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -10,15 +10,14 @@ from torch import Tensor
 
 from clora.devices import send
 from clora.errors import CloraError
-from clora.models.common import FamilyAdapter, check_lengths, check_limit, num_seen_tokens, only_image, to_pil
+from clora.models.common import FamilyAdapter, check_limit, num_seen_tokens, only_image, to_pil
 from clora.models.conditioning import Conditioning, Text
 
 AREA = 1024 * 1024  # pixels that the pipeline brings every picture to, keeping its proportions
-LATENT_CHANNELS = 16
 
 
 class LongCatImageEditAdapter(FamilyAdapter):
-    """LongCat-Image-Edit: one picture, whose proportions alone decide the size of the result.
+    """LongCat-Image-Edit: one picture, whose proportions decide the size of the result.
 
     Args:
         pipeline: a ``LongCatImageEditPipeline``. It has no method that loads a LoRA; its transformer has
@@ -32,7 +31,7 @@ class LongCatImageEditAdapter(FamilyAdapter):
     """
 
     text_sees_image = True
-    default_guidance = 3.5
+    default_guidance = 3.5  # w = guidance_scale - 1, of the pipeline's default 4.5
     _takes_one_image = True
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
@@ -52,20 +51,16 @@ class LongCatImageEditAdapter(FamilyAdapter):
         return seen + self.pipeline.tokenizer_max_length - self.max_sequence_length
 
     def _stock_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the result of a stock call with a picture of this size."""
+        """Returns the height and width of a stock call's result for a picture of this size."""
         width, height = self._module.calculate_dimensions(AREA, size[1] / size[0])
         return height, width
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
-        """See `ModelAdapter.encode_prompts`; one by one, as the pipeline takes them."""
-        check_lengths(self, prompts)
+    def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterator[Text]:
         height, width = self.size
-        parts = []
+        # One by one, as the pipeline takes them; the text encoder sees the picture at half its size.
         for prompt, image in zip(prompts, only_image(self.pipeline, references), strict=True):
             seen = self.pipeline.image_processor.resize(self._resized(image), height // 2, width // 2)
-            parts.append(Text(self.pipeline.encode_prompt([prompt], seen)[0].cpu()))
-        return Text.cat(parts)
+            yield Text(self.pipeline.encode_prompt([prompt], seen)[0].cpu())
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`. Words in quotation marks are encoded letter by letter."""
@@ -75,7 +70,7 @@ class LongCatImageEditAdapter(FamilyAdapter):
         return sum(len(self.pipeline.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces)
 
     def _resized(self, image: Tensor) -> Image.Image:
-        """A picture in the size that the pipeline brings it to."""
+        """Returns a picture in the size that the pipeline brings it to."""
         image = to_pil(image)
         size = self._stock_size((image.height, image.width))
         if size != self.size:
@@ -90,9 +85,8 @@ class LongCatImageEditAdapter(FamilyAdapter):
         return torch.cat([preprocess(self._resized(image), *self.size) for image in images])
 
     def _encode(self, images: Tensor) -> Tensor:
-        height, width = (2 * side for side in self._grid)
         latents = self.pipeline._encode_vae_image(images.to(self.pipeline.vae.dtype), generator=None)
-        return self.pipeline._pack_latents(latents, len(images), LATENT_CHANNELS, height, width)
+        return self.pipeline._pack_latents(latents, *latents.shape)
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
@@ -104,7 +98,8 @@ class LongCatImageEditAdapter(FamilyAdapter):
         """See `ModelAdapter.velocity`."""
         # The first id of a position is 0 for text, 1 for the latents and 2 for the source. The other two run along the
         # text, and over the grids from L, the text's length, on: [L, 3] and [T + S, 3] with S = T.
-        ids, length = self._module.prepare_pos_ids, conditioning.text.embeds.shape[1]
+        ids = self._module.prepare_pos_ids
+        length = conditioning.text.embeds.shape[1]
         height, width = self._grid
         text = ids(0, "text", num_token=length)
         images = [ids(i, "image", (length, length), height=height, width=width) for i in (1, 2)]

@@ -9,14 +9,14 @@ text after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clora.devices import send
-from clora.models.common import FamilyAdapter, check_lengths, check_limit, num_seen_tokens, only_image, to_pil
+from clora.models.common import FamilyAdapter, check_limit, num_seen_tokens, only_image, to_pil
 from clora.models.conditioning import Conditioning, Text
 
 AREA = 1024 * 1024
@@ -55,37 +55,34 @@ class QwenImageEditPlusAdapter(FamilyAdapter):
 
     @property
     def _source_area(self) -> int:
-        """Pixels of an image to edit as the autoencoder sees it."""
+        """Returns the pixels of an image to edit as the autoencoder sees it."""
         return self._module.VAE_IMAGE_SIZE
 
     @property
     def _seen_area(self) -> int:
-        """Pixels of an image to edit as the text encoder sees it."""
+        """Returns the pixels of an image to edit as the text encoder sees it."""
         return self._module.CONDITION_IMAGE_SIZE
 
     def _scaled(self, size: tuple[int, int], area: int) -> tuple[int, int]:
-        """The height and width of about this area to which the pipeline brings an image of this size."""
+        """Returns the height and width, of about this area, to which the pipeline brings an image of this size."""
         width, height = self._module.calculate_dimensions(area, size[1] / size[0])[:2]
         return height, width
 
     def _to_pil(self, image: Tensor) -> Image.Image:
         return to_pil(image).convert(self._image_mode)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
-        """See `ModelAdapter.encode_prompts`. Raises ValueError without references."""
+    def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterator[Text]:
         if not references:
             raise ValueError("expected the images that the prompts are about, which are encoded with them; found none")
-        check_lengths(self, prompts)
-        resize, parts = self.pipeline.image_processor.resize, []
-        # One by one: the pipeline takes one set of images for all the prompts of a call.
+        resize = self.pipeline.image_processor.resize
+        # One by one: the pipeline takes one set of images for all the prompts of a call. Lengths differ then, so batches
+        # have a mask, which the transformer reads.
         for prompt, images in zip(prompts, zip(*references, strict=True), strict=True):
             seen = [resize(self._to_pil(i), *self._scaled(i.shape[-2:], self._seen_area)) for i in images]
-            parts.append(Text(self._encode_prompt(prompt, seen).cpu()))
-        return Text.cat(parts)
+            yield Text(self._encode_prompt(prompt, seen).cpu())
 
     def _encode_prompt(self, prompt: str, images: list[Image.Image]) -> Tensor:
-        """The encoded prompt, ``[1, L, D]``."""
+        """Encodes one prompt, ``[1, L, D]``."""
         given = only_image(self.pipeline, images) if self._takes_one_image else images
         return self.pipeline.encode_prompt(prompt, given, self.pipeline.text_encoder.device)[0]
 
@@ -94,7 +91,7 @@ class QwenImageEditPlusAdapter(FamilyAdapter):
         return len(self.pipeline.processor.tokenizer(prompt)["input_ids"])
 
     def _fit(self, images: Tensor) -> Tensor:
-        """Every image is resized to about 1024 x 1024 pixels, as in the pipeline."""
+        """Resizes every image to about 1024 x 1024 pixels, as the pipeline does."""
         size = self._scaled(images.shape[-2:], self._source_area)
         preprocess = self.pipeline.image_processor.preprocess
         return torch.cat([preprocess(self._to_pil(image), *size) for image in images])
@@ -107,8 +104,9 @@ class QwenImageEditPlusAdapter(FamilyAdapter):
         return self.pipeline._pack_latents(latents, count, channels, height, width)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        pipeline, vae = self.pipeline, self.pipeline.vae
-        grid = pipeline._unpack_latents(latents, *self.size, pipeline.vae_scale_factor).to(vae.dtype)
+        vae = self.pipeline.vae
+        grid = self.pipeline._unpack_latents(latents, *self.size, self.pipeline.vae_scale_factor).to(vae.dtype)
+        # Each latent channel has its own mean and deviation; `_encode_vae_image` has normalised by them.
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(grid)
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(grid)
         return vae.decode(grid * std + mean, return_dict=False)[0][:, :, 0]
@@ -127,12 +125,12 @@ class QwenImageEditPlusAdapter(FamilyAdapter):
 
 
 class QwenImageEditAdapter(QwenImageEditPlusAdapter):
-    """The first Qwen-Image-Edit: one image, which text encoder and VAE see in the same size (see `ModelAdapter`)."""
+    """The first Qwen-Image-Edit: one image, which text encoder and autoencoder see in the same size (see `ModelAdapter`)."""
 
     _takes_one_image = True
     _source_area = _seen_area = AREA
 
 
 def attention_mask(text: Text, device: torch.device) -> Tensor | None:
-    """The prompts' mask ``[B, L]`` as a pipeline hands it to its transformer: None if every token counts."""
+    """Returns the prompts' mask ``[B, L]`` as a pipeline hands it to its transformer: None if every token counts."""
     return None if text.mask is None or text.mask.all() else send(text.mask, device)

@@ -28,7 +28,7 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
         CloraError: the pipeline has noise levels of its own, which calls would use instead of the student's.
     """
 
-    _patch = 1
+    _patch = 1  # its autoencoder makes 16 x 16 pixels one latent pixel, so nothing is packed
     _image_mode = "RGBA"
     _source_area = _seen_area = AREA
     default_guidance = 0.0  # the model is meant to be sampled without guidance; with it, nothing is rescaled
@@ -54,12 +54,14 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
-        transformer, text = self.pipeline.transformer, conditioning.text
+        transformer = self.pipeline.transformer
+        text = conditioning.text
         num_tokens = x.shape[1]
         # The sources come before the result, which is last in the sequence.
         shapes = [(1, *shape) for shape in (*(conditioning.shapes or self.source_shapes), self._grid)]
         # Zero rows of the text are the images' places, [1, L]; a place stands for 2 x 2 tokens, of the result too.
-        places, mask = (text.embeds[:1] == 0).all(-1), attention_mask(text, x.device)
+        places = (text.embeds[:1] == 0).all(-1)
+        mask = attention_mask(text, x.device)
         if mask is not None:
             places = places & mask[:1]
         with _positions_without_padding(transformer.pos_embed, mask, num_tokens):
@@ -77,7 +79,7 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
 
 @contextmanager
 def _positions_without_padding(rope, mask: Tensor | None, num_tokens: int) -> Iterator[None]:
-    """Inside, the result of each row stands right after its own text, as in a call with this row alone.
+    """Inside, the result of each row stands right after its own text, as in a call with only this row.
 
     The transformer has one list of positions for the batch, in which the padding of shorter texts counts.
 

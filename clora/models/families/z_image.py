@@ -1,8 +1,8 @@
-"""Z-Image Omni: captions in segments around the images; clean references and their SigLIP features beside noisy latents."""
+"""Z-Image Omni: captions in segments around the images; clean references and SigLIP features beside noisy latents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import prod
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from clora.models.common import FamilyAdapter, check_lengths, to_pil
+from clora.models.common import FamilyAdapter, to_pil
 from clora.models.conditioning import Conditioning, Shapes, Text
 
 MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline brings larger ones to the area of its result
@@ -42,7 +42,7 @@ class ZImageOmniAdapter(FamilyAdapter):
         CloraError: the size does not fit the patch size.
     """
 
-    default_guidance = 5.0
+    default_guidance = 5.0  # w = guidance_scale here
     latent_dtype = torch.float32
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
@@ -54,11 +54,9 @@ class ZImageOmniAdapter(FamilyAdapter):
         height, width = pipeline.siglip_processor(images=[blank], return_tensors="pt").spatial_shapes[0].tolist()
         self.source_shapes = (self._grid, (height, width))
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None = None) -> Text:
-        """See `ModelAdapter.encode_prompts`; of the references only their number is read, which is 1 for None."""
-        check_lengths(self, prompts)
-        num_images, parts = 1 if references is None else len(references), []
+    def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterator[Text]:
+        # Only the number of images is read, which decides where a caption is cut; 1 where none are given.
+        num_images = 1 if references is None else len(references)
         for prompt in prompts:
             (segments,), _ = self.pipeline.encode_prompt(
                 [prompt],
@@ -69,8 +67,7 @@ class ZImageOmniAdapter(FamilyAdapter):
             # All segments [L, D] in one row [1, L', D], where a masked row of zeros ends each; see `_segments`.
             embeds = torch.cat([functional.pad(segment, (0, 0, 0, 1)) for segment in segments])
             mask = torch.cat([functional.pad(torch.ones(len(s), dtype=torch.bool), (0, 1)) for s in segments])
-            parts.append(Text(embeds[None].cpu(), mask[None]))
-        return Text.cat(parts)
+            yield Text(embeds[None].cpu(), mask[None])
 
     def num_tokens(self, prompt: str) -> int:
         """See `ModelAdapter.num_tokens`."""
@@ -79,8 +76,11 @@ class ZImageOmniAdapter(FamilyAdapter):
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`; the features are those of an image before it is cropped to patches."""
-        processor, channels = self.pipeline.image_processor, self.latent_shape[1]
-        latents, features, grids, feature_grids = [], [], [], []
+        processor = self.pipeline.image_processor
+        latents = []
+        features = []
+        grids = []
+        feature_grids = []
         for pixels in references:
             images = [to_pil(image) for image in pixels]
             if images[0].width * images[0].height > MAX_AREA:
@@ -95,7 +95,7 @@ class ZImageOmniAdapter(FamilyAdapter):
             seen = torch.stack(seen).cpu()
             feature_grids.append((seen.shape[1], seen.shape[2]))
             # [N, h, w, D] as rows of the latents' width, [N, h w D / C, C], so that both go into one tensor.
-            features.append(seen.flatten(1).unflatten(1, (-1, channels)))
+            features.append(seen.flatten(1).unflatten(1, (-1, self.latent_shape[1])))
         return torch.cat([*latents, *features], dim=1), (*grids, *feature_grids)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -115,7 +115,8 @@ class ZImageOmniAdapter(FamilyAdapter):
         shapes = conditioning.shapes or self.source_shapes
         clean, features = self._split(conditioning.source.to(x.device, transformer.dtype), shapes)
         noisy = _unpack(x.to(transformer.dtype), self._grid)
-        # For each sample a list of its images [C, 1, H, W], the clean references and then the noisy latents.
+        # For each sample a list of its images [C, 1, H, W], the clean references and then the noisy latents. Its time runs
+        # from 0 (noise) to 1, the other way round than sigma, and is never rounded to the transformer's dtype.
         images = [grid.unsqueeze(2) for grid in (*clean, noisy)]
         output = transformer(
             x=[list(row) for row in zip(*images, strict=True)],
@@ -125,14 +126,15 @@ class ZImageOmniAdapter(FamilyAdapter):
             image_noise_mask=[[0] * len(clean) + [1]] * len(x),
             return_dict=False,
         )[0]
-        # It predicts x0 - eps, at a time that runs from 0 (noise) to 1.
+        # With time reversed it predicts x0 - eps.
         return -_pack(torch.stack(output).squeeze(2)).float()
 
     def _split(self, source: Tensor, shapes: Shapes) -> tuple[list[Tensor], list[Tensor]]:
-        """Latents ``[B, C, H, W]`` and features ``[B, h, w, D]`` of each image of a source."""
+        """Returns latents ``[B, C, H, W]`` and features ``[B, h, w, D]`` of each image of a source."""
         width = self.pipeline.transformer.config.siglip_feat_dim
         num_images = len(shapes) // 2
-        grids, feature_grids = shapes[:num_images], shapes[num_images:]
+        grids = shapes[:num_images]
+        feature_grids = shapes[num_images:]
         rows_per_feature = width // self.latent_shape[1]
         lengths = [prod(grid) for grid in grids] + [prod(grid) * rows_per_feature for grid in feature_grids]
         parts = source.split(lengths, dim=1)
@@ -145,17 +147,18 @@ class ZImageOmniAdapter(FamilyAdapter):
 
 
 def _pack(grid: Tensor) -> Tensor:
-    """Latents ``[B, C, H, W]`` as the transformer's patches of 2 x 2, ``[B, T, 4 C]``."""
+    """Packs latents ``[B, C, H, W]`` into the transformer's patches of 2 x 2, ``[B, T, 4 C]``."""
+    # The pipeline has no method for this: its transformer takes the unpacked grid, and the packed form is the engine's.
     return functional.pixel_unshuffle(grid, 2).flatten(2).transpose(1, 2)
 
 
 def _unpack(latents: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `_pack`, for ``grid`` tokens in height and width."""
+    """Inverts `_pack`, for ``grid`` tokens in height and width."""
     return functional.pixel_shuffle(latents.transpose(1, 2).unflatten(2, grid), 2)
 
 
 def _segments(text: Text, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Each row's segments, ``[L, D]`` each: the stretches that the mask keeps."""
+    """Returns each row's segments, ``[L, D]`` each: the stretches that the mask keeps."""
     segments = []
     for row, mask in zip(text.embeds.to(dtype), text.mask.tolist(), strict=True):
         runs = [(is_kept, len(list(group))) for is_kept, group in groupby(mask)]
