@@ -1,7 +1,7 @@
 """The numerical operations of clora, on Triton kernels or eager PyTorch.
 
-First the choice of the backend, then the ops. `auto` (the default) takes Triton for tensors on an NVIDIA GPU and eager
-PyTorch elsewhere, on AMD GPUs too, and logs once why it fell back. `triton` and `eager` insist; `triton` runs on AMD GPUs.
+First the choice of the backend, then the ops. `auto` (the default) takes Triton for tensors on an NVIDIA GPU. Elsewhere, on
+AMD GPUs too, it takes eager PyTorch and logs the reason once. `triton` and `eager` insist; `triton` runs on AMD GPUs.
 The environment variable `CLORA_BACKEND` chooses, or for one call the op's argument `backend`.
 
 Only this module imports `csrc_triton`, whose kernels it loads when they are first used.
@@ -98,7 +98,7 @@ def _choice(backend: str | None) -> str:
 
 
 def _source(backend: str | None) -> str:
-    """The variable or argument that chose the backend, for messages."""
+    """Returns the variable or argument that chose the backend, for messages."""
     return f"{VARIABLE}={os.environ.get(VARIABLE, '')}" if backend is None else f"backend={backend!r}"
 
 
@@ -137,7 +137,7 @@ def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
 
 @functools.cache
 def _import_error() -> str:
-    """The error of importing Triton; empty if it can be imported."""
+    """Returns the error of importing Triton; empty if it can be imported."""
     try:
         import triton.language  # noqa: F401
     except Exception as error:  # a broken installation raises more than ImportError

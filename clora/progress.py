@@ -83,7 +83,7 @@ def up_to(advance: Advance) -> Callable[[int, Mapping[str, Any]], None]:
 
 @contextmanager
 def _live(title: str, total: int | None, console: Console) -> Iterator[Advance]:
-    columns = (
+    with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
@@ -91,8 +91,8 @@ def _live(title: str, total: int | None, console: Console) -> Iterator[Advance]:
         TextColumn("eta"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}", markup=False),
-    )
-    with Progress(*columns, console=console) as progress:
+        console=console,
+    ) as progress:
         task = progress.add_task(title, total=total, values="")
         shown = -math.inf
 

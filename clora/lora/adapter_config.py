@@ -55,8 +55,8 @@ class AdapterConfig:
             where: the place that error messages name.
 
         Raises:
-            CloraError: no JSON object, another adapter type than LoRA, LoHa or LoKr, an option whose update the tensors
-                by themselves do not determine, or a value of the wrong type.
+            CloraError: no JSON object, another adapter type than LoRA, LoHa or LoKr, or a value of the wrong type. An
+                option whose update the tensors by themselves do not determine is refused too.
         """
         try:
             values = json.loads(text)
@@ -78,14 +78,6 @@ class AdapterConfig:
             )
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CloraError(f"{where}: r, alpha and their patterns must be numbers ({error})") from error
-
-    def module_rank(self, module: str) -> int | None:
-        """Returns the stated rank of a module, None where there is none."""
-        return _match_pattern(self.rank_pattern, module, self.rank)
-
-    def module_alpha(self, module: str) -> float | None:
-        """Returns the stated alpha of a module, None where there is none."""
-        return _match_pattern(self.alpha_pattern, module, self.alpha)
 
     def scale(self, alpha: float, rank: int) -> float:
         """Returns the factor on the update: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
@@ -141,8 +133,14 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Applies PEFT's rule: the first key that is, as a regular expression, the module's name or a dotted tail of it."""
+def stated(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Returns a module's entry of `AdapterConfig.rank_pattern` or ``alpha_pattern``, else the default.
+
+    PEFT's rule: the first key that is, as a regular expression, the module's name or a dotted tail of it.
+
+    Raises:
+        CloraError: a key that is no regular expression.
+    """
     for key, value in pattern.items():
         try:
             if key == module or re.fullmatch(rf"(.*\.)?({key})", module):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from clora.errors import CloraError
+from clora.lora.adapter_config import stated
 from clora.lora.keys import split_prefix
 from clora.lora.source import LoRASource
 from clora.lora.state import LoRAModule
@@ -45,8 +46,8 @@ class Adapter:
         stem: the module's name as in the file.
         kind: ``LoRA``, ``LoKr``, ``LoHa`` or ``diff``.
         parts: part to key (see `clora.lora.keys.FileKeys`).
-        matrices: the one or two matrices that it is made of, each as the parts ``(up, down)`` of a product
-            ``[rows, rank] @ [rank, columns]``, or as one whole part.
+        matrices: the one or two matrices that it is made of. Each is the parts ``(up, down)`` of a product
+            ``[rows, rank] @ [rank, columns]``, or one whole part.
         shape: (out, in) of the weight that it changes.
         rank: the rank that alpha is divided by; None where no matrix is a product, and alpha means nothing.
         exact_rank: the rank of factors that hold the change exactly.
@@ -191,8 +192,8 @@ def find_strength(adapter: Adapter) -> Strength:
     """
     source = adapter.source
     module = split_prefix(adapter.stem)[1]
-    stated_rank = source.config.module_rank(module)
-    stated_alpha = source.config.module_alpha(module)
+    stated_rank = stated(source.config.rank_pattern, module, source.config.rank)
+    stated_alpha = stated(source.config.alpha_pattern, module, source.config.alpha)
     # LyCORIS never scales a LoKr of two whole matrices, whatever its alpha; PEFT does, by its config's rank.
     rank = adapter.rank or stated_rank
     if adapter.kind == "diff":

@@ -36,8 +36,8 @@ def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ER
         max_error: the error to stay within.
 
     Returns:
-        The factors, which share the singular values evenly, and ``|delta - B A| / |delta|`` in the Frobenius norm, which
-        is above `max_error` where `max_rank` does not suffice. Both are the same at every call.
+        The factors, which share the singular values evenly, and ``|delta - B A| / |delta|`` in the Frobenius norm. Where
+        `max_rank` does not suffice, the error is above `max_error`. Both are the same at every call.
     """
     delta = delta.float()
     # The sketch is random: its own seed makes the result repeatable, and the caller's generator stays as it is.

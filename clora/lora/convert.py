@@ -16,16 +16,8 @@ from rich.text import Text
 
 from clora.errors import CloraError, nearest
 from clora.files import user_path
+from clora.lora import algebra
 from clora.lora.adapters import read_adapter
-from clora.lora.algebra import (
-    MAX_ERROR,
-    balanced,
-    energy_share,
-    reduce_to_energy,
-    reduce_to_rank,
-    relative_error,
-    stored_as,
-)
 from clora.lora.families import (
     Family,
     families_with,
@@ -64,7 +56,7 @@ def convert_lora(
     energy: float | None = None,
     dtype: str | None = None,
     pipeline: str | Path | None = None,
-    max_error: float = MAX_ERROR,
+    max_error: float = algebra.MAX_ERROR,
 ) -> dict[str, Any]:
     """Writes a LoRA in another format.
 
@@ -117,12 +109,12 @@ def convert_lora(
 def _reduced(state: LoRAState, format: str, rank: int | None, energy: float | None, dtype: str) -> LoRAState:
     """Returns the LoRA at the wanted rank or energy, with factors that the wanted type can hold."""
     if rank is not None:
-        state = reduce_to_rank(state, rank)
+        state = algebra.reduce_to_rank(state, rank)
     elif energy is not None:
-        state = reduce_to_energy(state, energy, uniform=format == "diffusers")
+        state = algebra.reduce_to_energy(state, energy, uniform=format == "diffusers")
     # The update stays the same; only its factors are rescaled to what fp8 can hold.
     if dtype == "fp8":
-        state = replace(state, modules={name: balanced(module) for name, module in state.modules.items()})
+        state = replace(state, modules={name: algebra.balanced(module) for name, module in state.modules.items()})
     return state
 
 
@@ -131,8 +123,7 @@ def _compared(state: LoRAState, smaller: LoRAState, dtype: torch.dtype) -> list[
 
     Returns:
         One entry each: ``name, rank_before, rank, energy`` (the share kept), ``error`` (relative, of the update) and
-        ``load_error``, by which the factors that were read had missed the file's own change before; 0 unless that
-        has no low rank.
+        ``load_error`` (of the factors that were read, against the file's own change; 0 where that is of low rank).
     """
     modules: list[dict[str, Any]] = []
     for name, before in state.modules.items():
@@ -142,8 +133,8 @@ def _compared(state: LoRAState, smaller: LoRAState, dtype: torch.dtype) -> list[
                 "name": name,
                 "rank_before": before.rank,
                 "rank": after.rank,
-                "energy": 1.0 if after.rank == before.rank else energy_share(before, after.rank),
-                "error": relative_error(before, stored_as(after, dtype)),
+                "energy": 1.0 if after.rank == before.rank else algebra.energy_share(before, after.rank),
+                "error": algebra.relative_error(before, algebra.stored_as(after, dtype)),
                 "load_error": state.errors.get(name, 0.0),
             }
         )

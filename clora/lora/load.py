@@ -67,9 +67,9 @@ def read_lora(
         fp32 modules under the transformer's own names, alpha folded into ``lora_B``.
 
     Raises:
-        CloraError: an unreadable file, an unsupported adapter type, unknown or incomplete keys, a shape that does not
-            fit, a value that is not finite, DoRA without its base, or a dense change that `max_rank` does not hold
-            within `max_error`. The message names file, key and shape.
+        CloraError: an unreadable file, an unsupported adapter type, unknown or incomplete keys, or a shape that does not
+            fit. Also a value that is not finite, DoRA without its base, or a dense change that `max_rank` does not
+            hold within `max_error`. The message names file, key and shape.
     """
     source = open_lora(path)
     keys = sort_keys(source.shapes)

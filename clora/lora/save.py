@@ -54,8 +54,8 @@ def save_lora(
         metadata: entries for the header of the weights, under your own keys.
 
     Raises:
-        CloraError: the file cannot be written, a value is not finite, alpha is not above 0 or has no place in the
-            format, `shapes` are needed, or `metadata` takes diffusers' own key.
+        CloraError: the file cannot be written, a value is not finite, `shapes` are needed, or `metadata` takes
+            diffusers' own key. Also where alpha is not above 0, or has no place in the format.
     """
     path = Path(path)
     if format == "diffusers" and METADATA_KEY in (metadata or {}):

@@ -53,8 +53,8 @@ class LoRAState:
         modules: module path in the diffusers transformer (``transformer_blocks.0.attn.to_q``) to its update.
         metadata: the file's own string metadata.
         format: the file format it was read from (see `clora.lora.keys`), or how it was made.
-        errors: the modules whose file held a change that is not of low rank, to the relative error
-            ``|change - B A| / |change|`` (Frobenius) of the factors that stand for it. All others are exact.
+        errors: the modules whose file held a change that is not of low rank, to the error of the factors that stand for
+            it, ``|change - B A| / |change|`` (Frobenius). All others are exact.
     """
 
     modules: Mapping[str, LoRAModule]

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clora.lora.layers import linear_shapes
-from clora.lora.load import read_lora
+from clora.lora.load import load_lora
 from clora.lora.state import LoRAState
 from clora.models.families.flux2 import Flux2KleinAdapter
 
@@ -47,5 +46,4 @@ def teacher_path(studio: Path, effect: str) -> Path:
 
 def load_teachers(adapter: Flux2KleinAdapter, studio: Path, effects: Iterable[str]) -> dict[str, LoRAState]:
     """Loads a built studio's teachers by effect."""
-    shapes = linear_shapes(adapter.pipeline.transformer)
-    return {effect: read_lora(teacher_path(studio, effect), shapes) for effect in effects}
+    return {effect: load_lora(teacher_path(studio, effect), adapter.pipeline) for effect in effects}

@@ -45,7 +45,7 @@ def test_the_best_approximation_of_a_rank(state):
     best = left[:, :4] * values[:4] @ right[:4]
     torch.testing.assert_close(reduced.modules["a"].delta().double(), best, rtol=0, atol=1e-6)
     assert reduced.modules["a"].rank == 4
-    assert reduced.modules["b"] is state.modules["b"], "a rank that is low enough is left alone"
+    assert reduced.modules["b"] is state.modules["b"], "a rank that is low enough stays as it is"
 
 
 def shares(module):
