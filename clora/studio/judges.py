@@ -1,7 +1,7 @@
 """Judges decide which effect an output shows, how strongly, and how much of the subject is left.
 
 One feature map (`features`) serves all effects. The distance of an output to effect e is the Euclidean feature
-distance to the nearest of e's exact results on the same source: one for a deterministic effect, `num_draws` for a
+distance to the nearest of e's exact results on the same source: one for a deterministic effect, `NUM_DRAWS` for a
 stochastic one. `Judge.score` turns these distances into the numbers of the evaluation table.
 
 Legend: N images, F features, K exact results of all effects on one source, E effects.
@@ -21,6 +21,7 @@ from clora.studio.effects.filters import SIZE, blur_matrix
 
 UNCHANGED = "unchanged"
 STRENGTH_FLOOR = 0.5
+NUM_DRAWS = 16  # exact results of a stochastic effect
 
 # Weight of each feature group: a group's block is scaled by weight / sqrt(dimensions), so a weight is the share of a
 # root-mean-square difference of 1 in that group. The two groups that depend on position (`low`, `local`) weigh less
@@ -146,7 +147,7 @@ class Judge:
         owners: integers ``[K]``, the index into `names` of each exact result; sorted.
         vectors: float32 ``[K, F]``, their features.
         exact: the result image ``[64, 64, 3]`` of each deterministic effect.
-        low: the low-frequency results ``[num_draws, 8, 8, 3]`` of each stochastic effect; its full-size draws are
+        low: the low-frequency results ``[NUM_DRAWS, 8, 8, 3]`` of each stochastic effect; its full-size draws are
             not kept, or a judge would hold 16 MB instead of 4.
     """
 
@@ -157,27 +158,22 @@ class Judge:
     low: Mapping[str, np.ndarray]
 
     @classmethod
-    def for_source(
-        cls, source: np.ndarray, seed: int, num_draws: int = 16, effects: Mapping[str, Effect] = EFFECTS
-    ) -> "Judge":
+    def for_source(cls, source: np.ndarray, seed: int, effects: Mapping[str, Effect] = EFFECTS) -> "Judge":
         """Applies every effect to `source` and keeps the features of the results.
 
         Args:
             source: ``[64, 64, 3]`` in [0, 1].
             seed: of the stochastic draws; an effect's draws depend on its name too, not on the rest of the library.
-            num_draws: exact results per stochastic effect.
             effects: the library to choose from.
 
         Raises:
-            ValueError: wrong shape, non-finite values, or `num_draws` below 1.
+            ValueError: wrong shape or non-finite values.
         """
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
         results, owners = [], []
         exact, low = {}, {}
         for index, (name, effect) in enumerate(effects.items()):
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            draws = [effect.apply(source, rng) for _ in range(num_draws if effect.stochastic else 1)]
+            draws = [effect.apply(source, rng) for _ in range(NUM_DRAWS if effect.stochastic else 1)]
             if effect.stochastic:
                 low[name] = low_frequency(np.stack(draws))
             else:

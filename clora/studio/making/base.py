@@ -156,7 +156,10 @@ def train_base(
         "sources": f"{pool.sources.float().norm():.6g}",
         "text": f"{sum(float(e.norm()) for e in embeddings.values()):.6g}",
     }
-    start = _resume(checkpoint, parameters, average, optimizers, generator, recipe)
+    # Views of all that training changes: read by checkpoints, written by a resumed run.
+    state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
+    state |= {f"average.{name}": weight for name, weight in average.items()}
+    start = _resume(checkpoint, state, optimizers, generator, recipe)
     everything, focus, fixed = map(pool.entries, (FAMILIES, FOCUS_FAMILIES, families_without_slots()))
     for update in range(start, updates):
         for name, optimizer in optimizers.items():
@@ -173,9 +176,7 @@ def train_base(
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], share)
         report(update + 1, {"loss": float(loss.detach())})
         if (update + 1) % CHECKPOINT_EVERY == 0:
-            tensors = {f"weight.{name}": parameter for name, parameter in parameters.items()}
-            tensors |= {f"average.{name}": weight for name, weight in average.items()}
-            save_state(checkpoint, tensors, optimizers, {"data": generator}, {"update": update + 1, "recipe": recipe})
+            save_state(checkpoint, state, optimizers, {"data": generator}, {"update": update + 1, "recipe": recipe})
     for name, weight in average.items():
         parameters[name].data.copy_(weight)
     transformer.eval().requires_grad_(False)
@@ -192,24 +193,23 @@ def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Opti
     }
 
 
-def _resume(checkpoint: Path, parameters, average, optimizers, generator, recipe: dict[str, object]) -> int:
+def _resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:
     """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
     if not checkpoint.exists():
         return 0
     tensors, values = load_state(checkpoint, optimizers, {"data": generator})
     check_same(values["recipe"], recipe, checkpoint)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"weight.{name}"])
-        average[name].copy_(tensors[f"average.{name}"])
-    return int(values["update"])
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
+    return values["update"]
 
 
-def learning_rate_factor(update: int, updates: int, warmup: int = 50) -> float:
-    """Linear warm-up, flat, linear decay to zero over the last 40 %; the last updates decay from 40 % once more."""
+def learning_rate_factor(update: int, updates: int) -> float:
+    """Linear warm-up over 50 updates, flat, linear decay to zero over the last 40 %; the last updates decay from 40 % once more."""
     main = updates - FOCUS_UPDATES
     if update >= main:
         return 0.4 * (updates - update) / FOCUS_UPDATES
-    return min((update + 1) / warmup, 1.0, (main - update) / (0.4 * main))
+    return min((update + 1) / 50, 1.0, (main - update) / (0.4 * main))
 
 
 def _loss(
