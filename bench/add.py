@@ -1,4 +1,4 @@
-"""The low-rank part alone, added to the output of a base layer that is given: inputs, truth and ways to compute it.
+"""The low-rank part, added to the output of a base layer that is given: inputs, truth and ways to compute it.
 
 As `bench.linear`, whose parts this takes, but for the layer: its output is an input here, and must not be changed.
 """

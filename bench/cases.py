@@ -1,4 +1,4 @@
-"""The measured cases: linear layers, their low-rank part alone, losses and a transformer stack, the most telling first.
+"""The measured cases: linear layers, their low-rank part, losses and a transformer stack, the most telling first.
 
 Legend: B samples, T tokens of a sample, M = B T rows, K inputs, N outputs, E adapters, R rank.
 """
@@ -60,7 +60,7 @@ class LinearCase:
 
 @dataclass(frozen=True, kw_only=True)
 class AddCase(LinearCase):
-    """The low-rank part alone, added to the output of a quantised or offloaded layer; its mode "student" as that of the layer."""
+    """The low-rank part, added to the output of a quantised or offloaded layer; its mode "student" as that of the layer."""
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:

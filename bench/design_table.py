@@ -27,8 +27,8 @@ Shape = tuple[tuple[int, ...], str, str, int, int, int]
 def entries_of(found: Iterable[Record]) -> list[dict]:
     """Entries as `design_for` reads them, from the forward cases in which both designs were timed.
 
-    The number of samples must not matter to the choice, so that cases that differ only in it count together, by the
-    geometric mean of fused over split. An entry holds up to the next one of its shape; equal neighbours are one.
+    The number of samples must not matter to the choice: cases that differ only in it count together, by the geometric
+    mean of fused over split. An entry holds up to the next one of its shape; equal neighbours are one.
     """
     ratios: dict[Shape, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in found:

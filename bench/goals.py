@@ -95,6 +95,7 @@ def over_fastest_other(record: Record) -> float | None:
 def memory_over_peft(record: Record) -> float | None:
     """Figure: peak memory of ours by that of eager PEFT."""
     mine, *others = (record["providers"].get(name, {}).get("peak_mib") for name in (OURS, "peft", "peft_mixed"))
+    # A case has PEFT's plain layer or its mixed batch.
     others = [peak for peak in others if peak]
     return None if mine is None or not others else mine / min(others)
 
@@ -111,13 +112,13 @@ def goals() -> list[Goal]:
     mixed = ratio("peft_mixed", OURS)
     over_base = ratio(OURS, BASE)
     return [
-        *_linear("forward", "rank 64, over the base layer alone", over_base, (1.12, 1.07, 1.10), True, rank=[64]),
+        *_linear("forward", "rank 64, over the base layer", over_base, (1.12, 1.07, 1.10), True, rank=[64]),
         *_linear("forward", "4 and more adapters, PEFT mixed over ours", mixed, (1.5, 1.5, 1.2), adapters=[4, 8]),
         *_linear("forward", "one adapter, PEFT over ours", peft, (1.25, 1.25, 1.06), adapters=[1]),
         *_linear("forward", "one adapter, compiled PEFT over ours", compiled, (1.12, 1.12, 1.03), adapters=[1]),
         *_linear("student", "forward and backward, PEFT over ours", peft, (1.20, 1.15, 1.10), adapters=[1]),
         *_against_all("LinearCase", ""),
-        *_against_all("AddCase", "low-rank part alone, "),
+        *_against_all("AddCase", "low-rank part, "),
         _loss("loss, fp64 eager over ours", ratio("paper_fp64", OURS), 10.0),
         _loss("loss, torch.compile over ours", ratio("compiled", OURS), 1.0),
         _loss("loss, its gradient compiled too, over ours", ratio("compiled_returned", OURS), 1.0),
@@ -134,6 +135,7 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
     for goal in goals():
         figures = [(goal.figure(record), record["name"]) for record in records if goal.concerns(record)]
         known = [(figure, name) for figure, name in figures if figure is not None]
+        # The worst figure is the one furthest to the wrong side of the bound.
         worst, name = (max if goal.at_most else min)(known, default=(None, ""))
         found.append(Verdict(goal, len(known), worst, name))
     return found

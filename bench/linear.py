@@ -87,6 +87,7 @@ def make_inputs(case: LinearCase, device: torch.device, seed: int = 0) -> Linear
         values = torch.randn(*shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
         return values.mul_(std)
 
+    # Deviations of K^-1/2 and R^-1/2 keep all products at the scale of x.
     trains = case.mode == "student"
     return LinearInputs(
         case=case,
@@ -169,6 +170,7 @@ def base(inputs: LinearInputs) -> Call:
             y = inputs.base(inputs.x)
         if inputs.upstream is None:
             return {"y": y}
+        # The weight is frozen: this backward pass is one product.
         return {"y": y.detach(), "dx": torch.autograd.grad(y, inputs.x, inputs.upstream)[0]}
 
     return call
@@ -212,6 +214,7 @@ def peft_student(inputs: LinearInputs, compile: bool = False) -> Call:
     def call() -> Outputs:
         y = forward(inputs.x)
         dx, da, db = torch.autograd.grad(y, leaves, inputs.upstream)
+        # PEFT holds one adapter: its gradients get the dimension E.
         return {"y": y.detach(), "dx": dx, "dA": da[None], "dB": db[None]}
 
     return call
@@ -261,6 +264,7 @@ def merged_per_sample(inputs: LinearInputs) -> Call:
         weights = []
         for e, scale in enumerate(inputs.scales):
             weights.append(torch.addmm(inputs.weight, lora_B[e], lora_A[e], alpha=scale))
+        # [B, T, N], filled sample by sample.
         y = x.new_empty(*x.shape[:2], inputs.weight.shape[0])
         for sample, e in enumerate(inputs.ids):
             if inputs.bias is None:

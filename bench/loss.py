@@ -48,6 +48,7 @@ def make_inputs(case: LossCase, device: torch.device, seed: int = 0) -> LossInpu
     def level(rows: int) -> Tensor:
         return 0.1 + 0.8 * torch.rand(rows, generator=generator, device=device)
 
+    # Scores: renoised latents and their levels, then the velocities of critic, teacher and teacher without prompt.
     return LossInputs(
         velocity=draw(case.samples).requires_grad_(),
         x=draw(case.samples),

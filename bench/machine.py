@@ -1,4 +1,4 @@
-"""Where a figure was measured: GPU, versions, revision of the sources, and the roof of the GPU in the same run."""
+"""The place of a measurement: GPU, versions, revision of the sources, and the roof of the GPU in the same run."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def measure_roof(device: torch.device, stopwatch: Stopwatch) -> dict[str, float]
     calls = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
     times = interleave(calls, stopwatch, rounds=15, warmup=5)
     return {
+        # A product takes 2 N^3 operations; a copy reads and writes each byte.
         "tflop_per_s": 2 * ROOF_SIZE**3 / times["product"]["median_ms"] / 1e9,
         "gb_per_s": 2 * COPY_BYTES / times["copy"]["median_ms"] / 1e6,
     }
@@ -83,6 +84,7 @@ def revision(root: Path = ROOT) -> str:
     for file in sorted(files):
         relative = file.relative_to(root)
         if not any(relative.is_relative_to(path) for path in NOT_SOURCES):
+            # Names count too: a renamed file makes another revision.
             digest.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -155,6 +155,7 @@ def _peak_mib(call: Call) -> float | None:
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    # Inputs, weights and adapters, which are not the call's own.
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()

@@ -64,6 +64,7 @@ def peft_model(
     """
     peft = need("peft")
     num_adapters, rank, _ = next(iter(factors.values()))[0].shape
+    # PEFT scales by alpha / rank, here 1.
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
     model = peft.get_peft_model(module, config, adapter_name="a0", autocast_adapter_dtype=False)
     for e in range(1, num_adapters):

@@ -56,7 +56,7 @@ def begin(case: Case, revision: str, designs: list[str], earlier: dict | None) -
     Args:
         designs: those that the table chooses for its layers.
         earlier: the record of an earlier process. If that ended within the case at the same revision, its faulty providers
-            are kept, so that they are not tried again, and so is the count of ends by place.
+            are kept, so that they are not tried again; so is the count of ends by place.
     """
     record = {
         "name": case.name,

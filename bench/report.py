@@ -19,7 +19,7 @@ NAME = "RESULTS.md"
 TESTS = "gpu-tests.json"
 FAMILIES = {
     "LinearCase": "Linear layers",
-    "AddCase": "Low-rank part alone",
+    "AddCase": "Low-rank part",
     "LossCase": "Loss",
     "StackCase": "Transformer stack",
 }
@@ -58,6 +58,7 @@ def _machines(finished: Sequence[Record]) -> list[str]:
     """One line per machine, software and revision."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in finished:
+        # Each process measures the roof anew: another roof is not another machine.
         machine = {key: value for key, value in record["machine"].items() if key != "roof"}
         groups[json.dumps([machine, record["revision"]], sort_keys=True)].append(record)
     lines = []

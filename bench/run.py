@@ -67,6 +67,7 @@ def run_tests(folder: Path, current: str, left: Callable[[], float], run: Run = 
     note = records.read(folder / TESTS)
     if note is None or note["revision"] != current:
         note = {"revision": current, "files": {}}
+    # The cases keep this much time, however long the tests take.
     for_cases = left() * (1 - TEST_SHARE)
     for file in _test_files():
         limit = left() - for_cases

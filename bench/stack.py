@@ -37,6 +37,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:])
+        # Each [B, heads, T, head size].
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(normed))
         x = x + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:])), approximate="tanh"))
@@ -188,6 +189,7 @@ def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None
     ids = inputs.adapter_ids()
     scale = torch.ones(inputs.case.adapters, device=inputs.x.device)
     for name, factors in inputs.factors.items():
+        # The layer is replaced within its block.
         parent, _, child = name.rpartition(".")
         block = model.get_submodule(parent)
         setattr(block, child, RoutedLinear(getattr(block, child), factors, scale, ids, op))

@@ -50,6 +50,7 @@ def measure_all(
     taken = []
     for position, case in enumerate(todo):
         begun = left()
+        # The slowest of the last three stands for the next case.
         if begun < max(taken[-3:], default=FIRST_ESTIMATE_S):
             return len(todo) - position
         measure_one(case, folder, bench, machine, current)
@@ -63,6 +64,7 @@ def measure_one(case: Case, folder: Path, bench: Bench, machine: dict, current: 
     path = records.path_of(folder, case)
     record = records.begin(case, current, chosen_designs(case, machine), records.read(path)) | {"machine": machine}
     begun = time.monotonic()
+    # A record that begins as failed has ended too many processes; it is only written.
     if record["status"] == "running":
         measure(case, bench, record, lambda: records.write(path, record))
     record |= {"current": None, "seconds": round(time.monotonic() - begun, 1)}

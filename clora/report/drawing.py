@@ -24,6 +24,7 @@ def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -
     Returns:
         uint8 ``[H', W', 3]``.
     """
+    # Enlarged by a whole number, so that every pixel is a sharp square.
     factor = max(1, _CELL // max(pixels.shape[2:4]))
     pixels = pixels.repeat(factor, axis=2).repeat(factor, axis=3)
     height, width = pixels.shape[2:4]
@@ -36,6 +37,7 @@ def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for c, title in enumerate(titles):
+        # Titles end at one height above their columns, whatever their number of lines.
         centre = left + c * (width + _GAP) + width // 2
         draw.multiline_text((centre, top - _GAP), title, "black", font, anchor="md", align="center")
     for r, name in enumerate(names):

@@ -49,6 +49,7 @@ def plain_json(value: Any) -> Any:
         return {str(key): plain_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(entry) for entry in value]
+    # A scalar of numpy or torch; `item` refuses an array of several values.
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

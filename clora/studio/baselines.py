@@ -72,6 +72,7 @@ class EvaluationSet:
     @staticmethod
     def encode(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> EvaluationSet:
         sources = adapter.encode_images(to_tensor(evaluation.held_out_sources(evaluation.NUM_SCENES)))
+        # Effect by effect: the rows e N to (e + 1) N - 1 are the scenes of effect e.
         ids = torch.arange(len(effects)).repeat_interleave(len(sources))
         seeds = [FIRST_EFFECT_SEED + i for i in range(len(ids))]
         return EvaluationSet(adapter, tuple(effects), ids, sources.repeat(len(effects), 1, 1), seeds)
@@ -129,6 +130,7 @@ def measure_one_lora(
     with nullcontext() if lora is None else AdapterBank(adapter.pipeline.transformer, {"lora": lora}) as bank:
         slots = None if bank is None else bank.slots()
         generator = Generator(adapter, bank, slots, SHIFT, report=report)
+        # Every row is on the one slot; without a bank the ids are not read.
         latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS)
         count = len(general)
         ids = torch.zeros(count, dtype=torch.int64)
@@ -136,6 +138,7 @@ def measure_one_lora(
     return replace(
         rows.measured(latents),
         general=evaluation.general_accuracy(to_images(adapter.decode(general_latents))),
+        # Two bytes for each number.
         megabytes=None if lora is None else round(2e-6 * lora.num_parameters, 2),
     )
 

@@ -122,6 +122,7 @@ def write_report(
         raise ValueError(f"expected images [{len(effects)}, {len(columns)}, H, W, 3], found {images.shape}")
     pixels = to_bytes(images)
     pictures = [[data_uri(encode_png(image)) for image in row] for row in pixels]
+    # The page is complete before the first file is written.
     page = render_page(
         "report.html.j2",
         metrics=metrics,

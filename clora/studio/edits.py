@@ -219,6 +219,7 @@ def border(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     y, x = pixel_grid()
     edge = np.minimum(np.minimum(x, y), np.minimum(SIZE - x, SIZE - y))
+    # The border is 4 px wide, antialiased over the pixel that its inner edge crosses.
     inside = np.clip(edge - 4.0 + 0.5, 0, 1)[..., None]
     return inside * render(scene) + (1 - inside) * _rgb(colour), colour, ""
 
@@ -228,6 +229,7 @@ def half(scene: Scene, rng: np.random.Generator) -> Outcome:
     colour = _colour(rng)
     side = str(rng.choice(["left", "right", "top", "bottom"]))
     y, x = pixel_grid()
+    # Coordinates are those of pixel centres: none lies on the middle.
     mask = {"left": x < 32, "right": x > 32, "top": y < 32, "bottom": y > 32}[side][..., None]
     image = render(scene)
     return np.where(mask, 0.45 * image + 0.55 * _rgb(colour), image), side, colour
@@ -252,6 +254,7 @@ def lines(scene: Scene, rng: np.random.Generator) -> Outcome:
     for _ in range(3):
         angle = rng.uniform(0, np.pi)
         offset = rng.uniform(-20, 20)
+        # From the line at `offset` from the centre of the image, whose normal has this angle.
         distance = np.abs(np.cos(angle) * (x - SIZE / 2) + np.sin(angle) * (y - SIZE / 2) - offset)
         image = mix(image, _rgb(colour), np.clip(2.0 - distance, 0, 1))
     return image, colour, ""

@@ -40,7 +40,7 @@ def features(images: np.ndarray) -> np.ndarray:
     Groups, each scaled by its entry of `WEIGHTS`:
 
     - ``low`` (192): the image averaged over its 8x8 tokens.
-    - ``local`` (160): on a 4x4 grid of cells and at two scales (full size, halved), the root of the mean energy of
+    - ``local`` (160): roots of mean energies in a 4x4 grid of cells, at full and at half size. They are those of
       gradients in four soft orientations and of the high-frequency residue.
     - ``texture`` (10): the same ten roots over the whole image, wherever the texture lies.
     - ``colour`` (11): mean, standard deviation and covariances of R, G, B; mean and standard deviation of chroma.
@@ -99,6 +99,7 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
 
     mean_a = local_mean(first)
     mean_b = local_mean(second)
+    # E[a b] - E[a] E[b] within each window, and the same of each image with itself.
     variance_a = local_mean(first**2) - mean_a**2
     variance_b = local_mean(second**2) - mean_b**2
     covariance = local_mean(first * second) - mean_a * mean_b
@@ -237,6 +238,7 @@ def _pooling_matrix(size: int, cell: int) -> np.ndarray:
 
 def _pool(planes: np.ndarray, cell: int) -> np.ndarray:
     """Averages planes ``[..., S, S]`` over square cells: ``[..., S / cell, S / cell]``."""
+    # Planes are square: the same matrix averages rows and, transposed, columns.
     matrix = _pooling_matrix(planes.shape[-1], cell)
     return matrix @ planes @ matrix.T
 

@@ -69,7 +69,7 @@ def make_scene(seed: int) -> Scene:
     """Draws the scene of a seed; equal seeds make equal scenes."""
     rng = np.random.default_rng([seed, 0xC10A])
     background = random_background(rng)
-    # A shape in a colour of the background could not be told from it.
+    # A shape in a colour of the background would not stand out from it.
     colours = [colour for colour in COLOURS if colour not in background.colours]
     names = list(itertools.product(colours, KINDS))
     chosen = rng.permutation(len(names))[: rng.integers(1, 5)]
@@ -122,6 +122,7 @@ def render_background(background: Background) -> np.ndarray:
     second = first + 0.6 * (second - first)
     mix = _pattern_mix(background, y, x)[..., None].astype(np.float32)
     image = first + mix * (second - first)
+    # One value for all channels: noise of brightness, not of colour.
     noise = np.random.default_rng(background.seed).standard_normal((SIZE, SIZE, 1))
     return np.clip(image + background.noise * noise, 0, 1).astype(np.float32)
 

@@ -63,6 +63,7 @@ def target_sources(adapter: ModelAdapter) -> Tensor:
 def general_pairs(adapter: ModelAdapter, count: int) -> tuple[Tensor, Text]:
     """Encodes the first ``count`` sources ``[P, T, C]`` of the general stream, and their instructions."""
     seeds = range(FIRST_GENERAL_SCENE, FIRST_GENERAL_SCENE + count)
+    # Drawn one after another: the first pairs are the same whatever the count.
     rng = np.random.default_rng([SEED, 7])
     instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
     return _scene_latents(adapter, seeds), adapter.encode_prompts(instructions)

@@ -47,6 +47,7 @@ def train_tokenizer(corpus: Iterable[str]):
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
+    # The special tokens come on top, from transformers.
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -46,16 +46,16 @@ def test_every_combination_is_there():
 
 def test_the_low_rank_part_alone_comes_after_the_goals_and_by_the_same_order():
     cases = gpu_cases()[len(telling_cases()) + 3 :]  # behind the losses in bf16
-    alone = [case for case in cases if isinstance(case, AddCase)]
-    assert cases[:9] == alone[:9]
-    telling = [(c.mode, c.adapters, c.rows, (c.in_features, c.out_features)) for c in alone[:9]]
+    adds = [case for case in cases if isinstance(case, AddCase)]
+    assert cases[:9] == adds[:9]
+    telling = [(c.mode, c.adapters, c.rows, (c.in_features, c.out_features)) for c in adds[:9]]
     settings = [("forward", 1, 8192), ("forward", 4, 16384), ("student", 1, 8192)]
     assert telling == [(*setting, shape) for setting in settings for shape in QWEN_IMAGE]
-    assert {(c.mode, c.adapters, c.rows) for c in alone} == set(settings)
-    assert {c.rank for c in alone} == {16, 64, 128}
-    assert {(c.in_features, c.out_features) for c in alone} == {*QWEN_IMAGE, *FLUX2_KLEIN}
-    assert len(alone) == 3 * 6 * 3
-    assert {c.rank for c in alone[:9]} == {64}
+    assert {(c.mode, c.adapters, c.rows) for c in adds} == set(settings)
+    assert {c.rank for c in adds} == {16, 64, 128}
+    assert {(c.in_features, c.out_features) for c in adds} == {*QWEN_IMAGE, *FLUX2_KLEIN}
+    assert len(adds) == 3 * 6 * 3
+    assert {c.rank for c in adds[:9]} == {64}
 
 
 def test_kinds_of_a_loss_are_in_the_order_that_the_op_takes():

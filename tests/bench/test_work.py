@@ -29,7 +29,7 @@ def test_student():
     assert work_of(case, adapted=False) == Work(4800, 2 * (400 + 380))
 
 
-def test_low_rank_part_alone():
+def test_low_rank_part():
     # Forward: x 60, y 120 read and 120 written, factors 240. Without adapters y is copied.
     case = AddCase(**vars(CASE))
     assert work_of(case) == Work(480 + 960, 2 * 540)

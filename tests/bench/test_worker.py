@@ -127,7 +127,7 @@ def test_a_case_that_cannot_be_set_up_is_recorded_and_the_run_goes_on(tmp_path, 
     assert read(tmp_path, 3)["status"] == "done"
 
 
-def test_finished_cases_are_passed_over_at_the_same_revision_alone(tmp_path, monkeypatch):
+def test_finished_cases_are_passed_over_only_at_the_same_revision(tmp_path, monkeypatch):
     built = []
     providing(monkeypatch, ours=lambda inputs: built.append(1) or right(inputs))
     for current, expected in (("r1", 2), ("r1", 2), ("r2", 4)):

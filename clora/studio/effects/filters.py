@@ -105,6 +105,7 @@ def saturate(image: np.ndarray, factor: float) -> np.ndarray:
 
 def quantise(image: np.ndarray, levels: int) -> np.ndarray:
     """Rounds every channel to one of `levels` evenly spaced values."""
+    # The value 1 belongs to the highest level.
     return np.minimum(np.floor(image * levels), levels - 1) / np.float32(levels - 1)
 
 

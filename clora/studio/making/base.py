@@ -109,22 +109,23 @@ def families_without_slots() -> set[str]:
 
 def make_pool(adapter: Flux2KleinAdapter, scenes: range, edits: int, report: Callable[[int], None]) -> Pool:
     """Renders and encodes ``edits`` edits of every scene in ``scenes`` (scene seeds); ``report(n)`` after n more."""
-    sources, targets, drawn = [], [], []
+    sources, targets = [], []
+    instructions, families = [], []
     for start in range(0, len(scenes), 64):
         seeds = scenes[start : start + 64]
         rng = np.random.default_rng([seeds.start, 3])
+        # Only the texts of an edit are kept: its picture is encoded with those of 64 scenes.
         images, results = [], []
         for scene in map(make_scene, seeds):
             some = [sample_edit(scene, rng) for _ in range(edits)]
             images.append(render(scene))
             results += [edit.result for edit in some]
-            drawn += some
+            instructions += [edit.instruction for edit in some]
+            families += [edit.family for edit in some]
         sources.append(adapter.encode_images(to_tensor(np.stack(images))).half())
         targets.append(adapter.encode_images(to_tensor(np.stack(results))).half())
         report(len(seeds))
-    return Pool(
-        torch.cat(sources), torch.cat(targets), [edit.instruction for edit in drawn], [edit.family for edit in drawn]
-    )
+    return Pool(torch.cat(sources), torch.cat(targets), instructions, families)
 
 
 def train_base(

@@ -1,9 +1,9 @@
 """An analytic start for the studio's image encoder: exact principal components of 4x4 patches.
 
 A stock ``Encoder`` can compute them exactly: its convolutions carry space-to-depth and the projection, its residual
-branches are zero, and its last normalisation and SiLU are made linear: every latent travels as a pair of opposite
-channels (``silu(z) - silu(-z) = z``, and the mean of a group is zero), beside two opposite constants so large that the
-normaliser hardly varies. The decoder then trains against whitened latents from its first update,
+branches are zero, and its last normalisation and SiLU are made linear. Every latent travels as a pair of opposite
+channels: ``silu(z) - silu(-z) = z``, and the mean of a group is zero. Beside them are two opposite constants so large
+that the normaliser hardly varies. The decoder then trains against whitened latents from its first update,
 which reached 30 dB in 7 minutes on two cores; joint training was at 17 dB after 5.
 """
 

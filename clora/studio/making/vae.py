@@ -89,6 +89,7 @@ def _reconstruction_loss(vae, images: Tensor) -> tuple[Tensor, float]:
     """Returns the loss and the mean squared error in [0, 1] pixel units: pixels run from -1 to 1, hence the 4."""
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
+    # Each image has its own amount of noise: the decoder meets nearly clean latents too.
     amount = 0.1 * torch.rand(len(images), 1, 1, 1).to(images)
     error = vae.decode(latents + amount * torch.randn_like(latents)).sample - images
     loss = error.square().mean() + 0.3 * error.abs().mean()
