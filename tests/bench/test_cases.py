@@ -44,7 +44,7 @@ def test_every_combination_is_there():
         assert set(adapter_of(case)) == set(range(case.adapters))
 
 
-def test_the_low_rank_part_alone_comes_after_the_goals_and_by_the_same_order():
+def test_the_low_rank_part_comes_after_the_goals_and_by_the_same_order():
     cases = gpu_cases()[len(telling_cases()) + 3 :]  # behind the losses in bf16
     adds = [case for case in cases if isinstance(case, AddCase)]
     assert cases[:9] == adds[:9]
