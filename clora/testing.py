@@ -95,12 +95,10 @@ def random_lora(transformer: nn.Module, rank: int, seed: int, modules: Sequence[
     return LoRAState(factors)
 
 
-def random_teachers(transformer: nn.Module, count: int = 3, seed: int = 0) -> dict[str, LoRAState]:
+def random_teachers(transformer: nn.Module, count: int = 3) -> dict[str, LoRAState]:
     """Makes teachers ``effect_0``, ... of ranks 2, 3, 4, ...; every second one changes attention layers only."""
     attention = [name for name in block_layers(transformer) if ".attn." in name]
-    return {
-        f"effect_{i}": random_lora(transformer, 2 + i, seed + i, attention if i % 2 else None) for i in range(count)
-    }
+    return {f"effect_{i}": random_lora(transformer, 2 + i, i, attention if i % 2 else None) for i in range(count)}
 
 
 def merge_lora(transformer: nn.Module, state: LoRAState | None) -> nn.Module:
@@ -112,11 +110,9 @@ def merge_lora(transformer: nn.Module, state: LoRAState | None) -> nn.Module:
     return merged
 
 
-def random_data(
-    adapter: ModelAdapter, effects: Sequence[str], sources: int = 3, phrasings: int = 2, seed: int = 0
-) -> DistillData:
-    """Encoded data of the adapter's shapes, all of it random and different from row to row."""
-    generator = torch.Generator().manual_seed(seed)
+def random_data(adapter: ModelAdapter, effects: Sequence[str], sources: int = 3) -> DistillData:
+    """Makes encoded data of the adapter's shapes, all of it random and different from row to row."""
+    generator = torch.Generator().manual_seed(0)
     latent = adapter.latent_shape
     text = (adapter.max_sequence_length, adapter.pipeline.transformer.config.joint_attention_dim)
 
@@ -124,13 +120,14 @@ def random_data(
         return torch.randn(*shape, generator=generator)
 
     num_effects = len(effects)
-    # The table of prompts is these four parts, one after the other: teachers', students', instructions, the empty one.
-    counts = [num_effects, num_effects * phrasings, 3, 1]
+    # The table of prompts is these four parts, one after the other: teachers', students' in two phrasings,
+    # instructions, the empty one.
+    counts = [num_effects, num_effects * 2, 3, 1]
     table = Text(draw(sum(counts), *text))
     teacher, student, instructions, empty = torch.arange(sum(counts)).split(counts)
     images = draw(num_effects, sources, *latent)
     targets = draw(num_effects, sources, *latent)
-    asked = student.view(num_effects, phrasings, 1)
+    asked = student.view(num_effects, 2, 1)
     samples = [
         EffectSamples(name, images[i], targets[i], teacher[i], asked[i], empty) for i, name in enumerate(effects)
     ]

@@ -42,9 +42,9 @@ def draw_samples(
         conditioning = Conditioning(data.text[data.student_text[:, 0, 0]], data.sources[:, 0])
         with AdapterBank(adapter.pipeline.transformer, {"student": student}) as bank:
             at_once = samples_at_once(config, TEACHERS_AT_ONCE)
-            generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, at_once, advance)
+            generator = Generator(adapter, bank, at_once, advance)
             ids = torch.zeros(num_effects, dtype=torch.int64)
-            results = generator.few_step(ids, conditioning, [config.seed] * num_effects, steps)
+            results = generator.few_step(ids, conditioning, [config.seed] * num_effects, steps, config.sampler.shift)
         rows = []
         with on_device(adapter.pipeline.vae, device):
             for effect, target, result in zip(config.effects, data.targets[:, 0], results, strict=True):

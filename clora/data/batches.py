@@ -202,10 +202,11 @@ class BatchSampler:
         """A batch whose rows are of the general stream where ``general [B]`` is true, else of the effect stream."""
         # Both streams are drawn for every row, so that later random numbers do not depend on how many are of which.
         rows = self._effect_rows()
-        others = self._general_rows() if len(self.data.general_pairs) else None
+        num_pairs = len(self.data.general_pairs)
+        pair = self._pick(num_pairs) if num_pairs else None
         if general.any():
-            pairs = zip(rows, others, strict=True)
-            rows = [torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own) for own, other in pairs]
+            streams = zip(rows, self._general_rows(pair), strict=True)
+            rows = [torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own) for own, other in streams]
         effect, student, teacher, empty, source, target = rows
         source = send(source, self.device)
 
@@ -233,10 +234,9 @@ class BatchSampler:
         empty = data.empty_text[effect, sample]
         return effect, student, teacher, empty, data.sources[effect, sample], data.targets[effect, sample]
 
-    def _general_rows(self) -> _Rows:
-        """A random pair for each row: the student and its teacher, the base, read the same instruction."""
+    def _general_rows(self, pair: Tensor) -> _Rows:
+        """Rows of the pairs ``[B]``: the student and its teacher, the base, read the same instruction."""
         data = self.data
-        pair = self._pick(len(data.general_pairs))
         source, instruction, empty = data.general_pairs[pair].unbind(1)
         target = torch.zeros(1, 1, 1) if data.general_targets is None else data.general_targets[pair]
         effect = torch.full_like(pair, GENERAL)

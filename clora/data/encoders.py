@@ -146,12 +146,13 @@ class PromptTable:
     A row is a prompt, or a prompt and the image it is about where the family encodes them together.
 
     Attributes:
+        text_sees_image: `ModelAdapter.text_sees_image`.
         prompts: the prompt of each row.
     """
 
     def __init__(self, text_sees_image: bool):
         self.prompts: list[str] = []
-        self._sees = text_sees_image
+        self.text_sees_image = text_sees_image
         self._rows: dict[tuple[object, ...], int] = {}
         self._pixels: list[Tensor] = []
 
@@ -159,11 +160,11 @@ class PromptTable:
         """Rows of one prompt about some of the pictures, int64 like ``indices``; new ones are added."""
         rows = []
         for index in indices.tolist():
-            key = (prompt, pictures.name, index) if self._sees else (prompt,)
+            key = (prompt, pictures.name, index) if self.text_sees_image else (prompt,)
             if key not in self._rows:
                 self._rows[key] = len(self.prompts)
                 self.prompts.append(prompt)
-                if self._sees:
+                if self.text_sees_image:
                     self._pixels.append(pictures.pixels[index])
             rows.append(self._rows[key])
         return torch.tensor(rows, dtype=torch.int64)

@@ -19,7 +19,7 @@ MAX_PIXELS = 64_000_000
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 
 
-def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = None) -> tuple[list[str], Tensor]:
+def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = None) -> Tensor:
     """Reads the images of a folder, cropped around their centre to the wanted shape and resized.
 
     Args:
@@ -28,13 +28,12 @@ def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = N
         limit: at most this number, the first by name; None for all.
 
     Returns:
-        File names in order, and fp32 images ``[N, 3, H, W]`` in [-1, 1].
+        fp32 images ``[N, 3, H, W]`` in [-1, 1], in the order of `list_images`.
 
     Raises:
         CloraError: a missing or empty folder, or a file that is empty, damaged, enormous or no image.
     """
-    files = list_images(folder)[:limit]
-    return [file.name for file in files], torch.stack([load_image(file, size) for file in files])
+    return torch.stack([load_image(file, size) for file in list_images(folder)[:limit]])
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -88,16 +87,14 @@ def _opened(file: Path) -> Iterator[Image.Image]:
                 width, height = opened.size
                 if width * height > MAX_PIXELS:
                     found = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
-                    most = MAX_PIXELS // 10**6
-                    raise CloraError(f"{file} is enormous: {found}; expected at most {most}. Scale it down")
+                    raise Image.DecompressionBombError(found)
                 yield opened
-    except CloraError:
-        raise
     except UnidentifiedImageError as error:
         found = "is empty (0 bytes)" if file.stat().st_size == 0 else "is not an image that can be read"
         raise CloraError(f"{file} {found}; expected PNG, JPEG, WebP or the like. Remove or replace it") from error
     except Image.DecompressionBombError as error:
-        raise CloraError(f"{file} is enormous: {error}; expected at most {MAX_PIXELS // 10**6} megapixels") from error
+        most = f"at most {MAX_PIXELS // 10**6} megapixels"
+        raise CloraError(f"{file} is enormous: {error}; expected {most}. Scale it down") from error
     except Exception as error:
         # Decoders of damaged files raise whatever they run into: errors of struct, of zlib, of values.
         raise CloraError(f"{file} is a damaged image ({error}). Remove or replace it") from error

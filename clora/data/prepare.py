@@ -76,7 +76,7 @@ def encode_data(
     """
 
     def read(folder: str, limit: int | None) -> Tensor:
-        return load_images(folder, config.data.size, limit)[1]
+        return load_images(folder, config.data.size, limit)
 
     with stage("encode images and prompts", None), Encoders(adapter, cache, device) as encoders:
         check_pairs(config)
@@ -94,9 +94,9 @@ def encode_data(
     if device is not None:
         move(adapter.pipeline.transformer, device)
     renders = CachedTargets(config, adapter, table, text, cache, encoders.components)
-    targets |= _rendered(
-        renders, {name: lora for name, lora in teachers.items() if name not in targets}, effects, sources
-    )
+    rendering = {name: lora for name, lora in teachers.items() if name not in targets}
+    if rendering:
+        targets |= _rendered(renders, rendering, effects, sources)
     samples = [
         EffectSamples(name, sources[name], targets[name], effect.teacher, effect.student, effect.empty)
         for name, effect in effects.items()
@@ -152,7 +152,7 @@ def _rows(
     shared = Pictures("", read(config.data.sources, num_shared(config)))
     table = PromptTable(text_sees_image)
     effects = _effect_rows(config, shared, table, read)
-    return shared, effects, _general_pairs(config, text_sees_image, shared, table), table
+    return shared, effects, _general_pairs(config, shared, table), table
 
 
 def num_shared(config: DistillConfig) -> int:
@@ -173,9 +173,7 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, re
     for effect in config.effects:
         # Given pairs are all used; a teacher renders no more than ``sources_per_effect``.
         limit = config.data.sources_per_effect if effect.targets is None else None
-        own = shared
-        if effect.sources is not None:
-            own = Pictures(effect.name, read(effect.sources, limit))
+        own = shared if effect.sources is None else Pictures(effect.name, read(effect.sources, limit))
         pictures.append(own)
         counts.append(len(own.pixels[:limit]))
     # Every teacher renders as many as the one with the most sources: fewer are rendered again with other seeds.
@@ -194,7 +192,7 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, re
     return rows
 
 
-def _general_pairs(config: DistillConfig, text_sees_image: bool, shared: Pictures, table: PromptTable) -> Tensor:
+def _general_pairs(config: DistillConfig, shared: Pictures, table: PromptTable) -> Tensor:
     """`DistillData.general_pairs`: as many as are to be rendered, else every picture with every instruction."""
     if not config.objective.dual_stream:
         return torch.empty(0, 3, dtype=torch.int64)
@@ -202,7 +200,7 @@ def _general_pairs(config: DistillConfig, text_sees_image: bool, shared: Picture
     num_sources = len(shared.pixels)
     every = num_sources * len(instructions)
     # Where a prompt is encoded with its image, every pair is an encoding of its own, so that their number is bounded.
-    count = config.data.general_targets or (min(every, MAX_PAIRS) if text_sees_image else every)
+    count = config.data.general_targets or (min(every, MAX_PAIRS) if table.text_sees_image else every)
     source, instruction = general_pair(torch.arange(count), num_sources, len(instructions))
     prompt = [table.rows(instructions[i], shared, s[None]) for i, s in zip(instruction.tolist(), source, strict=True)]
     return torch.stack([source, torch.cat(prompt), table.rows("", shared, source)], dim=1)
@@ -215,8 +213,6 @@ def _rendered(
     sources: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Renders the targets ``[M, T, C]`` of these teachers, each of its effect's sources."""
-    if not teachers:
-        return {}
     chosen = [effects[name] for name in teachers]
     samples = Samples.of_teachers(
         torch.stack([sources[name] for name in teachers]),

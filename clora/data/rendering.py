@@ -13,7 +13,7 @@ from clora.bank.bank import AdapterBank
 from clora.bank.pages import teacher_pages
 from clora.config.settings import DistillConfig
 from clora.data.batches import GENERAL
-from clora.data.cache import Cache, Entry, Key
+from clora.data.cache import Cache, Entry
 from clora.data.encoders import PromptTable
 from clora.data.generation import Generator, Report
 from clora.hashing import digest, tensor_digest
@@ -84,11 +84,11 @@ def render_targets(
     config: DistillConfig,
     report: Report,
 ) -> Iterator[Tensor]:
-    """Renders samples by guided Euler sampling, each with its teacher's own prompt (the paper's y) or by the base.
+    """Renders samples by guided Euler sampling, each by its teacher and with its own prompt (the paper's y).
 
     Args:
         adapter: the model family.
-        teachers: effect name to LoRA, in the order that ``samples.teacher`` counts.
+        teachers: effect name to LoRA, in the order that ``samples.teacher`` counts; none where the base renders all.
         samples: N pictures to render.
         text: the encoded prompts.
         config: sampler settings.
@@ -99,35 +99,33 @@ def render_targets(
     """
 
     def render(generator: Generator, batch: Samples, slots: Tensor) -> Tensor:
-        return generator.guided_euler(
+        return generator.euler(
             slots,
             Conditioning(text[batch.prompt], batch.sources),
-            text[batch.empty],
             batch.seed.tolist(),
             config.sampler.teacher_steps,
+            text[batch.empty],
             config.sampler.guidance,
             config.objective.norm_rescale,
         )
 
-    used = sorted(set(samples.teacher.tolist()) - {GENERAL})
-    if not used:
+    if not teachers:
         # The base renders with no bank attached, and in larger batches: it needs no memory for LoRAs.
         at_once = samples_at_once(config, GENERAL_AT_ONCE)
-        generator = Generator(adapter, None, None, config.sampler.shift, at_once, report)
+        generator = Generator(adapter, None, at_once, report)
         for start in range(0, len(samples.prompt), at_once):
             batch = samples.at(slice(start, start + at_once))
             yield from render(generator, batch, batch.teacher)
         return
     # The bank holds only teachers that have something to render, so that their ids are counted anew.
-    names = [list(teachers)[i] for i in used]
-    states = {name: teachers[name] for name in names}
-    slot = {teacher: i for i, teacher in enumerate(used)}
-    ids = torch.tensor([slot.get(teacher, GENERAL) for teacher in samples.teacher.tolist()])
+    used, ids = samples.teacher.unique(return_inverse=True)
+    names = list(teachers)
+    states = {names[i]: teachers[names[i]] for i in used.tolist()}
     transformer = adapter.pipeline.transformer
     pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
     at_once = samples_at_once(config, TEACHERS_AT_ONCE)
     with AdapterBank(transformer, states, pages=pages) as bank:
-        generator = Generator(adapter, bank, bank.slots(), config.sampler.shift, at_once, report)
+        generator = Generator(adapter, bank, at_once, report)
         # With fewer pages on the device than teachers a batch may be cut where the next teacher would not fit.
         chunks = bank.chunks(ids, at_once)
         for rows, following in zip(chunks, [*chunks[1:], slice(0)], strict=True):
@@ -167,20 +165,8 @@ class CachedTargets:
         Returns:
             ``[N, T, C]``.
         """
-
-        def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
-            with stage(title, num_passes(self.config, len(missing))) as advance:
-                chosen = samples.at(missing)
-                rendered = render_targets(self.adapter, teachers, chosen, self.text, self.config, advance)
-                for i, latents in zip(missing, rendered, strict=True):
-                    yield i, {"latents": latents}
-
-        entries = self.cache.entries("targets", self._keys(teachers, samples, images), make)
-        return torch.stack([entry["latents"] for entry in entries])
-
-    def _keys(self, teachers: Mapping[str, LoRAState], samples: Samples, images: Sequence[str]) -> list[Key]:
-        """Everything that a render depends on, whatever other renders share its batch."""
-        # A render is found again by what it shows, not by its place in a run: one more effect renders only its own.
+        # An entry's key is everything that its render depends on, whatever other renders share its batch. It is found
+        # again by what it shows, not by its place in a run: one more effect renders only its own.
         shared = {
             "family": type(self.adapter).__name__,
             "pipeline": digest(self.components),
@@ -191,10 +177,19 @@ class CachedTargets:
         }
         loras = [*map(lora_digest, teachers.values()), None]  # the last, number -1, is the base
         rows = zip(samples.prompt.tolist(), images, samples.teacher.tolist(), samples.seed.tolist(), strict=True)
-        return [
+        keys = [
             {**shared, "prompt": self.table.prompts[row], "image": image, "lora": loras[teacher], "seed": seed}
             for row, image, teacher, seed in rows
         ]
+
+        def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
+            with stage(title, num_passes(self.config, len(missing))) as advance:
+                chosen = samples.at(missing)
+                rendered = render_targets(self.adapter, teachers, chosen, self.text, self.config, advance)
+                for i, latents in zip(missing, rendered, strict=True):
+                    yield i, {"latents": latents}
+
+        return torch.stack([entry["latents"] for entry in self.cache.entries("targets", keys, make)])
 
 
 def lora_digest(state: LoRAState) -> str:

@@ -85,10 +85,6 @@ class Conditioning:
         """Returns the same on a device."""
         return Conditioning(self.text.to(device), send(self.source, device), self.shapes)
 
-    def with_text(self, text: Text) -> Conditioning:
-        """Returns the same images with other prompts."""
-        return Conditioning(text, self.source, self.shapes)
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Joins all rows. Raises ValueError where images differ in size."""

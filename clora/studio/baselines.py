@@ -112,10 +112,10 @@ def measure_teachers(
     conditioning = rows.conditioning(teacher_prompts(adapter, rows.effects))
     empty = adapter.encode_prompts([""])
     with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
-        generator = Generator(adapter, bank, bank.slots(), SHIFT, report=report)
-        full = generator.guided_euler(rows.ids, conditioning, empty, rows.seeds, TEACHER_STEPS, GUIDANCE)
+        generator = Generator(adapter, bank, report=report)
+        full = generator.euler(rows.ids, conditioning, rows.seeds, TEACHER_STEPS, empty, GUIDANCE)
         euler = generator.euler(rows.ids, conditioning, rows.seeds, STEPS)
-        few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS)
+        few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS, SHIFT)
     # Teachers were not trained for 8 passes: they get the sampler that suits them better.
     short = [rows.measured(latents) for latents in (euler, few_step)]
     best = max(short, key=lambda m: (m.row()["effect_accuracy"], -m.row()["bad_case_rate"]))
@@ -128,13 +128,12 @@ def measure_one_lora(
     """Measures one LoRA (None: the base) on every effect and on general edits, with the few-step sampler."""
     adapter = rows.adapter
     with nullcontext() if lora is None else AdapterBank(adapter.pipeline.transformer, {"lora": lora}) as bank:
-        slots = None if bank is None else bank.slots()
-        generator = Generator(adapter, bank, slots, SHIFT, report=report)
+        generator = Generator(adapter, bank, report=report)
         # Every row is on the one slot; without a bank the ids are not read.
-        latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS)
+        latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS, SHIFT)
         count = len(general)
         ids = torch.zeros(count, dtype=torch.int64)
-        general_latents = generator.few_step(ids, general, general_seeds(count), STEPS)
+        general_latents = generator.few_step(ids, general, general_seeds(count), STEPS, SHIFT)
     return replace(
         rows.measured(latents),
         general=evaluation.general_accuracy(to_images(adapter.decode(general_latents))),

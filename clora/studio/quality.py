@@ -86,12 +86,12 @@ def general_quality(adapter: Flux2KleinAdapter) -> float:
     conditioning = baselines.general_conditioning(adapter)
     count = len(conditioning)
     with stage("general edits", 2 * baselines.TEACHER_STEPS * count) as advance:
-        latents = Generator(adapter, None, None, baselines.SHIFT, report=advance).guided_euler(
+        latents = Generator(adapter, report=advance).euler(
             torch.zeros(count, dtype=torch.int64),
             conditioning,
-            adapter.encode_prompts([""]),
             baselines.general_seeds(count),
             baselines.TEACHER_STEPS,
+            adapter.encode_prompts([""]),
             GUIDANCE,
         )
     return evaluation.general_accuracy(to_images(adapter.decode(latents)))

@@ -1,7 +1,7 @@
 """Training state on disk: one safetensors file without pickle, and the check that a resumed run is the same run.
 
-The file's tensors are ``tensor/<name>``, ``optimizer/<name>/<parameter>/<state>`` and ``generator/<name>``; JSON values
-are in its header. It is written to a temporary name and renamed, so that a run stopped at any moment leaves a whole one.
+The file's tensors are ``tensor/<name>``, ``optimizer/<name>/<parameter>/<state>`` and ``generator/data``; JSON values are
+in its header. It is written to a temporary name and renamed, so that a run stopped at any moment leaves a whole one.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def save_state(
     path: Path,
     tensors: Mapping[str, Tensor],
     optimizers: Mapping[str, torch.optim.Optimizer],
-    generators: Mapping[str, torch.Generator],
+    generator: torch.Generator,
     values: Mapping[str, object],
 ) -> None:
-    """Writes tensors, optimizer states, generator states and JSON values to one file, atomically.
+    """Writes tensors, optimizer states, the generator's state and JSON values to one file, atomically.
 
     Raises:
         CloraError: the file cannot be written.
@@ -54,14 +54,14 @@ def save_state(
                 # bitsandbytes keeps a part of a state in a dictionary of its own; it takes them side by side too.
                 parts = value if isinstance(value, Mapping) else {key: value}
                 flat |= {f"optimizer/{name}/{i}/{k}": torch.as_tensor(v).clone() for k, v in parts.items()}
-    flat |= {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
+    flat["generator/data"] = generator.get_state()
     write_atomic(path, save(flat, metadata={"values": json.dumps(dict(values))}))
 
 
 def load_state(
-    path: Path, optimizers: Mapping[str, torch.optim.Optimizer], generators: Mapping[str, torch.Generator]
+    path: Path, optimizers: Mapping[str, torch.optim.Optimizer], generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a file of `save_state`: returns its tensors and values, and restores optimizers and generators in place.
+    """Reads a file of `save_state`: returns its tensors and values, and restores optimizers and generator in place.
 
     Raises:
         CloraError: the file is not a whole checkpoint.
@@ -74,8 +74,7 @@ def load_state(
             is_count = value.ndim == 0 and value.dtype == torch.int64  # a plain number in bitsandbytes
             state.setdefault(int(index), {})[part] = int(value) if is_count else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, generator in generators.items():
-        generator.set_state(flat[f"generator/{name}"])
+    generator.set_state(flat["generator/data"])
     return _under("tensor/", flat), values
 
 

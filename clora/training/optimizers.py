@@ -9,8 +9,6 @@ from torch import Tensor
 
 from clora.errors import CloraError
 
-ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0}
-
 
 def make_optimizer(name: str, parameters: Sequence[Tensor], learning_rate: float, bits: int) -> torch.optim.Optimizer:
     """``adamw`` or ``muon``, without weight decay.
@@ -28,7 +26,7 @@ def make_optimizer(name: str, parameters: Sequence[Tensor], learning_rate: float
         return Muon(parameters, learning_rate, weight_decay=0.0)
     if bits == 8:
         return _adamw_of_8_bits(parameters, learning_rate)
-    return torch.optim.AdamW(parameters, learning_rate, **ADAMW)
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
 
 
 def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
@@ -43,13 +41,13 @@ def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float) -> torc
     probe = torch.zeros(8192, device=device, requires_grad=True)
     probe.grad = torch.ones_like(probe)
     try:
-        AdamW8bit([probe], learning_rate, **ADAMW).step()
+        AdamW8bit([probe], learning_rate).step()
     except (AttributeError, NotImplementedError, RuntimeError) as error:  # the error differs between releases
         raise CloraError(
             f"train.optimizer_bits: the installed bitsandbytes cannot train on {device} ({error}); upgrade it, train on "
             "a GPU, or choose 32"
         ) from error
-    return AdamW8bit(parameters, learning_rate, **ADAMW)
+    return AdamW8bit(parameters, learning_rate, weight_decay=0.0)
 
 
 # Muon in float32: momentum whose matrix is made orthogonal before each step (Jordan et al., 2024). ``torch.optim.Muon``

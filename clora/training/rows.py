@@ -6,7 +6,7 @@ Source: docs/method.md section 4(c).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class StudentRows:
         teacher, uncond: the teachers' conditioning of the D rows to be scored, with and without their prompts.
         score_sigma: ``[D]`` noise level at which each of these is scored, on the CPU.
         score_noise: ``[D, T, C]`` noise that takes each of these there.
-        anchor_target: ``[A, T, C]`` noise minus target of the anchor rows, or None.
+        anchor_target: ``[A, T, C]`` noise minus target of the anchor rows.
     """
 
     x: Tensor
@@ -49,20 +49,17 @@ class StudentRows:
     uncond: Conditioning
     score_sigma: Tensor
     score_noise: Tensor
-    anchor_target: Tensor | None
+    anchor_target: Tensor
 
     @staticmethod
-    def join(
-        parts: Sequence[Part], score_sigma: Tensor, score_noise: Tensor, anchor_target: Tensor | None
-    ) -> StudentRows:
+    def join(parts: Sequence[Part], score_sigma: Tensor, score_noise: Tensor, anchor_target: Tensor) -> StudentRows:
         """Joins the parts, those to be scored before the anchor rows."""
         scored = slice(len(score_sigma))
-        weights = [torch.full((len(part.batch),), part.weight) for part in parts]
         return StudentRows(
             x=torch.cat([part.x for part in parts]),
             sigma=torch.cat([part.sigma for part in parts]),
             kind=kinds(parts),
-            weight=torch.cat(weights),
+            weight=torch.cat([torch.full((len(part.batch),), part.weight) for part in parts]),
             effect=torch.cat([part.batch.effect for part in parts]),
             conditioning=Conditioning.cat([part.batch.student for part in parts]),
             teacher=Conditioning.cat([part.batch.teacher for part in parts])[scored],
@@ -74,32 +71,19 @@ class StudentRows:
 
     def split(self, limit: int | None) -> list[StudentRows]:
         """Parts of at most ``limit`` rows whose losses add up to that of all rows; one part for None."""
-        parts = slices(len(self.x), limit)
-        return [self] if len(parts) == 1 else [self._part(rows) for rows in parts]
-
-    def _part(self, rows: slice) -> StudentRows:
-        kind = self.kind[rows]
-        # The loss of a kind is the mean over its rows. A part takes the mean over its own rows of a kind, so that they
-        # are weighed with their share of all rows of that kind: the parts' losses and gradients then add up.
-        share = torch.bincount(kind, minlength=3) / torch.bincount(self.kind, minlength=3)
-        # The scored rows are the first D, so that the same slice fits their tensors, cut off at their end; the anchor
-        # rows follow, counted from D on.
         num_scored = len(self.teacher)
-        anchors = slice(max(rows.start - num_scored, 0), max(rows.stop - num_scored, 0))
-        return replace(
-            self,
-            x=self.x[rows],
-            sigma=self.sigma[rows],
-            kind=kind,
-            weight=self.weight[rows] * share[kind],
-            effect=self.effect[rows],
-            conditioning=self.conditioning[rows],
-            teacher=self.teacher[rows],
-            uncond=self.uncond[rows],
-            score_sigma=self.score_sigma[rows],
-            score_noise=self.score_noise[rows],
-            anchor_target=None if self.anchor_target is None else self.anchor_target[anchors],
-        )
+        parts = []
+        for rows in slices(len(self.x), limit):
+            # The scored rows are the first D, so that the same slice fits their fields, cut off at their end.
+            part = {name: field[rows] for name, field in vars(self).items()}
+            # The loss of a kind is the mean over its rows. A part takes the mean over its own rows of a kind, so that
+            # they are weighed with their share of all rows of that kind: losses and gradients then add up.
+            share = torch.bincount(part["kind"], minlength=3) / torch.bincount(self.kind, minlength=3)
+            part["weight"] = part["weight"] * share[part["kind"]]
+            # The anchor rows follow, counted from D on.
+            part["anchor_target"] = self.anchor_target[max(rows.start - num_scored, 0) : max(rows.stop - num_scored, 0)]
+            parts.append(StudentRows(**part))
+        return parts
 
 
 def kinds(parts: Sequence[Part]) -> Tensor:
@@ -111,4 +95,4 @@ def kinds(parts: Sequence[Part]) -> Tensor:
 def slices(count: int, limit: int | None) -> list[slice]:
     """``count`` rows in parts of at most ``limit``; one part for None."""
     limit = limit or count
-    return [slice(i, min(i + limit, count)) for i in range(0, count, limit)]
+    return [slice(i, i + limit) for i in range(0, count, limit)]

@@ -235,10 +235,11 @@ class DistillTrainer:
         """The rows of one student forward: backward simulation, target simulation, trajectory anchoring."""
         objective = self.config.objective
         shift = self.config.sampler.shift
+        simulated = objective.backward_simulation and rollout is not None
         parts = []
         # Distribution matching at two kinds of inputs: the student's own noisy samples, and noised targets at a step
         # of its schedule below tau_max. General rows have no target of a teacher to start from.
-        if objective.backward_simulation and rollout is not None:
+        if simulated:
             parts.append(Part(BACKWARD_SIMULATION, batch, *rollout, objective.weights.backward_simulation))
         effects = batch[batch.effect >= 0]
         if objective.target_simulation and rollout is not None and len(effects):
@@ -250,10 +251,13 @@ class DistillTrainer:
         kind = kinds(parts)
         score_sigma = draw_critic_sigma(kind, shift, self.tau.tau_min, self.generator)
         # Flow matching on targets: the velocity to learn is noise minus target, whatever the noise level.
-        anchor_target = None
+        anchor_target = batch.target[:0]
         anchored = batch[batch.has_target]
         if objective.trajectory_anchoring and len(anchored):
-            floor = self._anchor_floor(batch, score_sigma)
+            # The released code's lower bound is the critic's level of the sample's backward simulation, whose rows, the
+            # whole batch, come first among the scored ones.
+            released = simulated and objective.anchor_noise == "released"
+            floor = score_sigma[: len(batch)][batch.has_target] if released else None
             sigma = draw_anchor_sigma(len(anchored), shift, self.generator, floor)
             noise = self._noise(anchored.target)
             anchor_target = noise - anchored.target
@@ -261,13 +265,6 @@ class DistillTrainer:
             parts.append(Part(ANCHOR, anchored, x, sigma, objective.weights.trajectory_anchoring))
         score_noise = self._noise(batch.target.new_empty(len(kind), *batch.target.shape[1:]))
         return StudentRows.join(parts, score_sigma, score_noise, anchor_target)
-
-    def _anchor_floor(self, batch: Batch, score_sigma: Tensor) -> Tensor | None:
-        """The released code's lower bound of the anchoring noise: the backward simulation's critic level per sample."""
-        objective = self.config.objective
-        if objective.anchor_noise == "unrestricted" or not objective.backward_simulation or not len(score_sigma):
-            return None
-        return score_sigma[: len(batch)][batch.has_target]  # backward simulation's rows, the whole batch, come first
 
     @torch.no_grad()
     def simulate(self, batch: Batch) -> Rollout:
@@ -366,7 +363,7 @@ class DistillTrainer:
             "config": resumable_settings(self.config),
             "teachers": self._teacher_norms,
         }
-        save_state(path, tensors, self._optimizers, {"data": self.generator}, values)
+        save_state(path, tensors, self._optimizers, self.generator, values)
 
     def load(self, path: Path) -> None:
         """Restores a state written by `save`.
@@ -374,7 +371,7 @@ class DistillTrainer:
         Raises:
             CloraError: the file is broken, or comes from another configuration.
         """
-        tensors, values = load_state(path, self._optimizers, {"data": self.generator})
+        tensors, values = load_state(path, self._optimizers, self.generator)
         check_same(values["config"], resumable_settings(self.config), path)
         check_same(values["teachers"], self._teacher_norms, path)
         for name, slots in self._trained.items():

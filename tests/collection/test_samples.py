@@ -52,16 +52,18 @@ def test_each_effect_beside_its_target(adapter, make_config, monkeypatch, forwar
     draw_samples(config, adapter, student, data, torch.device("cpu"))
     ((columns, rows, pixels),) = drawn
     assert (columns[2], rows) == (f"this LoRA, {config.sampler.steps} passes", EFFECTS)
-    firsts = [load_images(folder, SIZE)[1][0] for folder in (config.data.sources, config.effects[1].sources)]
+    firsts = [load_images(folder, SIZE)[0] for folder in (config.data.sources, config.effects[1].sources)]
     np.testing.assert_array_equal(pixels[:, 0], as_pixels(torch.stack(firsts)))
     np.testing.assert_array_equal(pixels[:, 1], as_pixels(adapter.decode(data.targets[:, 0])))
 
     merged = copy.copy(adapter)
     merged.pipeline = copy.copy(adapter.pipeline)
     merged.pipeline.transformer = merge_lora(adapter.pipeline.transformer, student)
-    generator = Generator(merged, None, None, config.sampler.shift)
+    generator = Generator(merged)
     conditioning = Conditioning(data.text[data.student_text[:, 0, 0]], data.sources[:, 0])
-    latents = generator.few_step(torch.arange(2), conditioning, [config.seed] * 2, config.sampler.steps)
+    latents = generator.few_step(
+        torch.arange(2), conditioning, [config.seed] * 2, config.sampler.steps, config.sampler.shift
+    )
     expected = as_pixels(adapter.decode(latents)).astype(int)
     assert np.abs(pixels[:, 2].astype(int) - expected).max() <= 1
 

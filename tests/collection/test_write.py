@@ -176,10 +176,10 @@ def test_a_guided_teacher_equals_the_stock_pipeline(adapter, pipeline, source, t
         lambda module, args, kwargs: timesteps.append(kwargs["timestep"].clone()), with_kwargs=True
     )
     with AdapterBank(adapter.pipeline.transformer, {"teacher": teacher}) as bank:
-        generator = Generator(adapter, bank, bank.slots(), 3.0)
+        generator = Generator(adapter, bank)
         noise = generator._noise([4])
-        latents = generator.guided_euler(
-            torch.tensor([0]), condition(adapter, source), adapter.encode_prompts([""]), [4], steps, w
+        latents = generator.euler(
+            torch.tensor([0]), condition(adapter, source), [4], steps, adapter.encode_prompts([""]), w
         )
     stock = call(pipeline, source, noise.transpose(1, 2).reshape(1, 16, *GRID), steps, w + 1)
     torch.testing.assert_close(stock, image(adapter, latents), rtol=0, atol=1e-4)

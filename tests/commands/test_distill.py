@@ -85,7 +85,7 @@ def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
     from clora.data.images import load_images
 
     for stacked, folder in ((data.sources, sources), (data.targets, targets)):
-        expected = seen["adapter"].encode_images(load_images(folder, SIZE)[1])
+        expected = seen["adapter"].encode_images(load_images(folder, SIZE))
         torch.testing.assert_close(stacked[0], expected, rtol=1e-5, atol=1e-5)
     assert data.effects == EFFECTS
     assert len(data.general_sources) == 3  # of 4 images one is held out

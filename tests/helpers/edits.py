@@ -169,8 +169,8 @@ def guided(
     """Returns the packed noise and the images of the teachers' guided sampler, all samples in one batch."""
     seeds = [sample.seed for sample in samples]
     with routed(adapter, loras, samples) as (bank, ids):
-        generator = Generator(adapter, bank, bank.slots(), 3.0)
-        latents = generator.guided_euler(ids, condition(adapter, samples), empty, seeds, steps, w, norm_rescale)
+        generator = Generator(adapter, bank)
+        latents = generator.euler(ids, condition(adapter, samples), seeds, steps, empty, w, norm_rescale)
         return generator._noise(seeds), to_images(adapter.decode(latents))
 
 

@@ -126,11 +126,11 @@ def test_a_guided_teacher_equals_a_stock_call(family, pipelines, w, steps, kwarg
     loras = {"teacher": random_lora(adapter.pipeline.transformer, 3, 21)}
     sample = Sample(SENTENCES[1], references(family, [(64, 64)]), "teacher", 4)
     with routed(adapter, loras, [sample]) as (bank, ids):
-        generator = Generator(adapter, bank, bank.slots(), 3.0)
+        generator = Generator(adapter, bank)
         noise = generator._noise([4])
         conditioning = condition(adapter, [sample])
         with received(adapter.pipeline.transformer) as ours_calls:
-            latents = generator.guided_euler(ids, conditioning, adapter.encode_prompts([""]), [4], steps, w)
+            latents = generator.euler(ids, conditioning, [4], steps, adapter.encode_prompts([""]), w)
     with received(adapter.pipeline.transformer) as calls:
         stock = stock_call(family, adapter, sample, tmp_path, loras, noise=noise, num_inference_steps=steps, **kwargs)
     torch.testing.assert_close(stock, to_images(adapter.decode(latents)), rtol=0, atol=TOLERANCE)

@@ -102,7 +102,7 @@ def make_config(folder, teachers, **settings):
 
 def check_data(data, adapter, config):
     """A row of the prompt table for each prompt and picture, as encoded by themselves."""
-    images = load_images(config.data.sources, SIZE)[1]
+    images = load_images(config.data.sources, SIZE)
     used = [(config.effects[e].prompt, 1, data.teacher_text[e, 1]) for e in range(2)]
     used += [(config.effects[e].student_prompts[0], 1, data.student_text[e, 0, 1]) for e in range(2)]
     used += [("", 1, data.empty_text[0, 1]), ("", 2, data.general_pairs[2, 2])]

@@ -132,7 +132,7 @@ def test_generated_latents_start_and_end_in_bfloat16(low, inputs, monkeypatch):
     """As in a stock pipeline, whose latents are in the dtype of the prompts."""
     seen, velocity = [], low.velocity
     monkeypatch.setattr(low, "velocity", lambda x, *rest: seen.append(x) or velocity(x, *rest))
-    generator = Generator(low, None, None, 3.0)
+    generator = Generator(low)
     out = generator.euler(torch.arange(2), inputs(2)[2], [3, 4], 2)
     noise = torch.randn(low.latent_shape, generator=torch.Generator().manual_seed(3000))
     assert torch.equal(seen[0][0], noise.to(BF16))

@@ -37,11 +37,11 @@ def test_a_restored_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, name, b
     for seed in (1, 2):
         step(parameters, optimizer, seed)
     tensors = {str(i): parameter for i, parameter in enumerate(parameters)}
-    save_state(tmp_path / "state.safetensors", tensors, {"it": optimizer}, {}, {})
+    save_state(tmp_path / "state.safetensors", tensors, {"it": optimizer}, torch.Generator(), {})
     step(parameters, optimizer, 3)
     again = start()
     restored = make_optimizer(name, again, 0.1, bits)
-    tensors, _ = load_state(tmp_path / "state.safetensors", {"it": restored}, {})
+    tensors, _ = load_state(tmp_path / "state.safetensors", {"it": restored}, torch.Generator())
     for i, parameter in enumerate(again):
         parameter.data.copy_(tensors[str(i)])
     step(again, restored, 3)

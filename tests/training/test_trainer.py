@@ -92,7 +92,7 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, forward_rows):
         expected = {
             "critic": plain_velocity(adapter, models[CRITIC], x, s, student),
             "teacher": plain_velocity(adapter, teacher, x, s, cond),
-            "teacher_uncond": plain_velocity(adapter, teacher, x, s, cond.with_text(empty)),
+            "teacher_uncond": plain_velocity(adapter, teacher, x, s, dataclasses.replace(cond, text=empty)),
         }
         for name, value in expected.items():
             torch.testing.assert_close(getattr(scores, name)[[i]], value, rtol=1e-4, atol=1e-5, msg=f"{name}, row {i}")

@@ -177,7 +177,7 @@ def train_base(
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], share)
         report(update + 1, {"loss": float(loss.detach())})
         if (update + 1) % CHECKPOINT_EVERY == 0:
-            save_state(checkpoint, state, optimizers, {"data": generator}, {"update": update + 1, "recipe": recipe})
+            save_state(checkpoint, state, optimizers, generator, {"update": update + 1, "recipe": recipe})
     for name, weight in average.items():
         parameters[name].data.copy_(weight)
     transformer.eval().requires_grad_(False)
@@ -198,7 +198,7 @@ def _resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, r
     """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
     if not checkpoint.exists():
         return 0
-    tensors, values = load_state(checkpoint, optimizers, {"data": generator})
+    tensors, values = load_state(checkpoint, optimizers, generator)
     check_same(values["recipe"], recipe, checkpoint)
     for name, tensor in state.items():
         tensor.copy_(tensors[name])

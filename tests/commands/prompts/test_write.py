@@ -145,7 +145,7 @@ def test_a_model_that_sees_is_shown_what_the_teachers_make(config_file, fake_wri
     for shown, expected in zip(pictures[0], own, strict=True):
         assert np.array_equal(shown, np.asarray(expected))
     adapter = adapter_of_session
-    pixels = load_images(files / "images", SIZE)[1][:2]
+    pixels = load_images(files / "images", SIZE)[:2]
     sources = adapter.encode_sources([pixels])[0]
     text = adapter.encode_prompts(["make it snow", "make it comic", ""])
     for row, (name, shown) in enumerate(zip(NAMES[1:], pictures[1:], strict=True)):
