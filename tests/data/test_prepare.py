@@ -42,7 +42,7 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
                 hidden_states=torch.cat([x, data.sources[1, 1:]], 1),
                 encoder_hidden_states=data.text.embeds[row],
                 timestep=torch.tensor([sigma]),
-                img_ids=adapter._own_image_ids,
+                img_ids=adapter._image_ids(adapter.source_shapes),
                 txt_ids=adapter._text_ids,
                 return_dict=False,
             )[0][:, : x.shape[1]]
