@@ -28,10 +28,11 @@ from clora.models.conditioning import Text
 from clora.models.loading import load_pipeline
 from clora.progress import say, stage
 from clora.studio import assets, baselines, evaluation, targets
+from clora.studio.baselines import Measured, grid_pictures, grid_scene
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.demo_report import write_report
 from clora.studio.effects import EFFECTS
-from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, summary
+from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects
 from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes
 from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
@@ -97,17 +98,19 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         description = make_collection(run.config, adapter, "clora-studio", files, licenses)
         collection = write_collection(student, description, run.folder / "collection", torch.float16)
     # A row of results for each method: merges, teachers and base, then the collection.
-    rows = measured_rows(run, adapter, loras) if shipped is None else shipped
+    rows = shipped
+    if rows is None:
+        with run.timed("baselines"):
+            rows = baselines.measure_baselines(adapter, loras, list(loras))
     with run.timed("evaluate"):
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
         with stage("judge", len(outputs)) as advance:
-            verdicts = judge_effects(outputs, advance)
-        rows["clora"] = {"verdicts": verdicts, "general": general, "precomputed": False}
+            rows["clora"] = Measured(grid_pictures(outputs), judge_effects(outputs, advance), general)
     # The same weights again, now with the measured values in their metadata.
-    metrics = {name: value for name, value in summary(verdicts, general).items() if value is not None}
+    metrics = {name: value for name, value in rows["clora"].row().items() if value is not None}
     measured = description.model_copy(update={"metrics": metrics})
     write_collection(student, measured, collection, torch.float16)
-    return _report(run, rows, outputs, folder, collection)
+    return _report(run, rows, folder, collection)
 
 
 def check_effects(names: Sequence[str]) -> list[str]:
@@ -157,7 +160,7 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
     return student
 
 
-def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
+def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, Measured] | None:
     """Reads the rows that do not depend on the student, as the studio ships them; None for other effects than its own.
 
     Raises:
@@ -165,30 +168,17 @@ def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, dict] | None:
     """
     if set(names) != set(DEFAULT_EFFECTS):
         return None
-    rows = json.loads(assets.verified(folder, "baselines.json").read_text())
+    stored = json.loads(assets.verified(folder, "baselines.json").read_text())
     images = load_file(assets.verified(folder, "baselines.safetensors"))
-    for method, row in rows.items():
-        stored = row["verdicts"]
-        row["verdicts"] = {name: [Verdict(**values) for values in stored[name]] for name in names}
-        row["images"] = {name: images[f"{method}/{name}"] for name in names}
-        row["precomputed"] = True
-    return rows
-
-
-def measured_rows(run: Run, adapter, loras) -> dict[str, dict]:
-    """Measures the same rows now."""
-    with run.timed("baselines"):
-        measured = baselines.measure_baselines(adapter, loras, list(loras))
     rows = {}
-    for method, found in measured.items():
-        images = {name: to_bytes(found.outputs[name][baselines.grid_scene(name)]) for name in loras}
-        rows[method] = {
-            "verdicts": found.verdicts,
-            "general": found.general,
-            "megabytes": found.megabytes,
-            "precomputed": False,
-            "images": images,
-        }
+    for method, row in stored.items():
+        rows[method] = Measured(
+            pictures={name: images[f"{method}/{name}"] for name in names},
+            verdicts={name: [Verdict(**values) for values in row["verdicts"][name]] for name in names},
+            general=row["general"],
+            megabytes=row["megabytes"],
+            precomputed=True,
+        )
     return rows
 
 
@@ -236,11 +226,11 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
     return result.images[0]
 
 
-def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], folder: Path, collection: Path) -> Path:
+def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Path) -> Path:
     """Prints the accuracies and writes the report."""
     names = [effect.name for effect in run.config.effects]
     sizes = _sizes(names, rows, folder, collection)
-    measured = {method: summary(row["verdicts"], row["general"]) for method, row in rows.items()}
+    measured = {method: row.row() for method, row in rows.items()}
     device = run.config.device
     metrics = {
         "seed": run.config.seed,
@@ -250,7 +240,7 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
         "peak_rss_mb": _peak_megabytes(),
         "effects": names,
         "rows": [
-            {"method": method, "precomputed": row["precomputed"], **sizes[method], **measured[method]}
+            {"method": method, "precomputed": row.precomputed, **sizes[method], **measured[method]}
             for method, row in rows.items()
         ],
     }
@@ -260,7 +250,7 @@ def _report(run: Run, rows: dict[str, dict], outputs: Mapping[str, np.ndarray], 
         f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
         f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best]:.1%}"
     )
-    columns, images = _grid(names, rows, outputs, best)
+    columns, images = _grid(names, rows, best)
     return write_report(run.folder, metrics, columns, images, run.curves)
 
 
@@ -274,7 +264,9 @@ def _peak_megabytes() -> int | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
-def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection: Path) -> dict[str, dict[str, float]]:
+def _sizes(
+    names: Sequence[str], rows: Mapping[str, Measured], folder: Path, collection: Path
+) -> dict[str, dict[str, float]]:
     """Files a user keeps, their megabytes, and passes per picture, by method."""
 
     def megabytes(path: Path) -> float:
@@ -282,7 +274,7 @@ def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection
         return sum(file.stat().st_size for file in files) / 1e6
 
     many = sum(megabytes(teacher_path(folder, name)) for name in names)
-    merges = {name: {"files": 1, "megabytes": rows[name]["megabytes"], "nfe": 8} for name in baselines.MERGES}
+    merges = {name: {"files": 1, "megabytes": rows[name].megabytes, "nfe": 8} for name in baselines.MERGES}
     return merges | {
         "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
         "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": 8},
@@ -291,14 +283,13 @@ def _sizes(names: Sequence[str], rows: dict[str, dict], folder: Path, collection
     }
 
 
-def _grid(names: Sequence[str], rows: dict[str, dict], outputs, best: str) -> tuple[Sequence[str], np.ndarray]:
+def _grid(names: Sequence[str], rows: Mapping[str, Measured], best: str) -> tuple[Sequence[str], np.ndarray]:
     """One scene of each effect, by every method: titles, and images ``[E, C, H, W, 3]``."""
     columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
     images = []
     for name in names:
-        scene = baselines.grid_scene(name)
-        source = held_out_sources(evaluation.NUM_SCENES)[scene]
+        source = held_out_sources(evaluation.NUM_SCENES)[grid_scene(name)]
         exact = EFFECTS[name].apply(source, np.random.default_rng(0))
-        others = [rows[method]["images"][name] / 255 for method in ("teachers_80", "teachers_8", best)]
-        images.append(np.stack([source, exact, *others, outputs[name][scene]]))
+        results = [rows[method].pictures[name] / 255 for method in ("teachers_80", "teachers_8", best, "clora")]
+        images.append(np.stack([source, exact, *results]))
     return columns, np.stack(images)

@@ -22,7 +22,7 @@ from clora.studio import evaluation
 from clora.studio.demo_config import GUIDANCE, student_prompts
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import Verdict
-from clora.studio.pixels import to_images, to_tensor
+from clora.studio.pixels import to_bytes, to_images, to_tensor
 from clora.studio.teachers import TEACHERS
 
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
@@ -36,12 +36,21 @@ FIRST_GENERAL_SEED = 8_000_000
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the table: outputs per effect ``[N, 64, 64, 3]``, verdicts, general accuracy, size of one LoRA in fp16."""
+    """One row of the table of methods.
 
-    outputs: Mapping[str, np.ndarray]
+    Attributes:
+        pictures: effect to its output for the grid, uint8 ``[64, 64, 3]`` (see `grid_pictures`).
+        verdicts: effect to the verdict on each held-out scene.
+        general: accuracy of general edits.
+        megabytes: size of one LoRA in fp16.
+        precomputed: the row ships with the studio.
+    """
+
+    pictures: Mapping[str, np.ndarray]
     verdicts: Mapping[str, Sequence[Verdict]]
     general: float | None
     megabytes: float | None = None
+    precomputed: bool = False
 
     def row(self) -> dict[str, object]:
         return evaluation.summary(self.verdicts, self.general)
@@ -85,7 +94,7 @@ class EvaluationSet:
         """Judges the latents of all rows."""
         images = to_images(self.adapter.decode(latents)).reshape(len(self.effects), -1, *self.adapter.size, 3)
         outputs = dict(zip(self.effects, images, strict=True))
-        return Measured(outputs, evaluation.judge_effects(outputs), None)
+        return Measured(grid_pictures(outputs), evaluation.judge_effects(outputs), None)
 
 
 def teacher_prompts(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> Text:
@@ -178,6 +187,11 @@ def measure_baselines(
         text = adapter.encode_prompts([student_prompts(effect)[0] for effect in merged])
         measured["base"] = measure_one_lora(None, rows, text, general, advance)
     return measured
+
+
+def grid_pictures(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Picks the picture of each effect for the grid from its outputs ``[N, 64, 64, 3]``, as uint8."""
+    return {effect: to_bytes(images[grid_scene(effect)]) for effect, images in outputs.items()}
 
 
 def grid_scene(effect: str) -> int:

@@ -19,9 +19,8 @@ TEMPLATES = "templates"
 TRIES = 3
 """Answers that are asked for before templates fill up."""
 
-# The first is the prompt itself; none adds anything to the prompt.
+# None adds anything to the prompt.
 _TEMPLATES = (
-    "{}",
     "edit the picture: {}",
     "the same picture, but {}",
     "change this picture as follows: {}",
@@ -42,7 +41,7 @@ class Written(NamedTuple):
 
 def templates(prompt: str) -> list[str]:
     """Words a prompt in several ways without a language model; the first is the prompt."""
-    return [_TEMPLATES[0].format(prompt), *(t.format(prompt.strip().rstrip(".")) for t in _TEMPLATES[1:])]
+    return [prompt, *(template.format(prompt.strip().rstrip(".")) for template in _TEMPLATES)]
 
 
 def effect_request(prompt: str, pairs: Sequence[tuple[Image, Image]], count: int) -> Request:

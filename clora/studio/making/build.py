@@ -18,10 +18,9 @@ from clora.files import check_writable, write_atomic
 from clora.progress import stage, up_to
 from clora.studio import text
 from clora.studio.assets import ASSETS, PROVENANCE, SEED, load_studio, provenance, sha256, studio_adapter
-from clora.studio.baselines import grid_scene, measure_baselines
+from clora.studio.baselines import measure_baselines
 from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
 from clora.studio.making import base, teachers, text_training, vae
-from clora.studio.pixels import to_bytes
 from clora.studio.quality import general_quality, vae_quality
 from clora.studio.targets import TARGETS, make_targets
 from clora.studio.teachers import SPECS, TEACHERS, load_teachers
@@ -178,7 +177,7 @@ def _baseline_stage(folder: Path, device: torch.device) -> Made:
     rows = measure_baselines(adapter, loras, DEFAULT_EFFECTS)
     images = {}
     for name, row in rows.items():
-        images |= {f"{name}/{effect}": to_bytes(row.outputs[effect][grid_scene(effect)]) for effect in row.outputs}
+        images |= {f"{name}/{effect}": picture for effect, picture in row.pictures.items()}
     write_atomic(folder / "baselines.json", json.dumps({name: row.to_json() for name, row in rows.items()}) + "\n")
     write_atomic(folder / "baselines.safetensors", save(images))
     accuracy = rows["teachers_80"].row()["per_effect"]

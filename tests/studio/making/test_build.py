@@ -106,15 +106,14 @@ def test_what_is_precomputed_can_be_computed(monkeypatch, tmp_path):
     monkeypatch.setattr(baselines, "TEACHER_STEPS", 2)
     adapter = assets.load_studio(assets.ASSETS)
     loras = load_teachers(adapter, assets.ASSETS, NAMES)
-    run = demo.Run(tmp_path, demo_config(NAMES, 0), full=True)
-    rows = demo.measured_rows(run, adapter, loras)
+    rows = baselines.measure_baselines(adapter, loras, NAMES)
     assert list(rows) == ["teachers_80", "teachers_8", *baselines.MERGES, "base"]
     for row in rows.values():
-        assert set(row["verdicts"]) == set(NAMES)
-        assert all(len(verdicts) == 1 for verdicts in row["verdicts"].values())
-        assert all(image.shape == (64, 64, 3) for image in row["images"].values())
-    assert all(rows[name]["megabytes"] > 0.1 for name in baselines.MERGES)
-    different = np.abs(rows["teachers_80"]["images"]["snow"].astype(int) - rows["base"]["images"]["snow"])
+        assert set(row.verdicts) == set(NAMES)
+        assert all(len(verdicts) == 1 for verdicts in row.verdicts.values())
+        assert all(picture.shape == (64, 64, 3) for picture in row.pictures.values())
+    assert all(rows[name].megabytes > 0.1 for name in baselines.MERGES)
+    different = np.abs(rows["teachers_80"].pictures["snow"].astype(int) - rows["base"].pictures["snow"])
     assert different.mean() > 1, "the teacher must do something"
     assert torch.isfinite(targets.target_sources(adapter)).all()
 
