@@ -202,6 +202,7 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
             advance(1)
             return stock_edit(pipe, config, image, prompt, seed)
 
+        # Seeds do not depend on the run: 100 for the scenes of each effect, 9000 and up for general edits.
         outputs = {}
         for i, effect in enumerate(config.effects):
             prompt = effect.student_prompts[0]
@@ -212,6 +213,7 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
 
 def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
     """Edits one picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
+    # As users call it: the pipeline draws its noise from the global generator.
     torch.manual_seed(seed)
     result = pipe(
         image=Image.fromarray(to_bytes(image)),
@@ -245,6 +247,7 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
         ],
     }
     accuracy = {method: values["effect_accuracy"] for method, values in measured.items()}
+    # The merge that a user would choose, by the measured accuracy.
     best = max((method for method in rows if method.startswith("merge")), key=lambda method: accuracy[method])
     print(
         f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
@@ -273,6 +276,7 @@ def _sizes(
         files = [path] if path.is_file() else path.rglob("*.safetensors")
         return sum(file.stat().st_size for file in files) / 1e6
 
+    # A user of single LoRAs keeps one file for each effect.
     many = sum(megabytes(teacher_path(folder, name)) for name in names)
     merges = {name: {"files": 1, "megabytes": rows[name].megabytes, "nfe": 8} for name in baselines.MERGES}
     return merges | {

@@ -130,6 +130,7 @@ def inputs_digest(config: DistillConfig, pipeline: Any) -> str:
         CloraError: pictures or instructions cannot be read.
     """
     settings = config.recorded(exclude={"pipeline": True, "output": True, "device": True, "data": {"cache"}})
+    # Of every picture the bytes: one that is replaced under its old name makes another run.
     pictures = {}
     for setting, folder in named_files(settings).items():
         if not setting.endswith(".lora"):
@@ -153,6 +154,7 @@ def is_finished(folder: Path, collection: Collection) -> bool:
         found = read_collection(folder)
     except CloraError:  # damaged, or no collection
         return False
+    # Another version's collection of the same run is finished too.
     return found.model_copy(update={"version": collection.version}) == collection
 
 
@@ -212,6 +214,7 @@ def training_bar(title: str, train: TrainConfig) -> Iterator[Report]:
     start = time.monotonic()
     seconds = None if train.minutes is None else round(60 * train.minutes)
     with stage(title, train.updates if seconds is None else seconds) as advance:
+        # Where time bounds the run, nobody knows the number of updates: the bar counts seconds.
         move = up_to(advance)
 
         def report(update: int, values: Mapping[str, float]) -> None:

@@ -19,4 +19,5 @@ def everyday_topics() -> dict[str, tuple[str, ...]]:
 
 def everyday_instructions() -> tuple[str, ...]:
     """Returns all instructions: the first of every topic, then the second, so that any first few are varied."""
+    # Topics differ in length, so that the shorter ones are filled with None.
     return tuple(line for line in chain(*zip_longest(*everyday_topics().values())) if line is not None)

@@ -38,6 +38,7 @@ class UserPath(str):
 
     def __new__(cls, written: str) -> UserPath:
         expanded = user_path(written)
+        # Only ~ is expanded: a Path would also rewrite ./a//b, and a hub id on Windows.
         path = super().__new__(cls, expanded if written.startswith("~") else written)
         path.written = written
         return path

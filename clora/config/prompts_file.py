@@ -35,6 +35,7 @@ def make_trigger(name: str, variant: int = 0) -> str:
     Returns:
         For example ``<paper_cut_Kq4711>``.
     """
+    # A hash, not a random number: the same name has the same trigger on every machine.
     digest = hashlib.sha256((f"{name}\0{variant}" if variant else name).encode("utf-8")).digest()
     letters = chr(ord("A") + digest[0] % 26) + chr(ord("a") + digest[1] % 26)
     number = int.from_bytes(digest[2:6], "big") % 10_000
@@ -136,6 +137,7 @@ def _fill_effect(entry: Any, written: Mapping[str, EffectPrompts]) -> Any:
     found = written.get(str(entry.get("name"))) if isinstance(entry, dict) else None
     if found is None:
         return entry
+    # What is empty or null in the config counts as not stated, as in `EffectConfig`.
     values = {"trigger": found.trigger, "student_prompts": list(found.student_prompts)}
     return {**entry, **{key: value for key, value in values.items() if not entry.get(key)}}
 
@@ -147,6 +149,7 @@ def _check_names(effects: Iterable[Mapping[str, Any]], prompts: PromptsFile, pat
         raise CloraError(
             f"{path}: the config has no effect {name!r}; rename it as in the config or remove it{nearest(name, stated)}"
         )
+    # An effect whose prompts the config states needs no entry in the file.
     missing = [name for name, has_prompts in stated.items() if name not in written and not has_prompts]
     if missing:
         raise CloraError(

@@ -24,6 +24,7 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which reads ``1e-4`` as a number and refuses a repeated key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        # YAML's own loader keeps the last of two equal keys and drops the first silently.
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -34,6 +35,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-4 as text, since it has no dot.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -77,6 +79,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise CloraError(f"override {override!r}: expected key=value or key.sub=value, as in train.updates=500")
     value = _parse(text, f"override {override!r}")
+    # Down to the parent of the last part; a number chooses an entry of a list.
     node: Any = tree
     for depth, part in enumerate(parts, 1):
         entry: str | int = part
@@ -98,15 +101,15 @@ def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
 
     The tree may be wrong elsewhere; values that are no text are skipped.
     """
-    effects = tree.get("effects")
-    entries = list(effects) if isinstance(effects, list | tuple) else []
-    sections = {"data": tree.get("data"), **{f"effects.{i}": entry for i, entry in enumerate(entries)}}
-    return {
-        f"{section}.{key}": values[key]
-        for section, values in sections.items()
-        for key in ("lora", "sources", "targets")
-        if isinstance(values, dict) and isinstance(values.get(key), str)
-    }
+    sections = {"data": tree.get("data")}
+    if isinstance(tree.get("effects"), list):
+        sections |= {f"effects.{i}": effect for i, effect in enumerate(tree["effects"])}
+    files = {}
+    for name, section in sections.items():
+        for key in ("lora", "sources", "targets"):
+            if isinstance(section, dict) and isinstance(section.get(key), str):
+                files[f"{name}.{key}"] = section[key]
+    return files
 
 
 def validate(model: type[ModelType], tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> ModelType:
@@ -157,9 +160,11 @@ def _origin(detail: Mapping[str, Any], where: str, overrides: Sequence[str]) -> 
     """Names the override that sets a wrong value, or the file, with the overrides that a check read."""
     location = [str(part) for part in detail["loc"]]
     paths = {override: override.partition("=")[0].strip().split(".") for override in overrides}
+    # The last override of a key wins, so that a wrong value is its own.
     own = [override for override, path in paths.items() if location[: len(path)] == path]
     if own:
         return f"override {own[-1]!r}: "
+    # A check of several settings: those of them that were overridden.
     read = [o for o, path in paths.items() if detail["type"] == "value_error" and path[: len(location)] == location]
     return f"{where} with {' '.join(read)}: " if read else f"{where}: "
 

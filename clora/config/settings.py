@@ -148,6 +148,7 @@ class SamplerConfig(FrozenModel):
     @property
     def passes_per_teacher_step(self) -> int:
         """One pass with the teacher's prompt and, with guidance, one with the empty prompt."""
+        # None, before the family's default is known, counts as guided.
         return 1 if self.guidance == 0 else 2
 
     @property
@@ -198,6 +199,7 @@ class ObjectiveConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
+        # The three parts have the same names as switches and as weights.
         parts = tuple(ObjectiveWeights.model_fields)
         if not any(getattr(self, part) and getattr(self.weights, part) > 0 for part in parts):
             raise ValueError(f"nothing left to train on: switch on (weight above 0) one of {', '.join(parts)}")
@@ -313,6 +315,7 @@ class DistillConfig(FrozenModel):
     def anchor_share(self) -> float:
         """The share of the run with trajectory anchoring only; 0 where that is off."""
         objective = self.objective
+        # A weight of 0 switches anchoring off as its own switch does.
         anchored = objective.trajectory_anchoring and objective.weights.trajectory_anchoring > 0
         return self.train.anchor_share if anchored else 0.0
 
@@ -320,11 +323,16 @@ class DistillConfig(FrozenModel):
     def _check(self) -> DistillConfig:
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
-        _refuse_twice("name", (effect.name for effect in self.effects))
-        _refuse_twice("trigger", (effect.trigger for effect in self.effects))
-        # One effect may repeat its own prompt; two effects cannot share one.
-        own_prompts = (dict.fromkeys(effect.student_prompts) for effect in self.effects)
-        _refuse_twice("student prompt", chain.from_iterable(own_prompts))
+        unique: dict[str, Counter[str]] = {
+            "name": Counter(effect.name for effect in self.effects),
+            "trigger": Counter(effect.trigger for effect in self.effects),
+            # One effect may repeat its own prompt; two effects cannot share one.
+            "student prompt": Counter(chain.from_iterable(set(effect.student_prompts) for effect in self.effects)),
+        }
+        for setting, counts in unique.items():
+            twice = [value for value, count in counts.items() if count > 1]
+            if twice:
+                raise ValueError(f"two effects have the {setting} {min(twice)!r}; give each its own")
         reserved = {"student", "critic"} & {effect.name for effect in self.effects}
         if reserved:
             raise ValueError(f"no effect can be called {min(reserved)!r}, which has a meaning in training; rename it")
@@ -334,12 +342,6 @@ class DistillConfig(FrozenModel):
                 "with clora, or switch it off"
             )
         return self
-
-
-def _refuse_twice(what: str, values: Iterable[str]) -> None:
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    if twice:
-        raise ValueError(f"two effects have the {what} {twice[0]!r}; give each its own")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: bool = True) -> DistillConfig:

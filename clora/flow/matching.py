@@ -90,6 +90,7 @@ def flow_matching_losses(
     Returns:
         `[B]`.
     """
+    # Noise first, then levels: the order of the draws is part of what a seed means.
     noise = send(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
     sigma = send(sample_sigma(len(x0), shift, generator), x0.device, x0.dtype)
     error = velocity(add_noise(x0, noise, sigma), sigma) - (noise - x0)

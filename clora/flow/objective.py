@@ -29,10 +29,9 @@ TAU_BOUNDS: dict[TauRule, TauBounds] = {
 }
 
 
-def draw_backward_steps(n: int, num_steps: int, generator: torch.Generator | None) -> Tensor:
+def draw_backward_steps(n: int, num_steps: int, generator: torch.Generator) -> Tensor:
     """`[n]` steps uniform in [0, num_steps): where each row's backward simulation stops."""
-    device = torch.device("cpu") if generator is None else generator.device
-    return torch.randint(num_steps, (n,), generator=generator, device=device)
+    return torch.randint(num_steps, (n,), generator=generator, device=generator.device)
 
 
 def target_simulation_steps(sigmas: Tensor, tau_max: float) -> Tensor:
@@ -57,13 +56,13 @@ def target_simulation_steps(sigmas: Tensor, tau_max: float) -> Tensor:
     return steps
 
 
-def draw_target_steps(n: int, sigmas: Tensor, tau_max: float, generator: torch.Generator | None) -> Tensor:
+def draw_target_steps(n: int, sigmas: Tensor, tau_max: float, generator: torch.Generator) -> Tensor:
     """`[n]` steps uniform over `target_simulation_steps`: where each row's target simulation starts."""
     allowed = target_simulation_steps(sigmas, tau_max)
     return allowed[draw_backward_steps(n, len(allowed), generator)]
 
 
-def draw_critic_sigma(kind: Tensor, shift: float, tau_min: float, generator: torch.Generator | None) -> Tensor:
+def draw_critic_sigma(kind: Tensor, shift: float, tau_min: float, generator: torch.Generator) -> Tensor:
     """Noise levels at which critic and teacher score the student's predictions.
 
     ::
@@ -85,7 +84,7 @@ def draw_critic_sigma(kind: Tensor, shift: float, tau_min: float, generator: tor
     return sample_sigma(len(kind), shift, generator, low_u=torch.where(kind == TARGET_SIMULATION, low_u, 0.0))
 
 
-def draw_anchor_sigma(n: int, shift: float, generator: torch.Generator | None, floor: Tensor | None = None) -> Tensor:
+def draw_anchor_sigma(n: int, shift: float, generator: torch.Generator, floor: Tensor | None = None) -> Tensor:
     """Noise levels of trajectory anchoring: `time_shift(u)` with u uniform in (floor, 1].
 
     Args:

@@ -130,6 +130,7 @@ def _step(v: Tensor, x: Tensor, sigma: Tensor, following: Tensor, eps: Tensor) -
 
 def _draw_noises(like: Tensor, count: int, generator: torch.Generator | None) -> list[Tensor]:
     """`count` draws of the batch's shape as diffusers' `randn_tensor` makes them: fp32, on the generator's device."""
+    # Where the generator is, so that a seed on the CPU draws the same noise for every device.
     device = like.device if generator is None else generator.device
     return [send(torch.randn(like.shape, generator=generator, device=device), like.device) for _ in range(count)]
 

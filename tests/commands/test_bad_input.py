@@ -118,7 +118,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_and_leaves_no_collection(make_config, tmp_path, monkeypatch, case):
     make_bad, message = BAD[case]
-    monkeypatch.setattr(targets_module, "render_targets", None)  # that takes hours: mistakes are told before
+    monkeypatch.setattr(targets_module, "render_targets", None)  # which takes hours: mistakes are reported before
     with pytest.raises(CloraError, match=message):
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The prompts file: written and read back, what it fills in a config, and what is said about a wrong one."""
+"""The prompts file: written, read back and filled into a config; messages about a wrong one."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_an_effect_that_the_config_has_twice_is_reported(load):
 
 
 def test_round_trip(tmp_path):
-    """What is written is read back the same, whatever is in it, and is easy on the eye."""
+    """Any text is read back as it was written, from a file that is easy on the eye."""
     odd = ("<t> a: b, 'c' \"d\" # e", "<t> {f} [g] - h", "<t> ünïcödé 雪\nnext line", "<t> " + "long " * 60)
     effect = EffectPrompts(
         name="x: y", trigger="<t>", student_prompts=odd, written_by="templates", similarity={"trigger": 0.5}

@@ -1,4 +1,4 @@
-"""Config files: what is read, and what is said about everything wrong in them."""
+"""Config files: their values, and messages about everything wrong in them."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ def pass_cost(adapter: ModelAdapter, layers: list[str], rank: int, text_shape: t
         lora = fresh_lora(linear_shapes(transformer), rank, torch.Generator(), layers)
         with AdapterBank(transformer, {"student": lora}) as bank:
             try:
+                # One slot, for the student: the two products of its LoRA are part of every pass.
                 slots = bank.trained("student", lora)
                 counter = FlopCounterMode(display=False)
                 with counter:
@@ -102,6 +103,7 @@ def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots: Slots, text_sh
         with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
             # Held while the bytes are counted: with the output its graph would go.
             output = adapter.velocity(noise, torch.zeros(1), Conditioning(_text(adapter, text_shape), source))
+    # Weights and factors stay anyway: only what the pass adds is counted.
     for tensor in (*adapter.pipeline.transformer.parameters(), *slots.parameters()):
         kept.pop(tensor.untyped_storage()._cdata, None)
     del output
@@ -195,4 +197,5 @@ def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
         return time.perf_counter() - start
 
     product()  # the first also loads the device's library
+    # 2 n^3 operations: a multiplication and an addition for each of n^3 terms.
     return 2 * side**3 / min(product() for _ in range(_ROUNDS))

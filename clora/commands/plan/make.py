@@ -6,9 +6,9 @@ a matrix product timed on the device.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
 
     Returns:
         A dictionary that can be written as JSON: ``problems`` (one message each) and ``notes`` (likewise, no mistakes).
-        As far as the pipeline can be read and its passes counted, also ``model`` (pipeline, parameters, dtype, layers,
-        student parameters), ``memory`` (bytes by part, ``peak``, ``device`` bytes or None), ``rows`` (most rows of a
-        pass), ``disk`` (bytes by part, ``free``), ``passes`` (of one row: rendering, per update, total) and ``time``
-        (measured rate of the device in FLOP/s, seconds at that rate; ``train.minutes`` bounds training).
+        Where the pipeline can be read and its passes counted, it has these keys too. ``model``: pipeline, parameters,
+        dtype, layers, student parameters. ``memory``: bytes by part, ``peak``, ``device`` bytes or None. ``rows``: most
+        rows of a pass. ``disk``: bytes by part, ``free``. ``passes`` of one row: rendering, per update, all. ``time``:
+        measured rate of the device in FLOP/s, and seconds at that rate; ``train.minutes`` bounds training.
     """
     problems = find_file_problems(config)
     plan: dict[str, Any] = {}
@@ -83,9 +83,9 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
     # Values of the encoded prompts [tokens, channels], pictures to edit [S, C] and targets [T, C].
     source = cost.source_rows(adapter) * adapter.latent_shape[1]
     encoded = (
-        data.prompts * prod(cost.text_shape(adapter))
+        data.prompts * math.prod(cost.text_shape(adapter))
         + data.sources * source
-        + data.renders * prod(adapter.latent_shape)
+        + data.renders * math.prod(adapter.latent_shape)
     )
     model = {
         "pipeline": type(pipeline).__name__,
@@ -112,12 +112,18 @@ def _estimates(
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
     if sum(files.values()) > free:
         problems.append(f"output {config.output}: needs about {_size(sum(files.values()))}, free are {_size(free)}")
-    rendering = renders * sampler.teacher_steps * sampler.passes_per_teacher_step
-    anchoring = round(config.anchor_share * train.updates)
-    training = anchoring * needs.anchoring_passes(config) + (train.updates - anchoring) * needs.forward_passes(config)
+    # Passes of one row, and the seconds of each at the rate of the device.
+    passes = {
+        "rendering": renders * sampler.teacher_steps * sampler.passes_per_teacher_step,
+        "anchoring update": needs.anchoring_passes(config),
+        "update": needs.forward_passes(config),
+    }
     rate = cost.measure_rate(device, facts.dtype)
     seconds = facts.cost.flops / rate
-    total = rendering + (training if train.minutes is None else min(training, 60 * train.minutes / seconds))
+    anchoring = round(config.anchor_share * train.updates)
+    training = anchoring * passes["anchoring update"] + (train.updates - anchoring) * passes["update"]
+    # train.minutes bounds the training, never the rendering before it.
+    passes["all"] = passes["rendering"] + min(training, 60 * (train.minutes or math.inf) / seconds)
     return {
         "memory": {**parts, "peak": needs.peak(parts), "device": available},
         "rows": {
@@ -126,20 +132,12 @@ def _estimates(
             "rendering": needs.rendering_rows(config),
         },
         "disk": {**files, "free": free},
-        "passes": {
-            "rendering": rendering,
-            "anchoring update": needs.anchoring_passes(config),
-            "update": needs.forward_passes(config),
-            "all": total,
-        },
+        "passes": passes,
         "time": {
             "device": str(device),
             "flops_per_second": rate,
-            "anchoring_update": seconds * needs.anchoring_passes(config),
-            "update": seconds * needs.forward_passes(config),
-            "rendering": seconds * rendering,
             "minutes": train.minutes,
-            "all": seconds * total,
+            **{name.replace(" ", "_"): seconds * count for name, count in passes.items()},
         },
     }
 

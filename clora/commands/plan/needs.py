@@ -72,6 +72,7 @@ def rows_with_gradient(config: DistillConfig) -> int:
     """Most rows of one pass with gradient: a student update whose samples are all of the effect stream."""
     objective = config.objective
     parts = (objective.backward_simulation, objective.target_simulation, objective.trajectory_anchoring)
+    # Each part of the loss that is on adds a row of each sample (docs/method.md section 4).
     rows = config.train.batch_size * max(1, sum(parts))
     return min(rows, config.train.gradient_rows or rows)
 
@@ -140,6 +141,7 @@ def num_slots(facts: Facts, config: DistillConfig) -> int:
 
 def state_bytes(train: TrainConfig) -> int:
     """Bytes of both optimizers' states per trained value; Muon's stay in 32 bits."""
+    # The critic's is always AdamW; only AdamW's moments can be in 8 bits.
     critic = MOMENTS["adamw"] * train.optimizer_bits // 8
     return critic + (critic if train.optimizer == "adamw" else 4 * MOMENTS[train.optimizer])
 
@@ -190,6 +192,7 @@ def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
         encoded: values of the encoded pictures and prompts, which are in the host's memory too.
     """
     values = trained_values(facts, config.student.rank)
+    # Student and critic, each with its optimizer.
     states = 2 * MASTER + state_bytes(config.train)
     return {
         "collection": values * facts.dtype.itemsize,

@@ -49,6 +49,7 @@ def rendered_pairs(
         files = list_images(effect.sources or config.data.sources)
         # A single picture is taken twice: [NUM_PAIRS, 3, H, W].
         pixels = torch.stack([load_image(files[i % len(files)], config.data.size) for i in range(NUM_PAIRS)])
+    # Families that encode prompts with a picture get each prompt with its own.
     shown = [torch.cat([pixels, pixels])] if adapter.text_sees_image else None
     text = adapter.encode_prompts([effect.prompt] * NUM_PAIRS + [""] * NUM_PAIRS, shown)
     # Rows of the prompts, then of the empty prompts, [1, NUM_PAIRS] each.

@@ -61,6 +61,7 @@ def encode_texts(adapter: ModelAdapter, texts: Sequence[str]) -> Text:
 def num_shared_tokens(text: Text) -> int:
     """Counts the tokens at the start that all rows have in common, up to rounding (1 % of a token's norm)."""
     embeds = text.embeds.float()
+    # [B, T]: tokens that differ from the first row's. The first column with any of them ends the shared start.
     apart = (embeds - embeds[:1]).norm(dim=-1) > 0.01 * embeds[:1].norm(dim=-1)
     return int(apart.any(0).int().argmax())
 
@@ -70,6 +71,7 @@ def mean_of_tokens(text: Text, start: int = 0) -> Tensor:
     embeds = text.embeds[:, start:].float()
     if text.mask is None:
         return embeds.mean(1)
+    # [B, T, 1]: a token that the mask hides weighs nothing.
     mask = text.mask[:, start:].to(embeds)[..., None]
     return (embeds * mask).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -109,6 +111,7 @@ def similarities(
     vectors = embed(triggers)
     effects = torch.arange(len(names))
     owner = effects.repeat_interleave(torch.tensor([len(own) for own in prompts]))
+    # Cosines of E triggers with each other [E, E] and with the N prompts of all effects [E, N].
     to_triggers = vectors @ vectors.T
     to_prompts = vectors @ embed(list(chain.from_iterable(prompts))).T
 

@@ -100,6 +100,7 @@ def write_texts(writer: Writer, request: Request, count: int, seed: str, fitting
             answer = writer.answer(request, number)
         except Exception as error:  # generation may raise anything: out of memory, a template's own error, NaN
             return Written(texts, writer.name, f"{writer.name} failed: {type(error).__name__}: {error}")
+        # A later answer adds to the usable texts of those before it.
         texts = distinct([*texts, *fitting(sentences(answer))])[:count]
         if len(texts) == count:
             return Written(texts, writer.name, None)
@@ -119,6 +120,7 @@ def describe_effect(
 
 def write_general(writer: Writer, count: int, seed: str, fitting: Fitting) -> Iterator[Written]:
     """Asks for everyday edits, about one topic of `everyday_topics` at each step, until an answer has none."""
+    # Each topic's share, rounded up; `join_general` cuts the rest.
     each = -(-count // len(everyday_topics()))
     for topic, examples in everyday_topics().items():
         written = write_texts(writer, general_request(topic, examples[:3], each), each, f"{seed}/{topic}", fitting)

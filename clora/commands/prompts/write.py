@@ -68,14 +68,14 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
         CloraError: the file exists, nothing is left to write, or something in the input cannot be used. Failures of the
             language model are no error: templates stand in, and the reason is reported.
     """
-    target = user_path(path)
-    if target.exists() and not overwrite:
+    file = user_path(path)
+    if file.exists() and not overwrite:
         raise CloraError(
-            f"{target} is there, and may hold edits; --overwrite replaces it, prompts.file=other.yaml writes another"
+            f"{file} is there, and may hold edits; --overwrite replaces it, prompts.file=other.yaml writes another"
         )
     if not any(map(_is_open, config.effects)) and not _wants_general(config):
         raise CloraError("the config states all student_prompts and general_instructions: nothing is left to write")
-    check_writable(target.parent)
+    check_writable(file.parent)
     device = find_device(config.device)
     with stage("load pipeline", None):
         config, adapter = load_adapter(config)
@@ -87,6 +87,7 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
     pairs = _pairs(config, adapter, device) if writer is not None and writer.sees_pictures else {}
     with stage("compare triggers", None):
         embed = text_space(lambda texts: encode_texts(adapter, texts), everyday_instructions())
+        # Triggers before prompts: a prompt must be short enough with its trigger in front.
         candidates = [_candidates(effect, config.prompts.triggers) for effect in config.effects]
         triggers = choose_triggers(candidates, [effect.prompt for effect in config.effects], embed)
     texts, general = _write(config, adapter, writer, triggers, pairs)
@@ -94,7 +95,7 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
         report = _report(config, triggers, texts, embed)
     entries = tuple(_entry(line, texts[line.name]) for line in report if line.name in texts)
     written = PromptsFile(effects=entries, general_instructions=tuple(general.texts) if general is not None else ())
-    write_atomic(target, prompts_text(written, str(path)))
+    write_atomic(file, prompts_text(written, str(path)))
     _report_reasons(texts, general)
     return report
 

@@ -159,9 +159,9 @@ _INLINE_NUMBER = re.compile(r"(?<=[.!?;\"”])\s+(?=\(?\d{1,2}[.)]\s)")
 def sentences(answer: str) -> list[str]:
     """Returns the texts that an answer lists, in order, each once.
 
-    Thinking, code fences, bullets, numbers, labels, quotes and emphasis are stripped; JSON lists are read. Left out are
-    talk (``Sure! Here are four:``), fragments, unreadable characters, anything over 400 characters, and anything with a
-    word in angle brackets, which could pass for a trigger.
+    Thinking, code fences, bullets, numbers, labels, quotes and emphasis are stripped; JSON lists are read. Talk (``Sure!
+    Here are four:``), fragments, unreadable characters and anything over 400 characters are left out. So is anything
+    with a word in angle brackets, which could pass for a trigger.
     """
     text = _without_thinking(answer)
     entries = _listed_in_json(text)

@@ -1,4 +1,4 @@
-"""What is asked, and what stands in for answers that are of no use."""
+"""Requests to a language model, and templates in place of answers that are of no use."""
 
 from __future__ import annotations
 
