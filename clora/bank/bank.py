@@ -77,8 +77,8 @@ class AdapterBank:
         states: slot name to LoRA. Ranks and modules may differ: shorter ranks are padded with zeros and a module that
             a LoRA lacks is zero there, so nothing of another slot can leak.
         dtype: of the slots; None for the transformer's compute dtype.
-        pages: None gives every LoRA a slot. With a number, the LoRAs after the first ``fixed`` are on the host, and take
-            turns in this number of slots on the device, after those of the fixed ones; see `placed`.
+        pages: None gives every LoRA a slot. With a number, LoRAs after the first ``fixed`` stay on the host. They take
+            turns in this number of slots on the device, after the slots of the fixed ones; see `placed`.
         fixed: with pages, the number of LoRAs that keep their slot.
 
     Raises:
@@ -141,6 +141,7 @@ class AdapterBank:
         first = index_of(names[0], self._all.names)
         if self._all.names[first : first + len(names)] != names:
             raise CloraError(f"expected neighbouring slots of {list(self._all.names)}, found {list(names)}")
+        # Views, not copies: the steps of an optimizer change the slots themselves.
         rows = slice(first, first + len(names))
         factors = {
             module: (a[rows, :rank].requires_grad_(trainable), b[rows, :, :rank].requires_grad_(trainable))
@@ -196,6 +197,7 @@ class AdapterBank:
 
     def chunks(self, ids: Tensor, limit: int) -> list[slice]:
         """Splits rows so that each part has at most ``limit``, and no more LoRAs than there are pages for."""
+        # Greedy: a part ends where one more row would be one too many, or would need one more page than there are.
         starts = [0]
         for row in range(1, len(ids)):
             part = ids[starts[-1] : row + 1]

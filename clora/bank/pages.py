@@ -76,6 +76,7 @@ def teacher_pages(
     Raises:
         CloraError: the budget holds fewer than two teachers.
     """
+    # A page holds any of the LoRAs in turn, so it has the highest rank of each module.
     ranks = module_ranks([ranks_of(state) for state in states])
     one = page_bytes(linear_shapes(transformer), ranks, slot_dtype(transformer))
     return pages_that_fit(budget_gb, one, len(states) if count is None else count)

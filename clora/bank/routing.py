@@ -25,9 +25,9 @@ SHARED_INPUTS = (
 class RoutedPass:
     """One pass of the transformer: the slot of each sample, and the outputs that were computed before their layer's turn.
 
-    Layers that read the same tensor (q, k and v of an attention) are computed by one call of the op, so that it is read
-    once. But the transformer calls them one by one. So the first call of a group computes all its layers and returns its
-    own output; the others' wait until their layers are called.
+    Layers that read the same tensor (q, k and v of an attention) are computed by one call of the op: it is read once.
+    But the transformer calls them one by one. So the first call of a group computes all its layers and returns its own
+    output; the others' wait until their layers are called.
 
     Attributes:
         slots: the slots that the ids count.
@@ -94,6 +94,7 @@ def shared_inputs(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     for module, size in in_features.items():
         name = module.rpartition(".")[2]
         parent = module.removesuffix(name)
+        # Of one input size: in cross attention k and v read another tensor than q, often of another width.
         names = next((group for group in SHARED_INPUTS if name in group), (name,))
         groups[module] = tuple(parent + other for other in names if in_features.get(parent + other) == size)
     return groups

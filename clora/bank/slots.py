@@ -41,9 +41,9 @@ class Slots:
         i = index_of(name, self.names)
         return {module: (a[i], b[i]) for module, (a, b) in self.factors.items()}
 
-    def state(self, name: str, rank: int | None = None) -> LoRAState:
-        """Copies one slot as a LoRA, its factors cut to ``rank``."""
-        return copied_state(self.slot(name), rank)
+    def state(self, name: str) -> LoRAState:
+        """Copies one slot as a LoRA."""
+        return copied_state(self.slot(name))
 
 
 def slot_dtype(transformer: nn.Module) -> torch.dtype:
@@ -87,7 +87,7 @@ def bytes_of(factors: Mapping[str, Factors]) -> int:
     return sum(a.nbytes + b.nbytes for a, b in factors.values())
 
 
-def copied_state(factors: Mapping[str, Factors], rank: int | None) -> LoRAState:
+def copied_state(factors: Mapping[str, Factors], rank: int | None = None) -> LoRAState:
     """Makes a LoRA of copies of these factors, cut to ``rank``."""
     return LoRAState(
         {m: LoRAModule(a[:rank].detach().clone(), b[:, :rank].detach().clone()) for m, (a, b) in factors.items()}

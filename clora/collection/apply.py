@@ -125,6 +125,7 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
 def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
     """Loads the file as a new adapter, all of it or nothing: diffusers only warns of modules that it skips."""
     transformer = pipeline.transformer
+    # The pipeline may carry other adapters already; they stay, and only the new one is compared with the file.
     before = set(getattr(transformer, "peft_config", {}))
     try:
         if hasattr(pipeline, "load_lora_weights"):

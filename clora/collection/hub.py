@@ -24,6 +24,7 @@ def cached_revision(repo_id: str) -> str | None:
     """Returns the commit of a pipeline in the Hub's local cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
+    # The cache has the files of a revision in a folder that is named by its commit.
     file = try_to_load_from_cache(repo_id, "model_index.json") if is_repo_id(repo_id) else None
     return Path(file).parent.name if isinstance(file, str) else None
 

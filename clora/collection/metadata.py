@@ -101,6 +101,7 @@ def to_metadata(collection: Collection) -> dict[str, str]:
     """
     values = collection.model_dump(mode="json", exclude_none=True)
     metadata = {PREFIX + key: value if key in _PLAIN else json.dumps(value) for key, value in values.items()}
+    # JSON has no NaN, and its keys are text only: such a value would come back as another.
     if from_metadata(metadata, "the new collection") != collection:
         raise CloraError("the collection's metadata would not be read back as it is; expected JSON values only")
     return metadata

@@ -21,6 +21,8 @@ from clora.models.protocol import ModelAdapter
 
 One = TypeVar("One")
 
+MEGAPIXEL = 1024 * 1024
+"""The area to which pipelines bring images to edit, or above which they make them smaller."""
 # The largest batch of an autoencoder, and that of a text encoder.
 MAX_IMAGES = 32
 MAX_PIXELS = 4 * 1024 * 1024
@@ -98,6 +100,23 @@ class FamilyAdapter(ABC):
         latents = torch.cat([self.encode_images(images) for images in fitted], dim=1)
         return latents, tuple(self._grid_of(*images.shape[-2:]) for images in fitted)
 
+    def _scaled(self, size: tuple[int, int], area: int) -> tuple[int, int]:
+        """Returns the height and width, of about this area, to which a pipeline that scales brings an image."""
+        width, height = self._module.calculate_dimensions(area, size[1] / size[0])[:2]
+        return height, width
+
+    def _reduced(self, image: Tensor, area: int) -> Image.Image:
+        """Returns a picture ``[3, H, W]``, scaled down to this area if it has more than a megapixel."""
+        picture = to_pil(image)
+        if picture.width * picture.height <= MEGAPIXEL:
+            return picture
+        return self.pipeline.image_processor._resize_to_target_area(picture, area)
+
+    def _cropped(self, picture: Image.Image) -> Tensor:
+        """Crops a picture to whole patches, ``[1, 3, H, W]``, as pipelines do that take references of any size."""
+        height, width = (side * self._token for side in self._grid_of(picture.height, picture.width))
+        return self.pipeline.image_processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+
     def _fit(self, images: Tensor) -> Tensor:
         """Resizes references ``[N, 3, H, W]`` as the pipeline does for its autoencoder; by default not at all."""
         return images
@@ -105,6 +124,7 @@ class FamilyAdapter(ABC):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """See `ModelAdapter.encode_images`; takes any size that is a multiple of the patch size."""
+        # To the CPU, part by part: the latents of a whole data set need not fit on a GPU.
         device = self.pipeline.vae.device
         return in_chunks(lambda part: self._encode(part.to(device)).cpu(), images, images.shape[-2:])
 

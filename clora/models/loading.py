@@ -37,6 +37,7 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
     _refuse_pickles(folder)
     check_processors(path)
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    # diffusers 0.42 gave this argument its shorter name.
     dtype_argument = {"dtype" if version >= (0, 42) else "torch_dtype": dtype}
     source = folder if folder.exists() else path
     try:

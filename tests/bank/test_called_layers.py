@@ -1,4 +1,4 @@
-"""Layers that are not what their weight says (quantised, cast or offloaded) are called, and their LoRAs added."""
+"""Layers that compute more than their weight (quantised, cast or offloaded) are called, and their LoRAs added."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_layerwise_casting(family, monkeypatch):
 
 
 def test_offloaded_weights():
-    """accelerate's hooks bring a layer's weight for its call alone; between calls it has none."""
+    """accelerate's hooks bring a layer's weight for its call only; between calls it has none."""
     accelerate = pytest.importorskip("accelerate")
     transformer = tiny_transformer(KLEIN)
     state = random_lora(transformer, 3, 1)

@@ -207,7 +207,7 @@ def gradients(bank, slots, x, checkpointed=False, twice=False):
 
 
 def test_gradients_where_only_some_of_a_group_are_trained(model, inputs):
-    """The trained LoRA has q and v of q, k and v; k is another's alone and stays out of it."""
+    """The trained LoRA has q and v of q, k and v; only another has k, which stays out of it."""
     given = states(model, ("attn.to_q", "attn.to_v", "w3"), LAYERS)
     own, x = given["lora_0"], inputs[0]
     factors = {

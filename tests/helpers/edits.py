@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from clora.bank.bank import AdapterBank
+from clora.collection.write import student_scheduler
 from clora.data.generation import Generator
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample
@@ -155,6 +156,17 @@ def few_step_latents(
             student_schedule(steps),
             noises=[torch.cat(rows) for rows in zip(*noises, strict=True)],
         )
+
+
+def check_batch(
+    adapter: ModelAdapter, loras: Mapping[str, LoRAState], samples: Sequence[Sample], folder: Path, steps: int = 8
+) -> None:
+    """Checks that clora's few-step sampler makes, in one batch, the images of a stock call for each sample."""
+    batch = few_step(adapter, loras, samples, steps)
+    for sample, ours in zip(samples, batch, strict=True):
+        stock = stock_call(adapter, loras, sample, folder, student_scheduler(3.0), steps)
+        torch.testing.assert_close(stock[0], ours, rtol=0, atol=1e-4)
+    assert min((a - b).abs().max() for i, a in enumerate(batch) for b in batch[:i]) > 0.01
 
 
 def guided(

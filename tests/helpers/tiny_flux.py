@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from helpers.edits import Sample, start_noise
+from helpers.tiny_parts import ready
 
 from clora.lora.save import save_lora
 from clora.lora.state import LoRAState
@@ -29,7 +30,7 @@ def tiny_klein():
     """A ``Flux2KleinPipeline`` with the patches of 16 pixels and the scheduler of the real one."""
     from diffusers import Flux2KleinPipeline
 
-    return _ready(Flux2KleinPipeline(**{**tiny_pipeline().components, "vae": _flux2_vae(), "scheduler": _scheduler()}))
+    return ready(Flux2KleinPipeline(**{**tiny_pipeline().components, "vae": _flux2_vae(), "scheduler": _scheduler()}))
 
 
 def tiny_flux2():
@@ -56,7 +57,7 @@ def tiny_flux2():
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=True,
     )
-    return _ready(
+    return ready(
         Flux2Pipeline(
             scheduler=_scheduler(),
             vae=_flux2_vae(),
@@ -104,7 +105,7 @@ def tiny_kontext():
         pad_token_id=clip.pad_token_id,
     )
     t5_config = T5Config(vocab_size=len(t5), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    return _ready(
+    return ready(
         FluxKontextPipeline(
             scheduler=_scheduler(),
             vae=vae,
@@ -115,14 +116,6 @@ def tiny_kontext():
             transformer=transformer,
         )
     )
-
-
-def _ready(pipeline):
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _scheduler():
@@ -205,7 +198,7 @@ class Family:
     Attributes:
         make: a tiny pipeline.
         length: text tokens that hold every prompt used here.
-        several: whether the pipeline takes several references.
+        several: True if the pipeline takes several references.
     """
 
     make: Callable[[], Any]

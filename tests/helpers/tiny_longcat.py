@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from helpers.tiny_parts import autoencoder, ready, without_videos
 
 from clora.models.families.longcat_image import LongCatImageEditAdapter
 from clora.studio.text import train_tokenizer
@@ -32,7 +33,7 @@ def tiny_pipeline(seed: int = 0):
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64, base_shift=0.5, max_shift=1.15
         ),
-        vae=_vae(),
+        vae=autoencoder(),
         text_encoder=_text_encoder(tokenizer),
         tokenizer=tokenizer,
         text_processor=_processor(tokenizer),
@@ -48,27 +49,7 @@ def tiny_pipeline(seed: int = 0):
         ),
     )
     pipeline.tokenizer_max_length = MAX_SEQUENCE_LENGTH
-    for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
-        model.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _vae():
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return ready(pipeline)
 
 
 def _text_encoder(tokenizer):
@@ -103,18 +84,8 @@ def _text_encoder(tokenizer):
 def _processor(tokenizer):
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
 
-    class WithoutVideos(Qwen2VLProcessor):
-        """The stock processor without its part for videos, which needs torchvision."""
-
-        def check_argument_for_proper_class(self, name, argument):
-            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
-
-        def save_pretrained(self, folder):
-            self.tokenizer.save_pretrained(folder)
-            self.image_processor.save_pretrained(folder)
-
     images = Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=64 * 64)
-    return WithoutVideos(images, tokenizer, video_processor=None)
+    return without_videos(Qwen2VLProcessor)(images, tokenizer, video_processor=None)
 
 
 def tiny_adapter(pipeline=None, size: tuple[int, int] = (64, 80)) -> LongCatImageEditAdapter:

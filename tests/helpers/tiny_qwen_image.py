@@ -1,4 +1,4 @@
-"""Tiny stock Qwen-Image edit pipelines with random weights, and the same samples by a stock call and by clora."""
+"""Tiny stock Qwen-Image edit pipelines with random weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from helpers.tiny_parts import ready, without_videos
 
 from clora.testing import SENTENCES
 
@@ -53,7 +54,7 @@ def tiny_qwen_pipeline(name: str = "QwenImageEditPlusPipeline", zero_cond_t: boo
         zero_cond_t=zero_cond_t,
     )
     for block in transformer.transformer_blocks:
-        block.attn.norm_q.weight.data *= 4  # attention that picks tokens: with an even one no prompt says anything
+        block.attn.norm_q.weight.data *= 4  # attention that picks tokens: with an even one no prompt has an effect
     pipeline = getattr(diffusers, name)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=_vae(),
@@ -62,7 +63,7 @@ def tiny_qwen_pipeline(name: str = "QwenImageEditPlusPipeline", zero_cond_t: boo
         processor=_processor(tokenizer),
         transformer=transformer,
     )
-    return _ready(pipeline)
+    return ready(pipeline)
 
 
 def tiny_qwen21_pipeline(seed: int = 0):
@@ -87,14 +88,7 @@ def tiny_qwen21_pipeline(seed: int = 0):
         processor=_processor(tokenizer, "Qwen3VLProcessor", patch_size=16),
         transformer=transformer,
     )
-    return _ready(pipeline)
-
-
-def _ready(pipeline):
-    for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
-        model.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return ready(pipeline)
 
 
 def shrink(monkeypatch, pipeline) -> None:
@@ -162,7 +156,7 @@ def _text_encoder21(tokenizer):
 
 
 def _sizes(tokenizer, vision: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a vision-language model tiny, and the tokens of its images."""
+    """The settings that make a vision-language model tiny, and the tokens of its images."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_CHANNELS,
@@ -194,12 +188,4 @@ def _processor(tokenizer, name: str = "Qwen2VLProcessor", patch_size: int = 14):
         videos = getattr(transformers, name.replace("Processor", "VideoProcessor"))(patch_size=patch_size)
         return kind(images, tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE)
 
-    class WithoutVideos(kind):
-        def check_argument_for_proper_class(self, name, argument):
-            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
-
-        def save_pretrained(self, folder):
-            self.tokenizer.save_pretrained(folder)
-            self.image_processor.save_pretrained(folder)
-
-    return WithoutVideos(images, tokenizer, video_processor=None, chat_template=CHAT_TEMPLATE)
+    return without_videos(kind)(images, tokenizer, video_processor=None, chat_template=CHAT_TEMPLATE)

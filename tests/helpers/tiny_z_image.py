@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from helpers.tiny_parts import autoencoder, ready
 
 from clora.models.families.z_image import ZImageOmniAdapter
 from clora.studio.text import train_tokenizer
@@ -36,34 +37,14 @@ def tiny_pipeline(seed: int = 0):
         torch.nn.init.normal_(padding)  # zeros where untrained, which would hide padding at a wrong place
     pipeline = ZImageOmniPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=_vae(),
+        vae=autoencoder(),
         text_encoder=_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
         transformer=transformer,
         siglip=_siglip(),
         siglip_processor=Siglip2ImageProcessor(patch_size=16, max_num_patches=12),
     )
-    for model in (transformer, pipeline.vae, pipeline.text_encoder, pipeline.siglip):
-        model.eval().requires_grad_(False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _vae():
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return ready(pipeline)
 
 
 def _text_encoder(vocabulary: int):

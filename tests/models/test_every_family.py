@@ -1,4 +1,4 @@
-"""What the engine does with any family: its encodings are cached, its blocks can be computed again, its base is bfloat16."""
+"""The engine with any family: its encodings are cached, its blocks computed again, its base has bfloat16."""
 
 from __future__ import annotations
 

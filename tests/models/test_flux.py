@@ -54,7 +54,7 @@ def loras(adapter):
 
 
 def student_kwargs(adapter):
-    """What the exported metadata says a stock call needs, apart from max_area."""
+    """The student's arguments of a stock call, as the exported metadata states them, apart from max_area."""
     return {"guidance_scale": adapter.student_call["guidance_scale"]}
 
 
@@ -215,7 +215,7 @@ def loras_of():
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 128), (1152, 1024)])
 def test_the_size_of_a_source_of_the_results_size(family, pipelines, size):
-    """What `velocity` assumes of a source without stated sizes."""
+    """`velocity` assumes it of a source without stated sizes."""
     adapter = adapter_for(pipelines[id(family)], size, family.length)
     source, shapes = adapter.encode_sources([torch.zeros(1, 3, *size)])
     assert shapes == adapter.source_shapes
@@ -259,7 +259,7 @@ def test_a_prompt_of_too_many_tokens_is_an_error(family, pipelines):
 
 @pytest.mark.parametrize(("name", "w", "embedded"), [("klein", 4.0, None), ("flux2", 0.0, 4.0), ("kontext", 0.0, 3.5)])
 def test_guidance_that_the_config_does_not_state(name, w, embedded, pipelines):
-    """What is recorded; what is stated stays."""
+    """The family's is recorded; a stated one stays."""
     family = FAMILIES[name]
     adapter = adapter_for(pipelines[id(family)], SIZE, family.length)
     silent = with_guidance(tiny_config(["a"], sampler={"guidance": None}), adapter)

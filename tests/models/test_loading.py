@@ -1,4 +1,4 @@
-"""What other programs make of an exported file: the key rules of their loaders, stated again in a few lines each.
+"""An exported file in other programs: the key rules of their loaders, stated again in a few lines each.
 
 Sources, read in 2026: ComfyUI's ``comfy/lora.py``, ``comfy/utils.py`` (``flux_to_diffusers``),
 ``comfy/weight_adapter/lora.py``, ``comfy/samplers.py`` and ``comfy/model_sampling.py``; diffusers'
@@ -52,7 +52,7 @@ FLUX_SINGLE = {
 
 
 def comfyui_keys(family, module):
-    """Where ComfyUI puts one layer of the diffusers model: its own layer's name, or (name, first row, rows)."""
+    """ComfyUI's place for one layer of the diffusers model: its own layer's name, or (name, first row, rows)."""
     if family == "QwenImageEditPlusPipeline":
         return module
     for blocks, own, table in (
@@ -77,7 +77,7 @@ def comfyui_map(family, modules):
 
 
 def comfyui_patches(family, modules, tensors):
-    """What ComfyUI adds to each of its layers; a key that it does not load is an error here, not a line in a log."""
+    """ComfyUI's additions to each of its layers; a key that it does not load is an error here, not a line in a log."""
     patches, loaded = {}, set()
     for name, target in comfyui_map(family, modules).items():
         for down, up in (("lora_A", "lora_B"), ("lora_down", "lora_up")):

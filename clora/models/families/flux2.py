@@ -9,21 +9,12 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clora.devices import send
 from clora.errors import CloraError
-from clora.models.common import (
-    FamilyAdapter,
-    embedded_guidance,
-    guidance_rows,
-    prompt_chunks,
-    to_pil,
-)
+from clora.models.common import MEGAPIXEL, FamilyAdapter, embedded_guidance, guidance_rows, prompt_chunks
 from clora.models.conditioning import Conditioning, Shapes, Text
-
-MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline makes larger ones smaller
 
 
 class _Flux2(FamilyAdapter):
@@ -50,16 +41,9 @@ class _Flux2(FamilyAdapter):
     def _fit(self, images: Tensor) -> Tensor:
         """Scales images of more than 1024 x 1024 pixels down and crops to whole patches, as the pipeline does."""
         height, width = images.shape[-2:]
-        if height * width <= MAX_AREA and height % self._token == width % self._token == 0:
+        if height * width <= MEGAPIXEL and height % self._token == width % self._token == 0:
             return images
-        return torch.cat([self._fit_one(to_pil(image)) for image in images])
-
-    def _fit_one(self, image: Image.Image) -> Tensor:
-        processor = self.pipeline.image_processor
-        if image.width * image.height > MAX_AREA:
-            image = processor._resize_to_target_area(image, MAX_AREA)
-        width, height = (side // self._token * self._token for side in image.size)
-        return processor.preprocess(image, height=height, width=width, resize_mode="crop")
+        return torch.cat([self._cropped(self._reduced(image, MEGAPIXEL)) for image in images])
 
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.pipeline._encode_vae_image(images.to(self.pipeline.vae.dtype), generator=None)
@@ -81,6 +65,7 @@ class _Flux2(FamilyAdapter):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See `ModelAdapter.velocity`."""
+        # The transformer of [klein] has no guidance embedding; it gets None, as from its pipeline.
         return self._predict(
             x,
             sigma,

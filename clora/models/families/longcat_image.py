@@ -10,10 +10,8 @@ from torch import Tensor
 
 from clora.devices import send
 from clora.errors import CloraError
-from clora.models.common import FamilyAdapter, check_limit, num_seen_tokens, only_image, to_pil
+from clora.models.common import MEGAPIXEL, FamilyAdapter, check_limit, num_seen_tokens, only_image, to_pil
 from clora.models.conditioning import Conditioning, Text
-
-AREA = 1024 * 1024  # pixels that the pipeline brings every picture to, keeping its proportions
 
 
 class LongCatImageEditAdapter(FamilyAdapter):
@@ -36,10 +34,11 @@ class LongCatImageEditAdapter(FamilyAdapter):
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         super().__init__(pipeline, size, max_sequence_length)
-        if self._stock_size(size) != size:
+        height, width = self._scaled(size, MEGAPIXEL)
+        if (height, width) != size:
             raise CloraError(
                 f"expected an image size that LongCat-Image-Edit makes, about a megapixel; found {size[0]}x{size[1]}, "
-                "for pictures of these proportions it makes {}x{}".format(*self._stock_size(size))
+                f"for pictures of these proportions it makes {height}x{width}"
             )
         check_limit(pipeline, max_sequence_length, pipeline.tokenizer_max_length)
 
@@ -49,11 +48,6 @@ class LongCatImageEditAdapter(FamilyAdapter):
         height, width = self.size
         seen = num_seen_tokens(self.pipeline.text_processor.image_processor, height // 2, width // 2)
         return seen + self.pipeline.tokenizer_max_length - self.max_sequence_length
-
-    def _stock_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Returns the height and width of a stock call's result for a picture of this size."""
-        width, height = self._module.calculate_dimensions(AREA, size[1] / size[0])
-        return height, width
 
     def _encode_prompts(self, prompts: Sequence[str], references: Sequence[Tensor] | None) -> Iterator[Text]:
         height, width = self.size
@@ -72,7 +66,7 @@ class LongCatImageEditAdapter(FamilyAdapter):
     def _resized(self, image: Tensor) -> Image.Image:
         """Returns a picture in the size that the pipeline brings it to."""
         image = to_pil(image)
-        size = self._stock_size((image.height, image.width))
+        size = self._scaled((image.height, image.width), MEGAPIXEL)
         if size != self.size:
             raise CloraError(
                 f"expected a picture of the proportions of {self.size[0]}x{self.size[1]}, found "
@@ -91,6 +85,7 @@ class LongCatImageEditAdapter(FamilyAdapter):
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         grid = self.pipeline._unpack_latents(latents, *self.size, self.pipeline.vae_scale_factor)
+        # In the latents' dtype, as in the pipeline, which rounds to the autoencoder's only after this.
         grid = grid / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(grid.to(vae.dtype), return_dict=False)[0]
 

@@ -16,11 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from clora.devices import send
-from clora.models.common import FamilyAdapter, check_limit, num_seen_tokens, only_image, to_pil
+from clora.models.common import MEGAPIXEL, FamilyAdapter, check_limit, num_seen_tokens, only_image, to_pil
 from clora.models.conditioning import Conditioning, Text
-
-AREA = 1024 * 1024
-"""Pixels of an image to edit in the pipelines whose call has this number as a literal."""
 
 
 class QwenImageEditPlusAdapter(FamilyAdapter):
@@ -62,11 +59,6 @@ class QwenImageEditPlusAdapter(FamilyAdapter):
     def _seen_area(self) -> int:
         """Returns the pixels of an image to edit as the text encoder sees it."""
         return self._module.CONDITION_IMAGE_SIZE
-
-    def _scaled(self, size: tuple[int, int], area: int) -> tuple[int, int]:
-        """Returns the height and width, of about this area, to which the pipeline brings an image of this size."""
-        width, height = self._module.calculate_dimensions(area, size[1] / size[0])[:2]
-        return height, width
 
     def _to_pil(self, image: Tensor) -> Image.Image:
         return to_pil(image).convert(self._image_mode)
@@ -128,7 +120,7 @@ class QwenImageEditAdapter(QwenImageEditPlusAdapter):
     """The first Qwen-Image-Edit: one image, which text encoder and autoencoder see in the same size (see `ModelAdapter`)."""
 
     _takes_one_image = True
-    _source_area = _seen_area = AREA
+    _source_area = _seen_area = MEGAPIXEL  # a literal in the pipeline's call
 
 
 def attention_mask(text: Text, device: torch.device) -> Tensor | None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clora.errors import CloraError
-from clora.models.common import timestep
+from clora.models.common import MEGAPIXEL, timestep
 from clora.models.conditioning import Conditioning
-from clora.models.families.qwen_image import AREA, QwenImageEditPlusAdapter, attention_mask
+from clora.models.families.qwen_image import QwenImageEditPlusAdapter, attention_mask
 
 
 class QwenImage21Adapter(QwenImageEditPlusAdapter):
@@ -30,7 +30,7 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
 
     _patch = 1  # its autoencoder makes 16 x 16 pixels one latent pixel, so nothing is packed
     _image_mode = "RGBA"
-    _source_area = _seen_area = AREA
+    _source_area = _seen_area = MEGAPIXEL  # a literal in the pipeline's call
     default_guidance = 0.0  # the model is meant to be sampled without guidance; with it, nothing is rescaled
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
@@ -43,6 +43,7 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
 
     def _encode_prompt(self, prompt: str, images: list[Image.Image]) -> Tensor:
         embeds, _, places = self.pipeline.encode_prompt([prompt], images, self.pipeline.text_encoder.device)
+        # [1, L, D]. The transformer does not read the rows at the images' places; zeros mark these for `velocity`.
         return embeds.masked_fill(places[..., None], 0)
 
     def _encode(self, images: Tensor) -> Tensor:

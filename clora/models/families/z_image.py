@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from clora.models.common import FamilyAdapter, to_pil
+from clora.models.common import FamilyAdapter
 from clora.models.conditioning import Conditioning, Shapes, Text
 
-MAX_AREA = 1024 * 1024  # pixels of a reference; the pipeline brings larger ones to the area of its result
 # The part of a caption that holds the prompt, to count its tokens.
 PROMPT_SEGMENT = "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
 
@@ -76,27 +75,21 @@ class ZImageOmniAdapter(FamilyAdapter):
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """See `ModelAdapter.encode_sources`; the features are those of an image before it is cropped to patches."""
-        processor = self.pipeline.image_processor
-        latents = []
+        latents, grids = super().encode_sources(references)
         features = []
-        grids = []
         feature_grids = []
-        for pixels in references:
-            images = [to_pil(image) for image in pixels]
-            if images[0].width * images[0].height > MAX_AREA:
-                images = [processor._resize_to_target_area(image, prod(self.size)) for image in images]
-            grid = self._grid_of(images[0].height, images[0].width)
-            height, width = (side * self._token for side in grid)
-            cropped = [processor.preprocess(i, height=height, width=width, resize_mode="crop") for i in images]
-            latents.append(self.encode_images(torch.cat(cropped)))
-            grids.append(grid)
-
-            (seen,) = self.pipeline.prepare_siglip_embeds(images, 1, self.pipeline.siglip.device, torch.float32)
+        for images in references:
+            whole = [self._reduced(image, prod(self.size)) for image in images]
+            (seen,) = self.pipeline.prepare_siglip_embeds(whole, 1, self.pipeline.siglip.device, torch.float32)
             seen = torch.stack(seen).cpu()
             feature_grids.append((seen.shape[1], seen.shape[2]))
             # [N, h, w, D] as rows of the latents' width, [N, h w D / C, C], so that both go into one tensor.
             features.append(seen.flatten(1).unflatten(1, (-1, self.latent_shape[1])))
-        return torch.cat([*latents, *features], dim=1), (*grids, *feature_grids)
+        return torch.cat([latents, *features], dim=1), (*grids, *feature_grids)
+
+    def _fit(self, images: Tensor) -> Tensor:
+        """Scales images of more than a megapixel to the result's area and crops to whole patches, as the pipeline does."""
+        return torch.cat([self._cropped(self._reduced(image, prod(self.size))) for image in images])
 
     def _encode(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae
