@@ -208,6 +208,7 @@ class BatchSampler:
             streams = zip(rows, self._general_rows(pair), strict=True)
             rows = [torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own) for own, other in streams]
         effect, student, teacher, empty, source, target = rows
+        # The three conditionings differ in their prompts only, so that they share the images.
         source = send(source, self.device)
 
         def conditioned(text_rows: Tensor) -> Conditioning:

@@ -74,6 +74,7 @@ class Encoders:
             references = None if pixels is None else [pixels[rows]]
             return _text_entries(self.adapter.encode_prompts([prompts[i] for i in rows], references))
 
+        # An entry is one prompt, [L, D] and so on; `Text.cat` pads them to the longest.
         rows = []
         for entry in self._encode("prompts", keys, encode, PROMPTS_AT_ONCE):
             rows.append(Text(**{name: part[None] for name, part in entry.items()}))

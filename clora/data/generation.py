@@ -92,6 +92,7 @@ class Generator:
 
     def _network(self, ids: Tensor, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
         """``velocity(x, sigma)`` of B samples under these LoRAs ``[B]`` and this conditioning."""
+        # Sent once, before the steps, which all read the same.
         ids = send(ids, self.device)
         conditioning = conditioning.to(self.device)
 

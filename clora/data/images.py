@@ -60,6 +60,7 @@ def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
         image = _to_rgb(ImageOps.exif_transpose(opened))  # upright, whatever way the camera was held
     # Cropped first: resizing out of a box (ImageOps.fit) mixes in pixels from beyond the crop.
     image = _crop(image, width / height).resize((width, height), Image.Resampling.LANCZOS)
+    # From uint8 [H, W, 3] to [3, H, W], 0 and 255 to -1 and 1.
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.float().div(127.5).sub(1).contiguous()
 

@@ -1,8 +1,8 @@
 """The data of a distillation: images and prompts encoded, targets rendered by the teachers.
 
-`encode_data` is the entry. It reads the images (`clora.data.images`), collects and encodes prompts
-(`clora.data.encoders`), renders the targets that are not given (`clora.data.rendering`), all behind one cache
-(`clora.data.cache`), and returns what batches are drawn from (`clora.data.batches`).
+`encode_data` is the entry. It reads the images (`images`), collects and encodes the prompts (`encoders`), and renders
+the targets that are not given (`rendering`). All of it is behind one cache (`cache`). The result is what batches are
+drawn from (`batches`).
 """
 
 from __future__ import annotations
@@ -83,9 +83,12 @@ def encode_data(
         shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
         # Images that several effects use are encoded once, under the name of their set.
-        pictures = {p.name: p.pixels for p in (shared, *(effect.pictures for effect in effects.values()))}
-        latents = {name: encoders.sources(pixels) for name, pixels in pictures.items()}
+        latents = {shared.name: encoders.sources(shared.pixels)}
+        for effect in effects.values():
+            if effect.pictures.name not in latents:
+                latents[effect.pictures.name] = encoders.sources(effect.pictures.pixels)
         sources = {name: latents[effect.pictures.name][effect.used] for name, effect in effects.items()}
+        # Given results are encoded as they are; what is missing here is rendered below.
         targets = {}
         for effect in config.effects:
             if effect.targets is not None:
@@ -223,6 +226,7 @@ def _rendered(
     images = []
     for effect in chosen:
         images += pixel_digests(effect.pictures.pixels[effect.used])
+    # The renders come teacher by teacher: [E M, T, C], cut into one [M, T, C] for each.
     latents = renders.render("render targets", teachers, samples, images)
     return dict(zip(teachers, latents.unflatten(0, (len(teachers), -1)), strict=True))
 
