@@ -25,8 +25,8 @@ def given_pairs(effect: EffectConfig, size: tuple[int, int]) -> Pairs:
     Raises:
         CloraError: a picture that cannot be read.
     """
-    _, before = load_images(effect.sources or "", size, NUM_PAIRS)
-    _, after = load_images(effect.targets or "", size, NUM_PAIRS)
+    before = load_images(effect.sources or "", size, NUM_PAIRS)
+    after = load_images(effect.targets or "", size, NUM_PAIRS)
     return _to_pairs(before, after)
 
 
