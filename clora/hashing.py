@@ -1,13 +1,29 @@
-"""Hashes of JSON values and tensors: names of cache entries, and fingerprints of a collection's inputs."""
+"""Hashes of files, JSON values and tensors: names of cache entries, and fingerprints of a collection's inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from clora.errors import CloraError
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file's bytes in hexadecimal. Raises CloraError where it cannot be read."""
+    total = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            # In pieces, because LoRA files may have many GB.
+            while piece := file.read(1 << 20):
+                total.update(piece)
+    except OSError as error:
+        raise CloraError(f"{path} cannot be read: {error}") from error
+    return total.hexdigest()
 
 
 def digest(value: object) -> str:

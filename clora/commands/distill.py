@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -31,7 +30,7 @@ from clora.data.prepare import encode_data
 from clora.devices import find_device
 from clora.errors import CloraError
 from clora.files import check_writable, user_path
-from clora.hashing import digest
+from clora.hashing import digest, file_digest
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.fingerprint import component_fingerprints
@@ -135,7 +134,7 @@ def inputs_digest(config: DistillConfig, pipeline: Any) -> str:
     for setting, folder in named_files(settings).items():
         if not setting.endswith(".lora"):
             files = list_images(user_path(folder))
-            pictures[folder] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            pictures[folder] = {file.name: file_digest(file) for file in files}
     return digest(
         {
             "settings": settings,

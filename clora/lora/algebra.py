@@ -6,7 +6,6 @@ Ranks and errors are found in fp64 and without the ``[out, in]`` product of fact
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,46 +54,23 @@ def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ER
     return LoRAModule(root[:, None] * right[:, :rank].T, left[:, :rank] * root), errors[rank - 1].item()
 
 
-@dataclass(frozen=True)
-class ModuleSVD:
-    """``lora_B @ lora_A = (basis_B @ left) diag(values) (right @ basis_A.T)``, all in fp64.
+def truncated(module: LoRAModule, rank: int) -> LoRAModule:
+    """Returns the best approximation of an update of that rank, in fp64 inside.
 
-    Attributes:
-        basis_B: ``[out, r]``, orthonormal columns.
-        left: ``[r, r]``.
-        values: ``[r]``, the singular values, falling.
-        right: ``[r, r]``.
-        basis_A: ``[in, r]``, orthonormal columns.
+    With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, the SVD ``U S V^T`` of ``B A`` follows from that of ``R_B R_A^T``, which is
+    at most ``[rank, rank]``.
+
+    Returns:
+        Factors that share the singular values evenly, ``U sqrt(S)`` and ``sqrt(S) V^T``.
     """
-
-    basis_B: Tensor
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    basis_A: Tensor
-
-    def truncated(self, rank: int) -> LoRAModule:
-        """Returns the best approximation of that rank, whose factors are ``U sqrt(S)`` and ``sqrt(S) V^T``."""
-        root = self.values[:rank].sqrt()
-        lora_B = self.basis_B @ (self.left[:, :rank] * root)
-        lora_A = (root[:, None] * self.right[:rank]) @ self.basis_A.T
-        return LoRAModule(lora_A.float(), lora_B.float())
-
-
-def module_svd(lora_A: Tensor, lora_B: Tensor) -> ModuleSVD:
-    """Computes the SVD of ``lora_B @ lora_A`` without that ``[out, in]`` product.
-
-    With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` it is that of ``R_B R_A^T``, which is at most ``[rank, rank]``.
-
-    Args:
-        lora_A: ``[rank, in]``.
-        lora_B: ``[out, rank]``.
-    """
-    basis_B, factor_B = torch.linalg.qr(lora_B.double())
-    basis_A, factor_A = torch.linalg.qr(lora_A.double().T)
+    basis_B, factor_B = torch.linalg.qr(module.lora_B.double())  # [out, r], [r, r]
+    basis_A, factor_A = torch.linalg.qr(module.lora_A.double().T)  # [in, r], [r, r]
     # The bases are orthonormal, so the singular values of the small core are those of the product.
     left, values, right = torch.linalg.svd(factor_B @ factor_A.T, full_matrices=False)
-    return ModuleSVD(basis_B, left, values, right, basis_A)
+    root = values[:rank].sqrt()
+    lora_B = basis_B @ (left[:, :rank] * root)
+    lora_A = (root[:, None] * right[:rank]) @ basis_A.T
+    return LoRAModule(lora_A.float(), lora_B.float())
 
 
 def reduce_to_rank(state: LoRAState, rank: int) -> LoRAState:
@@ -135,7 +111,7 @@ def _reduced(state: LoRAState, ranks: Mapping[str, int]) -> LoRAState:
     modules = dict(state.modules)
     for name, module in state.modules.items():
         if module.rank > ranks[name]:
-            modules[name] = module_svd(module.lora_A, module.lora_B).truncated(ranks[name])
+            modules[name] = truncated(module, ranks[name])
     return LoRAState(modules, state.metadata, state.format)
 
 
@@ -147,7 +123,7 @@ def energy_share(module: LoRAModule, rank: int) -> float:
 
 def _kept_energy(module: LoRAModule) -> Tensor:
     """Returns the energy that each rank from 1 on keeps, ``[rank]`` fp64."""
-    return module_svd(module.lora_A, module.lora_B).values.square().cumsum(0)
+    return torch.linalg.svd(_core(module), full_matrices=False).S.square().cumsum(0)
 
 
 def stored_as(module: LoRAModule, dtype: torch.dtype) -> LoRAModule:
@@ -172,16 +148,16 @@ def relative_error(before: LoRAModule, after: LoRAModule) -> float:
     """Returns ``|after - before| / |before|`` of the updates, in the Frobenius norm; 0 where both are zero."""
     # Up to its sign, the difference is itself an update, of the sum of both ranks.
     difference = LoRAModule(torch.cat([before.lora_A, after.lora_A]), torch.cat([before.lora_B, -after.lora_B], dim=1))
-    norm = _norm(before)
-    change = _norm(difference)
+    norm = _core(before).norm().item()
+    change = _core(difference).norm().item()
     return change / norm if norm else (float("inf") if change else 0.0)
 
 
-def _norm(module: LoRAModule) -> float:
-    """Returns the Frobenius norm of an update, without its ``[out, in]`` product."""
+def _core(module: LoRAModule) -> Tensor:
+    """Returns a matrix of at most ``[rank, rank]`` with the update's singular values and norm, in fp64."""
     factor_B = torch.linalg.qr(module.lora_B.double(), mode="r").R
     factor_A = torch.linalg.qr(module.lora_A.double().T, mode="r").R
-    return (factor_B @ factor_A.T).norm().item()
+    return factor_B @ factor_A.T
 
 
 # The methods of PEFT that take adapters of unequal rank.
@@ -232,7 +208,7 @@ def merge_states(
 def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None = None) -> LoRAState:
     """Returns the best rank-`rank` approximation of the weighted sum of all updates, in fp64 inside.
 
-    It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `module_svd`).
+    It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `truncated`).
 
     Args:
         states: at least one; ranks and modules may differ.
@@ -251,7 +227,7 @@ def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | N
         # Stacked factors multiply to the sum of all products: [sum of ranks, in] and [out, sum of ranks].
         lora_A = torch.cat([part.lora_A for part, _ in parts])
         lora_B = torch.cat([part.lora_B * weight for part, weight in parts], dim=1)
-        modules[name] = module_svd(lora_A, lora_B).truncated(rank)
+        modules[name] = truncated(LoRAModule(lora_A, lora_B), rank)
     return LoRAState(modules, format="merge_sum_svd")
 
 

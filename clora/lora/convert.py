@@ -26,7 +26,7 @@ from clora.lora.families import (
     is_original_only,
     original_part,
 )
-from clora.lora.keys import UNDERSCORED, sort_keys, split_prefix
+from clora.lora.keys import UNDERSCORED, split_prefix
 from clora.lora.layers import LayerShapes, pipeline_shapes, pipeline_weights
 from clora.lora.load import read_lora
 from clora.lora.save import save_lora
@@ -174,7 +174,7 @@ def _check_choices(format: str, dtype: str | None, rank: int | None, energy: flo
 def _shapes_in_file(source: LoRASource) -> LayerShapes:
     """Returns the layers of the model as far as the file shows them. Raises CloraError where it does not."""
     shapes = {}
-    for stem, parts in sort_keys(source.shapes).modules.items():
+    for stem, parts in source.keys.modules.items():
         format_name, module = split_prefix(stem)
         if format_name in UNDERSCORED or is_original_only(module):
             raise CloraError(

@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from clora.errors import CloraError
+from clora.hashing import file_digest
 from clora.lora.adapters import Adapter, find_strength, read_adapter
 from clora.lora.algebra import MAX_ERROR, MAX_RANK
 from clora.lora.families import Route, families_with, family_of, routes
-from clora.lora.keys import FileKeys, sort_keys, split_prefix
+from clora.lora.keys import split_prefix
 from clora.lora.layers import LayerShapes, linear_shapes, pipeline_shapes, transformer_of
 from clora.lora.load import excess, misfit, updates
-from clora.lora.source import LoRASource, content_hash, open_lora
+from clora.lora.source import LoRASource, open_lora
 
 _SHOWN_KEYS = 5
 _SHOWN_CHARACTERS = 80
@@ -51,12 +52,11 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
         is_folder = isinstance(pipeline, (str, Path))
         shapes = pipeline_shapes(pipeline) if is_folder else linear_shapes(transformer_of(pipeline))
     source = open_lora(path)
-    keys = sort_keys(source.shapes)
     table = {} if shapes is None else routes(shapes)
     modules: list[dict[str, Any]] = []
     problems: list[str] = []
     layers: Counter[str] = Counter()
-    for stem, parts in keys.modules.items():
+    for stem, parts in source.keys.modules.items():
         try:
             adapter = read_adapter(source, stem, parts)
             adapter.read()  # raises where a value is not finite
@@ -67,15 +67,15 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
             modules.append(entry)
             problems += found
             layers.update(entry["targets"])
-    problems += [f"{first} and {second} are the same tensor by two names" for first, second in keys.twice]
+    problems += [f"{first} and {second} are the same tensor by two names" for first, second in source.keys.twice]
     problems += [f"{name} is given {n} times; expected each module once" for name, n in layers.items() if n > 1]
     if shapes is None:
-        names = [split_prefix(stem)[1] for stem in keys.modules]
+        names = [split_prefix(stem)[1] for stem in source.keys.modules]
         families = [family.name for family in families_with(names)]
     else:
         family = family_of(shapes)
         families = [] if family is None else [family.name]
-    return _totals(source, keys) | {
+    return _totals(source) | {
         "modules": modules,
         **{f"{name}s": _counts(modules, name) for name in ("type", "rank", "alpha", "scale")},
         "max_error": max((entry["error"] for entry in modules if entry["error"]), default=None),
@@ -167,13 +167,14 @@ def _notes(modules: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _totals(source: LoRASource, keys: FileKeys) -> dict[str, Any]:
+def _totals(source: LoRASource) -> dict[str, Any]:
+    keys = source.keys
     tensors = []
     for parts in keys.modules.values():
         tensors += [key for part, key in parts.items() if part != "alpha"]
     return {
         "file": str(source.file),
-        "sha256": content_hash(source.file),
+        "sha256": file_digest(source.file),
         "format": keys.format if keys.modules else "unknown",
         "bytes": source.file.stat().st_size,
         "parameters": sum(math.prod(source.shapes[key]) for key in tensors),

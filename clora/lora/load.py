@@ -13,7 +13,7 @@ from clora.errors import CloraError, nearest
 from clora.lora.adapters import Adapter, change, decompose_weight, find_strength, read_adapter
 from clora.lora.algebra import MAX_ERROR, MAX_RANK, factorise
 from clora.lora.families import Route, reordered, routes
-from clora.lora.keys import FileKeys, sort_keys, split_prefix
+from clora.lora.keys import split_prefix
 from clora.lora.layers import LayerShapes, linear_shapes, linear_weights, transformer_of
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
@@ -72,10 +72,9 @@ def read_lora(
             hold within `max_error`. The message names file, key and shape.
     """
     source = open_lora(path)
-    keys = sort_keys(source.shapes)
     modules: dict[str, LoRAModule] = {}
     errors: dict[str, float] = {}
-    for adapter, places in _placed(source, keys, shapes):
+    for adapter, places in _placed(source, shapes):
         for name, (module, error) in updates(adapter, places, base_weights, max_rank, max_error).items():
             if name in modules:
                 raise CloraError(
@@ -86,7 +85,7 @@ def read_lora(
             modules[name] = module
             if error:
                 errors[name] = error
-    return LoRAState(modules, source.metadata, keys.format, errors)
+    return LoRAState(modules, source.metadata, source.keys.format, errors)
 
 
 def lora_ranks(path: str | Path, shapes: LayerShapes) -> dict[str, int]:
@@ -98,9 +97,8 @@ def lora_ranks(path: str | Path, shapes: LayerShapes) -> dict[str, int]:
     Raises:
         CloraError: as `read_lora`, for what names and shapes show; values are not read.
     """
-    source = open_lora(path)
     ranks = {}
-    for adapter, places in _placed(source, sort_keys(source.shapes), shapes):
+    for adapter, places in _placed(open_lora(path), shapes):
         for route in places:
             ranks[route.module] = min(adapter.exact_rank, MAX_RANK)
     return ranks
@@ -179,12 +177,12 @@ def excess(adapter: Adapter, name: str, module: LoRAModule, error: float, max_er
     )
 
 
-def _placed(source: LoRASource, keys: FileKeys, shapes: LayerShapes) -> Iterator[tuple[Adapter, tuple[Route, ...]]]:
+def _placed(source: LoRASource, shapes: LayerShapes) -> Iterator[tuple[Adapter, tuple[Route, ...]]]:
     """Yields each module of a file and the rows that each layer has of it, names and shapes being checked."""
     table = routes(shapes)
-    _refuse_unsupported(source.file, keys)
-    _refuse_unknown(source.file, keys, table, shapes)
-    for stem, parts in keys.modules.items():
+    _refuse_unsupported(source)
+    _refuse_unknown(source, table, shapes)
+    for stem, parts in source.keys.modules.items():
         adapter = read_adapter(source, stem, parts)
         places = table[split_prefix(stem)[1]]
         if problem := misfit(adapter, places, shapes):
@@ -192,21 +190,25 @@ def _placed(source: LoRASource, keys: FileKeys, shapes: LayerShapes) -> Iterator
         yield adapter, places
 
 
-def _refuse_unsupported(file: Path, keys: FileKeys) -> None:
+def _refuse_unsupported(source: LoRASource) -> None:
+    keys = source.keys
     if keys.unsupported:
         found = [f"{len(names)} key(s) are {reason}: {_listed(names, 3)}" for reason, names in keys.unsupported.items()]
-        raise CloraError(f"{file}: {'; '.join(found)}. Leave them out of the file if the LoRA is right without them")
+        raise CloraError(
+            f"{source.file}: {'; '.join(found)}. Leave them out of the file if the LoRA is right without them"
+        )
     if keys.twice:
         first, second = keys.twice[0]
-        raise CloraError(f"{file}: {first} and {second} are the same tensor by two names; expected each once")
+        raise CloraError(f"{source.file}: {first} and {second} are the same tensor by two names; expected each once")
 
 
-def _refuse_unknown(file: Path, keys: FileKeys, table: Mapping[str, tuple[Route, ...]], layers: Iterable[str]) -> None:
+def _refuse_unknown(source: LoRASource, table: Mapping[str, tuple[Route, ...]], layers: Iterable[str]) -> None:
     """Refuses a key that is not understood: diffusers and ComfyUI skip it, and the effect changes."""
+    keys = source.keys
     unmatched = [stem for stem in keys.modules if split_prefix(stem)[1] not in table]
     if len(unmatched) == len(keys.modules):
         raise CloraError(
-            f"{file}: no key fits the model, this is a LoRA for another architecture (or none). "
+            f"{source.file}: no key fits the model, this is a LoRA for another architecture (or none). "
             f"Found for example {_listed([*unmatched, *keys.unknown], 3)}; expected modules like "
             f"{_listed(layers, 3)}. Choose the LoRA's own base model"
         )
@@ -216,7 +218,7 @@ def _refuse_unknown(file: Path, keys: FileKeys, table: Mapping[str, tuple[Route,
     if unknown:
         hint = nearest(split_prefix(unmatched[0])[1], table) if unmatched else ""
         raise CloraError(
-            f"{file}: {len(unknown)} unknown key(s): {_listed(unknown, 8)}. Expected only LoRA matrices of the "
+            f"{source.file}: {len(unknown)} unknown key(s): {_listed(unknown, 8)}. Expected only LoRA matrices of the "
             f"transformer; remove the others from the file or choose the LoRA's own base model{hint}"
         )
 

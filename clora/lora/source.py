@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from clora.errors import CloraError
 from clora.files import user_path
 from clora.lora.adapter_config import PEFT_WEIGHTS, AdapterConfig, find_config
+from clora.lora.keys import FileKeys, sort_keys
 
 _PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
 # In this order, as diffusers and PEFT look for them.
@@ -30,6 +30,7 @@ class LoRASource:
         dtypes: tensor name to safetensors dtype (``F32``, ``BF16``, ...).
         metadata: the header's string metadata.
         config: rank and alpha stated beside the tensors.
+        keys: the tensor names by module.
     """
 
     file: Path
@@ -37,6 +38,7 @@ class LoRASource:
     dtypes: dict[str, str]
     metadata: dict[str, str]
     config: AdapterConfig
+    keys: FileKeys
 
     def read(self, parts: Mapping[str, str]) -> dict[str, Tensor]:
         """Reads tensors on the CPU in fp32, whatever type they are stored in.
@@ -86,7 +88,7 @@ def open_lora(path: str | Path) -> LoRASource:
         raise CloraError(f"{message}. Download or export it again") from error
     if not shapes:
         raise CloraError(f"{file} holds no tensors; expected the matrices of a LoRA")
-    return LoRASource(file, shapes, dtypes, metadata, find_config(file, shapes, metadata))
+    return LoRASource(file, shapes, dtypes, metadata, find_config(file, shapes, metadata), sort_keys(shapes))
 
 
 def find_weights(path: str | Path) -> Path:
@@ -109,23 +111,6 @@ def find_weights(path: str | Path) -> Path:
     if path.suffix.lower() != ".safetensors":
         raise CloraError(f"{path} is not a .safetensors file; expected a LoRA in safetensors format")
     return path
-
-
-def content_hash(path: str | Path) -> str:
-    """Returns the sha256 of the weights file that a LoRA file or folder stands for, in hexadecimal.
-
-    Raises:
-        CloraError: as `find_weights`, or the file cannot be read.
-    """
-    file = find_weights(path)
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise CloraError(f"{file} cannot be read: {error}") from error
-    return digest.hexdigest()
 
 
 def _find_in_folder(folder: Path) -> Path:

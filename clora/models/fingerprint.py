@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clora.hashing import digest, tensor_digest
+from clora.hashing import digest, file_digest, tensor_digest
 
 SAMPLE = 1024
 """The number of values taken from the start, the middle and the end of a large tensor."""
@@ -45,7 +44,10 @@ def _fingerprint(component) -> str:
         return digest([type(component).__name__, plain])
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
-        files = {str(file.relative_to(folder)): _file(file) for file in Path(folder).rglob("*") if file.is_file()}
+        files = {}
+        for file in filter(Path.is_file, Path(folder).rglob("*")):
+            saved = _lasting(json.loads(file.read_bytes())) if file.suffix == ".json" else file_digest(file)
+            files[str(file.relative_to(folder))] = saved
     return digest([type(component).__name__, files])
 
 
@@ -54,11 +56,6 @@ def _lasting(config: object) -> object:
     if not isinstance(config, Mapping):
         return config
     return {k: v for k, v in config.items() if not str(k).startswith("_") and k not in _PASSING}
-
-
-def _file(file: Path) -> object:
-    content = file.read_bytes()
-    return _lasting(json.loads(content)) if file.suffix == ".json" else hashlib.sha256(content).hexdigest()
 
 
 def _samples(tensors: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:

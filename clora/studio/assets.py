@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 
 from clora.errors import CloraError
+from clora.hashing import file_digest
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.models.loading import load_pipeline
 from clora.studio.scenes import SIZE
@@ -65,10 +65,6 @@ def verified(folder: Path, name: str) -> Path:
     recorded = {}
     for stage in provenance(folder).values():
         recorded |= stage.get("sha256", {})
-    if not path.exists() or recorded.get(name) != sha256(path):
+    if not path.exists() or recorded.get(name) != file_digest(path):
         raise CloraError(f"{path} is missing or not the file that the build recorded; use --full or rebuild the studio")
     return path
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

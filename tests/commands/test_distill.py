@@ -17,10 +17,11 @@ from clora.data import images as images_module
 from clora.data import rendering as targets_module
 from clora.data.prepare import encode_data
 from clora.errors import CloraError
+from clora.hashing import file_digest
 from clora.lora.algebra import factorise
 from clora.lora.layers import linear_shapes
 from clora.lora.load import load_lora, read_lora
-from clora.lora.source import content_hash
+from clora.lora.source import find_weights
 from clora.lora.state import LoRAState
 from clora.models import loading
 from clora.testing import SIZE, tiny_config, tiny_pipeline
@@ -43,7 +44,7 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
     stated = {effect["name"]: effect for effect in json.loads(state.metadata["clora.effects"])}
     for name, lora in loras.items():
         assert stated[name]["teacher"] == lora.name
-        assert stated[name]["teacher_sha256"] == content_hash(lora)
+        assert stated[name]["teacher_sha256"] == file_digest(find_weights(lora))
         assert stated[name]["prompts"] == list(next(e for e in config.effects if e.name == name).student_prompts)
     sampling = json.loads(state.metadata["clora.sampling"])
     assert (sampling["steps"], sampling["shift"], sampling["size"]) == (config.sampler.steps, 3.0, list(SIZE))

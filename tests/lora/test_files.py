@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from clora.bank.attach import attach
 from clora.errors import CloraError
+from clora.hashing import file_digest
 from clora.lora import save as save_module
 from clora.lora.families import FLUX2
 from clora.lora.layers import linear_shapes
 from clora.lora.load import load_lora, read_lora
 from clora.lora.save import save_lora
-from clora.lora.source import content_hash
+from clora.lora.source import find_weights
 from clora.lora.state import LoRAModule, LoRAState
 
 STEM = "transformer.transformer_blocks.0.attn.to_q"
@@ -153,10 +154,12 @@ def test_padded_keeps_delta(random_state, assert_same_deltas):
         state.padded(2)
 
 
-def test_content_hash(tmp_path):
+def test_file_digest_of_a_loras_folder(tmp_path):
     save_file(good(), tmp_path / "a.safetensors")
     expected = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
-    assert content_hash(tmp_path) == content_hash(tmp_path / "a.safetensors") == expected
+    assert file_digest(find_weights(tmp_path)) == file_digest(tmp_path / "a.safetensors") == expected
+    with pytest.raises(CloraError, match="b.safetensors cannot be read"):
+        file_digest(tmp_path / "b.safetensors")
 
 
 BAD_TENSORS = {

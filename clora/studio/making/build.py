@@ -15,9 +15,10 @@ from safetensors.numpy import save
 from clora.devices import find_device
 from clora.errors import CloraError, nearest
 from clora.files import check_writable, write_atomic
+from clora.hashing import file_digest
 from clora.progress import stage, up_to
 from clora.studio import text
-from clora.studio.assets import ASSETS, PROVENANCE, SEED, load_studio, provenance, sha256, studio_adapter
+from clora.studio.assets import ASSETS, PROVENANCE, SEED, load_studio, provenance, studio_adapter
 from clora.studio.baselines import measure_baselines
 from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
 from clora.studio.making import base, teachers, text_training, vae
@@ -73,7 +74,7 @@ def _is_done(folder: Path, name: str) -> bool:
     """A stage is done if it is recorded, its files are the recorded ones, and so are those it was made from."""
     entry = provenance(folder).get(name, {})
     files = entry.get("sha256", {})
-    same = all((folder / file).exists() and sha256(folder / file) == files[file] for file in files)
+    same = all((folder / file).exists() and file_digest(folder / file) == files[file] for file in files)
     return bool(files) and same and entry["inputs"] == _inputs(folder, name)
 
 
@@ -106,7 +107,7 @@ def _record(
         },
         "measured": measured,
         "inputs": _inputs(folder, name),
-        "sha256": {file: sha256(folder / file) for file in files},
+        "sha256": {file: file_digest(folder / file) for file in files},
     }
     write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
 

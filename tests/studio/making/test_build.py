@@ -10,6 +10,7 @@ import torch
 
 from clora.commands import demo
 from clora.errors import CloraError
+from clora.hashing import file_digest
 from clora.studio import assets, baselines, evaluation, quality, targets
 from clora.studio.demo_config import demo_config
 from clora.studio.making import build, teachers
@@ -49,7 +50,7 @@ def test_done_stages_are_passed_over_until_a_file_or_an_input_changes(stages, tm
     assert stages[5:] == ["b"], "b was made from the old a"
     recorded = assets.provenance(tmp_path)["b"]
     assert recorded["measured"] == {"number": 1.5}
-    assert recorded["inputs"] == {"a": assets.sha256(tmp_path / "a")}
+    assert recorded["inputs"] == {"a": file_digest(tmp_path / "a")}
     assert assets.verified(tmp_path, "b") == tmp_path / "b"
     (tmp_path / "b").write_text("spoilt")
     with pytest.raises(CloraError, match="b is missing or not the file"):
