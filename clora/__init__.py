@@ -36,28 +36,19 @@ from typing import TYPE_CHECKING
 
 from clora.version import __version__ as __version__
 
-__all__ = [
-    "CloraError",
-    "DistillConfig",
-    "Effects",
-    "apply",
-    "attach",
-    "distill",
-    "inspect",
-    "load_collection",
-    "load_config",
-    "load_lora",
-]
-
-# Twice the same table: for type checkers and editors, which do not run `__getattr__`, and for Python.
+# Twice the same table: for type checkers and editors, which do not run `__getattr__`, and for Python. A name imported as
+# itself is public to type checkers.
 if TYPE_CHECKING:
-    from clora.bank.attach import attach
-    from clora.collection.apply import Effects, apply, load_collection
-    from clora.commands.distill import distill
-    from clora.config.settings import DistillConfig, load_config
-    from clora.errors import CloraError
-    from clora.lora.inspect import inspect
-    from clora.lora.load import load_lora
+    from clora.bank.attach import attach as attach
+    from clora.collection.apply import Effects as Effects
+    from clora.collection.apply import apply as apply
+    from clora.collection.apply import load_collection as load_collection
+    from clora.commands.distill import distill as distill
+    from clora.config.settings import DistillConfig as DistillConfig
+    from clora.config.settings import load_config as load_config
+    from clora.errors import CloraError as CloraError
+    from clora.lora.inspect import inspect as inspect
+    from clora.lora.load import load_lora as load_lora
 else:
     _MODULES = {
         "CloraError": "clora.errors",
@@ -71,6 +62,7 @@ else:
         "load_config": "clora.config.settings",
         "load_lora": "clora.lora.load",
     }
+    __all__ = list(_MODULES)
 
     def __getattr__(name: str) -> object:
         """Loads a public name at its first use (PEP 562)."""
@@ -80,6 +72,5 @@ else:
         globals()[name] = value
         return value
 
-
-def __dir__() -> list[str]:
-    return [*__all__, "__doc__", "__version__"]
+    def __dir__() -> list[str]:
+        return [*__all__, "__doc__", "__version__"]

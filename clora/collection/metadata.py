@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 from clora.collection.hub import download, is_repo_id
 from clora.errors import CloraError
 from clora.files import user_path
-from clora.lora.source import find_weights, open_lora
+from clora.lora.source import open_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLES_FILE = "samples.png"
@@ -128,18 +128,18 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Collection:
 
 
 def find_collection(path: str | Path) -> Path:
-    """Returns the LoRA file of a collection; one on the Hub is downloaded.
+    """Returns the path of a collection for `open_lora`; one on the Hub is downloaded.
 
     Args:
         path: its folder, its file or its hub id (``owner/name``).
 
     Raises:
-        CloraError: nothing is there, or it cannot be downloaded.
+        CloraError: it cannot be downloaded.
     """
     local = user_path(path)
     # A local path wins over a hub id that is spelled the same, and what can be no id is never looked up.
     if local.exists() or local.suffix == ".safetensors" or not is_repo_id(str(path)):
-        return find_weights(local)
+        return local
     return download(str(path), LORA_FILE)
 
 
@@ -152,5 +152,5 @@ def read_collection(path: str | Path) -> Collection:
     Raises:
         CloraError: no such file, or not a collection.
     """
-    file = find_collection(path)
-    return from_metadata(open_lora(file).metadata, str(file))
+    source = open_lora(find_collection(path))
+    return from_metadata(source.metadata, str(source.file))

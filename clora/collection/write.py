@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -124,7 +123,8 @@ def write_collection(
         samples: a PNG for the model card (`clora.collection.samples.draw_samples`), or None for a folder without one.
 
     Raises:
-        CloraError: the folder cannot be written, a weight is not finite, or a file is not read back as it was written.
+        CloraError: the folder cannot be written, a weight is not finite, or the weights are not read back as they were
+            written.
     """
     check_output(folder)
     check_storable(student, folder / LORA_FILE, dtype)
@@ -136,7 +136,9 @@ def write_collection(
     else:
         write_atomic(folder / SAMPLES_FILE, samples)
     write_atomic(folder / "README.md", model_card(collection, hub_id, samples is not None))
-    _save_scheduler(collection, folder / "scheduler")
+    # As diffusers' save_pretrained writes it.
+    scheduler = json.dumps(collection.scheduler, indent=2, sort_keys=True) + "\n"
+    write_atomic(folder / "scheduler" / "scheduler_config.json", scheduler)
     save_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
     return folder
 
@@ -154,25 +156,10 @@ def name_repository(folder: Path, hub_id: str) -> None:
         write_atomic(card, model_card(collection, hub_id, has_samples))
 
 
-def student_scheduler(shift: float) -> Any:
-    """Returns the few-step sampler as diffusers' scheduler: static shift, fresh noise at every step (docs/method.md, section 3)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
-
-
 def scheduler_config(shift: float) -> dict[str, object]:
-    """Returns the config of `student_scheduler`."""
-    return json.loads(student_scheduler(shift).to_json_string())
-
-
-def _save_scheduler(collection: Collection, folder: Path) -> None:
+    """Returns the config of diffusers' scheduler for the few-step sampler (docs/method.md, section 3)."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(collection.scheduler)
-    try:
-        scheduler.save_pretrained(folder)
-        if FlowMatchEulerDiscreteScheduler.from_pretrained(folder).config != scheduler.config:
-            raise OSError("the config read back differs from what was written")
-    except OSError as error:
-        raise CloraError(f"{folder} cannot be written: {error}") from error
+    # A static shift, and fresh noise at every step.
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+    return json.loads(scheduler.to_json_string())

@@ -167,25 +167,19 @@ _DENSITY = 0.5
 
 
 def merge_states(
-    states: Sequence[LoRAState],
-    shapes: LayerShapes,
-    method: str,
-    rank: int,
-    weights: Sequence[float] | None = None,
-    seed: int = 0,
+    states: Sequence[LoRAState], shapes: LayerShapes, method: str, rank: int, weights: Sequence[float]
 ) -> LoRAState:
     """Merges LoRAs with PEFT's ``add_weighted_adapter``.
 
     Each layer is merged on its own bare ``nn.Linear``, so that no copy of the model is needed. A LoRA without some
-    module counts as zero there.
+    module counts as zero there. Methods that drop weights at random drop the same at every call.
 
     Args:
         states: at least one; ranks and modules may differ.
         shapes: of the transformer's layers.
         method: one of `MERGE_METHODS`.
         rank: rank of the result (at most the layer's smaller side).
-        weights: one factor per LoRA, all 1 by default: each effect at full strength.
-        seed: for the methods that drop weights at random.
+        weights: one factor per LoRA; 1 is an effect at full strength.
 
     Raises:
         CloraError: no states, an unknown method or module, a rank below 1, or a wrong number of weights.
@@ -197,7 +191,7 @@ def merge_states(
         )
     modules = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for name, parts in gathered.items():
             if name not in shapes:
                 raise CloraError(f"{name} is no linear layer of the model{nearest(name, shapes)}")
@@ -205,7 +199,7 @@ def merge_states(
     return LoRAState(modules, format=f"merge_{method}")
 
 
-def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None = None) -> LoRAState:
+def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float]) -> LoRAState:
     """Returns the best rank-`rank` approximation of the weighted sum of all updates, in fp64 inside.
 
     It is the SVD of ``B A`` with ``B = [w_1 B_1, ...]`` and ``A = [A_1; ...]`` (see `truncated`).
@@ -214,7 +208,7 @@ def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | N
         states: at least one; ranks and modules may differ.
         rank: rank of the result; less where the sum itself has less. Pad it for a uniform file, but a rank that is
             zero in both factors never trains: give such rows random ``lora_A`` first.
-        weights: one factor per LoRA, all 1 by default.
+        weights: one factor per LoRA.
 
     Returns:
         Factors that share the singular values evenly, ``U sqrt(S)`` and ``sqrt(S) V^T``.
@@ -232,14 +226,13 @@ def sum_svd(states: Sequence[LoRAState], rank: int, weights: Sequence[float] | N
 
 
 def _by_module(
-    states: Sequence[LoRAState], rank: int, weights: Sequence[float] | None
+    states: Sequence[LoRAState], rank: int, weights: Sequence[float]
 ) -> dict[str, list[tuple[LoRAModule, float]]]:
     """Returns the (update, weight) pairs of each module, over the LoRAs that have it. Raises CloraError as both merges."""
     if not states:
         raise CloraError("nothing to merge; expected at least one LoRA")
     if rank < 1:
         raise CloraError(f"the rank of a merge must be at least 1, found {rank}")
-    weights = [1.0] * len(states) if weights is None else [float(weight) for weight in weights]
     if len(weights) != len(states):
         raise CloraError(f"expected one weight per LoRA, found {len(weights)} weights for {len(states)} LoRAs")
     gathered: dict[str, list[tuple[LoRAModule, float]]] = {}

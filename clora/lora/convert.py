@@ -16,16 +16,8 @@ from rich.text import Text
 
 from clora.errors import CloraError, nearest
 from clora.files import user_path
-from clora.lora import algebra
+from clora.lora import algebra, families
 from clora.lora.adapters import read_adapter
-from clora.lora.families import (
-    Family,
-    families_with,
-    family_of,
-    family_of_pipeline,
-    is_original_only,
-    original_part,
-)
 from clora.lora.keys import UNDERSCORED, split_prefix
 from clora.lora.layers import LayerShapes, pipeline_shapes, pipeline_weights
 from clora.lora.load import read_lora
@@ -176,7 +168,7 @@ def _shapes_in_file(source: LoRASource) -> LayerShapes:
     shapes = {}
     for stem, parts in source.keys.modules.items():
         format_name, module = split_prefix(stem)
-        if format_name in UNDERSCORED or is_original_only(module):
+        if format_name in UNDERSCORED or families.is_original_only(module):
             raise CloraError(
                 f"{source.file}: {stem} does not show which layer of the model it changes; name the LoRA's base model "
                 "with --pipeline FOLDER (its transformer/config.json is enough)"
@@ -191,7 +183,7 @@ def _stored_dtype(source: LoRASource) -> str:
     return found.pop() if len(found) == 1 else "fp32"
 
 
-def _family(state: LoRAState, format: str, shapes: LayerShapes | None) -> Family | None:
+def _family(state: LoRAState, format: str, shapes: LayerShapes | None) -> families.Family | None:
     """Returns the family whose original names kohya and ComfyUI expect; None for the formats with diffusers' names.
 
     Args:
@@ -203,15 +195,15 @@ def _family(state: LoRAState, format: str, shapes: LayerShapes | None) -> Family
     if format not in ("kohya", "comfyui"):
         return None
     if shapes is not None:
-        return family_of(shapes)
+        return families.family_of(shapes)
     # A collection names its pipeline.
-    family = family_of_pipeline(state.metadata.get("clora.pipeline", ""))
+    family = families.family_of_pipeline(state.metadata.get("clora.pipeline", ""))
     if family is not None:
         return family
-    known = families_with(state.modules)
+    known = families.families_with(state.modules)
     spellings = set()
     for family in known:
-        spellings.add(tuple(original_part(name, family).name for name in state.modules))
+        spellings.add(tuple(families.original_part(name, family).name for name in state.modules))
     if len(spellings) > 1:
         raise CloraError(
             f"{' and '.join(family.name for family in known)} have layers like {next(iter(state.modules))}, and these "

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import clora
 from clora.collection.apply import call_arguments
-from clora.collection.metadata import LORA_FILE, find_collection, from_metadata, read_collection, to_metadata
+from clora.collection.metadata import LORA_FILE, from_metadata, read_collection, to_metadata
 from clora.collection.write import write_collection
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
@@ -216,7 +216,7 @@ def test_a_hub_id_is_downloaded(collection, monkeypatch, tmp_path):
     assert asked == [("me/collection", LORA_FILE)]
     (tmp_path / "me" / "here").mkdir(parents=True)
     with pytest.raises(CloraError, match="holds no .safetensors file"):
-        find_collection("me/here")
+        clora.load_collection("me/here")
     assert len(asked) == 1, "a local file is never asked for"
 
     def offline(repo_id, filename):

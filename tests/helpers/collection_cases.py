@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from clora.collection.metadata import CollectedEffect, Collection, Sampling
 from clora.collection.write import scheduler_config
+
+
+def student_scheduler(shift):
+    """The scheduler that a collection of this shift has."""
+    return FlowMatchEulerDiscreteScheduler.from_config(scheduler_config(shift))
 
 
 def effect(name="a", prompts=("p",), license=None, **values):

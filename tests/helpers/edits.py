@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.collection_cases import student_scheduler
 from helpers.pictures import pixels
 from PIL import Image
 from torch import Tensor
 
 from clora.bank.bank import AdapterBank
-from clora.collection.write import student_scheduler
 from clora.data.generation import Generator
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import few_step_sample

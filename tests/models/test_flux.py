@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from helpers.collection_cases import student_scheduler
 from helpers.edits import Sample, condition, few_step, routed, to_images
 from helpers.pictures import picture
 from helpers.tiny_flux import FAMILIES, FLUX2, KLEIN, KONTEXT, received, stock_call
 
-from clora.collection.write import student_scheduler
 from clora.data.generation import Generator
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule, teacher_schedule

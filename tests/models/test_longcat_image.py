@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_longcat
-from helpers.collection_cases import describe
+from helpers.collection_cases import describe, student_scheduler
 from helpers.edits import Sample, check_batch, condition, few_step, guided, received, stock_call
 from helpers.pictures import picture, pixels
 from helpers.tiny_longcat import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import clora
 from clora.collection.card import model_card
 from clora.collection.metadata import read_collection, to_metadata
-from clora.collection.write import LORA_FILE, student_scheduler, write_collection
+from clora.collection.write import LORA_FILE, write_collection
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.lora.save import save_lora

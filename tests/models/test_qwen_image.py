@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.collection_cases import student_scheduler
 from helpers.edits import Sample, check_batch, condition, few_step, guided, received, routed, start_noise, stock_call
 from helpers.pictures import picture, pictures, pixels
 from helpers.tiny_qwen_image import shrink, tiny_qwen_pipeline
 
-from clora.collection.write import student_scheduler
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule, teacher_schedule
 from clora.lora.layers import block_layers

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.collection_cases import student_scheduler
 from helpers.edits import (
     Sample,
     check_batch,
@@ -21,7 +22,6 @@ from helpers.edits import (
 from helpers.pictures import picture
 from helpers.tiny_z_image import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
-from clora.collection.write import student_scheduler
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
 from clora.lora.layers import block_layers

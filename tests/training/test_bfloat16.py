@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers.collection_cases import student_scheduler
 from helpers.pictures import write_images
 from helpers.trainers import make_trainer, mixed_batch
 from PIL import Image
 from safetensors.torch import load_file
 
 from clora.bank.bank import AdapterBank
-from clora.collection.write import LORA_FILE, student_scheduler
+from clora.collection.write import LORA_FILE
 from clora.commands import distill as engine
 from clora.commands.distill import distill
 from clora.config.settings import DistillConfig
