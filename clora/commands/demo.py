@@ -58,10 +58,6 @@ class Run:
         yield
         self.seconds[name] = round(time.monotonic() - start, 1)
 
-    def record(self, update: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.curves.setdefault(name, []).append((update, value))
-
 
 def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, device: str = "auto") -> Path:
     """Distils the studio's teachers, exports, evaluates in a fresh stock pipeline and writes the report.
@@ -89,7 +85,8 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         loras = load_teachers(adapter, folder, names)
     with run.timed("targets"):
         data = demo_data(adapter, loras, run.config, folder, recompute=full)
-    shipped = None if full else shipped_rows(folder, names)
+    # A row of results for each method: merges, teachers and base; at the end the collection.
+    rows = None if full else shipped_rows(folder, names)
     with run.timed("train"):
         student = train(run, adapter, loras, data)
     with run.timed("export"), stage("export", None):
@@ -97,8 +94,6 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         licenses = dict.fromkeys(names, "Apache-2.0")
         description = make_collection(run.config, adapter, "clora-studio", files, licenses)
         collection = write_collection(student, description, run.folder / "collection", torch.float16)
-    # A row of results for each method: merges, teachers and base, then the collection.
-    rows = shipped
     if rows is None:
         with run.timed("baselines"):
             rows = baselines.measure_baselines(adapter, loras, list(loras))
@@ -135,8 +130,8 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
     phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
     samples = [
-        EffectSamples(name, sources, target, row, asked[:, None], empty_row)
-        for name, target, row, asked in zip(loras, made.of(list(loras)), teacher_rows, phrasings, strict=True)
+        EffectSamples(name, sources, made.effects[name], row, asked[:, None], empty_row)
+        for name, row, asked in zip(loras, teacher_rows, phrasings, strict=True)
     ]
     pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)
     return DistillData.of(Text.cat(parts), samples, general_sources, pairs, made.general)
@@ -147,7 +142,8 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
     with training_bar(f"distil {len(loras)} effects", run.config.train) as show:
 
         def report(update: int, values: Mapping[str, float]) -> None:
-            run.record(update, values)
+            for name, value in values.items():
+                run.curves.setdefault(name, []).append((update, value))
             show(update, values)
 
         student = train_student(run.config, adapter, loras, data, report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,56 +102,37 @@ def prompts_text(prompts: PromptsFile, name: str) -> str:
     return HEADER.format(name=name) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
-def fill_prompts(tree: dict[str, Any], prompts: PromptsFile, path: str) -> dict[str, Any]:
-    """Fills a config's tree from a prompts file.
+def fill_prompts(tree: dict[str, Any], prompts: PromptsFile, path: str) -> None:
+    """Fills a config's tree, in place, from a prompts file.
+
+    An effect's trigger and student prompts, and the general instructions, stay the config's own where it states them.
 
     Args:
-        tree: the config as YAML has it, not checked yet.
+        tree: the config as YAML has it, found valid without its prompts file.
         prompts: the prompts file.
         path: of the prompts file, for messages.
-
-    Returns:
-        A new tree. An effect's trigger and student prompts, and the general instructions, are the config's own where
-        it states them.
 
     Raises:
         CloraError: the file has an effect that the config lacks, or lacks one without student prompts in the config.
     """
-    filled = dict(tree)
-    effects = tree.get("effects")
-    if isinstance(effects, list) and effects:
-        entries = [entry for entry in effects if isinstance(entry, dict)]
-        # An entry that is no section, or a name given twice, is left to the check of the whole config.
-        if len(entries) == len({str(entry.get("name")) for entry in entries}) == len(effects):
-            _check_names(entries, prompts, path)
-        written = {effect.name: effect for effect in prompts.effects}
-        filled["effects"] = [_fill_effect(entry, written) for entry in effects]
-    data = tree.get("data")
-    if prompts.general_instructions and isinstance(data, dict) and data.get("general_instructions") is None:
-        filled["data"] = {**data, "general_instructions": list(prompts.general_instructions)}
-    return filled
-
-
-def _fill_effect(entry: Any, written: Mapping[str, EffectPrompts]) -> Any:
-    found = written.get(str(entry.get("name"))) if isinstance(entry, dict) else None
-    if found is None:
-        return entry
-    # What is empty or null in the config counts as not stated, as in `EffectConfig`.
-    values = {"trigger": found.trigger, "student_prompts": list(found.student_prompts)}
-    return {**entry, **{key: value for key, value in values.items() if not entry.get(key)}}
-
-
-def _check_names(effects: Iterable[Mapping[str, Any]], prompts: PromptsFile, path: str) -> None:
-    stated = {str(entry.get("name")): bool(entry.get("student_prompts")) for entry in effects}
-    written = {effect.name for effect in prompts.effects}
-    for name in written - set(stated):
-        raise CloraError(
-            f"{path}: the config has no effect {name!r}; rename it as in the config or remove it{nearest(name, stated)}"
-        )
+    effects = {entry["name"]: entry for entry in tree["effects"]}
+    written = {effect.name: effect for effect in prompts.effects}
+    for name in written:
+        if name not in effects:
+            raise CloraError(
+                f"{path}: the config has no effect {name!r}; rename it as in the config or remove it"
+                f"{nearest(name, effects)}"
+            )
     # An effect whose prompts the config states needs no entry in the file.
-    missing = [name for name, has_prompts in stated.items() if name not in written and not has_prompts]
+    missing = [name for name, entry in effects.items() if name not in written and not entry.get("student_prompts")]
     if missing:
         raise CloraError(
             f"{path}: lacks the effects {missing}; add them, state their student_prompts in the config, or write the "
             "file again with clora prompts --overwrite"
         )
+    for name, found in written.items():
+        # What is empty or null in the config counts as not stated, as in `EffectConfig`.
+        effects[name]["trigger"] = effects[name].get("trigger") or found.trigger
+        effects[name]["student_prompts"] = effects[name].get("student_prompts") or list(found.student_prompts)
+    if prompts.general_instructions and tree["data"].get("general_instructions") is None:
+        tree["data"]["general_instructions"] = list(prompts.general_instructions)

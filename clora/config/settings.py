@@ -31,9 +31,6 @@ from clora.config.reading import read_tree, validate
 from clora.errors import CloraError
 from clora.files import user_path
 
-MAX_SEED = 2**31 - 1
-DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
-
 
 class EffectConfig(FrozenModel):
     """One teacher: a LoRA with the prompt it was trained on, and the prompts by which the student is asked for it.
@@ -296,7 +293,7 @@ class DistillConfig(FrozenModel):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
     prompts: PromptsConfig = Field(default=PromptsConfig(), exclude=True)
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -321,7 +318,7 @@ class DistillConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
-        if not re.fullmatch(DEVICES, self.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
         unique: dict[str, Counter[str]] = {
             "name": Counter(effect.name for effect in self.effects),
@@ -362,12 +359,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: b
     """
     overrides = tuple(overrides)
     tree = read_tree(path, overrides)
-    section = tree.get("prompts")
-    file = section.get("file") if isinstance(section, dict) else None
-    if with_prompts and isinstance(file, str) and file:
-        if not user_path(file).exists():
-            raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
-        tree = fill_prompts(tree, read_prompts(file), file)
+    config = validate(DistillConfig, tree, str(path), overrides)
+    if not with_prompts or config.prompts.file is None:
+        return config
+    file = tree["prompts"]["file"]
+    if not user_path(file).exists():
+        raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
+    fill_prompts(tree, read_prompts(file), file)
+    # What the file brings is checked as if the config stated it.
     return validate(DistillConfig, tree, str(path), overrides)
 
 

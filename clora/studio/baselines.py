@@ -33,6 +33,9 @@ SHIFT = 3.0
 FIRST_EFFECT_SEED = 7_000_000
 FIRST_GENERAL_SEED = 8_000_000
 
+Rows = tuple[Tensor, Conditioning, list[int]]
+"""The slots ``[N]``, the conditioning and the seeds of N rows to sample (`Generator`)."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -102,15 +105,13 @@ def teacher_prompts(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> Text:
     return adapter.encode_prompts([EFFECTS[effect].prompt for effect in effects])
 
 
-def general_conditioning(adapter: Flux2KleinAdapter) -> Conditioning:
-    """Encodes the held-out general edits."""
+def general_rows(adapter: Flux2KleinAdapter) -> Rows:
+    """Encodes the held-out general edits, for a bank of one LoRA or none."""
     cases = evaluation.general_cases(evaluation.NUM_GENERAL)
     text = adapter.encode_prompts([case.edit.instruction for case in cases])
-    return Conditioning(text, adapter.encode_images(to_tensor(np.stack([case.source for case in cases]))))
-
-
-def general_seeds(count: int) -> list[int]:
-    return [FIRST_GENERAL_SEED + i for i in range(count)]
+    sources = adapter.encode_images(to_tensor(np.stack([case.source for case in cases])))
+    seeds = [FIRST_GENERAL_SEED + i for i in range(len(cases))]
+    return torch.zeros(len(cases), dtype=torch.int64), Conditioning(text, sources), seeds
 
 
 def measure_teachers(
@@ -132,17 +133,15 @@ def measure_teachers(
 
 
 def measure_one_lora(
-    lora: LoRAState | None, rows: EvaluationSet, text: Text, general: Conditioning, report: Report
+    lora: LoRAState | None, rows: EvaluationSet, text: Text, general: Rows, report: Report
 ) -> Measured:
-    """Measures one LoRA (None: the base) on every effect and on general edits, with the few-step sampler."""
+    """Measures one LoRA (None: the base) on every effect and on `general_rows`, with the few-step sampler."""
     adapter = rows.adapter
     with nullcontext() if lora is None else AdapterBank(adapter.pipeline.transformer, {"lora": lora}) as bank:
         generator = Generator(adapter, bank, report=report)
         # Every row is on the one slot; without a bank the ids are not read.
         latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS, SHIFT)
-        count = len(general)
-        ids = torch.zeros(count, dtype=torch.int64)
-        general_latents = generator.few_step(ids, general, general_seeds(count), STEPS, SHIFT)
+        general_latents = generator.few_step(*general, STEPS, SHIFT)
     return replace(
         rows.measured(latents),
         general=evaluation.general_accuracy(to_images(adapter.decode(general_latents))),
@@ -165,7 +164,7 @@ def measure_baselines(
         merged: the effects whose teachers are merged, and which the base is measured on.
     """
     rows = EvaluationSet.encode(adapter, merged)
-    general = general_conditioning(adapter)
+    general = general_rows(adapter)
     states = [loras[effect] for effect in merged]
     shapes = linear_shapes(adapter.pipeline.transformer)
     rank = min(MERGE_RANK, sum(state.max_rank for state in states))
@@ -174,7 +173,7 @@ def measure_baselines(
     text = teacher_prompts(adapter, merged)
     # A guided step passes every row through the transformer twice.
     teacher_passes = len(loras) * evaluation.NUM_SCENES * (2 * TEACHER_STEPS + 2 * STEPS)
-    one_lora_passes = (len(rows.ids) + len(general)) * STEPS
+    one_lora_passes = (len(rows.ids) + evaluation.NUM_GENERAL) * STEPS
     with stage("baselines", teacher_passes + (len(MERGES) * len(weights) + 1) * one_lora_passes) as advance:
         measured = measure_teachers(adapter, loras, advance)
         for name, method in MERGES.items():

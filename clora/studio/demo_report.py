@@ -103,7 +103,7 @@ def write_report(
     Args:
         folder: where to; created where it is missing.
         metrics: ``seed, device, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora demo` documents
-            them. A value that is not finite is written as null.
+            them; a row for each of `METHODS`. A value that is not finite is written as null.
         columns: titles of the C columns of pictures.
         images: ``[E, C, H, W, 3]`` in [0, 1], a row for each of the metrics' effects.
         curves: name to (update, value) pairs.
@@ -129,7 +129,7 @@ def write_report(
         headline=_headline(metrics["rows"]),
         columns=COLUMNS,
         best=_best(metrics["rows"]),
-        method_name=method_name,
+        methods=METHODS,
         grid_columns=columns,
         grid=list(zip(effects, pictures, strict=True)),
         curves=embedded_curves(curves),
@@ -138,14 +138,6 @@ def write_report(
     write_atomic(folder / "grid.png", encode_png(draw_grid(columns, effects, pixels)))
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
-
-
-def method_name(method: str) -> str:
-    """Returns a row's name for people; an unknown merge is described by its own name."""
-    if method in METHODS:
-        return METHODS[method]
-    words = method.replace("_", " ")
-    return f"merged LoRA, {words.removeprefix('merge ')}" if method.startswith("merge") else words
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -161,18 +153,13 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _headline(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Returns the result in a few figures: (figure, its meaning)."""
     by_method = {row["method"]: row for row in rows}
-    if "clora" not in by_method:
-        return []
     clora = by_method["clora"]
-    figures = [(_percent(clora["effect_accuracy"]), "effect accuracy of the one LoRA")]
-    if "teachers_80" in by_method:
-        teachers = by_method["teachers_80"]
-        figures += [
-            (_percent(teachers["effect_accuracy"]), f"with {teachers['files']:g} separate LoRAs"),
-            (f"{teachers['files']:g} → {clora['files']:g}", "LoRA files"),
-            (f"{teachers['nfe']:g} → {clora['nfe']:g}", "passes for one image"),
-        ]
-    merges = [row["effect_accuracy"] for row in rows if row["method"].startswith("merge")]
-    if merges:
-        figures.append((_percent(max(merges)), "effect accuracy of the best merge"))
-    return figures
+    teachers = by_method["teachers_80"]
+    best_merge = max(row["effect_accuracy"] for row in rows if row["method"].startswith("merge"))
+    return [
+        (_percent(clora["effect_accuracy"]), "effect accuracy of the one LoRA"),
+        (_percent(teachers["effect_accuracy"]), f"with {teachers['files']:g} separate LoRAs"),
+        (f"{teachers['files']:g} → {clora['files']:g}", "LoRA files"),
+        (f"{teachers['nfe']:g} → {clora['nfe']:g}", "passes for one image"),
+        (_percent(best_merge), "effect accuracy of the best merge"),
+    ]

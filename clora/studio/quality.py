@@ -83,15 +83,8 @@ def mean_psnr(images: np.ndarray, expected: np.ndarray) -> float:
 
 def general_quality(adapter: Flux2KleinAdapter) -> float:
     """Measures the base's accuracy on held-out general edits, at 40 guided steps."""
-    conditioning = baselines.general_conditioning(adapter)
-    count = len(conditioning)
-    with stage("general edits", 2 * baselines.TEACHER_STEPS * count) as advance:
-        latents = Generator(adapter, report=advance).euler(
-            torch.zeros(count, dtype=torch.int64),
-            conditioning,
-            baselines.general_seeds(count),
-            baselines.TEACHER_STEPS,
-            adapter.encode_prompts([""]),
-            GUIDANCE,
-        )
+    rows = baselines.general_rows(adapter)
+    empty = adapter.encode_prompts([""])
+    with stage("general edits", 2 * baselines.TEACHER_STEPS * evaluation.NUM_GENERAL) as advance:
+        latents = Generator(adapter, report=advance).euler(*rows, baselines.TEACHER_STEPS, empty, GUIDANCE)
     return evaluation.general_accuracy(to_images(adapter.decode(latents)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +31,15 @@ FIRST_GENERAL_SCENE = 400_000_000
 
 @dataclass(frozen=True)
 class Targets:
-    """Rendered targets: ``latents [E, M, T, C]`` of each effect's sources, ``general [P, T, C]`` of general pairs."""
+    """Rendered targets: ``[M, T, C]`` of each effect's sources, by its name; ``general [P, T, C]`` of general pairs."""
 
-    effects: tuple[str, ...]
-    latents: Tensor
+    effects: Mapping[str, Tensor]
     general: Tensor
 
     def serialise(self) -> bytes:
         """Returns the file's content: fp16 tensors, one for each effect under its name, and the general pairs'."""
-        rows = {f"effect.{name}": latents for name, latents in zip(self.effects, self.latents, strict=True)}
-        return save({name: tensor.half().cpu().numpy() for name, tensor in (rows | {"general": self.general}).items()})
-
-    def of(self, effects: Sequence[str]) -> Tensor:
-        return torch.stack([self.latents[self.effects.index(effect)] for effect in effects])
+        tensors = {f"effect.{name}": latents for name, latents in self.effects.items()} | {"general": self.general}
+        return save({name: tensor.half().cpu().numpy() for name, tensor in tensors.items()})
 
 
 def load_targets(folder: Path) -> Targets:
@@ -51,8 +47,7 @@ def load_targets(folder: Path) -> Targets:
     # Stored in fp16, used in fp32.
     tensors = {name: torch.from_numpy(array).float() for name, array in load_file(verified(folder, TARGETS)).items()}
     general = tensors.pop("general")
-    effects = tuple(name.removeprefix("effect.") for name in tensors)
-    return Targets(effects, torch.stack(list(tensors.values())), general)
+    return Targets({name.removeprefix("effect."): latents for name, latents in tensors.items()}, general)
 
 
 def target_sources(adapter: ModelAdapter) -> Tensor:
@@ -93,4 +88,5 @@ def make_targets(adapter: ModelAdapter, loras: Mapping[str, LoRAState], config: 
     with stage("render targets", num_passes(config, effect_rows.numel() + num_general)) as advance:
         latents = torch.stack(list(render_targets(adapter, loras, effects, text, config, advance)))
         of_base = torch.stack(list(render_targets(adapter, {}, general, text, config, advance)))
-    return Targets(tuple(loras), latents.unflatten(0, effect_rows.shape), of_base)
+    # [E M, T, C], effect by effect.
+    return Targets(dict(zip(loras, latents.split(TARGET_SOURCES), strict=True)), of_base)

@@ -13,7 +13,7 @@ from PIL import Image
 from clora.data.images import encode_png
 from clora.errors import CloraError
 from clora.report.drawing import smooth
-from clora.studio.demo_report import method_name, write_report
+from clora.studio.demo_report import write_report
 from clora.studio.pixels import to_bytes
 
 EFFECTS = ["snow", "a<b>&c"]
@@ -94,6 +94,7 @@ def test_table(folder):
     page = (folder / "report.html").read_text()
     assert page.count('<span class="tag">precomputed</span>') == 3
     assert "one LoRA each, 80 passes" in page
+    assert "clora: one LoRA, 8 passes" in page
     assert '<td class="best">96.0 %</td>' in page  # accuracy: high is good
     assert '<td class="best">4.0 %</td>' in page  # bad cases: low is good
     assert '<td class="best">21.0 dB</td>' in page
@@ -121,11 +122,6 @@ def test_unwritable(tmp_path, metrics, images):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CloraError, match="cannot be written"):
         write_report(tmp_path / "file", metrics, COLUMNS, images, {})
-
-
-def test_method_names():
-    assert method_name("merge_new_one") == "merged LoRA, new one"
-    assert method_name("clora") == "clora: one LoRA, 8 passes"
 
 
 def test_smooth_keeps_a_line_and_the_length():

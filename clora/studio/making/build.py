@@ -23,7 +23,7 @@ from clora.studio.baselines import measure_baselines
 from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
 from clora.studio.making import base, teachers, text_training, vae
 from clora.studio.quality import general_quality, vae_quality
-from clora.studio.targets import TARGETS, make_targets
+from clora.studio.targets import TARGET_SOURCES, TARGETS, make_targets
 from clora.studio.teachers import SPECS, TEACHERS, load_teachers
 
 VAE_UPDATES = 1800
@@ -124,9 +124,7 @@ def _text_stage(folder: Path, device: torch.device) -> Made:
     tokenizer = text.train_tokenizer(text.prompt_corpus())
     encoder = text.make_text_encoder(len(tokenizer)).to(device)
     with stage("text encoder", TEXT_UPDATES) as advance:
-        accuracy = text_training.train_text_encoder(
-            encoder, tokenizer, TEXT_UPDATES, SEED, lambda update, values: advance(1, **values)
-        )
+        accuracy = text_training.train_text_encoder(encoder, tokenizer, TEXT_UPDATES, SEED, up_to(advance))
     tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
     encoder.save_pretrained(folder / "pipeline" / "text_encoder")
     files = ["pipeline/text_encoder/model.safetensors", "pipeline/tokenizer/tokenizer.json"]
@@ -169,7 +167,7 @@ def _target_stage(folder: Path, device: torch.device) -> Made:
     adapter = load_studio(folder, device)
     made = make_targets(adapter, load_teachers(adapter, folder, TEACHERS), demo_config(TEACHERS, SEED))
     write_atomic(folder / TARGETS, made.serialise())
-    return {"sources_per_effect": made.latents.shape[1], "general": len(made.general)}, [TARGETS]
+    return {"sources_per_effect": TARGET_SOURCES, "general": len(made.general)}, [TARGETS]
 
 
 def _baseline_stage(folder: Path, device: torch.device) -> Made:

@@ -84,7 +84,7 @@ def train_text_encoder(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        report(update, {"loss": float(loss.detach())})
+        report(update + 1, {"loss": float(loss.detach())})
     encoder.eval().requires_grad_(False)
     with torch.no_grad():
         states = taps(encoder, tokens[NUM_SENTENCES:], mask[NUM_SENTENCES:])[:, -1]
