@@ -47,12 +47,12 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
     Raises:
         CloraError: a missing, corrupt or pickled file, a broken adapter config, or no such pipeline.
     """
-    shapes: LayerShapes | None = None
+    shapes: LayerShapes = {}
     if pipeline is not None:
         is_folder = isinstance(pipeline, (str, Path))
         shapes = pipeline_shapes(pipeline) if is_folder else linear_shapes(transformer_of(pipeline))
     source = open_lora(path)
-    table = {} if shapes is None else routes(shapes)
+    table = routes(shapes)
     modules: list[dict[str, Any]] = []
     problems: list[str] = []
     layers: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
         try:
             adapter = read_adapter(source, stem, parts)
             adapter.read()  # raises where a value is not finite
-            entry, found = _describe(adapter, table.get(split_prefix(stem)[1], ()), shapes or {})
+            entry, found = _describe(adapter, table.get(split_prefix(stem)[1], ()), shapes)
         except CloraError as error:
             problems.append(str(error))
         else:
@@ -69,19 +69,15 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
             layers.update(entry["targets"])
     problems += [f"{first} and {second} are the same tensor by two names" for first, second in source.keys.twice]
     problems += [f"{name} is given {n} times; expected each module once" for name, n in layers.items() if n > 1]
-    if shapes is None:
-        names = [split_prefix(stem)[1] for stem in source.keys.modules]
-        families = [family.name for family in families_with(names)]
-    else:
-        family = family_of(shapes)
-        families = [] if family is None else [family.name]
+    names = [split_prefix(stem)[1] for stem in source.keys.modules]
+    families = families_with(names) if pipeline is None else [family_of(shapes)]
     return _totals(source) | {
         "modules": modules,
         **{f"{name}s": _counts(modules, name) for name in ("type", "rank", "alpha", "scale")},
         "max_error": max((entry["error"] for entry in modules if entry["error"]), default=None),
-        "families": families,
-        "matched": None if shapes is None else layers.total(),
-        "unmatched": [] if shapes is None else [entry["name"] for entry in modules if not entry["targets"]],
+        "families": [family.name for family in families if family is not None],
+        "matched": None if pipeline is None else layers.total(),
+        "unmatched": [] if pipeline is None else [entry["name"] for entry in modules if not entry["targets"]],
         "problems": problems,
         "notes": _notes(modules),
     }
@@ -89,10 +85,44 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
 
 def render(info: Mapping[str, Any]) -> Group:
     """Lays out the result of `inspect` for the terminal; a hash fits into 80 columns whole."""
+    unmatched = "no model given: --pipeline shows which of its layers they change"
+    matched = unmatched if info["matched"] is None else f"{info['matched']} layers of the model"
+    ranks = _counts([entry for entry in info["modules"] if entry["loads_as_rank"]], "loads_as_rank")
+    rows = [
+        ("format", info["format"]),
+        ("model family", " or ".join(info["families"]) or "unknown"),
+        ("modules", f"{len(info['modules'])} in the file; {matched}"),
+        ("adapter type", _by_count(info["types"])),
+        ("rank", _by_count(info["ranks"])),
+        ("alpha", _by_count(info["alphas"])),
+        ("effective scale", _by_count(info["scales"])),
+        ("loads as rank", _by_count(ranks)),
+        ("largest error", "exact" if info["max_error"] is None else f"{info['max_error']:.3%} of a module's change"),
+        ("parameters", f"{info['parameters']:,}"),
+        ("stored as", _by_count(info["dtypes"])),
+        ("size", f"{info['bytes'] / 1e6:.2f} MB"),
+        ("sha256", info["sha256"]),
+    ]
+    metadata = []
+    for key, value in info["metadata"].items():
+        more = " ..." if len(value) > _SHOWN_CHARACTERS else ""
+        metadata.append(f"{key} = {value[:_SHOWN_CHARACTERS]}{more}")
+    # Lists have a line only where there is something to list.
+    for label, names in (
+        ("not supported", [f"{len(keys)} key(s) {reason} ({keys[0]})" for reason, keys in info["unsupported"].items()]),
+        ("not in model", info["unmatched"]),
+        ("problems", info["problems"]),
+        ("notes", info["notes"]),
+        ("unknown keys", info["unknown_keys"]),
+        ("metadata", metadata),
+    ):
+        if names:
+            more = f"\n... {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
+            rows.append((label, "\n".join(names[:_SHOWN_KEYS]) + more))
     table = Table.grid(padding=(0, 1))
     table.add_column("what", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
-    for label, value in _rows(info):
+    for label, value in rows:
         # Text, not str: names from a file must not be read as markup.
         table.add_row(label, Text(value))
     return Group(Text(info["file"], style="bold", no_wrap=True, overflow="ignore"), table)
@@ -157,14 +187,11 @@ def _notes(modules: list[dict[str, Any]]) -> list[str]:
     """Returns what is no problem but should be known."""
     high = sum((entry["loads_as_rank"] or 0) > MAX_RANK for entry in modules)
     dora = sum(entry["loads_as_rank"] is None for entry in modules)
-    found = []
-    if high:
-        found.append(
-            f"{high} module(s) of rank above {MAX_RANK}, the most that the kernels take: eager PyTorch is used"
-        )
-    if dora:
-        found.append(f"{dora} DoRA module(s): rank and error depend on the weights of the base, which loading needs")
-    return found
+    notes = {
+        f"{high} module(s) of rank above {MAX_RANK}, the most that the kernels take: eager PyTorch is used": high,
+        f"{dora} DoRA module(s): rank and error depend on the weights of the base, which loading needs": dora,
+    }
+    return [note for note, count in notes.items() if count]
 
 
 def _totals(source: LoRASource) -> dict[str, Any]:
@@ -191,44 +218,6 @@ def _counts(modules: list[dict[str, Any]], name: str) -> dict[str, int]:
     for value in sorted((entry[name] for entry in modules), key=lambda value: (value is None, value)):
         counts["none" if value is None else value if isinstance(value, str) else f"{value:g}"] += 1
     return dict(counts)
-
-
-def _rows(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the lines of the table; those of lists only where there is something to list."""
-    unmatched = "no model given: --pipeline shows which of its layers they change"
-    matched = unmatched if info["matched"] is None else f"{info['matched']} layers of the model"
-    ranks = _counts([entry for entry in info["modules"] if entry["loads_as_rank"]], "loads_as_rank")
-    rows = [
-        ("format", info["format"]),
-        ("model family", " or ".join(info["families"]) or "unknown"),
-        ("modules", f"{len(info['modules'])} in the file; {matched}"),
-        ("adapter type", _by_count(info["types"])),
-        ("rank", _by_count(info["ranks"])),
-        ("alpha", _by_count(info["alphas"])),
-        ("effective scale", _by_count(info["scales"])),
-        ("loads as rank", _by_count(ranks)),
-        ("largest error", "exact" if info["max_error"] is None else f"{info['max_error']:.3%} of a module's change"),
-        ("parameters", f"{info['parameters']:,}"),
-        ("stored as", _by_count(info["dtypes"])),
-        ("size", f"{info['bytes'] / 1e6:.2f} MB"),
-        ("sha256", info["sha256"]),
-    ]
-    metadata = []
-    for key, value in info["metadata"].items():
-        more = " ..." if len(value) > _SHOWN_CHARACTERS else ""
-        metadata.append(f"{key} = {value[:_SHOWN_CHARACTERS]}{more}")
-    for label, names in (
-        ("not supported", [f"{len(keys)} key(s) {reason} ({keys[0]})" for reason, keys in info["unsupported"].items()]),
-        ("not in model", info["unmatched"]),
-        ("problems", info["problems"]),
-        ("notes", info["notes"]),
-        ("unknown keys", info["unknown_keys"]),
-        ("metadata", metadata),
-    ):
-        if names:
-            more = f"\n... {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
-            rows.append((label, "\n".join(names[:_SHOWN_KEYS]) + more))
-    return rows
 
 
 def _by_count(counts: Mapping[str, int]) -> str:
