@@ -163,7 +163,7 @@ def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) ->
         # As loading factorises it: each layer's rows by themselves where the model is known and fits.
         fits = bool(places) and places[-1].stop == adapter.shape[0]
         whole = (Route(adapter.stem, 0, adapter.shape[0]),)
-        loaded = updates(adapter, places if fits else whole, None, MAX_RANK, MAX_ERROR)
+        loaded = updates(adapter, places if fits else whole, None, MAX_ERROR)
         rank = max(module.rank for module, _ in loaded.values())
         error = max(missed for _, missed in loaded.values())
         found = [excess(adapter, name, module, missed, MAX_ERROR) for name, (module, missed) in loaded.items()]

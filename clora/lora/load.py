@@ -48,34 +48,32 @@ def read_lora(
     shapes: LayerShapes,
     base_weights: Mapping[str, Tensor] | None = None,
     *,
-    max_rank: int = MAX_RANK,
     max_error: float = MAX_ERROR,
 ) -> LoRAState:
     """Reads a LoRA so that ``lora_B @ lora_A`` is exactly the update that the file means.
 
-    A LoRA is exact at any rank, LoHa and LoKr where exact factors have at most `max_rank`. Any other change (of whole
+    A LoRA is exact at any rank, LoHa and LoKr where exact factors have at most `MAX_RANK` ranks. Any other change (of whole
     matrices, ``.diff``, DoRA) is replaced by factors within `max_error`, and the result states each module's error.
 
     Args:
         path: a ``.safetensors`` file or a folder with one (see `clora.lora.source.open_lora`).
         shapes: of the layers that the LoRA must fit.
         base_weights: the layers' weights; needed only for DoRA, whose update depends on them.
-        max_rank: the highest rank that factors of a dense change may have.
-        max_error: the largest error ``|change - B A| / |change|`` that they may have.
+        max_error: the largest error ``|change - B A| / |change|`` that factors of a dense change may have.
 
     Returns:
         fp32 modules under the transformer's own names, alpha folded into ``lora_B``.
 
     Raises:
         CloraError: an unreadable file, an unsupported adapter type, unknown or incomplete keys, or a shape that does not
-            fit. Also a value that is not finite, DoRA without its base, or a dense change that `max_rank` does not
-            hold within `max_error`. The message names file, key and shape.
+            fit. Also a value that is not finite, DoRA without its base, or a dense change that `MAX_RANK` ranks do
+            not hold within `max_error`. The message names file, key and shape.
     """
     source = open_lora(path)
     modules: dict[str, LoRAModule] = {}
     errors: dict[str, float] = {}
     for adapter, places in _placed(source, shapes):
-        for name, (module, error) in updates(adapter, places, base_weights, max_rank, max_error).items():
+        for name, (module, error) in updates(adapter, places, base_weights, max_error).items():
             if name in modules:
                 raise CloraError(
                     f"{source.file}: {adapter.stem} changes {name} a second time; expected each module once"
@@ -123,18 +121,14 @@ def misfit(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) -> st
 
 
 def updates(
-    adapter: Adapter,
-    places: Sequence[Route],
-    base_weights: Mapping[str, Tensor] | None,
-    max_rank: int,
-    max_error: float,
+    adapter: Adapter, places: Sequence[Route], base_weights: Mapping[str, Tensor] | None, max_error: float
 ) -> dict[str, tuple[LoRAModule, float]]:
     """Reads one module of a file, which is several of the transformer's where the file fuses them.
 
     Args:
         adapter: the file's module.
         places: the rows of it that each module of the transformer has.
-        base_weights, max_rank, max_error: as in `read_lora`.
+        base_weights, max_error: as in `read_lora`.
 
     Returns:
         Module of the transformer to its update and that one's relative error, 0 where it is exact.
@@ -143,7 +137,7 @@ def updates(
         CloraError: a value is not finite, alpha is not known, or DoRA comes without its base.
     """
     tensors = adapter.read()
-    delta = change(adapter, tensors, find_strength(adapter).scale, max_rank)
+    delta = change(adapter, tensors, find_strength(adapter).scale, MAX_RANK)
     if adapter.is_dora:
         # The lengths of rows and columns depend on the whole weight, so DoRA is applied before a fused module is cut.
         dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta
@@ -154,7 +148,7 @@ def updates(
     for route in places:
         block = reordered(rows[route.start : route.stop], route.swap_halves)
         if not isinstance(delta, LoRAModule):
-            found[route.module] = factorise(block, max_rank, max_error)
+            found[route.module] = factorise(block, MAX_RANK, max_error)
         elif len(places) == 1:
             found[route.module] = (LoRAModule(delta.lora_A, block), 0.0)
         else:

@@ -18,7 +18,6 @@ from clora.lora.layers import linear_shapes, linear_weights
 from clora.lora.load import read_lora
 
 SPELLINGS = ["lycoris_{}", "lora_unet_{}", "diffusion_model.{}", "transformer.{}", "{}"]
-EXACT = {"max_rank": 10_000}
 
 
 def spelled(spelling, module):
@@ -83,7 +82,7 @@ def test_lokr(tmp_path, models, family, alpha, first, second):
         stem = spelled(SPELLINGS[index % len(SPELLINGS)], module)
         made, expected[module] = random_lokr(random, stem, shapes[module], first, second, alpha)
         tensors |= made
-    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes, **EXACT)
+    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes)
     assert_changes(state, expected)
     assert not state.errors
 
@@ -113,7 +112,7 @@ def test_odd_shapes(tmp_path_factory, shape, seed, kind, alpha):
     make = (lambda: random_loha(random, "x", shape, alpha)) if kind == "loha" else None
     tensors, delta = make() if make else random_lokr(random, "x", shape, *kind, alpha)
     path = write(tmp_path_factory.mktemp("odd") / "a.safetensors", tensors)
-    assert_changes(read_lora(path, {"x": shape}, **EXACT), {"x": delta})
+    assert_changes(read_lora(path, {"x": shape}), {"x": delta})
 
 
 def test_alpha_of_a_lokr_of_two_products(tmp_path):
@@ -162,12 +161,19 @@ def test_fused(tmp_path, models, family, kind):
             tensors = {f"{name}.lokr_w1": first, f"{name}.lokr_w2_a": second[0], f"{name}.lokr_w2_b": second[1]}
         delta = torch.kron(first.double(), second[0].double() @ second[1].double())
     blocks = delta.split([shapes[module][0] for module in modules])
-    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes, **EXACT)
+    state = read_lora(write(tmp_path / "a.safetensors", tensors), shapes)
     assert_changes(state, dict(zip(modules, blocks, strict=True)))
 
 
-def test_dense_changes_become_factors_within_the_error(tmp_path):
+@pytest.fixture
+def at_most(monkeypatch):
+    """Returns at_most(rank): the most ranks of factors, a few instead of the kernels' 256."""
+    return lambda rank: monkeypatch.setattr("clora.lora.load.MAX_RANK", rank)
+
+
+def test_dense_changes_become_factors_within_the_error(tmp_path, at_most):
     """With fewer ranks than the change has: the lowest rank within the error, the error as it is."""
+    at_most(20)
     random = Random(4)
     left, _ = torch.linalg.qr(random.matrix(40, 30).double())
     right, _ = torch.linalg.qr(random.matrix(50, 30).double())
@@ -175,7 +181,7 @@ def test_dense_changes_become_factors_within_the_error(tmp_path):
     delta = ((left * values) @ right.T).float()
     path = write(tmp_path / "a.safetensors", {"x.diff": delta})
     for max_error in (0.2, 0.01, 1e-4):
-        module = (state := read_lora(path, {"x": (40, 50)}, max_rank=20, max_error=max_error)).modules["x"]
+        module = (state := read_lora(path, {"x": (40, 50)}, max_error=max_error)).modules["x"]
         rest = (values.square().flip(0).cumsum(0).flip(0) / values.square().sum()).sqrt()
         lowest = int((rest > max_error).sum())
         assert module.rank == lowest
@@ -186,28 +192,30 @@ def test_dense_changes_become_factors_within_the_error(tmp_path):
         assert state.padded(30).errors == state.errors
 
 
-def test_too_large_an_error_is_refused(tmp_path):
+def test_too_large_an_error_is_refused(tmp_path, at_most):
     """A random matrix is the hardest case: the error is that of the best 20 ranks to within 1 %."""
+    at_most(20)
     delta = Random(5).matrix(90, 120)
     path = write(tmp_path / "a.safetensors", {"x.diff": delta})
     values = torch.linalg.svdvals(delta.double()).square()
     best = (values[20:].sum() / values.sum()).sqrt().item()
     with pytest.raises(CloraError, match=r"x is a diff .* at rank 20 an error of \d\d\.\d\d% is left, 1\.00% is"):
-        read_lora(path, {"x": (90, 120)}, max_rank=20)
-    state = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
+        read_lora(path, {"x": (90, 120)})
+    state = read_lora(path, {"x": (90, 120)}, max_error=0.99 * best + 0.02)
     torch.manual_seed(7)  # another state of the global generator
-    again = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99 * best + 0.02)
+    again = read_lora(path, {"x": (90, 120)}, max_error=0.99 * best + 0.02)
     assert torch.equal(state.modules["x"].lora_A, again.modules["x"].lora_A)
-    module = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=0.99).modules["x"]
+    module = read_lora(path, {"x": (90, 120)}, max_error=0.99).modules["x"]
     assert module.rank < 20
-    highest = read_lora(path, {"x": (90, 120)}, max_rank=20, max_error=1.01 * best)
+    highest = read_lora(path, {"x": (90, 120)}, max_error=1.01 * best)
     assert highest.modules["x"].rank == 20
     assert best <= highest.errors["x"] <= 1.01 * best
 
 
-def test_a_change_of_nothing(tmp_path):
+def test_a_change_of_nothing(tmp_path, at_most):
+    at_most(3)
     path = write(tmp_path / "a.safetensors", {"x.diff": torch.zeros(40, 50)})
-    state = read_lora(path, {"x": (40, 50)}, max_rank=3)
+    state = read_lora(path, {"x": (40, 50)})
     assert state.modules["x"].rank == 1
     assert not state.modules["x"].delta().any()
 
@@ -217,12 +225,13 @@ def test_the_rank_limit_is_that_of_the_kernels():
     assert MAX_RANK == op.MAX_RANK
 
 
-def test_the_callers_random_numbers_are_left_alone(tmp_path):
+def test_the_callers_random_numbers_are_left_alone(tmp_path, at_most):
+    at_most(3)
     path = write(tmp_path / "a.safetensors", {"x.diff": torch.ones(40, 50)})
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    read_lora(path, {"x": (40, 50)}, max_rank=3)
+    read_lora(path, {"x": (40, 50)})
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -257,7 +266,7 @@ def test_dora(tmp_path, models, family, dim, kind):
         tensors |= made | {f"{stem}.dora_scale": magnitude}
         expected[module] = dora(base, delta, magnitude, dim)
     path = write(tmp_path / "a.safetensors", tensors)
-    assert_changes(read_lora(path, shapes, linear_weights(model), **EXACT, max_error=1e-5), expected, 1.1e-5)
+    assert_changes(read_lora(path, shapes, linear_weights(model), max_error=1e-5), expected, 1.1e-5)
     with pytest.raises(CloraError, match="DoRA, whose update depends on the weights of the base"):
         read_lora(path, shapes)
 
@@ -284,7 +293,7 @@ def test_dora_of_original_modules(tmp_path, models, family, stem, modules, swap)
     delta = dora(base, product(lora_A, lora_B), magnitude, 0)
     delta = torch.cat(delta.chunk(2)[::-1]) if swap else delta
     path = write(tmp_path / "a.safetensors", tensors | {f"diffusion_model.{stem}.dora_scale": magnitude})
-    state = read_lora(path, linear_shapes(model), linear_weights(model), **EXACT, max_error=1e-5)
+    state = read_lora(path, linear_shapes(model), linear_weights(model), max_error=1e-5)
     expected = dict(zip(names, delta.split([len(weight) for weight in weights]), strict=True))
     assert_changes(state, expected, tolerance=1.1e-5)
 
@@ -332,7 +341,7 @@ def test_peft_folder(tmp_path, models, family, kind):
         module: merged.get_submodule(module).weight.detach() - model.get_submodule(module).weight.detach().double()
         for module in modules
     }
-    state = read_lora(tmp_path, shapes, linear_weights(model), **EXACT, max_error=1e-5)
+    state = read_lora(tmp_path, shapes, linear_weights(model), max_error=1e-5)
     assert state.format == "peft"
     assert_changes(state, expected, tolerance=1.1e-5)
 
