@@ -188,15 +188,15 @@ def _describe(model: type[BaseModel], detail: Mapping[str, Any]) -> tuple[str, s
     path = ".".join(keys) or "config"
     if path in REMOVED:
         return f"{path}: was removed, since {REMOVED[path]}; delete the key", "", ""
-    owner = _model_at(model, detail["loc"][:-1])
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
-        known = list(owner.model_fields) if owner else []
+        known = list(_model_at(model, detail["loc"][:-1]).model_fields)
         hint = nearest(key, known) or f"; expected one of {', '.join(known)}"
         return f"{'.'.join(map(str, detail['loc']))}: unknown key{hint}", "", ""
     if detail["type"] == "missing":
         # The docstring of the model states what each key is for.
-        line = re.search(rf"^ +{detail['loc'][-1]}: (.+)$", (owner and owner.__doc__) or "", re.MULTILINE)
+        owner = _model_at(model, detail["loc"][:-1])
+        line = re.search(rf"^ +{detail['loc'][-1]}: (.+)$", owner.__doc__ or "", re.MULTILINE)
         return f"{path}: missing; expected {line[1].rstrip('.') if line else 'a value'}", "", ""
     if detail["type"] == "value_error":
         problem = str(detail["ctx"]["error"])
@@ -207,17 +207,16 @@ def _describe(model: type[BaseModel], detail: Mapping[str, Any]) -> tuple[str, s
     return path, re.sub(r" after validation, not \d+", "", expected), _shown(detail["input"])
 
 
-def _model_at(model: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:
+def _model_at(model: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
     """Returns the model whose keys stand at a location of the tree."""
-    current: type[BaseModel] | None = model
     for part in location:
-        if current is not None and isinstance(part, str):  # a number is an entry of a list of such models
-            field = current.model_fields.get(part)
-            current = field and _model_in(field.annotation)
-    return current
+        if isinstance(part, str):  # a number is an entry of a list of such models
+            model = _model_in(model.model_fields[part].annotation)
+    return model
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _model_in(annotation: Any) -> Any:
+    """Returns the model that an annotation names, also within a tuple or an optional; None where it names none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)

@@ -56,7 +56,25 @@ class Measured:
     precomputed: bool = False
 
     def row(self) -> dict[str, object]:
-        return evaluation.summary(self.verdicts, self.general)
+        """Returns the measured columns of the table of results; None for the mean of nothing."""
+
+        def mean(values: Sequence[float]) -> float | None:
+            return float(np.mean(values)) if values else None
+
+        everything, stochastic, per_effect = [], [], {}
+        for effect, verdicts in self.verdicts.items():
+            everything += verdicts
+            stochastic += verdicts if EFFECTS[effect].stochastic else []
+            per_effect[effect] = mean([v.accurate for v in verdicts])
+        return {
+            "effect_accuracy": mean([v.accurate for v in everything]),
+            "bad_case_rate": mean([v.bad_case for v in everything]),
+            "bad_case_rate_stochastic": mean([v.bad_case for v in stochastic]),
+            "psnr": mean([v.psnr for v in everything if v.psnr is not None]),
+            "subject_alignment": mean([v.subject_alignment for v in everything]),
+            "general_accuracy": self.general,
+            "per_effect": per_effect,
+        }
 
     def to_json(self) -> dict[str, object]:
         verdicts = {effect: list(map(asdict, row)) for effect, row in self.verdicts.items()}

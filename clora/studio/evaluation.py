@@ -9,7 +9,6 @@ from functools import cache
 import numpy as np
 
 from clora.studio.edits import FAMILIES, Edit, sample_edit
-from clora.studio.effects import EFFECTS
 from clora.studio.judges import Judge, Verdict, features
 from clora.studio.scenes import make_scene, render
 
@@ -103,26 +102,3 @@ def general_accuracy(outputs: Sequence[np.ndarray]) -> float:
     """Returns the share of correct outputs of the first ``len(outputs)`` general cases."""
     cases = general_cases(len(outputs))
     return float(np.mean([case.is_correct(image) for case, image in zip(cases, outputs, strict=True)]))
-
-
-def summary(verdicts: Mapping[str, Sequence[Verdict]], general: float | None) -> dict[str, object]:
-    """Returns the measured columns of one row of the results table; None for the mean of nothing."""
-
-    def mean(values: Sequence[float]) -> float | None:
-        return float(np.mean(values)) if values else None
-
-    everything, stochastic, per_effect = [], [], {}
-    for effect, row in verdicts.items():
-        everything += row
-        stochastic += row if EFFECTS[effect].stochastic else []
-        per_effect[effect] = mean([v.accurate for v in row])
-
-    return {
-        "effect_accuracy": mean([v.accurate for v in everything]),
-        "bad_case_rate": mean([v.bad_case for v in everything]),
-        "bad_case_rate_stochastic": mean([v.bad_case for v in stochastic]),
-        "psnr": mean([v.psnr for v in everything if v.psnr is not None]),
-        "subject_alignment": mean([v.subject_alignment for v in everything]),
-        "general_accuracy": general,
-        "per_effect": per_effect,
-    }

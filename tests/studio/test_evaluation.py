@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from clora.studio.baselines import Measured
 from clora.studio.effects import EFFECTS
-from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, judges, summary
+from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects, judges
 
 CASES = 18
 
@@ -28,7 +29,7 @@ def test_summary_of_exact_effects():
     outputs = {
         name: np.stack([EFFECTS[name].apply(s, rng) for s in held_out_sources(2)]) for name in ("thermal", "snow")
     }
-    row = summary(judge_effects(outputs), 0.5)
+    row = Measured({}, judge_effects(outputs), 0.5).row()
     assert row["effect_accuracy"] == 1.0
     assert row["bad_case_rate"] == row["bad_case_rate_stochastic"] == 0.0
     assert row["psnr"] == pytest.approx(100)  # of thermal only: snow has no PSNR
@@ -38,7 +39,7 @@ def test_summary_of_exact_effects():
 
 def test_unchanged_outputs_are_bad_cases():
     outputs = {"thermal": held_out_sources(2), "snow": held_out_sources(2)}
-    row = summary(judge_effects(outputs), None)
+    row = Measured({}, judge_effects(outputs), None).row()
     assert row["effect_accuracy"] == 0.0
     assert row["bad_case_rate"] == 1.0
     assert row["subject_alignment"] == 0.0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.filesize import pick_unit_and_suffix
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from clora.commands.checks import Problems, check_layers, check_prompts, find_file_problems
@@ -206,9 +206,7 @@ def _tables(plan: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _table(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("name")
-    table.add_column("value", justify="right")
+    table = Table("name", Column("value", justify="right"), title=title, title_justify="left", show_header=False)
     for row in rows.items():
         table.add_row(*row)
     return table
