@@ -118,11 +118,6 @@ class EvaluationSet:
         return Measured(grid_pictures(outputs), evaluation.judge_effects(outputs), None)
 
 
-def teacher_prompts(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> Text:
-    """Encodes the prompts that the teachers were trained with, one for each effect."""
-    return adapter.encode_prompts([EFFECTS[effect].prompt for effect in effects])
-
-
 def general_rows(adapter: Flux2KleinAdapter) -> Rows:
     """Encodes the held-out general edits, for a bank of one LoRA or none."""
     cases = evaluation.general_cases(evaluation.NUM_GENERAL)
@@ -137,7 +132,7 @@ def measure_teachers(
 ) -> dict[str, Measured]:
     """Measures ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
     rows = EvaluationSet.encode(adapter, tuple(teachers))
-    conditioning = rows.conditioning(teacher_prompts(adapter, rows.effects))
+    conditioning = rows.conditioning(adapter.encode_prompts([EFFECTS[effect].prompt for effect in rows.effects]))
     empty = adapter.encode_prompts([""])
     with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         generator = Generator(adapter, bank, report=report)
@@ -188,7 +183,7 @@ def measure_baselines(
     rank = min(MERGE_RANK, sum(state.max_rank for state in states))
     # Full weight for each teacher, weights of unit norm, weights that sum to one.
     weights = [1.0, len(states) ** -0.5, 1 / len(states)]
-    text = teacher_prompts(adapter, merged)
+    text = adapter.encode_prompts([EFFECTS[effect].prompt for effect in merged])
     # A guided step passes every row through the transformer twice.
     teacher_passes = len(loras) * evaluation.NUM_SCENES * (2 * TEACHER_STEPS + 2 * STEPS)
     one_lora_passes = (len(rows.ids) + evaluation.NUM_GENERAL) * STEPS

@@ -8,7 +8,6 @@ finds in every token what it needs, instead of having to learn language from pic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,30 +26,25 @@ NUM_CHECKED = 256
 EFFECT_SHARE = 0.25
 TEMPLATE_TOKENS = 3
 
-
-@dataclass(frozen=True)
-class Sentence:
-    """A prompt and its meaning: the kind of edit or effect, and up to three words from its slots."""
-
-    text: str
-    meaning: tuple[str, str, str, str]
+Meaning = tuple[str, str, str, str]
+"""The kind of edit or effect, and up to three words from the slots of a prompt."""
 
 
-def draw_sentences(seed: int, count: int) -> list[Sentence]:
-    """Draws prompts of general edits and, one in four, of effects."""
+def draw_sentences(seed: int, count: int) -> list[tuple[str, Meaning]]:
+    """Draws prompts of general edits and, one in four, of effects, each with its meaning."""
     rng = np.random.default_rng([seed, 8])
     sentences = []
     for _ in range(count):
         if rng.random() < EFFECT_SHARE:
             effect = EFFECTS[str(rng.choice(list(EFFECTS)))]
             text = str(rng.choice(effect_texts(effect)))
-            sentences.append(Sentence(text, (f"effect {effect.name}", "", "", "")))
+            sentences.append((text, (f"effect {effect.name}", "", "", "")))
         else:
             scene = make_scene(int(rng.integers(1 << 30)))
             edit = sample_edit(scene, rng, str(rng.choice(list(FAMILIES))))
             # The first slot may hold a colour and a shape.
             first, second = (edit.slots[0].split() + ["", ""])[:2]
-            sentences.append(Sentence(edit.instruction, (edit.family, first, second, edit.slots[1])))
+            sentences.append((edit.instruction, (edit.family, first, second, edit.slots[1])))
     return sentences
 
 
@@ -64,10 +58,10 @@ def train_text_encoder(
     Returns:
         The share of held-out sentences that are read wholly right at the last position.
     """
-    sentences = draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED)
-    tokens, mask = (tensor.to(encoder.device) for tensor in tokenize(tokenizer, [s.text for s in sentences]))
+    texts, meanings = zip(*draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED), strict=True)
+    tokens, mask = (tensor.to(encoder.device) for tensor in tokenize(tokenizer, texts))
     # The four parts of a meaning, [N, 4]; a part's values are numbered apart from those of the others.
-    parts = [np.unique(part, return_inverse=True)[1] for part in zip(*(s.meaning for s in sentences), strict=True)]
+    parts = [np.unique(part, return_inverse=True)[1] for part in zip(*meanings, strict=True)]
     labels = torch.from_numpy(np.stack(parts, axis=1)).to(encoder.device)
     width = len(TAPS) * encoder.config.hidden_size
     heads = nn.ModuleList(nn.Linear(width, int(column.max()) + 1) for column in labels.T).to(encoder.device)
