@@ -57,8 +57,8 @@ def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ER
 def truncated(module: LoRAModule, rank: int) -> LoRAModule:
     """Returns the best approximation of an update of that rank, in fp64 inside.
 
-    With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, the SVD ``U S V^T`` of ``B A`` follows from that of ``R_B R_A^T``, which is
-    at most ``[rank, rank]``.
+    With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, the SVD of ``B A`` follows from that of ``R_B R_A^T``. This core is at most
+    ``[rank, rank]``.
 
     Returns:
         Factors that share the singular values evenly, ``U sqrt(S)`` and ``sqrt(S) V^T``.

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.files import replacing
+from clora.files import replacing, write_atomic
 from clora.lora.adapter_config import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from clora.lora.families import Family, Part, original_part, reordered
 from clora.lora.keys import PREFIXES, UNDERSCORED
@@ -64,15 +64,11 @@ def save_lora(
     if format != "peft" and path.suffix != ".safetensors":
         raise CloraError(f"{path}: expected a name that ends in .safetensors")
     _refuse_nonfinite(tensors, path)
-    if format != "peft":
-        with replacing(path) as file:
-            _write_and_compare(tensors, file, metadata)
-        return
-    text = _peft_config(state, alpha)
-    # The config is renamed before the weights: without it they would be read with alpha = rank.
-    with replacing(path / PEFT_WEIGHTS) as weights, replacing(path / PEFT_CONFIG) as config:
+    with replacing(path / PEFT_WEIGHTS if format == "peft" else path) as weights:
         _write_and_compare(tensors, weights, metadata)
-        config.write_text(text, encoding="utf-8")
+        if format == "peft":
+            # In place before the weights are: without it they would be read with alpha = rank.
+            write_atomic(path / PEFT_CONFIG, _peft_config(state, alpha))
 
 
 def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:
