@@ -65,9 +65,7 @@ def build(folder: Path | None = None, stages: Sequence[str] | None = None, devic
         if missing:
             remedy = f"`clora studio build {folder} --stages {missing[0]}`"
             raise CloraError(f"stage {name!r} needs {missing} first: {remedy}")
-        start = time.monotonic()
-        measured, files = STAGES[name].make(folder, target)
-        _record(folder, name, time.monotonic() - start, target, measured, files)
+        _make(folder, name, target)
 
 
 def _is_done(folder: Path, name: str) -> bool:
@@ -87,16 +85,17 @@ def _inputs(folder: Path, name: str) -> dict[str, str]:
     return hashes
 
 
-def _record(
-    folder: Path, name: str, seconds: float, device: torch.device, measured: dict[str, object], files: list[str]
-) -> None:
+def _make(folder: Path, name: str, device: torch.device) -> None:
+    """Runs a stage and records it in the provenance."""
     import diffusers
     import transformers
 
+    start = time.monotonic()
+    measured, files = STAGES[name].make(folder, device)
     entry = {
         "command": f"clora studio build --stages {name}",
         "seed": SEED,
-        "seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - start, 1),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "versions": {
