@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+import torch
 from helpers.pictures import write_images
 
 from clora.collection.write import LORA_FILE
@@ -94,7 +95,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(make_config, tmp_path, was_o
     config, file = make_config(), tmp_path / "c.safetensors"
     written = config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE})
     written["sampler"]["integer_timesteps"] = was_on
-    save_state(file, {}, {}, {}, {"config": written, "update": 7})
+    save_state(file, {}, {}, torch.Generator(), {"config": written, "update": 7})
     if was_on:
         with pytest.raises(CloraError, match="sampler differ"):
             check_resumable(file, config)
