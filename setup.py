@@ -41,6 +41,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # Two packages on purpose: the kernels live beside clora, and only clora/ops.py imports their ops.
+    # Stated so that an editable install is a path file, which type checkers follow; otherwise it is an import hook.
+    package_dir={"": "."},
     packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
     package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"], "csrc_triton": ["multi_lora/designs.json"]},
     install_requires=REQUIRES,

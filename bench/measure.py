@@ -136,7 +136,7 @@ def _admitted(case: Case, bench: Bench, record: dict, save: Callable[[], None]) 
 def _admit(
     name: str, build: Builder, inputs: Any, expected: Outputs, allowed: dict[str, float]
 ) -> tuple[dict, Call | None]:
-    """The provider's entry before it is timed, and its call where it may be."""
+    """Checks a provider against fp64; returns its entry, and its call if it may be timed."""
     try:
         call = build(inputs)
         found = gate.errors(call(), {} if name == BASE else expected)

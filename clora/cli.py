@@ -24,8 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Many effect LoRAs and few-step sampling in one LoRA.\n\nStart with [bold]clora demo[/bold]: it needs no GPU, "
-    "no download and a few minutes.",
+    help="Many effect LoRAs and few-step sampling in one LoRA.\n\nStart with [bold]clora demo[/bold]: it needs no GPU "
+    "and no download, and takes several minutes.",
     epilog="Examples:\n\n[bold]clora demo[/bold]\n\n[bold]clora distill my.yaml train.updates=500[/bold]\n\n"
     "[bold]clora inspect my_lora.safetensors[/bold]\n\n[bold]clora studio path[/bold]",
 )

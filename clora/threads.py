@@ -1,4 +1,4 @@
-"""How long threads of torch on the CPU wait for each other before they sleep."""
+"""Limits how long torch's threads on the CPU spin for each other before they sleep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation holds: examples run, links lead somewhere, and README lists every room."""
+"""The documentation holds: examples run, links lead somewhere, and README lists every room, as `tests/` does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for folder in (".", "docs", "csrc_triton", "bench") for page in sorted((ROOT / folder).glob("*.md"))]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text("utf-8"), re.M | re.S)
 ALONE = [block for block in BLOCKS if block.startswith(("import ", "from "))]
 FILES = {block.split("\n")[0].removeprefix("# "): block for block in BLOCKS if block.startswith("# ")}
@@ -76,6 +76,15 @@ def test_files_that_pages_name_exist(page):
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_names_stand_in_the_file_that_pages_name(page):
+    """Such as "`SHARED_INPUTS` of `clora/bank/routing.py`"."""
+    for name, file in re.findall(
+        r"`(\w+)`\s+of\s+`((?:clora|csrc_triton|tests|bench)/[\w./]+\.py)`", page.read_text("utf-8")
+    ):
+        assert re.search(rf"^(?:def |class )?{name}\b", (ROOT / file).read_text("utf-8"), re.M), (name, file)
+
+
 def test_names_in_the_walks_exist():
     """Names in backticks such as `UNDERSCORED` occur in the sources; code blocks have names of their own."""
     page = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "extending.md").read_text("utf-8"), flags=re.M | re.S)
@@ -89,7 +98,11 @@ def test_the_index_lists_every_page():
     assert all(f"]({page.name})" in index for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
 
 
-def test_readme_lists_every_room():
+def test_readme_lists_every_room_and_tests_has_its_folder():
     (section,) = re.findall(r"^## Where things are\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
     rooms = {folder.name for folder in (ROOT / "clora").iterdir() if (folder / "__init__.py").exists()}
     assert rooms <= set(re.findall(r"`(\w+)/`", section))
+    tested = {folder.name for folder in (ROOT / "tests").iterdir() if any(folder.rglob("*.py"))}
+    assert rooms <= tested
+    (section,) = re.findall(r"^## Test\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M | re.S)
+    assert tested - rooms == set(re.findall(r"`(\w+)/`", section)) - {"tests", "clora"}

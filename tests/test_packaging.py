@@ -77,6 +77,11 @@ def test_every_source_folder_is_packaged(metadata):
     assert folders == set(metadata["packages"])
 
 
+def test_an_editable_install_is_a_path_file(metadata):
+    """Type checkers follow no import hook, which setuptools writes for two packages without a stated folder."""
+    assert metadata["package_dir"] == {"": "."}
+
+
 def test_version_and_entry_point(metadata):
     assert metadata["version"] == clora.__version__
     assert metadata["entry_points"] == {"console_scripts": ["clora = clora.cli:main"]}

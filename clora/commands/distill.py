@@ -170,7 +170,7 @@ def _announce(output: Path, config: DistillConfig, is_done: bool) -> None:
             "again, remove that folder, or name another output"
         )
     elif checkpoint.exists():
-        say(f"going on from update {check_resumable(checkpoint, config)} of the run in {output}")
+        say(f"resuming at update {check_resumable(checkpoint, config)} of the run in {output}")
     elif (output / LORA_FILE).exists():
         say(
             f"{output} holds a finished collection of other settings or inputs, which this run replaces at its end; name "

@@ -276,7 +276,7 @@ class DistillConfig(FrozenModel):
         student: the LoRA that is trained.
         sampler: sampling of student and teachers.
         objective: the method.
-        train: training.
+        train: the training settings, at least `updates`.
         prompts: writing of prompts; it does not affect training, so it is left out when a config is dumped.
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.

@@ -43,7 +43,7 @@ def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_confi
     assert "the same command goes on from update 2" in capsys.readouterr().err
     stop_after = None
     distill(config)
-    assert "going on from update 2 of" in capsys.readouterr().err
+    assert "resuming at update 2 of" in capsys.readouterr().err
     distill(config.model_copy(update={"seed": 1}))
     assert "finished collection of other settings or inputs, which this run replaces" in capsys.readouterr().err
 

@@ -210,7 +210,7 @@ def test_mistakes_of_the_file_and_of_overrides_are_kept_apart(load, tmp_path):
         ("pipeline: a\npipeline: b", "line 2: .*'pipeline' is given twice"),
         ("pipeline: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("a: &x [*x]", "not a plain tree"),
-        ("pipeline: a", r"train: missing; expected training"),
+        ("pipeline: a", r"train: missing; expected the training settings, at least `updates`$"),
     ],
 )
 def test_malformed_file(load, text, message):

@@ -12,7 +12,6 @@ from PIL import Image
 
 from clora.data.images import encode_png
 from clora.errors import CloraError
-from clora.report.drawing import smooth
 from clora.studio.demo_report import write_report
 from clora.studio.pixels import to_bytes
 
@@ -122,9 +121,3 @@ def test_unwritable(tmp_path, metrics, images):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CloraError, match="cannot be written"):
         write_report(tmp_path / "file", metrics, COLUMNS, images, {})
-
-
-def test_smooth_keeps_a_line_and_the_length():
-    line = np.arange(100.0)
-    assert np.allclose(smooth(line), line)
-    assert smooth(np.array([3.0])).tolist() == [3.0]

@@ -192,7 +192,7 @@ def _tables(plan: Mapping[str, Any]) -> Iterator[Table]:
     yield _table("device memory", before | size)
     yield _table("disk", {name: _size(value) for name, value in plan["disk"].items()})
     yield _table(
-        f"passes of one row, and time at {rate}; all else comes on top",
+        f"passes of one row, and time at {rate}; everything else is extra",
         {
             name: f"{passes[count]:.4g} passes, {_duration(time[seconds])}"
             for name, count, seconds in (

@@ -71,7 +71,7 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
     file = user_path(path)
     if file.exists() and not overwrite:
         raise CloraError(
-            f"{file} is there, and may hold edits; --overwrite replaces it, prompts.file=other.yaml writes another"
+            f"{file} already exists and may contain your edits; --overwrite replaces it, prompts.file=other.yaml writes another"
         )
     if not any(map(_is_open, config.effects)) and not _wants_general(config):
         raise CloraError("the config states all student_prompts and general_instructions: nothing is left to write")

@@ -19,7 +19,7 @@ from clora.errors import CloraError
 from clora.progress import quiet_libraries
 
 Request = list["str | Image"]
-"""What a writer is asked: texts and pictures in their order."""
+"""Texts and pictures for a writer, in their order."""
 
 MAX_TOKENS = 512
 """Of an answer."""

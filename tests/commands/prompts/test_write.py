@@ -270,7 +270,7 @@ def test_edits_are_never_lost(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         loading, "load_pipeline", lambda *_: pytest.fail("loads a pipeline before it looks for the file")
     )
-    with pytest.raises(CloraError, match="is there, and may hold edits; --overwrite replaces it"):
+    with pytest.raises(CloraError, match="already exists and may contain your edits; --overwrite replaces it"):
         write_prompts(config, "my.prompts.yaml")
     assert (tmp_path / "my.prompts.yaml").read_text("utf-8") == "my edits"
 
