@@ -150,7 +150,9 @@ def prompts(
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show what a distillation will need and do, and all that is wrong with its input; loads no weights.
+    """Show what a distillation will need and do, and what is wrong with its config, pictures and LoRA files.
+
+    Reads no weights: [bold]clora inspect[/bold] finds values of a LoRA that are not finite.
 
     Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
     """

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clora.errors import CloraError
+from clora.errors import CloraError, check_device_name
 
 
 def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,19 +62,17 @@ def find_device(device: str) -> torch.device:
     Raises:
         CloraError: no device has this name, or torch does not find it.
     """
-    try:
-        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError:  # torch has no device of this name
-        target = None
-    if target is None or target.type not in ("cpu", "mps", "cuda"):
-        raise CloraError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {device!r}")
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+    check_device_name(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise CloraError(
             f"device {device!r}: torch finds {torch.cuda.device_count()} CUDA devices; use another or auto"
         )
-    if target.type == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise CloraError(f"device {device!r}: torch finds no Apple GPU; use another or auto")
-    return target
+    return torch.device(device)
 
 
 def find_dtype(dtype: str, device: torch.device) -> torch.dtype:

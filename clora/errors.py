@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,16 @@ class CloraError(ValueError):
     The message names the expected, the found (file, key, shape) and the remedy. The command line prints it without a
     traceback.
     """
+
+
+def check_device_name(device: str) -> None:
+    """Refuses a name that no device has; it is here because configs are checked without importing torch.
+
+    Raises:
+        CloraError: it is none of ``auto``, ``cpu``, ``mps``, ``cuda`` and ``cuda:0`` and so on.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:0|:[1-9]\d*)?", device):
+        raise CloraError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {device!r}")
 
 
 @contextmanager

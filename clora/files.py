@@ -51,6 +51,29 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def read_text(path: Path, expected: str) -> str:
+    """Reads a user's text file.
+
+    Args:
+        path: the file.
+        expected: its kind, for messages: "a YAML file".
+
+    Raises:
+        CloraError: it is missing, a folder, not UTF-8, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CloraError(f"{path} does not exist; expected {expected}. Check the path") from error
+    except UnicodeDecodeError as error:
+        raise CloraError(
+            f"{path}: expected {expected}, found no UTF-8 text; name another or save it as UTF-8"
+        ) from error
+    except OSError as error:
+        found = "a folder; name the file in it" if path.is_dir() else f"{error.strerror}; make the file readable"
+        raise CloraError(f"{path}: expected {expected}, found {found}") from error
+
+
 def check_writable(folder: str | Path) -> Path:
     """Checks, before long work starts, that its results can be written; leaves nothing behind.
 

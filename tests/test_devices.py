@@ -39,7 +39,7 @@ def test_taken_rows():
     assert take(values, 1).tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "", "cuda:77"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "", "cuda:77", "cuda:128", "cuda:01", "cpu:0"])
 def test_a_device_that_is_missing_is_refused(name):
     with pytest.raises(CloraError, match="device"):
         find_device(name)

@@ -53,6 +53,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
         (check_pairs, config),
         (general_instructions, config.data),
         (check_output, config.output),
+        (_check_apart, config),
         (find_device, config.device),
     ):
         with problems.catch():
@@ -74,6 +75,17 @@ def _check_schedule(config: DistillConfig) -> None:
     if config.objective.target_simulation:
         sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
         target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)
+
+
+def _check_apart(config: DistillConfig) -> None:
+    """A collection must not be written among the pictures or the files of a LoRA or the pipeline."""
+    # A folder above or inside the output folder keeps its files, and `list_images` passes over subfolders.
+    output = user_path(config.output).resolve()
+    for setting, path in {**named_files(config.model_dump(mode="json")), "pipeline": config.pipeline}.items():
+        if user_path(path).resolve() == output:
+            raise CloraError(
+                f"output: expected a folder of its own, found that of {setting}, {path}; name another folder"
+            )
 
 
 def _check_named_files(tree: Mapping[str, Any], problems: Problems) -> None:
@@ -98,9 +110,8 @@ def check_prompts(config: DistillConfig, adapter: ModelAdapter, problems: Proble
         prompts += [effect.prompt, *effect.student_prompts]
     with suppress(CloraError):  # of a missing file, which `find_file_problems` reports
         prompts += general_instructions(config.data)
-    for prompt in dict.fromkeys(prompts):
-        with problems.catch():
-            check_lengths(adapter, [prompt])
+    with problems.catch():
+        check_lengths(adapter, prompts)
 
 
 def check_layers(

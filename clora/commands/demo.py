@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from clora.collection.metadata import LORA_FILE
 from clora.collection.write import check_output, make_collection, write_collection
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
@@ -58,6 +59,21 @@ class Run:
         yield
         self.seconds[name] = round(time.monotonic() - start, 1)
 
+    @property
+    def updates(self) -> int:
+        """The updates that were made: as many as fitted into the time."""
+        return self.curves["loss"][-1][0]
+
+    @property
+    def warning(self) -> str | None:
+        """Explains poor effects, where the time held too few updates."""
+        if self.full or self.updates >= ENOUGH_UPDATES:
+            return None
+        return (
+            f"only {self.updates} updates fitted into the time, where two idle cores make about 860: expect poor effects. "
+            "Run it again with less running beside it, or with --full"
+        )
+
 
 def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, device: str = "auto") -> Path:
     """Distils the studio's teachers, exports, evaluates in a fresh stock pipeline and writes the report.
@@ -79,7 +95,8 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     folder = assets.ASSETS
     config = demo_config(names, seed, None) if full else demo_config(names, seed)
     run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}), full)
-    check_output(run.folder / "collection")
+    if (check_output(run.folder / "collection") / LORA_FILE).exists():
+        say(f"{run.folder} holds a finished demo, which this run replaces at its end; name another --out to keep it")
     with run.timed("load"), stage("load the studio", None):
         adapter = assets.load_studio(folder, run.config.device)
         loras = load_teachers(adapter, folder, names)
@@ -147,12 +164,8 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
             show(update, values)
 
         student = train_student(run.config, adapter, loras, data, report)
-    num_updates = run.curves["loss"][-1][0]
-    if not run.full and num_updates < ENOUGH_UPDATES:
-        say(
-            f"only {num_updates} updates fitted into the time, where two idle cores make about 860: expect poor effects. Run "
-            "it again with less running beside it, or with --full"
-        )
+    if run.warning is not None:
+        say(run.warning)
     return student
 
 
@@ -233,6 +246,8 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
     metrics = {
         "seed": run.config.seed,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "updates": run.updates,
+        "warning": run.warning,
         "targets_precomputed": not run.full,
         "seconds": run.seconds,
         "peak_rss_mb": _peak_megabytes(),

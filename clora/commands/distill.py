@@ -60,6 +60,9 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then.
     """
+    if not isinstance(config, DistillConfig):
+        found = type(config).__name__
+        raise CloraError(f"expected a DistillConfig, found {found}; load it with clora.load_config(path)")
     find_file_problems(config).refuse()
     output = check_output(config.output)
     checkpoint = output / CHECKPOINT

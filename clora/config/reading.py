@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from clora.errors import CloraError, nearest
-from clora.files import user_path
+from clora.files import read_text, user_path
 
 REMOVED = {"sampler.integer_timesteps": "no stock scheduler yields such timesteps"}
 """Settings of earlier versions, and why they were removed."""
@@ -48,13 +48,7 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
         CloraError: the file is missing, unreadable, malformed or no mapping, or an override does not fit.
     """
     path = user_path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CloraError(f"{path} does not exist; expected a YAML config file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CloraError(f"{path} cannot be read as text: {error}") from error
-    tree = _parse(text, str(path))
+    tree = _parse(read_text(path, "a YAML file"), str(path))
     if not isinstance(tree, dict):
         raise CloraError(f"{path}: expected a mapping of keys to values, found {_kind(tree)}")
     for override in overrides:
@@ -68,6 +62,9 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise CloraError(f"{where}{line}: not valid YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        found = f"the character {chr(error.character)!r} at position {error.position}"
+        raise CloraError(f"{where}: expected YAML, which is plain text, found {found}; is it another file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CloraError(f"{where}: not valid YAML: {error}") from error
 
@@ -112,7 +109,9 @@ def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
-def validate(model: type[ModelType], tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> ModelType:
+def validate(
+    model: type[ModelType], tree: Mapping[str, Any], where: str, overrides: Sequence[str] = (), context: Any = None
+) -> ModelType:
     """Checks a tree strictly: a number written as text, or true for 1, is a wrong type.
 
     Args:
@@ -120,13 +119,14 @@ def validate(model: type[ModelType], tree: Mapping[str, Any], where: str, overri
         tree: values as YAML has them.
         where: the file, for messages.
         overrides: those that are in the tree; a problem with the value of one is reported as the override's.
+        context: passed to the model's own checks.
 
     Raises:
         CloraError: every problem, one on each line.
     """
     try:
         # Strict Python input would refuse a list for a tuple; strict JSON does not.
-        return model.model_validate_json(json.dumps(tree, default=str), strict=True)
+        return model.model_validate_json(json.dumps(tree, default=str), strict=True, context=context)
     except ValidationError as error:
         problems = _problems(model, error, where, overrides)
     except (TypeError, ValueError, RecursionError) as error:

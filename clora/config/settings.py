@@ -5,14 +5,13 @@ Paths are relative to the working directory.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from clora.config.everyday import everyday_instructions
 from clora.config.fields import (
@@ -28,8 +27,11 @@ from clora.config.fields import (
 )
 from clora.config.prompts_file import fill_prompts, make_trigger, read_prompts
 from clora.config.reading import read_tree, validate
-from clora.errors import CloraError
-from clora.files import user_path
+from clora.errors import CloraError, about, check_device_name
+from clora.files import read_text, user_path
+
+UNFILLED = "unfilled"
+"""Context of the check of a config whose prompts file has not been read."""
 
 
 class EffectConfig(FrozenModel):
@@ -43,7 +45,8 @@ class EffectConfig(FrozenModel):
             LoKr).
         trigger: the student's unique word; by default made from the name (see `make_trigger`).
         student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
-            by the teacher's prompt.
+            by the teacher's prompt. Without a given
+            trigger they need not hold the default one, which then goes unused.
         sources: folder of images to edit; by default those of `DataConfig`.
         targets: folder of results, with the same file names as `sources`; by default the teacher renders them.
     """
@@ -317,15 +320,15 @@ class DistillConfig(FrozenModel):
         return self.train.anchor_share if anchored else 0.0
 
     @model_validator(mode="after")
-    def _check(self) -> DistillConfig:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"device: expected auto, cpu, mps, cuda or cuda:0 and so on, found {self.device!r}")
-        unique: dict[str, Counter[str]] = {
-            "name": Counter(effect.name for effect in self.effects),
-            "trigger": Counter(effect.trigger for effect in self.effects),
+    def _check(self, info: ValidationInfo) -> DistillConfig:
+        check_device_name(self.device)
+        unique: dict[str, Counter[str]] = {"name": Counter(effect.name for effect in self.effects)}
+        # A prompts file that is yet to be read may replace default triggers and prompts.
+        if info.context != UNFILLED:
+            unique["trigger"] = Counter(effect.trigger for effect in self.effects)
             # One effect may repeat its own prompt; two effects cannot share one.
-            "student prompt": Counter(chain.from_iterable(set(effect.student_prompts) for effect in self.effects)),
-        }
+            prompts = chain.from_iterable(set(effect.student_prompts) for effect in self.effects)
+            unique["student prompt"] = Counter(prompts)
         for setting, counts in unique.items():
             twice = [value for value, count in counts.items() if count > 1]
             if twice:
@@ -346,7 +349,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: b
 
     Args:
         path: a YAML file.
-        overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``).
+        overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``). One text is
+            one override.
         with_prompts: false leaves the prompts file unread, for the command that writes it.
 
     Returns:
@@ -357,12 +361,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: b
             values out of range, two effects of one name or trigger. Also a prompts file that cannot be read or is of
             other effects.
     """
-    overrides = tuple(overrides)
+    overrides = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     tree = read_tree(path, overrides)
-    config = validate(DistillConfig, tree, str(path), overrides)
-    if not with_prompts or config.prompts.file is None:
-        return config
-    file = tree["prompts"]["file"]
+    section = tree.get("prompts")
+    if not with_prompts or not isinstance(section, dict) or section.get("file") is None:
+        return validate(DistillConfig, tree, str(path), overrides)
+    # Only a valid tree can be filled.
+    validate(DistillConfig, tree, str(path), overrides, UNFILLED)
+    file = section["file"]
     if not user_path(file).exists():
         raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
     fill_prompts(tree, read_prompts(file), file)
@@ -381,10 +387,8 @@ def general_instructions(data: DataConfig) -> tuple[str, ...]:
     if not isinstance(data.general_instructions, str):
         return data.general_instructions
     path = data.general_instructions
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CloraError(f"data.general_instructions: {path} cannot be read as text: {error}") from error
+    with about("data.general_instructions"):
+        lines = read_text(Path(path), "a text file with one instruction on each line").splitlines()
     instructions = tuple(line.strip() for line in lines if line.strip())
     if not instructions:
         raise CloraError(f"data.general_instructions: {path} is empty; expected one instruction on each line")

@@ -52,7 +52,7 @@ class FamilyAdapter(ABC):
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         multiple = pipeline.vae_scale_factor * 2
         if size[0] % multiple or size[1] % multiple:
-            raise CloraError(f"expected an image size in multiples of {multiple} pixels, found {size[0]}x{size[1]}")
+            raise CloraError(f"data.size: expected multiples of {multiple} pixels, found {size[0]}x{size[1]}")
         self.pipeline = pipeline
         self.size = size
         self.max_sequence_length = max_sequence_length
@@ -185,14 +185,16 @@ class FamilyAdapter(ABC):
 
 
 def check_lengths(adapter: ModelAdapter | FamilyAdapter, prompts: Sequence[str]) -> None:
-    """Raises CloraError for a prompt of more tokens than the adapter takes."""
-    for prompt in prompts:
-        count = adapter.num_tokens(prompt)
-        if count > adapter.max_sequence_length:
-            raise CloraError(
-                f"expected a prompt of at most {adapter.max_sequence_length} tokens, found {count} in {prompt!r}; "
-                "shorten it or raise max_sequence_length"
-            )
+    """Raises CloraError for prompts of more tokens than the adapter takes; it names the longest."""
+    counts = {prompt: adapter.num_tokens(prompt) for prompt in prompts}
+    longer = [prompt for prompt, count in counts.items() if count > adapter.max_sequence_length]
+    if longer:
+        longest = max(longer, key=lambda prompt: counts[prompt])
+        others = f" ({len(longer) - 1} more are too long)" if len(longer) > 1 else ""
+        raise CloraError(
+            f"expected a prompt of at most {adapter.max_sequence_length} tokens, found {counts[longest]} in {longest!r}"
+            f"{others}; shorten it or raise data.max_sequence_length to {counts[longest]}"
+        )
 
 
 def check_limit(pipeline, max_sequence_length: int, limit: int) -> None:

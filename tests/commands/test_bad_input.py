@@ -110,6 +110,10 @@ BAD = {
     "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "step below tau_max"),
     "no_such_device": (lambda tmp: {"device": "cuda:77"}, "CUDA devices"),
     "output_is_a_file": (output_is_a_file, "is a file"),
+    "output_is_the_pipeline": (
+        lambda tmp: {"pipeline": str(tmp), "output": f"{tmp}/out/.."},
+        "output: .* found that of pipeline",
+    ),
     "cache_is_a_file": (cache_is_a_file, "file is a file"),
     "unknown_target": (lambda tmp: {"student": {"targets": ("to_qq",)}}, "to_qq"),
 }
@@ -123,6 +127,21 @@ def test_bad_input_is_refused_and_leaves_no_collection(make_config, tmp_path, mo
         distill(make_config(**make_bad(tmp_path)))
     out = tmp_path / "out"
     assert not out.exists(), "not even an empty folder"
+
+
+def test_a_collection_is_not_written_among_the_pictures(make_config, images):
+    with pytest.raises(
+        CloraError, match=r"output: expected a folder of its own, found that of data\.sources, .*; name"
+    ):
+        distill(make_config(output=str(images)))
+    assert {file.suffix for file in images.iterdir()} == {".png"}
+
+
+@pytest.mark.parametrize("config", ["studio.yaml", {"pipeline": "base"}, None])
+def test_what_is_no_config_is_refused(config):
+    found = type(config).__name__
+    with pytest.raises(CloraError, match=rf"expected a DistillConfig, found {found}; load it with clora\.load_config"):
+        distill(config)
 
 
 def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clora.collection.metadata import read_collection
+from clora.collection.metadata import LORA_FILE, read_collection
 from clora.collection.write import make_collection, write_collection
 from clora.commands import demo
 from clora.errors import CloraError
@@ -59,11 +59,14 @@ def short(monkeypatch):
 @pytest.mark.slow
 def test_the_demo_writes_everything_it_promises(short, tmp_path, capsys):
     report = demo.run_demo(tmp_path / "out", 3, None, full=False, device="cpu")
-    assert "only 2 updates fitted into the time" in capsys.readouterr().err
+    warning = "only 2 updates fitted into the time"
+    assert warning in capsys.readouterr().err
     assert {p.name for p in report.parent.iterdir()} == {"report.html", "grid.png", "metrics.json", "collection"}
     metrics = json.loads((report.parent / "metrics.json").read_text())
     assert (metrics["seed"], metrics["device"], metrics["effects"]) == (3, "cpu", list(DEFAULT_EFFECTS))
     assert metrics["targets_precomputed"] is True
+    assert metrics["updates"] == 2
+    assert metrics["warning"].startswith(warning)
     assert {"load", "targets", "train", "export", "evaluate"} <= metrics["seconds"].keys()
     assert 0 < metrics["peak_rss_mb"] < 6000
     rows = {row["method"]: row for row in metrics["rows"]}
@@ -121,6 +124,15 @@ def test_an_unknown_effect_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(CloraError, match=r"unknown effect 'sno'; .*; did you mean 'snow'.*\?$"):
         demo.run_demo(tmp_path / "out", 0, ["sno"], full=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_collection_that_is_there_is_replaced_with_notice(monkeypatch, tmp_path, capsys):
+    (tmp_path / "collection").mkdir()
+    (tmp_path / "collection" / LORA_FILE).write_bytes(b"an earlier demo's")
+    monkeypatch.setattr(assets, "load_studio", None)  # the notice comes before any work
+    with pytest.raises(TypeError):
+        demo.run_demo(tmp_path, 0, None, full=False)
+    assert "holds a finished demo, which this run replaces at its end" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):

@@ -53,6 +53,12 @@ def test_fills_what_the_config_leaves_out(load):
     assert config.data.general_instructions == ("brighten it", "darken it")
 
 
+def test_triggers_must_be_unique_only_when_the_file_has_filled_them(load):
+    """The second effect's trigger is the first's default one, which the file replaces."""
+    config = load(f"effects.1.trigger={make_trigger('snow')}", prompts=PROMPTS.replace("<c>", make_trigger("snow")))
+    assert [effect.trigger for effect in config.effects] == ["<s>", make_trigger("snow")]
+
+
 def test_the_config_wins(load):
     config = load("effects.0.student_prompts=[<s> mine]", "data.general_instructions=[mine]")
     assert config.effects[0].student_prompts == ("<s> mine",)

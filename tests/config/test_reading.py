@@ -222,8 +222,18 @@ def test_missing_and_binary_file(tmp_path):
     with pytest.raises(CloraError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CloraError, match="cannot be read as text"):
+    with pytest.raises(CloraError, match=r"b\.yaml: expected a YAML file, found no UTF-8 text; .* save it as UTF-8"):
         load_config(tmp_path / "b.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"GIF\x00\x01")
+    with pytest.raises(CloraError, match=r"b\.yaml: expected YAML, .*found the character '\\x00' at position 3;"):
+        load_config(tmp_path / "b.yaml")
+    with pytest.raises(CloraError, match=r"expected a YAML file, found a folder; name the file in it$"):
+        load_config(tmp_path)
+
+
+def test_one_text_is_one_override(load, tmp_path):
+    load()
+    assert load_config(tmp_path / "c.yaml", "seed=7").seed == 7
 
 
 def test_general_instructions(load, tmp_path):
@@ -232,7 +242,9 @@ def test_general_instructions(load, tmp_path):
     assert shipped == everyday_instructions()
     file = tmp_path / "lines.txt"
     data = load(f"data.general_instructions={file}").data
-    with pytest.raises(CloraError, match="cannot be read"):
+    with pytest.raises(
+        CloraError, match=r"^data\.general_instructions: .*lines\.txt does not exist; expected a text file"
+    ):
         general_instructions(data)
     file.write_text("\n")
     with pytest.raises(CloraError, match="is empty"):

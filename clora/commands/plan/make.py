@@ -22,6 +22,7 @@ from clora.commands.checks import Problems, check_layers, check_prompts, find_fi
 from clora.commands.plan import cost, needs
 from clora.config.settings import DistillConfig
 from clora.data.prepare import DataCount, count_data
+from clora.data.rendering import num_passes
 from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
@@ -102,7 +103,7 @@ def _estimates(
     config: DistillConfig, facts: needs.Facts, encoded: int, renders: int, device: torch.device, problems: Problems
 ) -> dict[str, Any]:
     """Memory, rows, disk, passes and time; adds a problem where memory or disk do not suffice."""
-    sampler, train = config.sampler, config.train
+    train = config.train
     parts = needs.memory(facts, config)
     available = cost.device_memory(device)
     if available is not None and needs.peak(parts) > available:
@@ -114,7 +115,7 @@ def _estimates(
         problems.append(f"output {config.output}: needs about {_size(sum(files.values()))}, free are {_size(free)}")
     # Passes of one row, and the seconds of each at the rate of the device.
     passes = {
-        "rendering": renders * sampler.teacher_steps * sampler.passes_per_teacher_step,
+        "rendering": num_passes(config, renders),
         "anchoring update": needs.anchoring_passes(config),
         "update": needs.forward_passes(config),
     }

@@ -37,7 +37,7 @@ class LongCatImageEditAdapter(FamilyAdapter):
         height, width = self._scaled(size, MEGAPIXEL)
         if (height, width) != size:
             raise CloraError(
-                f"expected an image size that LongCat-Image-Edit makes, about a megapixel; found {size[0]}x{size[1]}, "
+                f"data.size: expected a size that LongCat-Image-Edit makes, about a megapixel; found {size[0]}x{size[1]}, "
                 f"for pictures of these proportions it makes {height}x{width}"
             )
         check_limit(pipeline, max_sequence_length, pipeline.tokenizer_max_length)

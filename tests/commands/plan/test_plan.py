@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -57,11 +58,18 @@ def test_every_problem_is_reported_at_once(job, tmp_path):
         "broken.safetensors is not a readable safetensors file",
         "expected a prompt of at most 40 tokens",
         f"effects.2.sources: {tmp_path / 'none'}: expected a folder of images",
-        "no.txt cannot be read",
+        "data.general_instructions: no.txt does not exist; expected a text file",
         "to_nothing",
     ):
         assert sum(text in problem for problem in problems) == 1, (text, problems)
     assert len(problems) == len(set(problems))
+
+
+def test_prompts_that_are_too_long_are_one_problem_with_the_largest_need(job):
+    (problem,) = make_plan(job(data={"max_sequence_length": 9}))["problems"]
+    longest = re.search(r"found (\d+) in '.*' \(\d+ more are too long\)", problem)
+    assert problem.endswith(f"; shorten it or raise data.max_sequence_length to {longest[1]}")
+    assert make_plan(job(data={"max_sequence_length": int(longest[1])}))["problems"] == []
 
 
 def test_pictures_are_reported_by_the_setting_that_names_them(job, tmp_path):
@@ -159,7 +167,7 @@ def test_files_and_layers_are_checked_where_the_size_is_wrong(job, tmp_path):
     student = {"rank": RANK, "targets": ("to_nothing",)}
     problems = make_plan(job(effects, data={"size": (17, 16)}, student=student))["problems"]
     for text in (
-        "expected an image size in multiples of 4",
+        "data.size: expected multiples of 4 pixels, found 17x16",
         f"effects.0.lora: {tmp_path / 'gone.safetensors'} does not exist",
         "o.safetensors: no key fits the model",
         "to_nothing",
