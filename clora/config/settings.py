@@ -45,8 +45,8 @@ class EffectConfig(FrozenModel):
             LoKr).
         trigger: the student's unique word; by default made from the name (see `make_trigger`).
         student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
-            by the teacher's prompt. Without a given
-            trigger they need not hold the default one, which then goes unused.
+            by the teacher's prompt. Without a given trigger they need not hold the
+            default one, which then goes unused.
         sources: folder of images to edit; by default those of `DataConfig`.
         targets: folder of results, with the same file names as `sources`; by default the teacher renders them.
     """
