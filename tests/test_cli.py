@@ -119,7 +119,9 @@ def test_inspect_shows_and_refuses_an_unusable_file(run, tmp_path):
     assert code == 1
     assert "rank mismatch" in json.loads(out)["problems"][0]
     assert err.startswith("error: ")
-    assert "damaged or do not fit" in err
+    assert "rank mismatch" in err
+    assert "no LoRA module" not in err
+    assert err.count(str(file)) == 1
 
 
 @pytest.mark.parametrize(

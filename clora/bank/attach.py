@@ -12,6 +12,7 @@ from torch import nn
 
 from clora.bank.bank import AdapterBank, BankBytes
 from clora.bank.slots import index_of
+from clora.errors import CloraError
 from clora.lora.algebra import MAX_ERROR
 from clora.lora.layers import transformer_of
 from clora.lora.load import load_lora
@@ -38,9 +39,11 @@ class AttachedLoRAs:
         batch.
 
         Raises:
-            CloraError: a name is unknown (the message suggests the nearest), or a pass has a batch that does not fit
-                the names.
+            CloraError: a name is unknown (the message suggests the nearest), a single text is given, or a pass has a
+                batch that does not fit the names.
         """
+        if isinstance(names, str):
+            raise CloraError(f"expected a list of names, found the text {names!r}; write [{names!r}]")
         ids = [-1 if name is None else index_of(name, self.names) for name in names]
         with self._bank.route(self._slots, torch.tensor(ids, device=self._slots.scale.device)):
             yield
@@ -55,7 +58,7 @@ class AttachedLoRAs:
 
 
 def attach(
-    transformer: Any, adapters: Mapping[str, str | Path | LoRAState], *, max_error: float = MAX_ERROR
+    pipeline_or_transformer: Any, adapters: Mapping[str, str | Path | LoRAState], *, max_error: float = MAX_ERROR
 ) -> AttachedLoRAs:
     """Puts LoRAs beside a transformer's layers, ready for batches that mix them.
 
@@ -69,7 +72,7 @@ def attach(
     Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs only inside `route`.
 
     Args:
-        transformer: a diffusers transformer, also with quantised weights, or the pipeline that has it.
+        pipeline_or_transformer: a diffusers pipeline or its transformer, also with quantised weights.
         adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or a loaded one. They are
             stored in the transformer's dtype.
         max_error: as in `clora.load_lora`, for files whose changes are not of low rank.
@@ -77,7 +80,12 @@ def attach(
     Raises:
         CloraError: a LoRA cannot be read or does not fit, none is given, or the transformer already carries others.
     """
-    transformer = transformer_of(transformer)
+    if not isinstance(adapters, Mapping):
+        found = type(adapters).__name__
+        raise CloraError(
+            f'expected names and LoRAs as in {{"snow": "snow.safetensors"}}, found {found}; name each LoRA'
+        )
+    transformer = transformer_of(pipeline_or_transformer)
     states = {
         name: lora if isinstance(lora, LoRAState) else load_lora(lora, transformer, max_error=max_error)
         for name, lora in adapters.items()

@@ -44,6 +44,8 @@ class BankBytes(NamedTuple):
 class RoutedLinear(nn.Module):
     """Stands in for a frozen linear layer: computes it with the slots that the running pass routes its samples to."""
 
+    routed_layer = True  # by which `clora.lora.layers.transformer_of` finds it
+
     def __init__(self, base: nn.Linear, module: str, bank: AdapterBank):
         super().__init__()
         self.base = base
@@ -59,7 +61,9 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         running = self._bank[0].running
         if running is None:
-            raise RuntimeError("the transformer has an adapter bank attached: run it inside bank.route(...)")
+            raise CloraError(
+                "the transformer has an adapter bank attached: run it inside bank.route(...), or detach the bank"
+            )
         return running.output(self.module, x)
 
 
@@ -172,7 +176,7 @@ class AdapterBank:
     def route(self, slots: Slots, adapter_ids: Tensor) -> Iterator[None]:
         """Inside, sample b of the transformer runs on slot ``adapter_ids[b]`` of ``slots``; -1 is only the base."""
         if self.running is not None:
-            raise RuntimeError("a routed pass is already running on this bank")
+            raise CloraError("a routed pass is already running on this bank; end it before the next bank.route(...)")
         self.running = RoutedPass(slots, adapter_ids, self._layers, self._groups)
         try:
             yield
@@ -181,7 +185,9 @@ class AdapterBank:
 
     @contextmanager
     def placed(self, ids: Tensor) -> Iterator[Tensor]:
-        """Yields the slots ``[B]`` of LoRAs ``ids [B]``, which stay there inside; `chunks` finds how many are possible.
+        """Yields each LoRA's slot number ``[B]``; no other LoRA takes these slots until the block ends.
+
+        `chunks` splits batches that need too many.
 
         Args:
             ids: on the CPU, index into ``names`` or -1 for only the base.

@@ -111,9 +111,14 @@ def ids_of_rows(adapter_ids: Tensor, num_rows: int, module: str) -> Tensor:
     num_samples = len(adapter_ids)
     if num_samples == 1 or num_rows in (num_samples, 2 * num_samples):
         return adapter_ids.repeat(num_rows // num_samples)
+    if num_rows < num_samples:
+        raise CloraError(
+            f"{num_samples} adapters are routed, but the batch has {num_rows} sample{'s' * (num_rows > 1)}; give "
+            "one name per sample"
+        )
     raise CloraError(
         f"the layer {module!r} gets {num_rows} rows of {num_samples} routed samples, so that a LoRA cannot be chosen for "
-        "each; route one adapter per sample, or, where its rows are no samples, leave this layer out of the LoRAs"
+        "each; route one adapter per sample, or, where its rows are not samples, leave this layer out of the LoRAs"
     )
 
 

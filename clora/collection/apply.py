@@ -125,6 +125,11 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
 def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
     """Loads the file as a new adapter, all of it or nothing: diffusers only warns of modules that it skips."""
     transformer = pipeline.transformer
+    if source.keys.format != "diffusers":
+        raise CloraError(
+            f"{source.file} has the {source.keys.format} format; expected {base_model}'s LoRA in diffusers' format "
+            "(clora export --format diffusers)"
+        )
     # The pipeline may carry other adapters already; they stay, and only the new one is compared with the file.
     before = set(getattr(transformer, "peft_config", {}))
     try:
@@ -144,6 +149,5 @@ def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
     if loaded != expected:
         transformer.delete_adapters(list(new))
         raise CloraError(
-            f"{source.file}: the pipeline has taken {len(loaded)} of {len(expected)} modules; expected {base_model} and "
-            "a file in diffusers' format (clora export --format diffusers)"
+            f"{source.file}: the pipeline has taken {len(loaded)} of {len(expected)} modules; expected {base_model}"
         )

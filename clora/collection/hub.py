@@ -37,7 +37,9 @@ def download(repo_id: str, filename: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    with _failing(f"{repo_id!r} is no local file or folder, and {filename} cannot be downloaded from the Hub"):
+    with _failing(
+        f"{repo_id!r} is not a local file or folder, and {filename} could not be downloaded from the Hub; check the id and your connection"
+    ):
         return Path(hf_hub_download(repo_id, filename))
 
 
@@ -50,7 +52,7 @@ def check_repo(repo_id: str) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
 
-    with _failing(f"push to hub: {repo_id!r} is no repository id, expected owner/name"):
+    with _failing(f"push to hub: {repo_id!r} is not a repository id, expected owner/name"):
         validate_repo_id(repo_id)
     if get_token() is None:
         raise CloraError(

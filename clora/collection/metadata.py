@@ -118,7 +118,9 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Collection:
         CloraError: no collection, or damaged entries.
     """
     if f"{PREFIX}effects" not in metadata:
-        raise CloraError(f"{where} is no collection of clora's: it has no {PREFIX}effects in its metadata")
+        raise CloraError(
+            f"{where} is not a clora collection: it has no {PREFIX}effects in its metadata; expected the folder that `clora distill` wrote"
+        )
     found = {name: metadata[PREFIX + name] for name in Collection.model_fields if PREFIX + name in metadata}
     try:
         values = {name: text if name in _PLAIN else json.loads(text) for name, text in found.items()}
@@ -134,12 +136,14 @@ def find_collection(path: str | Path) -> Path:
         path: its folder, its file or its hub id (``owner/name``).
 
     Raises:
-        CloraError: it cannot be downloaded.
+        CloraError: it does not exist, or cannot be downloaded.
     """
     local = user_path(path)
     # A local path wins over a hub id that is spelled the same, and what can be no id is never looked up.
-    if local.exists() or local.suffix == ".safetensors" or not is_repo_id(str(path)):
+    if local.exists():
         return local
+    if local.suffix == ".safetensors" or not is_repo_id(str(path)):
+        raise CloraError(f"{path} does not exist; expected a collection's folder, its file or its hub id (owner/name)")
     return download(str(path), LORA_FILE)
 
 

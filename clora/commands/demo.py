@@ -148,7 +148,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
     phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
     samples = [
         EffectSamples(name, sources, made.effects[name], row, asked[:, None], empty_row)
-        for name, row, asked in zip(loras, teacher_rows, phrasings, strict=True)
+        for name, row, asked in zip(loras, teacher_rows[:, None], phrasings, strict=True)
     ]
     pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)
     return DistillData.of(Text.cat(parts), samples, general_sources, pairs, made.general)

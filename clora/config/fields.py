@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
@@ -44,8 +44,15 @@ class UserPath(str):
         return path
 
 
-# Where a setting is a path or a list of texts, the list stays as it is.
-_EXPANDED = AfterValidator(lambda value: UserPath(value) if isinstance(value, str) else value)
-_AS_WRITTEN = PlainSerializer(lambda value: getattr(value, "written", value))
-PathText = Annotated[NonEmpty, _EXPANDED, _AS_WRITTEN]
-PathOrTexts = Annotated[tuple[NonEmpty, ...] | NonEmpty, _EXPANDED, _AS_WRITTEN]
+def expand_home(value: Any) -> Any:
+    """Returns a path with ``~`` expanded; where a setting is a path or a list of texts, the list as it is."""
+    return UserPath(value) if isinstance(value, str) else value
+
+
+def as_written(value: Any) -> Any:
+    """Returns a path as the user wrote it, any other value as it is."""
+    return getattr(value, "written", value)
+
+
+PathText = Annotated[NonEmpty, AfterValidator(expand_home), PlainSerializer(as_written)]
+PathOrTexts = Annotated[tuple[NonEmpty, ...] | NonEmpty, AfterValidator(expand_home), PlainSerializer(as_written)]

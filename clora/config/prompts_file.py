@@ -83,7 +83,7 @@ class PromptsFile(FrozenModel):
         names = [effect.name for effect in self.effects]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"the effect {twice[0]!r} is there twice; keep one")
+            raise ValueError(f"the effect {twice[0]!r} appears twice; keep one")
         return self
 
 

@@ -60,7 +60,7 @@ class Cache:
         path = self._path(kind, key)
         if path is None or not path.exists():
             return None
-        # Whatever the damage, a file cut short or another tool's, the entry is made again.
+        # Whatever the damage, a file cut short or another tool's, the entry is rebuilt.
         try:
             with safe_open(path, "pt") as file:
                 entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -69,7 +69,7 @@ class Cache:
                 return entry
         except (OSError, SafetensorError, TypeError, KeyError):
             pass
-        say(f"{path} is damaged; it is made again")
+        say(f"{path} is damaged; rebuilding it")
         return None
 
     def _write(self, kind: str, key: Key, entry: Entry) -> None:

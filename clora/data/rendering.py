@@ -88,7 +88,7 @@ def render_targets(
 
     Args:
         adapter: the model family.
-        teachers: effect name to LoRA, in the order that ``samples.teacher`` counts; none where the base renders all.
+        teachers: effect name to LoRA, in the order that ``samples.teacher`` counts.
         samples: N pictures to render.
         text: the encoded prompts.
         config: sampler settings.
@@ -109,7 +109,7 @@ def render_targets(
             config.objective.norm_rescale,
         )
 
-    if not teachers:
+    if (samples.teacher == GENERAL).all():
         # The base renders with no bank attached, and in larger batches: it needs no memory for LoRAs.
         at_once = samples_at_once(config, GENERAL_AT_ONCE)
         generator = Generator(adapter, None, at_once, report)
@@ -119,8 +119,10 @@ def render_targets(
         return
     # The bank holds only teachers that have something to render, so that their ids are counted anew.
     used, ids = samples.teacher.unique(return_inverse=True)
+    # They are sorted: the base's -1, where some samples have it, comes first and stays -1, so that the teachers begin at 0.
+    ids = ids - int(used[0] == GENERAL)
     names = list(teachers)
-    states = {names[i]: teachers[names[i]] for i in used.tolist()}
+    states = {names[i]: teachers[names[i]] for i in used.tolist() if i != GENERAL}
     transformer = adapter.pipeline.transformer
     pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
     at_once = samples_at_once(config, TEACHERS_AT_ONCE)
@@ -158,7 +160,7 @@ class CachedTargets:
 
         Args:
             title: of the stage that shows the progress.
-            teachers: as in `render_targets`; none where the base renders all.
+            teachers: as in `render_targets`.
             samples: N pictures to render.
             images: the hash of each sample's source (`clora.data.encoders.pixel_digests`).
 

@@ -146,5 +146,5 @@ def stated(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
             if key == module or re.fullmatch(rf"(.*\.)?({key})", module):
                 return value
         except re.error as error:
-            raise CloraError(f"adapter config: {key!r} is no valid module pattern ({error})") from error
+            raise CloraError(f"adapter config: {key!r} is not a valid module pattern ({error})") from error
     return default

@@ -43,7 +43,7 @@ def factorise(delta: Tensor, max_rank: int = MAX_RANK, max_error: float = MAX_ER
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         left, values, right = torch.svd_lowrank(delta, min(max_rank + _OVERSAMPLING, *delta.shape), _ITERATIONS)
-    # Squared norms: of what no rank of the sketch holds, and of what is lost with each rank from the last one on.
+    # Squared norm of the sketch's residual, and of the ranks dropped, from the last one on.
     missed = (delta - (left * values) @ right.T).double().square().sum()
     lost = values.double().square().flip(0).cumsum(0).flip(0)
     total = delta.double().square().sum()
@@ -194,7 +194,7 @@ def merge_states(
         torch.manual_seed(0)
         for name, parts in gathered.items():
             if name not in shapes:
-                raise CloraError(f"{name} is no linear layer of the model{nearest(name, shapes)}")
+                raise CloraError(f"{name} is not a linear layer of the model{nearest(name, shapes)}")
             modules[name] = _peft_merge(parts, shapes[name], method, rank)
     return LoRAState(modules, format=f"merge_{method}")
 

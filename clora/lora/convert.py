@@ -14,18 +14,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clora.errors import CloraError, nearest
+from clora.errors import CloraError
 from clora.files import user_path
 from clora.lora import algebra, families
 from clora.lora.adapters import read_adapter
 from clora.lora.keys import UNDERSCORED, split_prefix
 from clora.lora.layers import LayerShapes, pipeline_shapes, pipeline_weights
 from clora.lora.load import read_lora
-from clora.lora.save import save_lora
+from clora.lora.save import FORMATS, check_choice, save_lora
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAState
 
-FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -75,7 +74,7 @@ def convert_lora(
     source = open_lora(path)
     output = user_path(output)
     if output.resolve() in (source.file.resolve(), source.file.resolve().parent):
-        raise CloraError(f"{output} is what is being exported; choose another name for the output")
+        raise CloraError(f"output {output} is the input itself; choose another name")
     shapes = None if pipeline is None else pipeline_shapes(pipeline)
     weights = None if pipeline is None else pipeline_weights(pipeline)
     state = read_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
@@ -156,9 +155,9 @@ def render(report: Mapping[str, Any]) -> Group:
 
 
 def _check_choices(format: str, dtype: str | None, rank: int | None, energy: float | None) -> None:
-    for what, value, known in (("format", format, FORMATS), ("dtype", dtype, tuple(DTYPES))):
-        if value is not None and value not in known:
-            raise CloraError(f"{what}: expected one of {', '.join(known)}, found {value!r}{nearest(value, known)}")
+    check_choice("format", format, FORMATS)
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(DTYPES))
     if rank is not None and energy is not None:
         raise CloraError(f"expected a rank or a share of energy, found both ({rank} and {energy:g}); leave one out")
 
@@ -174,6 +173,11 @@ def _shapes_in_file(source: LoRASource) -> LayerShapes:
                 "with --pipeline FOLDER (its transformer/config.json is enough)"
             )
         shapes[module] = read_adapter(source, stem, parts).shape
+    if shapes and not families.families_with(shapes):
+        raise CloraError(
+            f"{source.file}: its modules are named like those of no model family that clora knows ({next(iter(shapes))}); "
+            "name the LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
+        )
     return shapes
 
 

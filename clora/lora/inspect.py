@@ -23,6 +23,7 @@ from clora.lora.load import excess, misfit, updates
 from clora.lora.source import LoRASource, open_lora
 
 _SHOWN_KEYS = 5
+_SHOWN_PROBLEMS = 2
 _SHOWN_CHARACTERS = 80
 
 
@@ -130,11 +131,13 @@ def render(info: Mapping[str, Any]) -> Group:
 
 def check_usable(info: Mapping[str, Any]) -> None:
     """Checks the result of `inspect`. Raises CloraError, with all reasons, for a file that `clora distill` would refuse."""
+    problems = [problem.removeprefix(f"{info['file']}: ") for problem in info["problems"][:_SHOWN_PROBLEMS]]
+    more = len(info["problems"]) - _SHOWN_PROBLEMS
     reasons = {
-        "it holds no LoRA module": not info["modules"],
+        "it holds no LoRA module": not info["modules"] and not problems,
         "it holds what is not supported": info["unsupported"],
         "it has unknown keys": info["unknown_keys"],
-        "some of its modules are damaged or do not fit, or are not of low rank": info["problems"],
+        "; ".join(problems) + (f"; and {more} more problems" if more > 0 else ""): problems,
         "it has modules that the pipeline lacks": info["unmatched"],
         "its modules are named like those of no model family that clora knows": info["modules"]
         and info["matched"] is None

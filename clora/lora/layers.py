@@ -36,14 +36,14 @@ def transformer_of(pipeline_or_transformer: Any) -> nn.Module:
             f"expected a diffusers pipeline or its transformer, found {type(found).__name__}; load one with "
             "DiffusionPipeline.from_pretrained"
         )
-    # PEFT (and diffusers with it) and `clora.attach` put their own layers around the linear ones, under these names. They
-    # stay there when adapters are fused, disabled or deleted, until the LoRAs are unloaded; what was fused stays merged.
-    wrapped = next((name for name, _ in transformer.named_modules() if name.endswith((".base_layer", ".base"))), None)
-    if wrapped is not None:
-        raise CloraError(
-            f"the transformer has LoRAs loaded ({wrapped}); call pipe.unload_lora_weights(), unload_lora() of a "
-            "transformer whose pipeline has no such method, or detach() of what clora.attach returned, first"
-        )
+    # PEFT (and diffusers with it) and `clora.attach` put their own layers around the linear ones, with these attributes.
+    # They stay there when adapters are fused, disabled or deleted, until the LoRAs are unloaded; what was fused stays merged.
+    for name, layer in transformer.named_modules():
+        if hasattr(layer, "adapter_layer_names") or hasattr(layer, "routed_layer"):
+            raise CloraError(
+                f"the transformer has LoRAs loaded ({name}); call pipe.unload_lora_weights(), unload_lora() of a "
+                "transformer whose pipeline has no such method, or detach() of what clora.attach returned, first"
+            )
     return transformer
 
 

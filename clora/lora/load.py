@@ -238,7 +238,7 @@ def _stacked_base(adapter: Adapter, places: Sequence[Route], base_weights: Mappi
     blocks = []
     for route in places:
         if route.module not in base_weights:
-            raise CloraError(f"{reason}, but those of {route.module} are not there; expected the whole base")
+            raise CloraError(f"{reason}, but the weights of {route.module} are missing; expected the whole base")
         weight = base_weights[route.module].detach()
         shape = (route.stop - route.start, adapter.shape[1])
         # Packed 4-bit weights have another shape, 8-bit codes another type, and a model that is not loaded is on meta.

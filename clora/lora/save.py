@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clora.errors import CloraError
+from clora.errors import CloraError, nearest
 from clora.files import replacing, write_atomic
 from clora.lora.adapter_config import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from clora.lora.families import Family, Part, original_part, reordered
@@ -19,6 +19,7 @@ from clora.lora.keys import PREFIXES, UNDERSCORED
 from clora.lora.layers import LayerShapes
 from clora.lora.state import LoRAModule, LoRAState
 
+FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 _PREFIX = {format_name: prefix for prefix, format_name in PREFIXES.items()}
 _WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
 
@@ -43,7 +44,7 @@ def save_lora(
     Args:
         state: the LoRA to write.
         path: the ``.safetensors`` file, or the folder for ``peft``.
-        format: ``diffusers``, ``peft``, ``kohya`` or ``comfyui``.
+        format: one of `FORMATS`.
         alpha: for ``peft`` and ``kohya``, stated for every module, ``lora_B`` being rescaled to it; each module's own
             rank by default.
         dtype: stored type.
@@ -54,9 +55,10 @@ def save_lora(
         metadata: entries for the header of the weights, under your own keys.
 
     Raises:
-        CloraError: the file cannot be written, a value is not finite, `shapes` are needed, or `metadata` takes
+        CloraError: an unknown format, the file cannot be written, a value is not finite, `shapes` are needed, or `metadata` takes
             diffusers' own key. Also where alpha is not above 0, or has no place in the format.
     """
+    check_choice("format", format, FORMATS)
     path = Path(path)
     if format == "diffusers" and METADATA_KEY in (metadata or {}):
         raise CloraError(f"metadata key {METADATA_KEY!r} is diffusers' own and alpha = rank needs none; rename yours")
@@ -69,6 +71,12 @@ def save_lora(
         if format == "peft":
             # In place before the weights are: without it they would be read with alpha = rank.
             write_atomic(path / PEFT_CONFIG, _peft_config(state, alpha))
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Raises CloraError, with the nearest names, for a value that is not one of those known."""
+    if value not in known:
+        raise CloraError(f"{what}: expected one of {', '.join(known)}, found {value!r}{nearest(value, known)}")
 
 
 def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:

@@ -34,7 +34,8 @@ def pipeline_folder(path: str) -> Path:
         return Path(snapshot_download(path, ignore_patterns=WEIGHTS))
     except Exception as error:  # the hub's client raises many kinds: no network, no such repository, no access
         raise CloraError(
-            f"pipeline {path!r}: there is no such folder, and it cannot be downloaded from the Hub ({error})"
+            f"pipeline {path!r}: no such folder, and it could not be downloaded from the Hub ({error}); check the name and "
+            "your connection"
         ) from error
 
 
@@ -87,8 +88,8 @@ def _read_index(path: str, folder: Path) -> tuple[dict[str, Any], Any]:
         return index, getattr(importlib.import_module("diffusers"), index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CloraError(
-            f"pipeline {path!r} is no diffusers pipeline that is known here ({folder / 'model_index.json'}: {error!r}); "
-            "expected a folder as save_pretrained writes it, or a newer diffusers"
+            f"pipeline {path!r} is not a diffusers pipeline that this version knows ({folder / 'model_index.json'}: "
+            f"{error!r}); expected a folder as save_pretrained writes it, or a newer diffusers"
         ) from error
 
 

@@ -138,9 +138,16 @@ def test_names_and_batches_that_do_not_fit(loras):
     batch = batch_of(FAMILIES[0], tiny_transformer(FAMILIES[0]), 3)
     with pytest.raises(CloraError, match=r"unknown adapter 'mobius'.*did you mean 'moebius'"), bank.route(["mobius"]):
         pass
+    with pytest.raises(CloraError, match=r"found the text 'a'; write \['a'\]"), bank.route("a"):
+        pass
+    with (
+        pytest.raises(CloraError, match="2 adapters are routed, but the batch has 1 sample; give one name per sample"),
+        bank.route(["a", "b"]),
+    ):
+        outputs(transformer, batch_of(FAMILIES[0], tiny_transformer(FAMILIES[0]), 1))
     with pytest.raises(CloraError, match="3 rows of 2 routed samples"), bank.route(["a", "b"]):
         outputs(transformer, batch)
-    with pytest.raises(RuntimeError, match="route"):
+    with pytest.raises(CloraError, match="run it inside bank.route"):
         outputs(transformer, batch)
     with bank.route(["a"]):  # one for all
         one = outputs(transformer, batch)
@@ -184,6 +191,12 @@ def test_a_transformer_that_carries_a_bank_is_refused_until_it_is_detached():
         clora.attach(transformer, lora)
     bank.detach()
     clora.attach(transformer, lora).detach()
+
+
+@pytest.mark.parametrize("adapters", ["snow.safetensors", ["snow.safetensors"]])
+def test_loras_without_names_are_refused(adapters):
+    with pytest.raises(CloraError, match=f"expected names and LoRAs .*found {type(adapters).__name__}; name each LoRA"):
+        clora.attach(tiny_transformer(FAMILIES[0]), adapters)
 
 
 LOADED = {

@@ -110,14 +110,14 @@ def test_detach_restores_the_modules_and_the_output(adapter, teachers, inputs):
 
 
 def test_forward_outside_route_is_refused(adapter, bank, inputs):
-    with pytest.raises(RuntimeError, match="route"):
+    with pytest.raises(CloraError, match="route"):
         adapter.velocity(*inputs(1))
     with pytest.raises(ZeroDivisionError), bank.route(bank.slots(), torch.tensor([0])):
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError, match="route"):  # an error inside does not leave the routing behind
+    with pytest.raises(CloraError, match="route"):  # an error inside does not leave the routing behind
         adapter.velocity(*inputs(1))
     with bank.route(bank.slots(), torch.tensor([0])):
-        with pytest.raises(RuntimeError, match="already"), bank.route(bank.slots(), torch.tensor([0])):
+        with pytest.raises(CloraError, match="already"), bank.route(bank.slots(), torch.tensor([0])):
             pass
 
 

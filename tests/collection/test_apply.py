@@ -19,6 +19,7 @@ from clora.collection.metadata import LORA_FILE, from_metadata, read_collection,
 from clora.collection.write import write_collection
 from clora.errors import CloraError
 from clora.flow.matching import student_schedule
+from clora.lora.convert import convert_lora
 from clora.lora.families import FLUX2
 from clora.lora.save import save_lora
 from clora.testing import merge_lora, random_lora
@@ -156,13 +157,27 @@ def test_apply_takes_all_of_a_file_or_nothing(collection, family, change):
     assert pipeline.scheduler is scheduler
 
 
+@pytest.mark.parametrize("format", ["kohya", "comfyui", "peft"])
+def test_apply_takes_only_diffusers_format(collection, tmp_path, format):
+    folder, _ = collection("Flux2KleinPipeline")
+    exported = tmp_path / ("peft" if format == "peft" else f"{format}.safetensors")
+    convert_lora(folder, exported, format)
+    pipeline = bare_pipeline("Flux2KleinPipeline")
+    expected = f"has the {format} format; expected some/pipeline's LoRA in diffusers' format .*--format diffusers"
+    with pytest.raises(CloraError, match=expected):
+        clora.apply(pipeline, exported)
+    assert not hasattr(pipeline.transformer, "peft_config")
+
+
 def test_a_lora_that_is_no_collection(tmp_path):
     state = random_lora(bare_pipeline("Flux2KleinPipeline").transformer, 2, 0)
     save_lora(state, tmp_path / "a.safetensors", "comfyui", family=FLUX2)
-    with pytest.raises(CloraError, match="no collection of clora's"):
+    with pytest.raises(CloraError, match="not a clora collection"):
         clora.load_collection(tmp_path / "a.safetensors")
     with pytest.raises(CloraError, match="does not exist"):
         clora.load_collection(tmp_path / "missing" / "x")
+    with pytest.raises(CloraError, match=r"nowhere-xyz does not exist; expected .* its hub id \(owner/name\)"):
+        clora.load_collection("nowhere-xyz")
 
 
 def test_metadata_is_read_back():
@@ -223,7 +238,7 @@ def test_a_hub_id_is_downloaded(collection, monkeypatch, tmp_path):
         raise OSError("no connection")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(CloraError, match="'me/other' is no local file or folder, .*no connection"):
+    with pytest.raises(CloraError, match="'me/other' is not a local file or folder, .*no connection"):
         clora.load_collection("me/other")
 
 

@@ -52,7 +52,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "me/..x", "me/with space", "-me/x", "", "me/x.git"])
 def test_an_invalid_id(hub, repo_id):
-    with pytest.raises(CloraError, match="is no repository id, expected owner/name"):
+    with pytest.raises(CloraError, match="is not a repository id, expected owner/name"):
         check_repo(repo_id)
 
 
@@ -139,7 +139,7 @@ def test_a_finished_collection_is_uploaded_without_training_again(hub, config, m
 def test_a_bad_id_stops_before_the_pipeline_is_loaded(hub, config, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "load_adapter", None)
     monkeypatch.setattr(engine, "encode_data", None)
-    with pytest.raises(CloraError, match="no repository id"):
+    with pytest.raises(CloraError, match="not a repository id"):
         distill(config, "not/an/id")
     assert not (tmp_path / "out").exists()
 

@@ -110,7 +110,7 @@ def test_an_effect_may_be_missing_where_the_config_states_its_prompts(load):
             PROMPTS.replace("name: snow", "name: snou"),
             r"the config has no effect 'snou'; rename .* remove it; did you mean 'snow'\?$",
         ),
-        (PROMPTS.replace("name: comic strip", "name: snow"), "the effect 'snow' is there twice"),
+        (PROMPTS.replace("name: comic strip", "name: snow"), "the effect 'snow' appears twice"),
         (PROMPTS.replace("<c> thin", "thin"), r"effects\.1: student_prompts: 'thin ink' lacks the trigger '<c>'"),
         (PROMPTS.replace("[<c> thin ink]", "[]"), r"effects\.1\.student_prompts: expected at least 1 item"),
         (PROMPTS.replace("[<c> thin ink]", "<c> thin ink"), r"effects\.1\.student_prompts: expected a list"),

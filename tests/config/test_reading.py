@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from clora.config.everyday import everyday_instructions, everyday_topics
 from clora.config.prompts_file import make_trigger
-from clora.config.settings import general_instructions, load_config
+from clora.config.settings import DistillConfig, general_instructions, load_config
 from clora.errors import CloraError
 from clora.testing import tiny_config
 
@@ -25,6 +26,10 @@ data: {sources: photos, size: [64, 96], general_instructions: [brighten it]}
 student: {rank: 8}
 train: {updates: 10, learning_rate: 1e-3}
 """
+
+
+def test_the_signature_of_a_config_names_its_validators():
+    assert "lambda" not in str(inspect.signature(DistillConfig))
 
 
 @pytest.fixture

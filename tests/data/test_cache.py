@@ -108,7 +108,7 @@ def test_a_damaged_entry_is_reported_in_one_line_and_made_again(tmp_path, capsys
     found = cache.entries("text", KEYS, make(made))
     assert same(found)
     assert made == [[0, 1]]
-    assert capsys.readouterr().err.splitlines() == [f"{path} is damaged; it is made again"]
+    assert capsys.readouterr().err.splitlines() == [f"{path} is damaged; rebuilding it"]
     assert same(cache.entries("text", KEYS, refuse))
 
 

@@ -52,6 +52,39 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     torch.testing.assert_close(out[1, 1], x[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_base_beside_teachers_renders_its_own_samples(adapter):
+    """Whatever teachers are given, -1 is the base, also where only some teachers have samples."""
+    teachers = random_teachers(adapter.pipeline.transformer, 2)
+    data = random_data(adapter, list(teachers), sources=3)
+    config = tiny_config(list(teachers), sampler={"teacher_steps": 2})
+    samples = Samples.of_teachers(data.sources, data.teacher_text, data.empty_text, 0).at([3, 4, 5])
+
+    def rendered(teacher, given):
+        chosen = samples._replace(teacher=torch.tensor(teacher))
+        return torch.stack(list(render_targets(adapter, given, chosen, data.text, config, lambda passes: None)))
+
+    base, taught = rendered([-1] * 3, {}), rendered([1] * 3, teachers)
+    mixed = rendered([-1, 1, -1], teachers)
+    assert (base - taught).abs().amax(dim=(1, 2)).min() > 1e-3
+    torch.testing.assert_close(mixed, torch.stack([base[0], taught[1], base[2]]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rendered([-1] * 3, teachers), base)
+
+
+def test_own_pictures_are_rendered_in_turn_up_to_the_most_of_any_effect(adapter, tmp_path):
+    shared, own = write_images(tmp_path / "shared", 3, 1), write_images(tmp_path / "own", 2, 2)
+    effects = [
+        {"name": "a", "lora": "a", "prompt": "make it a"},
+        {"name": "b", "lora": "b", "prompt": "make it b", "sources": str(own)},
+    ]
+    config = tiny_config(effects, data={"sources": str(shared), "general_targets": 0})
+    data = encode_data(
+        config, adapter, dict(zip("ab", random_teachers(adapter.pipeline.transformer, 2).values(), strict=True))
+    )
+    assert data.sources.shape[:2] == (2, 3)
+    assert torch.equal(data.sources[1, 2], data.sources[1, 0])
+    assert not torch.equal(data.sources[1, 2], data.sources[1, 1])
+
+
 def test_prompts_are_rows_of_one_table(adapter, tmp_path):
     """Student prompts are repeated in turn up to the longest list; a prompt has one row, whatever it is about."""
     before, after = write_images(tmp_path / "before", 2, 1), write_images(tmp_path / "after", 2, 2)

@@ -190,7 +190,7 @@ def test_sum_svd_of_full_rank_is_exact(states):
 def test_merges_refuse_bad_arguments(shapes, states):
     with pytest.raises(CloraError, match="did you mean 'ties_svd'"):
         merge_states(states, shapes, "tie_svd", 4, [1.0] * 3)
-    with pytest.raises(CloraError, match="no linear layer"):
+    with pytest.raises(CloraError, match="not a linear layer"):
         merge_states(states, {"x_embedder": shapes["x_embedder"]}, "svd", 4, [1.0] * 3)
     with pytest.raises(CloraError, match="2 weights for 3"):
         sum_svd(states, rank=4, weights=[1.0, 1.0])

@@ -207,6 +207,23 @@ def test_names_that_no_diffusers_model_has_need_the_model(tmp_path, stem):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_of_no_known_family_need_the_model(tmp_path, format):
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(24, 2)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(CloraError, match="named like those of no model family that clora knows .*--pipeline FOLDER"):
+        convert_lora(tmp_path / "in.safetensors", written(tmp_path, format), format)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize(("format", "hint"), [("lycoris", ""), ("kohyaa", "; did you mean 'kohya'")])
+def test_save_lora_writes_only_documented_formats(models, tmp_path, format, hint):
+    with pytest.raises(CloraError, match=f"format: expected one of diffusers, .*found '{format}'{hint}"):
+        save_lora(random_lora(models[FAMILIES[0]], 2, 0), tmp_path / "out.safetensors", format)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_names_that_two_families_share_need_the_model(models, tmp_path, folder):
     for family, name in zip(FAMILIES, ("double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_q"), strict=True):
         save_lora(random_lora(models[family], 3, 0, ATTENTION), tmp_path / "in.safetensors")

@@ -72,12 +72,14 @@ def test_load_lora_refuses_a_transformer_that_carries_loras(tmp_path, transforme
     path, model = tmp_path / "a.safetensors", copy.deepcopy(transformer)
     save_lora(random_state(), path)
     model.load_lora_adapter(path, prefix="transformer")
-    with pytest.raises(CloraError, match="has LoRAs loaded .*base_layer.*unload_lora_weights"):
+    with pytest.raises(CloraError, match=r"has LoRAs loaded \(.*linear_1\).*unload_lora_weights"):
         load_lora(path, model)
     attached = attach(model := copy.deepcopy(transformer), {"a": random_state()})
-    with pytest.raises(CloraError, match=r"has LoRAs loaded .*\.base\).*detach"):
+    with pytest.raises(CloraError, match=r"has LoRAs loaded .*detach"):
         load_lora(path, model)
     attached.detach()
+    load_lora(path, model)
+    model.register_module("rope", torch.nn.ModuleDict({"base": torch.nn.Identity(), "base_layer": torch.nn.Identity()}))
     load_lora(path, model)
 
 
@@ -303,7 +305,7 @@ def test_bad_paths(tmp_path, shapes):
         pytest.param("{", "not valid JSON", id="json"),
         pytest.param("[]", "JSON object", id="list"),
         pytest.param('{"r": 8, "lora_alpha": 8}', "rank 4 but its config states 8", id="other_rank"),
-        pytest.param('{"r": 4, "alpha_pattern": {"(": 1}}', "no valid module pattern", id="pattern"),
+        pytest.param('{"r": 4, "alpha_pattern": {"(": 1}}', "not a valid module pattern", id="pattern"),
     ],
 )
 def test_bad_adapter_config(tmp_path, shapes, config, words):

@@ -77,6 +77,14 @@ def test_few_steps_equal_a_stock_call(adapter, loras, tmp_path, size, reference_
     assert (without - stock).abs().max() > 0.01, "the LoRA changes nothing"
 
 
+def test_a_large_reference_is_scaled_once(adapter, monkeypatch):
+    processor = adapter.pipeline.image_processor
+    scaled, scale = [], processor._resize_to_target_area
+    monkeypatch.setattr(processor, "_resize_to_target_area", lambda *call: scaled.append(call) or scale(*call))
+    adapter.encode_sources([picture(0, (1040, 1100))[None], picture(1, SIZE)[None]])
+    assert len(scaled) == 1
+
+
 def test_a_batch_equals_stock_calls_of_its_samples(adapter, loras, tmp_path):
     """Different pictures, prompts of different lengths and different LoRAs, one of them the base."""
     samples = [Sample(PROMPTS[i], (picture(i, SIZE),), lora, 20 + i) for i, lora in enumerate(["b", "a", None, "b"])]

@@ -74,22 +74,25 @@ class ZImageOmniAdapter(FamilyAdapter):
 
     @torch.no_grad()
     def encode_sources(self, references: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
-        """See `ModelAdapter.encode_sources`; the features are those of an image before it is cropped to patches."""
-        latents, grids = super().encode_sources(references)
+        """See `ModelAdapter.encode_sources`; the features are those of an image before it is cropped to patches.
+
+        Images of more than a megapixel are first scaled to the result's area, as the pipeline does.
+        """
+        latents = []
+        grids = []
         features = []
         feature_grids = []
         for images in references:
             whole = [self._reduced(image, prod(self.size)) for image in images]
+            cropped = torch.cat([self._cropped(picture) for picture in whole])
+            latents.append(self.encode_images(cropped))
+            grids.append(self._grid_of(*cropped.shape[-2:]))
             (seen,) = self.pipeline.prepare_siglip_embeds(whole, 1, self.pipeline.siglip.device, torch.float32)
             seen = torch.stack(seen).cpu()
             feature_grids.append((seen.shape[1], seen.shape[2]))
             # [N, h, w, D] as rows of the latents' width, [N, h w D / C, C], so that both go into one tensor.
             features.append(seen.flatten(1).unflatten(1, (-1, self.latent_shape[1])))
-        return torch.cat([latents, *features], dim=1), (*grids, *feature_grids)
-
-    def _fit(self, images: Tensor) -> Tensor:
-        """Scales images of more than a megapixel to the result's area and crops to whole patches, as the pipeline does."""
-        return torch.cat([self._cropped(self._reduced(image, prod(self.size))) for image in images])
+        return torch.cat([*latents, *features], dim=1), (*grids, *feature_grids)
 
     def _encode(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae
