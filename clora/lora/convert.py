@@ -21,7 +21,7 @@ from clora.lora.adapters import read_adapter
 from clora.lora.keys import UNDERSCORED, split_prefix
 from clora.lora.layers import LayerShapes, pipeline_shapes, pipeline_weights
 from clora.lora.load import read_lora
-from clora.lora.save import FORMATS, check_choice, save_lora
+from clora.lora.save import FORMATS, NAME_THE_MODEL, check_choice, save_lora
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAState
 
@@ -168,16 +168,12 @@ def _shapes_in_file(source: LoRASource) -> LayerShapes:
     for stem, parts in source.keys.modules.items():
         format_name, module = split_prefix(stem)
         if format_name in UNDERSCORED or families.is_original_only(module):
-            raise CloraError(
-                f"{source.file}: {stem} does not show which layer of the model it changes; name the LoRA's base model "
-                "with --pipeline FOLDER (its transformer/config.json is enough)"
-            )
+            message = "does not show which layer of the model it changes"
+            raise CloraError(f"{source.file}: {stem} {message}; {NAME_THE_MODEL}")
         shapes[module] = read_adapter(source, stem, parts).shape
     if shapes and not families.families_with(shapes):
-        raise CloraError(
-            f"{source.file}: its modules are named like those of no model family that clora knows ({next(iter(shapes))}); "
-            "name the LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
-        )
+        message = f"its modules are named like those of no model family that clora knows ({next(iter(shapes))})"
+        raise CloraError(f"{source.file}: {message}; {NAME_THE_MODEL}")
     return shapes
 
 
@@ -211,7 +207,6 @@ def _family(state: LoRAState, format: str, shapes: LayerShapes | None) -> famili
     if len(spellings) > 1:
         raise CloraError(
             f"{' and '.join(family.name for family in known)} have layers like {next(iter(state.modules))}, and these "
-            "formats name them differently; name the LoRA's base model with --pipeline FOLDER (its "
-            "transformer/config.json is enough)"
+            f"formats name them differently; {NAME_THE_MODEL}"
         )
     return known[0] if known else None

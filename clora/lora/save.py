@@ -21,6 +21,7 @@ from clora.lora.state import LoRAModule, LoRAState
 
 FORMATS = ("diffusers", "peft", "kohya", "comfyui")
 _PREFIX = {format_name: prefix for prefix, format_name in PREFIXES.items()}
+NAME_THE_MODEL = "name the LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
 _WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
 
 
@@ -174,7 +175,7 @@ def _block(name: str, part: Part, state: LoRAState, shapes: LayerShapes | None) 
     if shapes is None and any(other.endswith(_WIDE_PART) for other in part.modules):
         raise CloraError(
             f"{part.modules} are one module in the original naming, the LoRA lacks {name}, and its size is not known; "
-            "name the LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
+            f"{NAME_THE_MODEL}"
         )
     rows = len(present.lora_B) if shapes is None else shapes[name][0]  # q, k and v have the same
     return LoRAModule(present.lora_A, present.lora_B.new_zeros(rows, present.rank))

@@ -19,7 +19,7 @@ from helpers.edits import (
     start_noise,
     stock_call,
 )
-from helpers.pictures import picture
+from helpers.pictures import picture, pixels
 from helpers.tiny_z_image import MAX_SEQUENCE_LENGTH, tiny_adapter, tiny_pipeline
 
 from clora.errors import CloraError
@@ -81,7 +81,7 @@ def test_a_large_reference_is_scaled_once(adapter, monkeypatch):
     processor = adapter.pipeline.image_processor
     scaled, scale = [], processor._resize_to_target_area
     monkeypatch.setattr(processor, "_resize_to_target_area", lambda *call: scaled.append(call) or scale(*call))
-    adapter.encode_sources([picture(0, (1040, 1100))[None], picture(1, SIZE)[None]])
+    adapter.encode_sources([pixels(picture(0, (1040, 1100))), pixels(picture(1, SIZE))])
     assert len(scaled) == 1
 
 
