@@ -147,7 +147,7 @@ def name_repository(folder: Path, hub_id: str) -> None:
     """Names the hub id in the model card of a finished collection, unless a person has edited the card.
 
     Raises:
-        CloraError: no collection is there, or the card cannot be written.
+        CloraError: no collection exists there, or the card cannot be written.
     """
     collection = read_collection(folder)
     card = folder / "README.md"

@@ -65,7 +65,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
 def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[str]) -> CloraError:
     """Adds to the error of a refused config what is wrong with the pictures and LoRA files that the config names."""
     found = Problems()
-    with suppress(CloraError):  # of a file that is no YAML, which the error reports
+    with suppress(CloraError):  # of a file that is not YAML, which the error reports
         _check_named_files(read_tree(path, overrides), found)
     return CloraError("\n  ".join([f"{error}\nand of the files that it names:", *found])) if found else error
 

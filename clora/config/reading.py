@@ -96,7 +96,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
     """Returns the LoRA files and folders of pictures in a config's tree, by setting, such as ``effects.0.lora``.
 
-    The tree may be wrong elsewhere; values that are no text are skipped.
+    The tree may be wrong elsewhere; values that are not text are skipped.
     """
     sections = {"data": tree.get("data")}
     if isinstance(tree.get("effects"), list):
@@ -183,7 +183,7 @@ _PLAIN_WORDS = {
 
 def _describe(model: type[BaseModel], detail: Mapping[str, Any]) -> tuple[str, str, str]:
     """One of pydantic's errors: the path and the problem, or the path, what was expected there and what was found."""
-    # pydantic's location has parts of its own for the types of a union; they are no keys.
+    # pydantic's location has parts of its own for the types of a union; they are not keys.
     keys = [str(part) for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
     path = ".".join(keys) or "config"
     if path in REMOVED:

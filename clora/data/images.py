@@ -66,7 +66,7 @@ def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
 
 
 def check_image(file: Path) -> None:
-    """Reads only an image's header. Raises CloraError where it is no image, empty, or enormous."""
+    """Reads only an image's header. Raises CloraError where it is not an image, empty, or enormous."""
     with _opened(file):
         pass
 

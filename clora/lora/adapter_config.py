@@ -139,7 +139,7 @@ def stated(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     PEFT's rule: the first key that is, as a regular expression, the module's name or a dotted tail of it.
 
     Raises:
-        CloraError: a key that is no regular expression.
+        CloraError: a key that is not a regular expression.
     """
     for key, value in pattern.items():
         try:

@@ -80,7 +80,7 @@ def read_adapter(source: LoRASource, stem: str, parts: Mapping[str, str]) -> Ada
     """Finds the adapter type of one module of a file from its tensors' names and shapes.
 
     Raises:
-        CloraError: a tensor is missing, is of another type, is no matrix, or disagrees with another one.
+        CloraError: a tensor is missing, is of another type, is not a matrix, or disagrees with another one.
     """
     kind, matrices = _matrices(source, stem, parts)
     for part, key in parts.items():
@@ -239,7 +239,7 @@ def _matrices(source: LoRASource, stem: str, parts: Mapping[str, str]) -> tuple[
 
 
 def _matrix_shape(source: LoRASource, parts: Mapping[str, str], matrix: tuple[str, ...]) -> tuple[int, int]:
-    """Returns the shape of one matrix of an adapter. Raises CloraError where its tensors are no matrices or disagree."""
+    """Returns the shape of one matrix of an adapter. Raises CloraError where its tensors are not matrices or disagree."""
     shapes = [source.shapes[parts[part]] for part in matrix]
     found = _sizes(source, parts, matrix)
     if any(len(shape) != 2 or 0 in shape for shape in shapes):
@@ -257,7 +257,7 @@ def _sizes(source: LoRASource, parts: Mapping[str, str], matrix: tuple[str, ...]
 
 
 def _check_vectors(adapter: Adapter) -> None:
-    """Raises CloraError where alpha is no single number or DoRA's magnitude fits neither rows nor columns."""
+    """Raises CloraError where alpha is not a single number or DoRA's magnitude fits neither rows nor columns."""
     rows, columns = adapter.shape
     for part, fitting, expected in (
         ("alpha", [(), (1,)], "a single number"),

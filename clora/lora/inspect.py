@@ -187,7 +187,7 @@ def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) ->
 
 
 def _notes(modules: list[dict[str, Any]]) -> list[str]:
-    """Returns what is no problem but should be known."""
+    """Returns what is not a problem but should be known."""
     high = sum((entry["loads_as_rank"] or 0) > MAX_RANK for entry in modules)
     dora = sum(entry["loads_as_rank"] is None for entry in modules)
     notes = {

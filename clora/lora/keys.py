@@ -52,7 +52,7 @@ _UNSUPPORTED = {
     "a change of a bias, and a low-rank update has none": re.compile(
         r".+\.(diff_b|b_norm|lora_(A|B|up|down)(\.\w+)?\.bias)"
     ),
-    "a change of a norm's weight, which is no matrix": re.compile(r".+\.w_norm"),
+    "a change of a norm's weight, which is not a matrix": re.compile(r".+\.w_norm"),
     "in Tucker form (a core tensor for convolutions)": re.compile(r".+\.(lokr_t[12]|hada_t[12]|lora_mid\.weight)"),
     "OFT or BOFT, which rotates the weights": re.compile(r".+\.(oft_\w+|boft_\w+)(\.weight)?"),
     "a replaced or reshaped weight": re.compile(r".+\.(set_weight|reshape_weight)"),
@@ -67,7 +67,7 @@ class FileKeys:
         format: one of the formats above, or ``mixed``.
         modules: module name as in the file, prefix included, to its keys by part: ``lora_A``, ``lora_B``, ``alpha``,
             ``magnitude`` (DoRA's), ``diff``, ``lokr_w1``, ``lokr_w1_a``, ..., ``hada_w1_a``, ...
-        unknown: keys that are no LoRA tensors.
+        unknown: keys that are not LoRA tensors.
         unsupported: contents that clora cannot read, to the keys that show them.
         twice: pairs of keys that spell the same part of the same module.
     """

@@ -66,7 +66,7 @@ def write_prompts(config: DistillConfig, path: str | Path, overwrite: bool = Fal
 
     Raises:
         CloraError: the file exists, nothing is left to write, or something in the input cannot be used. Failures of the
-            language model are no error: templates stand in, and the reason is reported.
+            language model are not an error: templates stand in, and the reason is reported.
     """
     file = user_path(path)
     if file.exists() and not overwrite:
@@ -233,5 +233,5 @@ def similarity_table(report: Sequence[EffectReport]) -> Table:
         table.add_column(column, overflow="fold")  # a trigger that is cut cannot be typed
     for line in report:
         cells = ("" if found is None else f"{found[0]:.2f} {found[1]}" for found in line.similarity)
-        table.add_row(*map(Text, (line.name, line.trigger, line.written_by, *cells)))  # names are no markup
+        table.add_row(*map(Text, (line.name, line.trigger, line.written_by, *cells)))  # names are not markup
     return table

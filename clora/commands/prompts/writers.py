@@ -45,7 +45,7 @@ class Writer(NamedTuple):
 
 
 def pipeline_writer(pipeline) -> Writer | None:
-    """Makes a writer of the pipeline's own text encoder; None where it is no language model that can generate.
+    """Makes a writer of the pipeline's own text encoder; None where it is not a language model that can generate.
 
     Qwen2.5-VL in Qwen-Image-Edit (``processor``) and LongCat-Image-Edit (``text_processor``) and Mistral 3 in FLUX.2
     [dev], whose ``tokenizer`` is a processor, see pictures. Qwen3 in FLUX.2 [klein] reads only text. CLIP and T5 of
@@ -74,7 +74,7 @@ def load_writer(path: str, device: torch.device) -> Writer:
             processor = AutoProcessor.from_pretrained(path)
             model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", use_safetensors=True)
     except Exception as error:  # readers of damaged configs, processors and weights raise whatever they meet
-        where = "" if is_folder else "; there is no such folder, so it was taken for a hub id"
+        where = "" if is_folder else "; no such folder exists, so it was taken for a hub id"
         raise CloraError(
             f"prompts.writer: {path!r} cannot be loaded as a vision-language model with its processor{where}: {error}"
         ) from error

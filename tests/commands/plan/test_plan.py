@@ -87,7 +87,7 @@ def test_a_pipeline_that_cannot_be_read_is_a_problem_among_the_others(job, tmp_p
     (tmp_path / "broken").mkdir()
     effects = [{"name": "a", "lora": "a", "prompt": "p", "sources": str(tmp_path / "none")}]
     problems = make_plan(job(effects, pipeline=str(tmp_path / "broken")))["problems"]
-    assert any("is no diffusers pipeline" in problem for problem in problems)
+    assert any("is not a diffusers pipeline" in problem for problem in problems)
     assert any("none: expected a folder of images" in problem for problem in problems)
 
 

@@ -134,7 +134,7 @@ def test_a_users_own_model(vision_model_folder, pair, short_answers):
 
 @pytest.mark.parametrize("name", ["./none", "text", "no_template"])
 def test_a_model_that_cannot_be_used(klein, vision_model_folder, tmp_path, name):
-    message = "there is no such folder"
+    message = "no such folder exists"
     if name == "text":
         klein.text_encoder.save_pretrained(tmp_path / name)
         klein.tokenizer.save_pretrained(tmp_path / name)
