@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# libgomp's default is 300000: milliseconds, on a core that another process may need. Counts below 10000 gain more beside
-# a busy process on some machines, but an idle machine then loses: about 5 % with 3000, 10 % with 1000.
+# libgomp's default is 300000: milliseconds, on a core that another process may need. Lower counts gain more beside a busy
+# process on some machines, but at 1000 an idle machine loses a tenth of its updates.
 SPINS = "10000"
 
 
