@@ -16,7 +16,8 @@ from clora.lora.algebra import sum_svd
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.models import ModelAdapter
-from clora.training.trainer import CRITIC, STUDENT, DistillTrainer, Report
+from clora.training.steps import CRITIC, STUDENT
+from clora.training.trainer import DistillTrainer, Report
 
 
 def train_student(

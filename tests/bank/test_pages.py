@@ -16,7 +16,7 @@ from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
 from clora.testing import merge_lora, random_data, random_lora, random_teachers, tiny_config
-from clora.training.trainer import CRITIC, STUDENT
+from clora.training.steps import CRITIC, STUDENT
 
 SHAPES = {"a": (7, 5), "b": (3, 4)}
 
@@ -177,7 +177,7 @@ def test_the_students_teachers_are_fetched_before_its_rollout(adapter, monkeypat
     """And nothing else is: what the scoring pass asks for is there already."""
     events = []
     with make_trainer(adapter, pages=2, train={"batch_size": 2, "updates": 3, "critic_ratio": 2}) as trainer:
-        fetch, score, simulate = Pages.fetch, trainer._score, trainer.simulate
+        fetch, score, simulate = Pages.fetch, trainer.steps._score, trainer.steps.simulate
 
         def copied(pages, wanted):
             missing = [lora for lora in wanted if lora not in pages._page]
@@ -185,8 +185,8 @@ def test_the_students_teachers_are_fetched_before_its_rollout(adapter, monkeypat
             fetch(pages, wanted)
 
         monkeypatch.setattr(Pages, "fetch", copied)
-        monkeypatch.setattr(trainer, "_score", lambda *a: events.append("score") or score(*a))
-        monkeypatch.setattr(trainer, "simulate", lambda *a: events.append("rollout") or simulate(*a))
+        monkeypatch.setattr(trainer.steps, "_score", lambda *a: events.append("score") or score(*a))
+        monkeypatch.setattr(trainer.steps, "simulate", lambda *a: events.append("rollout") or simulate(*a))
         trainer.fit(lambda update, values: None)
     assert events.count("fetch") > 1
     assert events.count("score") == 3
@@ -200,10 +200,10 @@ def test_the_scored_critic_is_the_trained_one(adapter):
         batch, rollout = rolled(trainer)
         before = trainer.bank.state(CRITIC)
         assert same(before, trainer.critic.state(CRITIC))
-        trainer.critic_step(batch, rollout)
+        trainer.steps.critic_step(batch, rollout)
         assert same(trainer.bank.state(CRITIC), trainer.critic.state(CRITIC))
         assert not same(trainer.bank.state(CRITIC), before)
-        trainer._start_critic()
+        trainer.steps.start_critic()
         assert same(trainer.bank.state(CRITIC), trainer.student.state(STUDENT))
 
 

@@ -76,7 +76,7 @@ def test_less_is_kept_for_the_gradient(adapter):
     sizes = {}
     for checkpointing in (False, True):
         with make_trainer(adapter) as trainer:
-            rows = trainer._student_rows(*rolled(trainer))
+            rows = trainer.steps._student_rows(*rolled(trainer))
             kept = []
 
             def keep(tensor, kept=kept):
@@ -85,7 +85,7 @@ def test_less_is_kept_for_the_gradient(adapter):
 
             context = recomputed_blocks(trainer.bank) if checkpointing else torch.enable_grad()
             with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                trainer._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning)
+                trainer.steps._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning)
             sizes[checkpointing] = sum(kept)
     assert sizes[True] < sizes[False] / 3
 

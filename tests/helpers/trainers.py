@@ -10,7 +10,8 @@ import torch
 
 from clora.bank.bank import AdapterBank
 from clora.testing import random_data, random_lora, random_teachers, tiny_config
-from clora.training.trainer import CRITIC, STUDENT, DistillTrainer
+from clora.training.steps import CRITIC, STUDENT
+from clora.training.trainer import DistillTrainer
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def mixed_batch(trainer):
 def rolled(trainer):
     """A mixed batch and the student's rollout on it."""
     batch = mixed_batch(trainer)
-    return batch, trainer.simulate(batch)
+    return batch, trainer.steps.simulate(batch)
 
 
 def plain_velocity(adapter, transformer, x, sigma, conditioning):

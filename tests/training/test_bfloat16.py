@@ -105,26 +105,26 @@ def test_trained_factors_and_losses_are_fp32(low):
     with make_trainer(low, data) as trainer:
         batch = mixed_batch(trainer)
         assert batch.target.dtype == torch.float32
-        x, sigma = trainer.simulate(batch)
+        x, sigma = trainer.steps.simulate(batch)
         assert (x.dtype, sigma.dtype) == (BF16, torch.float32)
-        rows = trainer._student_rows(batch, (x, sigma))
+        rows = trainer.steps._student_rows(batch, (x, sigma))
         assert rows.x.dtype == BF16, "the loss reads what the transformer read"
         assert rows.anchor_target.dtype == torch.float32
-        velocity = trainer._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning)
+        velocity = trainer.steps._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning)
         assert velocity.dtype == BF16
-        scores = trainer._score(rows, velocity.detach())
+        scores = trainer.steps._score(rows, velocity.detach())
         assert scores.renoised.dtype == BF16
         stepped = []  # gradients are dropped after a step
-        for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
+        for optimizer in trainer.optimizers.values():
             optimizer.register_step_pre_hook(
                 lambda optimizer, *_: stepped.append({p.grad.dtype for p in optimizer.param_groups[0]["params"]})
             )
-        trainer.critic_step(batch, (x, sigma))
-        trainer.student_step(batch, (x, sigma))
+        trainer.steps.critic_step(batch, (x, sigma))
+        trainer.steps.student_step(batch, (x, sigma))
         assert stepped == [{torch.float32}] * 2
         for slots in (trainer.student, trainer.critic):
             assert all(p.dtype == torch.float32 for p in slots.parameters())
-        for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
+        for optimizer in trainer.optimizers.values():
             moments = [m for state in optimizer.state_dict()["state"].values() for m in state.values()]
             assert all(m.dtype == torch.float32 for m in moments)
 
@@ -144,9 +144,9 @@ def test_a_re_noised_prediction_is_that_of_fp32_arithmetic(low):
     """The clean prediction of a row is not rounded on the way to its noise level."""
     with make_trainer(low) as trainer:
         batch = mixed_batch(trainer)
-        rows = trainer._student_rows(batch, trainer.simulate(batch))
-        velocity = trainer._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning).detach()
-        found = trainer._score(rows, velocity).renoised
+        rows = trainer.steps._student_rows(batch, trainer.steps.simulate(batch))
+        velocity = trainer.steps._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning).detach()
+        found = trainer.steps._score(rows, velocity).renoised
         n, noise = len(rows.teacher), rows.score_noise
         assert noise.dtype == torch.float32
         sigma, level = rows.sigma[:n, None, None], rows.score_sigma[:, None, None]

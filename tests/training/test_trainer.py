@@ -14,7 +14,7 @@ from clora.flow.matching import time_shift
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION
 from clora.testing import merge_lora, random_data
 from clora.training.faults import raise_first
-from clora.training.trainer import CRITIC, STUDENT
+from clora.training.steps import CRITIC, STUDENT
 
 TERMS = {"backward_simulation": "dmd_bs", "target_simulation": "dmd_ts", "trajectory_anchoring": "anchor"}
 
@@ -39,10 +39,10 @@ def test_two_updates_with_every_part(adapter):
 def test_each_step_trains_its_own_slot(adapter):
     with make_trainer(adapter) as trainer:
         batch, before = mixed_batch(trainer), slots(trainer)
-        trainer.critic_step(batch, trainer.simulate(batch))
+        trainer.steps.critic_step(batch, trainer.steps.simulate(batch))
         assert changed(trainer, before) == {CRITIC}
         before = slots(trainer)
-        trainer.student_step(batch, trainer.simulate(batch))
+        trainer.steps.student_step(batch, trainer.steps.simulate(batch))
         assert changed(trainer, before) == {STUDENT}
 
 
@@ -50,7 +50,7 @@ def test_each_step_trains_its_own_slot(adapter):
 def test_a_part_switched_off_removes_only_its_term(adapter, part):
     for objective in ({part: False}, {"weights": {part: 0.0}}):
         with make_trainer(adapter, objective=objective) as trainer:
-            values = raise_first([trainer.student_step(*rolled(trainer))])
+            values = raise_first([trainer.steps.student_step(*rolled(trainer))])
         for other, term in TERMS.items():
             assert (values[term] == 0) == (other == part), (objective, values)
 
@@ -59,7 +59,7 @@ def test_weights_scale_their_terms(adapter):
     values = []
     for weight in (1.0, 3.0):
         with make_trainer(adapter, objective={"weights": dict.fromkeys(TERMS, weight)}) as trainer:
-            values.append(raise_first([trainer.student_step(*rolled(trainer))]))
+            values.append(raise_first([trainer.steps.student_step(*rolled(trainer))]))
     assert values[1] == pytest.approx({name: 3 * value for name, value in values[0].items()}, rel=1e-4)
 
 
@@ -69,12 +69,12 @@ def test_the_scoring_pass_equals_separate_plain_passes(adapter, forward_rows):
     base = copy.deepcopy(adapter.pipeline.transformer)
     with make_trainer(adapter, train={"forward_rows": forward_rows}) as trainer:
         batch = mixed_batch(trainer)
-        rows = trainer._student_rows(batch, trainer.simulate(batch))
+        rows = trainer.steps._student_rows(batch, trainer.steps.simulate(batch))
         velocity, sizes = torch.randn(rows.x.shape), []
         hook = adapter.pipeline.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
         )
-        scores = trainer._score(rows, velocity)
+        scores = trainer.steps._score(rows, velocity)
         hook.remove()
         models = {name: merge_lora(base, state) for name, state in slots(trainer).items()}
 
@@ -111,17 +111,17 @@ def test_an_update_in_several_passes_has_the_same_gradients(adapter, limit, gene
         with make_trainer(adapter, data, train=train, objective={"weights": weights}) as trainer:
             gradients, sizes = [], []
 
-            def keep(optimizer, slots, gradients=gradients, step=trainer._step):
+            def keep(optimizer, slots, gradients=gradients, step=trainer.steps._step):
                 gradients.extend(p.grad.clone() for p in slots.parameters())
                 return step(optimizer, slots)
 
             def count(module, args, kwargs, sizes=sizes):
                 sizes.extend([len(kwargs["hidden_states"])] * torch.is_grad_enabled())
 
-            trainer._step = keep
+            trainer.steps._step = keep
             batch, rollout = rolled(trainer)
             hook = adapter.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
-            checks = [trainer.student_step(batch, rollout), trainer.critic_step(batch, rollout)]
+            checks = [trainer.steps.student_step(batch, rollout), trainer.steps.critic_step(batch, rollout)]
             hook.remove()
             found.append((raise_first(checks), gradients))
     num_anchors = len(batch if general_targets else batch[batch.effect >= 0])
@@ -136,11 +136,11 @@ def test_an_update_in_several_passes_has_the_same_gradients(adapter, limit, gene
 
 def test_without_guidance_no_empty_prompt_is_scored(adapter):
     with make_trainer(adapter, sampler={"guidance": 0.0}) as trainer:
-        rows, sizes = trainer._student_rows(*rolled(trainer)), []
+        rows, sizes = trainer.steps._student_rows(*rolled(trainer)), []
         hook = adapter.pipeline.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
         )
-        scores = trainer._score(rows, torch.zeros_like(rows.x))
+        scores = trainer.steps._score(rows, torch.zeros_like(rows.x))
         hook.remove()
     assert sizes == [2 * len(rows.teacher)]
     assert torch.equal(scores.teacher, scores.teacher_uncond)
@@ -151,8 +151,8 @@ def test_rows_of_backward_simulation_lie_on_the_students_trajectory(adapter):
     base = copy.deepcopy(adapter.pipeline.transformer)
     with make_trainer(adapter) as trainer:
         batch, state = mixed_batch(trainer), trainer.generator.get_state()
-        x, sigma = trainer.simulate(batch)
-        student, sigmas = merge_lora(base, trainer.student.state(STUDENT)), trainer.sigmas
+        x, sigma = trainer.steps.simulate(batch)
+        student, sigmas = merge_lora(base, trainer.student.state(STUDENT)), trainer.steps.sigmas
     generator = torch.Generator().set_state(state)
     steps = torch.randint(len(sigmas), (len(batch),), generator=generator)
     assert torch.equal(sigma, sigmas[steps])
@@ -167,7 +167,7 @@ def test_rows_of_backward_simulation_lie_on_the_students_trajectory(adapter):
 
 def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, monkeypatch):
     with make_trainer(adapter) as trainer:
-        batch, calls, velocity = mixed_batch(trainer), [], trainer._velocity
+        batch, calls, velocity = mixed_batch(trainer), [], trainer.steps._velocity
 
         def record(slots, ids, x, sigma, conditioning):
             calls.append(
@@ -175,8 +175,8 @@ def test_the_critic_learns_student_samples_under_the_students_prompts(adapter, m
             )
             return out
 
-        monkeypatch.setattr(trainer, "_velocity", record)
-        values = raise_first([trainer.critic_step(batch, trainer.simulate(batch))])
+        monkeypatch.setattr(trainer.steps, "_velocity", record)
+        values = raise_first([trainer.steps.critic_step(batch, trainer.steps.simulate(batch))])
     assert {names for names, *_ in calls[:-1]} == {(STUDENT,)}
     _, x_student, sigma_student, _, v_student = calls[-2]
     names, x, sigma, text, v = calls[-1]
@@ -196,7 +196,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
     objective = {"tau_rule": rule, "anchor_noise": anchor_noise}
     with make_trainer(adapter, objective=objective, train={"batch_size": 64}, sampler={"steps": 8}) as trainer:
         batch = trainer.sampler.draw(0)
-        rows = trainer._student_rows(batch, trainer.simulate(batch))
+        rows = trainer.steps._student_rows(batch, trainer.steps.simulate(batch))
     effects = batch[batch.effect >= 0]
     kind = torch.cat(
         [
@@ -208,7 +208,7 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
     assert torch.equal(rows.kind, kind)
     assert torch.equal(rows.effect, torch.cat([batch.effect, effects.effect, effects.effect]))
     bs, ts, anchor = (kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR))
-    schedule = trainer.sigmas.tolist()
+    schedule = trainer.steps.sigmas.tolist()
     assert set(rows.sigma[bs].tolist()) <= set(schedule)
     assert set(rows.sigma[ts].tolist()) == {s for s in schedule if s < tau_max}
     scored = rows.score_sigma
@@ -224,15 +224,15 @@ def test_noise_levels_of_the_students_rows(adapter, rule):
 
 def test_released_anchor_noise_without_backward_simulation(adapter):
     with make_trainer(adapter, objective={"anchor_noise": "released", "backward_simulation": False}) as trainer:
-        assert raise_first([trainer.student_step(*rolled(trainer))])["anchor"] > 0
+        assert raise_first([trainer.steps.student_step(*rolled(trainer))])["anchor"] > 0
 
 
 def test_norm_rescale_keeps_the_norm_of_the_conditional_velocity(adapter):
     scores = []
     for rescale in (False, True):
         with make_trainer(adapter, objective={"norm_rescale": rescale}, sampler={"guidance": 4.0}) as trainer:
-            rows = trainer._student_rows(*rolled(trainer))
-            scores.append(trainer._score(rows, torch.zeros_like(rows.x)))
+            rows = trainer.steps._student_rows(*rolled(trainer))
+            scores.append(trainer.steps._score(rows, torch.zeros_like(rows.x)))
     plain, rescaled = scores
     guided = plain.teacher + 4 * (plain.teacher - plain.teacher_uncond)
     expected = guided * plain.teacher.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
@@ -247,11 +247,11 @@ def test_general_rows_with_targets_are_anchored(adapter):
     data = dataclasses.replace(data, general_pairs=data.general_pairs[:5], general_targets=targets)
     with make_trainer(adapter, data) as trainer:
         batch = mixed_batch(trainer)
-        rows = trainer._student_rows(batch, trainer.simulate(batch))
+        rows = trainer.steps._student_rows(batch, trainer.steps.simulate(batch))
         anchored = rows.kind == ANCHOR
         assert torch.equal(rows.effect[anchored], batch.effect)
         assert int((rows.kind == TARGET_SIMULATION).sum()) == int((batch.effect >= 0).sum())
         sigma = rows.sigma[anchored][:, None, None]
         noise = rows.anchor_target + batch.target
         torch.testing.assert_close(rows.x[anchored], (1 - sigma) * batch.target + sigma * noise)
-        assert torch.equal(trainer._student_rows(batch, None).effect, batch.effect)
+        assert torch.equal(trainer.steps._student_rows(batch, None).effect, batch.effect)

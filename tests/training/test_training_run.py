@@ -8,10 +8,11 @@ from helpers.trainers import changed, make_trainer, rolled, same, slots
 
 from clora.errors import CloraError
 from clora.testing import random_data, tiny_config
+from clora.training import steps
 from clora.training import trainer as training
 from clora.training.checkpoint import check_resumable
 from clora.training.faults import StepCheck, raise_first
-from clora.training.trainer import CRITIC, STUDENT
+from clora.training.steps import CRITIC, STUDENT
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -28,14 +29,14 @@ def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path, optimiz
 
     with make_trainer(adapter, **sections) as trainer:
         trainer.fit(lambda update, values: whole.update({update: dict(values)}))
-        expected, moments = slots(trainer), trainer.student_optimizer.state_dict()["state"]
+        expected, moments = slots(trainer), trainer.optimizers[STUDENT].state_dict()["state"]
     with make_trainer(adapter, **sections) as trainer, pytest.raises(KeyboardInterrupt):
         trainer.fit(stop, checkpoint)
     with make_trainer(adapter, **sections) as trainer:
         torch.randn(5, generator=trainer.generator)  # the checkpoint's state must win
         trainer.fit(lambda update, values: resumed.update({update: dict(values)}), checkpoint)
         assert not changed(trainer, expected)
-        for i, state in trainer.student_optimizer.state_dict()["state"].items():
+        for i, state in trainer.optimizers[STUDENT].state_dict()["state"].items():
             assert all(torch.equal(value, moments[i][key]) for key, value in state.items())
     assert resumed == {2: whole[2], 3: whole[3]}
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
@@ -94,21 +95,21 @@ def test_a_nan_source_stops_the_critic(adapter):
     data = random_data(adapter, ["effect_0", "effect_1", "effect_2"])
     data.general_sources[:] = torch.nan
     with make_trainer(adapter, data) as trainer:
-        with pytest.raises(CloraError, match="update 1: the critic's loss.*effect of the general stream"):
-            raise_first([trainer.critic_step(*rolled(trainer))])
+        with pytest.raises(CloraError, match="the critic's loss.*effect of the general stream"):
+            raise_first([trainer.steps.critic_step(*rolled(trainer))])
 
 
 def test_a_fault_never_reaches_a_checkpoint(adapter, tmp_path, monkeypatch):
     """The later steps of an update are computed with the fault; the file on disk is from before."""
     checkpoint = tmp_path / "state.safetensors"
     with make_trainer(adapter, train={"updates": 5, "checkpoint_every": 1, "critic_ratio": 2}) as trainer:
-        real, states = trainer.simulate, []
+        real, states = trainer.steps.simulate, []
 
         def simulate(batch):
             x, sigma = real(batch)
             return (x * torch.nan if trainer.update == 2 else x), sigma
 
-        monkeypatch.setattr(trainer, "simulate", simulate)
+        monkeypatch.setattr(trainer.steps, "simulate", simulate)
         with pytest.raises(CloraError, match="update 3: the critic's loss"):
             trainer.fit(lambda update, values: states.append(slots(trainer)), checkpoint)
         assert any(not module.lora_A.isfinite().all() for module in trainer.student.state(STUDENT).modules.values())
@@ -130,7 +131,7 @@ def test_a_fault_never_reaches_a_checkpoint(adapter, tmp_path, monkeypatch):
     ],
 )
 def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, loss_name, step, message):
-    real = getattr(training, loss_name)
+    real = getattr(steps, loss_name)
 
     def infinite(velocity, *args):
         loss, terms = real(velocity, *args)
@@ -138,11 +139,11 @@ def test_an_infinite_gradient_names_where_it_comes_from(adapter, monkeypatch, lo
             return loss * torch.inf, terms
         return loss, terms | {"velocity_gradient": torch.full_like(velocity, torch.inf)}
 
-    monkeypatch.setattr(training, loss_name, infinite)
+    monkeypatch.setattr(steps, loss_name, infinite)
     with make_trainer(adapter) as trainer:
         batch, rollout = rolled(trainer)
-        with pytest.raises(CloraError, match=f"update 1: {message}"):
-            raise_first([getattr(trainer, step)(batch, rollout)])
+        with pytest.raises(CloraError, match=message):
+            raise_first([getattr(trainer.steps, step)(batch, rollout)])
 
 
 def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
@@ -157,9 +158,9 @@ def test_anchoring_first_is_skipped_where_anchoring_is_off(adapter):
 def test_the_student_learns_from_the_rollout_of_its_last_critic_update(adapter, monkeypatch):
     with make_trainer(adapter, train={"updates": 1, "critic_ratio": 3}) as trainer:
         rollouts, used = [], []
-        simulate, student_rows = trainer.simulate, trainer._student_rows
-        monkeypatch.setattr(trainer, "simulate", lambda batch: rollouts.append(simulate(batch)) or rollouts[-1])
-        monkeypatch.setattr(trainer, "_student_rows", lambda *args: used.append(args) or student_rows(*args))
+        simulate, student_rows = trainer.steps.simulate, trainer.steps._student_rows
+        monkeypatch.setattr(trainer.steps, "simulate", lambda batch: rollouts.append(simulate(batch)) or rollouts[-1])
+        monkeypatch.setattr(trainer.steps, "_student_rows", lambda *args: used.append(args) or student_rows(*args))
         trainer.fit(lambda update, values: None)
     assert len(rollouts) == 3
     ((_, rollout),) = used
@@ -169,7 +170,7 @@ def test_the_student_learns_from_the_rollout_of_its_last_critic_update(adapter, 
 def test_gradients_are_clipped(adapter, monkeypatch):
     norms = []
     with make_trainer(adapter, train={"clip": 0.5}) as trainer:
-        parameters, step = trainer.student.parameters(), trainer.student_optimizer.step
+        parameters, step = trainer.student.parameters(), trainer.optimizers[STUDENT].step
         (100 * sum(p.sum() for p in parameters)).backward()
         expected = torch.stack([p.grad.norm() for p in parameters]).norm()
 
@@ -177,8 +178,8 @@ def test_gradients_are_clipped(adapter, monkeypatch):
             norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
             step()
 
-        monkeypatch.setattr(trainer.student_optimizer, "step", stepping)
-        torch.testing.assert_close(trainer._step(trainer.student_optimizer, trainer.student), expected)
+        monkeypatch.setattr(trainer.optimizers[STUDENT], "step", stepping)
+        torch.testing.assert_close(trainer.steps._step(trainer.optimizers[STUDENT], trainer.student), expected)
         assert all(p.grad is None for p in parameters), "the critic's would lie beside them"
     assert norms == [pytest.approx(0.5, rel=1e-3)]
 
@@ -206,7 +207,7 @@ def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
             equal.append(all(torch.equal(critic, student) for critic, student in pairs))
             return finite_step({})
 
-        monkeypatch.setattr(trainer, "critic_step", compare)
+        monkeypatch.setattr(trainer.steps, "critic_step", compare)
         trainer.fit(lambda update, values: None)
     assert len(equal) == 4, "two critic updates before each of the last two"
     assert equal[0]
@@ -219,9 +220,9 @@ def test_each_phase_has_its_own_learning_rate_which_falls_linearly(adapter):
         found = {}
         for progress in (0.0, 0.25, 0.499, 0.5, 0.75, 0.999):
             trainer._set_learning_rate(progress)
-            found[progress] = trainer.student_optimizer.param_groups[0]["lr"]
+            found[progress] = trainer.optimizers[STUDENT].param_groups[0]["lr"]
             if progress >= 0.5:
-                assert trainer.critic_optimizer.param_groups[0]["lr"] == pytest.approx(2 * found[progress])
+                assert trainer.optimizers[CRITIC].param_groups[0]["lr"] == pytest.approx(2 * found[progress])
     assert (found[0.0], found[0.5]) == (4.0, 1.0)
     assert (found[0.25], found[0.75]) == (pytest.approx(4 * 0.51), pytest.approx(0.51))
     assert (found[0.499], found[0.999]) == (pytest.approx(4 * 0.02196), pytest.approx(0.02196))

@@ -64,7 +64,7 @@ def gradients_at_each_step(trainer):
     def measure(*_):
         held.append(sum(p.grad.numel() * p.grad.itemsize for p in factors if p.grad is not None))
 
-    for optimizer in (trainer.student_optimizer, trainer.critic_optimizer):
+    for optimizer in trainer.optimizers.values():
         optimizer.register_step_pre_hook(measure)
     return held
 
@@ -77,7 +77,7 @@ def test_memory_is_what_a_small_run_uses(adapter, optimizer):
         planned = memory(facts, trainer.config)
         held = gradients_at_each_step(trainer)
         trainer.fit(lambda update, values: None)
-        optimizers = (trainer.student_optimizer, trainer.critic_optimizer)
+        optimizers = trainer.optimizers.values()
         states = [state for o in optimizers for state in o.state_dict()["state"].values()]
         used = sum(t.numel() * t.itemsize for state in states for t in state.values() if torch.is_tensor(t) and t.ndim)
         trained = sum(p.numel() * p.itemsize for p in (*trainer.student.parameters(), *trainer.critic.parameters()))
@@ -116,7 +116,10 @@ def test_passes_and_rows_are_those_of_an_update(adapter, guidance, gradient_rows
     """Nothing is simulated here and there is no general stream, so that nothing is left to chance."""
     sections = {"sampler": {"steps": 4, "guidance": guidance}, "objective": {"dual_stream": False}}
     with make_trainer(adapter, train={"updates": 1, "gradient_rows": gradient_rows}, **sections) as trainer:
-        trainer.simulate = lambda batch: (trainer._noise(batch.target), trainer.sigmas[:1].expand(len(batch)))
+        trainer.steps.simulate = lambda batch: (
+            trainer.steps._noise(batch.target),
+            trainer.steps.sigmas[:1].expand(len(batch)),
+        )
         counted = rows_of(adapter.pipeline.transformer, lambda: trainer.fit(lambda *_: None))
         config = trainer.config
     simulated = 1.5 * config.train.critic_ratio * config.train.batch_size  # what is expected of four steps
