@@ -15,8 +15,7 @@ from clora.data.prepare import check_pairs, num_shared
 from clora.devices import find_device
 from clora.errors import CloraError, about
 from clora.files import user_path
-from clora.flow.matching import student_schedule
-from clora.flow.objective import TAU_BOUNDS, target_simulation_steps
+from clora.flow.objective import target_simulation_steps
 from clora.lora.load import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
@@ -73,8 +72,7 @@ def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[s
 def _check_schedule(config: DistillConfig) -> None:
     """Target simulation needs a step of the student's schedule to start from."""
     if config.objective.target_simulation:
-        sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
-        target_simulation_steps(sigmas, TAU_BOUNDS[config.objective.tau_rule].tau_max)
+        target_simulation_steps(config.sampler.steps)
 
 
 def _check_apart(config: DistillConfig) -> None:

@@ -14,7 +14,10 @@ from pydantic import BaseModel, ValidationError
 from clora.errors import CloraError, nearest
 from clora.files import read_text, user_path
 
-REMOVED = {"sampler.integer_timesteps": "no stock scheduler yields such timesteps"}
+REMOVED = {
+    "sampler.integer_timesteps": "no stock scheduler yields such timesteps",
+    "objective.tau_rule": "target simulation has one rule, on which paper and released code agree (docs/method.md 5)",
+}
 """Settings of earlier versions, and why they were removed."""
 
 ModelType = TypeVar("ModelType", bound=BaseModel)

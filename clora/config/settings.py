@@ -180,7 +180,6 @@ class ObjectiveConfig(FrozenModel):
         target_simulation: distribution matching from noised targets.
         trajectory_anchoring: flow matching on the targets.
         weights: weight of each of the three.
-        tau_rule: noise levels of target simulation, the paper's or the released code's.
         anchor_noise: noise levels of trajectory anchoring.
         norm_rescale: rescale guided predictions, of targets too, to the norm of the conditional one.
     """
@@ -193,7 +192,6 @@ class ObjectiveConfig(FrozenModel):
     target_simulation: bool = True
     trajectory_anchoring: bool = True
     weights: ObjectiveWeights = ObjectiveWeights()
-    tau_rule: Literal["paper", "released"] = "paper"
     anchor_noise: Literal["unrestricted", "released"] = "unrestricted"
     norm_rescale: bool = False
 
@@ -309,6 +307,9 @@ class DistillConfig(FrozenModel):
         settings = self.model_dump(mode="json", **chosen)
         # A setting of earlier versions: their records hold it, switched off, and must count as the same run.
         settings["sampler"]["integer_timesteps"] = False
+        # Another one chose noise levels of target simulation; only runs without it are the same as before.
+        if "objective" in settings and not self.objective.target_simulation:
+            settings["objective"]["tau_rule"] = "paper"
         return settings
 
     @property

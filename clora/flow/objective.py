@@ -3,8 +3,6 @@
 Source: docs/method.md section 4(c, d); where paper and released code differ (section 5), both are options.
 """
 
-from typing import Literal, NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,21 +10,10 @@ from clora.errors import CloraError
 from clora.flow.matching import sample_sigma
 from clora.ops import TARGET_SIMULATION
 
-TauRule = Literal["paper", "released"]
-
-
-class TauBounds(NamedTuple):
-    """Noise levels of target simulation: the student starts below `tau_max`, the critic scores above `tau_min`."""
-
-    tau_max: float
-    tau_min: float
-
-
-TAU_BOUNDS: dict[TauRule, TauBounds] = {
-    "paper": TauBounds(tau_max=0.75, tau_min=0.5),
-    # The last 5 of 8 steps: sigma <= .8333.
-    "released": TauBounds(tau_max=0.834, tau_min=0.75),
-}
+# The bounds of target simulation, on time u before the shift: the student starts below the first, the critic scores above
+# the second. The paper's 750 and 500 are timesteps before the shift, and its code compares the same (section 5).
+TAU_MAX = 0.75
+TAU_MIN = 0.5
 
 
 def draw_backward_steps(n: int, num_steps: int, generator: torch.Generator) -> Tensor:
@@ -34,54 +21,51 @@ def draw_backward_steps(n: int, num_steps: int, generator: torch.Generator) -> T
     return torch.randint(num_steps, (n,), generator=generator, device=generator.device)
 
 
-def target_simulation_steps(sigmas: Tensor, tau_max: float) -> Tensor:
-    """Steps of the schedule from which target simulation may start: those with `sigma < tau_max`.
+def target_simulation_steps(num_steps: int) -> Tensor:
+    """Steps of the student's schedule from which target simulation may start: those with `u < TAU_MAX`.
 
     Args:
-        sigmas: `[steps]` student schedule.
-        tau_max: exclusive upper bound, `TAU_BOUNDS[rule].tau_max`.
+        num_steps: of the schedule, whose step k has `u = 1 - k / num_steps` before the shift.
 
     Returns:
-        int64 indices into sigmas, at least one.
+        int64 indices into the schedule, in order: the last 5 of 8.
 
     Raises:
-        CloraError: no step is below tau_max.
+        CloraError: one step has only pure noise.
     """
-    steps = torch.nonzero(sigmas < tau_max).flatten()
-    if len(steps) == 0:
+    steps = torch.arange(num_steps)
+    allowed = steps[1 - steps.double() / num_steps < TAU_MAX]
+    if len(allowed) == 0:
         raise CloraError(
-            f"target simulation needs a schedule step below tau_max={tau_max}, but the lowest is {sigmas.min():.4f}: "
-            "use more steps or a larger tau_max"
+            f"objective.target_simulation: expected at least 2 sampler.steps, found {num_steps}: its only input is pure "
+            "noise, which keeps nothing of a target; add steps, or set objective.target_simulation to false"
         )
-    return steps
+    return allowed
 
 
-def draw_target_steps(n: int, sigmas: Tensor, tau_max: float, generator: torch.Generator) -> Tensor:
+def draw_target_steps(n: int, num_steps: int, generator: torch.Generator) -> Tensor:
     """`[n]` steps uniform over `target_simulation_steps`: where each row's target simulation starts."""
-    allowed = target_simulation_steps(sigmas, tau_max)
+    allowed = target_simulation_steps(num_steps)
     return allowed[draw_backward_steps(n, len(allowed), generator)]
 
 
-def draw_critic_sigma(kind: Tensor, shift: float, tau_min: float, generator: torch.Generator) -> Tensor:
+def draw_critic_sigma(kind: Tensor, shift: float, generator: torch.Generator) -> Tensor:
     """Noise levels at which critic and teacher score the student's predictions.
 
     ::
 
         backward simulation:  sigma = time_shift(u), u ~ U(0, 1)
-        target simulation:    the same, conditioned on sigma > tau_min
+        target simulation:    the same with u ~ U(TAU_MIN, 1)
 
     Args:
         kind: `[D]` BACKWARD_SIMULATION or TARGET_SIMULATION, on the generator's device.
         shift: time shift s.
-        tau_min: lower bound of target simulation, `TAU_BOUNDS[rule].tau_min`.
         generator: source of u.
 
     Returns:
         `[D]` fp32.
     """
-    # The inverse of the time shift: the u with time_shift(u) = tau_min.
-    low_u = tau_min / (shift - (shift - 1) * tau_min)
-    return sample_sigma(len(kind), shift, generator, low_u=torch.where(kind == TARGET_SIMULATION, low_u, 0.0))
+    return sample_sigma(len(kind), shift, generator, low_u=torch.where(kind == TARGET_SIMULATION, TAU_MIN, 0.0))
 
 
 def draw_anchor_sigma(n: int, shift: float, generator: torch.Generator, floor: Tensor | None = None) -> Tensor:

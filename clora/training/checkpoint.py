@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from clora.config.reading import REMOVED
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.files import write_atomic
@@ -99,7 +100,7 @@ def _under(prefix: str, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
 
 
-def resumable_settings(config: DistillConfig) -> dict[str, object]:
+def resumable_settings(config: DistillConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with the one that it continues."""
     return config.recorded(exclude={"output": True, "device": True, **FREE_TO_CHANGE})
 
@@ -115,8 +116,15 @@ def check_resumable(checkpoint: Path, config: DistillConfig) -> int:
     return values["update"]
 
 
-def check_same(written: Mapping[str, object], current: Mapping[str, object], path: Path) -> None:
+def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
     """Raises CloraError unless a checkpoint was written with the current values."""
+    for key, reason in REMOVED.items():
+        section, _, name = key.partition(".")
+        if name in written.get(section, {}) and name not in current.get(section, {}):
+            raise CloraError(
+                f"checkpoint {path} was written by an earlier version with {key}, which was removed, since {reason}; "
+                "continue it with that version, or remove it to start from the beginning"
+            )
     changed = [key for key in current if written.get(key) != current[key]]
     if changed:
         raise CloraError(

@@ -19,7 +19,6 @@ from clora.data.batches import Batch
 from clora.devices import send
 from clora.flow.matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
 from clora.flow.objective import (
-    TAU_BOUNDS,
     critic_loss,
     draw_anchor_sigma,
     draw_backward_steps,
@@ -82,7 +81,6 @@ class TrainingSteps:
         self.scorers = bank.slots()
         self.dtype = adapter.latent_dtype
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
-        self.tau = TAU_BOUNDS[config.objective.tau_rule]
 
     @torch.no_grad()
     def start_critic(self) -> None:
@@ -167,18 +165,18 @@ class TrainingSteps:
         simulated = objective.backward_simulation and rollout is not None
         parts = []
         # Distribution matching at two kinds of inputs: the student's own noisy samples, and noised targets at a step
-        # of its schedule below tau_max. General rows have no target of a teacher to start from.
+        # of its schedule below TAU_MAX. General rows have no target of a teacher to start from.
         if simulated:
             parts.append(Part(BACKWARD_SIMULATION, batch, *rollout, objective.weights.backward_simulation))
         effects = batch[batch.effect >= 0]
         if objective.target_simulation and rollout is not None and len(effects):
-            steps = draw_target_steps(len(effects), self.sigmas, self.tau.tau_max, self.generator)
+            steps = draw_target_steps(len(effects), len(self.sigmas), self.generator)
             x = add_noise(effects.target, self._noise(effects.target), self.sigmas[steps])
             x = x.to(self.dtype)
             parts.append(Part(TARGET_SIMULATION, effects, x, self.sigmas[steps], objective.weights.target_simulation))
         # These D rows are scored: their predictions are noised again to a level of their own.
         kind = kinds(parts)
-        score_sigma = draw_critic_sigma(kind, shift, self.tau.tau_min, self.generator)
+        score_sigma = draw_critic_sigma(kind, shift, self.generator)
         # Flow matching on targets: the velocity to learn is noise minus target, whatever the noise level.
         anchor_target = batch.target[:0]
         anchored = batch[batch.has_target]

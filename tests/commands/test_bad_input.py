@@ -107,7 +107,7 @@ BAD = {
     "empty_images": (empty_images, "holds no images"),
     "all_held_out": (lambda tmp: {"data": {"held_out": 6}}, "held_out = 6 leaves none of the 4"),
     "unequal_names": (unequal_names, "one image of each name.*'2', 'two'"),
-    "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "step below tau_max"),
+    "too_few_steps": (lambda tmp: {"sampler": {"steps": 1}}, "at least 2 sampler.steps, found 1"),
     "no_such_device": (lambda tmp: {"device": "cuda:77"}, "CUDA devices"),
     "output_is_a_file": (output_is_a_file, "is a file"),
     "output_is_the_pipeline": (

@@ -52,7 +52,7 @@ def test_defaults_and_values(load):
     assert comic.student_prompts == ("<c> one", "<c> two")
     assert config.data.size == (64, 96)
     assert config.train.learning_rate == 1e-3  # without a dot, which plain YAML would read as text
-    assert (config.sampler.steps, config.sampler.shift, config.objective.tau_rule) == (8, 3.0, "paper")
+    assert (config.sampler.steps, config.sampler.shift) == (8, 3.0)
 
 
 def test_trigger_is_deterministic_and_unique():
@@ -147,6 +147,7 @@ def test_frozen(load):
         ("effects.0.targets=there", r"effects\.0: targets needs sources"),
         ("data.general_instructions=[]", r"needs data\.general_instructions"),
         ("sampler.integer_timesteps=true", r"sampler\.integer_timesteps: was removed.*delete the key"),
+        ("objective.tau_rule=released", r"objective\.tau_rule: was removed.*one rule.*delete the key"),
         ("output=~nobody-of-this-name/out", "output: ~nobody-of-this-name/out: .*write the path in full"),
         (r'data.sources="a\0b"', r"data\.sources: expected a path, found .* zero byte"),
         (r'data.general_instructions="a\0b"', r"data\.general_instructions: expected a path, found .* zero byte"),

@@ -1,11 +1,13 @@
-"""Noise levels of both rules stay in their bounds and cover them; the critic's loss is flow matching."""
+"""Noise levels stay in their bounds and cover them; the critic's loss is flow matching."""
 
 import pytest
 import torch
 
+from clora.errors import CloraError
 from clora.flow.matching import student_schedule, time_shift
 from clora.flow.objective import (
-    TAU_BOUNDS,
+    TAU_MAX,
+    TAU_MIN,
     critic_loss,
     draw_anchor_sigma,
     draw_backward_steps,
@@ -14,8 +16,6 @@ from clora.flow.objective import (
     target_simulation_steps,
 )
 from clora.ops import BACKWARD_SIMULATION, TARGET_SIMULATION
-
-ALLOWED = {"paper": [5, 6, 7], "released": [3, 4, 5, 6, 7]}
 
 
 def seeded():
@@ -31,32 +31,36 @@ def test_backward_steps_cover_the_schedule_uniformly():
     assert counts.max() < 1150
 
 
-@pytest.mark.parametrize("rule", TAU_BOUNDS)
-def test_target_simulation_steps(rule):
-    sigmas = student_schedule()
-    assert target_simulation_steps(sigmas, TAU_BOUNDS[rule].tau_max).tolist() == ALLOWED[rule]
-    drawn = draw_target_steps(600, sigmas, TAU_BOUNDS[rule].tau_max, seeded())
-    assert drawn.unique().tolist() == ALLOWED[rule]
+@pytest.mark.parametrize(
+    ("num_steps", "allowed"),
+    [(2, [1]), (3, [1, 2]), (4, [2, 3]), (8, [3, 4, 5, 6, 7]), (12, [*range(4, 12)]), (40, [*range(11, 40)])],
+)
+def test_target_simulation_starts_below_tau_max_of_time_before_the_shift(num_steps, allowed):
+    """750 of the paper: of 8 steps the last five, as in its code; a step at u = .75 is left out."""
+    assert target_simulation_steps(num_steps).tolist() == allowed
+    drawn = draw_target_steps(100 * num_steps, num_steps, seeded())
+    assert drawn.unique().tolist() == allowed
+    for shift in (1.0, 3.0, 7.5):  # the schedule's own levels, moved back
+        u = time_shift(student_schedule(num_steps, shift).double(), 1 / shift)
+        assert (u < TAU_MAX - 1e-6).nonzero().flatten().tolist() == allowed
 
 
-def test_no_step_below_tau_max_is_an_error():
-    with pytest.raises(ValueError, match="tau_max=0.75, but the lowest is 0.7500"):
-        target_simulation_steps(student_schedule(2), 0.75)
+def test_a_student_of_one_step_has_no_target_simulation():
+    with pytest.raises(CloraError, match="target_simulation: expected at least 2 sampler.steps, found 1"):
+        target_simulation_steps(1)
 
 
-@pytest.mark.parametrize(("rule", "tau_min"), [("paper", 0.5), ("released", 0.75)])
-def test_critic_sigma_is_bounded_for_target_simulation_only(rule, tau_min):
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.5])
+def test_critic_sigma_is_bounded_for_target_simulation_only(shift):
     kind = torch.tensor([BACKWARD_SIMULATION, TARGET_SIMULATION]).repeat(10000)
-    sigma = draw_critic_sigma(kind, 3.0, TAU_BOUNDS[rule].tau_min, seeded())
-    bs, ts = sigma[kind == BACKWARD_SIMULATION], sigma[kind == TARGET_SIMULATION]
-    assert bs.min() < 0.01
-    assert bs.max() > 0.99
-    assert tau_min < ts.min() < tau_min + 0.01
-    assert 0.99 < ts.max() <= 1
-    for values, low in ((bs, 0.0), (ts, tau_min)):  # uniform before the shift, on the allowed interval
-        u = time_shift(values.double(), 1 / 3).sort().values
-        start = time_shift(torch.tensor(low, dtype=torch.float64), 1 / 3)
-        torch.testing.assert_close(u, start + (1 - start) * torch.linspace(0, 1, 10000).double(), rtol=0, atol=0.02)
+    sigma = draw_critic_sigma(kind, shift, seeded())
+    u = time_shift(sigma.double(), 1 / shift)
+    for which, low in ((BACKWARD_SIMULATION, 0.0), (TARGET_SIMULATION, TAU_MIN)):  # uniform before the shift
+        found = u[kind == which].sort().values
+        assert found.min() > low - 1e-6
+        torch.testing.assert_close(found, low + (1 - low) * torch.linspace(0, 1, 10000).double(), rtol=0, atol=0.02)
+    if shift == 3:  # scored above sigma .75
+        assert 0.75 < sigma[kind == TARGET_SIMULATION].min() < 0.76
 
 
 def test_anchor_sigma_unrestricted_or_above_the_critics():
