@@ -23,7 +23,8 @@ from clora.collection.write import (
 )
 from clora.commands.checks import find_file_problems
 from clora.config.reading import named_files
-from clora.config.settings import DistillConfig, TrainConfig, general_instructions
+from clora.config.settings import DistillConfig, general_instructions
+from clora.config.training import TrainConfig
 from clora.data.cache import Cache
 from clora.data.images import list_images
 from clora.data.prepare import encode_data

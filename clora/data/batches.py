@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clora.config.settings import ObjectiveConfig
+from clora.config.training import ObjectiveConfig
 from clora.devices import send, take
 from clora.models.conditioning import Conditioning, Text
 

@@ -52,14 +52,32 @@ class StudentRows:
     anchor_target: Tensor
 
     @staticmethod
-    def join(parts: Sequence[Part], score_sigma: Tensor, score_noise: Tensor, anchor_target: Tensor) -> StudentRows:
-        """Joins the parts, those to be scored before the anchor rows."""
+    def join(
+        parts: Sequence[Part],
+        score_sigma: Tensor,
+        score_noise: Tensor,
+        anchor_target: Tensor,
+        num_samples: int | None = None,
+    ) -> StudentRows:
+        """Joins the parts, those to be scored before the anchor rows.
+
+        Args:
+            parts: kinds of rows.
+            score_sigma, score_noise, anchor_target: as in the attributes.
+            num_samples: of the batch, which the sum of a kind's losses is divided by; None for the kind's own rows.
+        """
+        weights = []
+        for part in parts:
+            # The loss takes the mean over a kind's rows. Weighed with their share of the samples, it is their sum divided
+            # by all samples.
+            share = 1 if num_samples is None else len(part.batch) / num_samples
+            weights.append(torch.full((len(part.batch),), part.weight * share))
         scored = slice(len(score_sigma))
         return StudentRows(
             x=torch.cat([part.x for part in parts]),
             sigma=torch.cat([part.sigma for part in parts]),
             kind=kinds(parts),
-            weight=torch.cat([torch.full((len(part.batch),), part.weight) for part in parts]),
+            weight=torch.cat(weights),
             effect=torch.cat([part.batch.effect for part in parts]),
             conditioning=Conditioning.cat([part.batch.student for part in parts]),
             teacher=Conditioning.cat([part.batch.teacher for part in parts])[scored],

@@ -191,7 +191,8 @@ class TrainingSteps:
             x = add_noise(anchored.target, noise, sigma).to(self.dtype)
             parts.append(Part(ANCHOR, anchored, x, sigma, objective.weights.trajectory_anchoring))
         score_noise = self._noise(batch.target.new_empty(len(kind), *batch.target.shape[1:]))
-        return StudentRows.join(parts, score_sigma, score_noise, anchor_target)
+        num_samples = len(batch) if objective.weighting == "per_sample" else None
+        return StudentRows.join(parts, score_sigma, score_noise, anchor_target, num_samples)
 
     @torch.no_grad()
     def simulate(self, batch: Batch) -> Rollout:

@@ -134,6 +134,54 @@ def test_an_update_in_several_passes_has_the_same_gradients(adapter, limit, gene
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
+def expected_loss(trainer, rows, velocity, scores, weighting, num_samples):
+    """The student's loss by its definition, row by row: a tensor with its gradient, and its value."""
+    weights = trainer.config.objective.weights
+    by_kind = {
+        BACKWARD_SIMULATION: weights.backward_simulation,
+        TARGET_SIMULATION: weights.target_simulation,
+        ANCHOR: weights.trajectory_anchoring,
+    }
+    loss = value = 0.0
+    for i, kind in enumerate(rows.kind.tolist()):
+        if kind == ANCHOR:
+            row = (velocity[i] - rows.anchor_target[i - len(rows.teacher)]).square().mean()
+            row_value = row.detach()
+        else:
+            x_g = rows.x[i] - rows.sigma[i] * velocity[i]
+            x0 = {name: scores.renoised[i] - scores.sigma[i] * getattr(scores, name)[i] for name in scores._fields[2:]}
+            real = x0["teacher"] + trainer.config.sampler.guidance * (x0["teacher"] - x0["teacher_uncond"])
+            g = (x0["critic"] - real) / (x_g.detach() - real).abs().mean()
+            row, row_value = (g * x_g).mean(), 0.5 * g.square().mean()
+        divisor = num_samples if weighting == "per_sample" else int((rows.kind == kind).sum())
+        loss = loss + by_kind[kind] * row / divisor
+        value = value + by_kind[kind] * row_value / divisor
+    return loss, float(value)
+
+
+@pytest.mark.parametrize("gradient_rows", [None, 4])
+@pytest.mark.parametrize("weighting", ["per_term", "per_sample"])
+def test_what_the_terms_are_divided_by(adapter, weighting, gradient_rows):
+    weights = {"backward_simulation": 0.7, "target_simulation": 1.3, "trajectory_anchoring": 2.0}
+    objective, train = {"weighting": weighting, "weights": weights}, {"gradient_rows": gradient_rows, "clip": 1e9}
+    with make_trainer(adapter, objective=objective, train=train) as trainer:
+        steps, found = trainer.steps, []
+        batch, rollout = rolled(trainer)
+        state = trainer.generator.get_state()
+        rows = steps._student_rows(batch, rollout)
+        velocity = steps._velocity(trainer.student, 0, rows.x, rows.sigma, rows.conditioning)
+        scores = steps._score(rows, velocity.detach())
+        loss, value = expected_loss(trainer, rows, velocity, scores, weighting, len(batch))
+        expected = torch.autograd.grad(loss, list(trainer.student.parameters()))
+        trainer.generator.set_state(state)  # the step draws the same rows
+        step = steps._step
+        steps._step = lambda *args: found.extend(p.grad.clone() for p in args[1].parameters()) or step(*args)
+        values = raise_first([steps.student_step(batch, rollout)])
+    assert values["loss"] == pytest.approx(value, rel=1e-4)
+    for gradient, exact in zip(found, expected, strict=True):
+        assert (gradient - exact).norm() <= 1e-4 * exact.norm() + 1e-7
+
+
 def test_without_guidance_no_empty_prompt_is_scored(adapter):
     with make_trainer(adapter, sampler={"guidance": 0.0}) as trainer:
         rows, sizes = trainer.steps._student_rows(*rolled(trainer)), []

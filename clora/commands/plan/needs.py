@@ -11,7 +11,8 @@ import torch
 
 from clora.bank.pages import module_ranks, page_bytes, pages_that_fit
 from clora.commands.plan.cost import PassCost
-from clora.config.settings import DistillConfig, TrainConfig
+from clora.config.settings import DistillConfig
+from clora.config.training import TrainConfig
 from clora.data.prepare import renders_general
 from clora.data.rendering import GENERAL_AT_ONCE, TEACHERS_AT_ONCE, samples_at_once
 

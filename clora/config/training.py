@@ -1,0 +1,100 @@
+"""The settings of the method and of training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from clora.config.fields import FrozenModel, NotNegative, Positive, PositiveFloat, Share
+
+
+class ObjectiveWeights(FrozenModel):
+    """Weight of each part of the student's loss."""
+
+    backward_simulation: NotNegative = 1.0
+    target_simulation: NotNegative = 1.0
+    trajectory_anchoring: NotNegative = 1.0
+
+
+class ObjectiveConfig(FrozenModel):
+    """The method; every component can be switched off on its own (docs/method.md sections 4 and 5).
+
+    Attributes:
+        dual_stream: train on general instructions too, with the base as teacher.
+        switch_probability: probability of each row to be of the effect stream.
+        switch_every: updates between two draws of the stream.
+        orthogonal_prompting: student and critic see the student's prompts; off, they see the teacher's.
+        backward_simulation: distribution matching on the student's own samples.
+        target_simulation: distribution matching from noised targets.
+        trajectory_anchoring: flow matching on the targets.
+        weights: weight of each of the three.
+        weighting: of the three in a batch of both streams. ``per_term``: each is the mean over its own rows, so that
+            target simulation and anchoring weigh as if all rows were effect rows. ``per_sample``: each is divided by all
+            rows of the batch, so that each sample has the sum of its own terms, as in the released code.
+        anchor_noise: noise levels of trajectory anchoring.
+        norm_rescale: rescale guided predictions, of targets too, to the norm of the conditional one.
+    """
+
+    dual_stream: bool = True
+    switch_probability: Share = 0.5
+    switch_every: Positive = 1
+    orthogonal_prompting: bool = True
+    backward_simulation: bool = True
+    target_simulation: bool = True
+    trajectory_anchoring: bool = True
+    weights: ObjectiveWeights = ObjectiveWeights()
+    weighting: Literal["per_term", "per_sample"] = "per_term"
+    anchor_noise: Literal["unrestricted", "released"] = "unrestricted"
+    norm_rescale: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        # The three parts have the same names as switches and as weights.
+        parts = tuple(ObjectiveWeights.model_fields)
+        if not any(getattr(self, part) and getattr(self.weights, part) > 0 for part in parts):
+            raise ValueError(f"nothing left to train on: switch on (weight above 0) one of {', '.join(parts)}")
+        return self
+
+
+class TrainConfig(FrozenModel):
+    """Training.
+
+    Attributes:
+        updates: updates of the student.
+        anchor_share: share of the run, at its beginning, with trajectory anchoring only; 0 where that is off.
+        anchor_learning_rate: of the student in that share; by default learning_rate.
+        critic_ratio: critic updates per student update.
+        batch_size: samples per update.
+        optimizer: of the student; the critic's is AdamW.
+        optimizer_bits: of AdamW's states; 8, by bitsandbytes, takes a quarter of their memory.
+        learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
+        critic_learning_rate: of the critic.
+        clip: largest norm of a gradient.
+        gradient_rows: most rows of one pass with gradients, to bound memory; an update adds up as many passes as it
+            needs. A sample is up to three rows of the student's and one of the critic's. None for no bound.
+        forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
+        teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers. The others wait in the host's memory
+            and are copied when they are needed, ahead of time where possible. None keeps all on the device.
+        gradient_checkpointing: keep only the inputs of the transformer's blocks and compute the rest again for the
+            gradient: much less memory, about a third more time in the passes that learn.
+        checkpoint_every: updates between two checkpoints.
+        minutes: stop after this time; None for no limit.
+    """
+
+    updates: Positive
+    anchor_share: Share = 0.0
+    anchor_learning_rate: PositiveFloat | None = None
+    critic_ratio: Positive = 5
+    batch_size: Positive = 8
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_bits: Literal[32, 8] = 32
+    learning_rate: PositiveFloat = 1e-4
+    critic_learning_rate: PositiveFloat = 1e-4
+    clip: PositiveFloat = 10.0
+    gradient_rows: Positive | None = None
+    forward_rows: Positive | None = None
+    teacher_memory_gb: PositiveFloat | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 500
+    minutes: PositiveFloat | None = None
