@@ -31,7 +31,10 @@ from clora.config.training import ObjectiveConfig, TrainConfig
 from clora.errors import CloraError, about, check_device_name
 from clora.files import read_text, user_path
 
-ADDED = {"objective": {"weighting": "per_term"}}
+ADDED: dict[str, dict[str, Any]] = {
+    "objective": {"weighting": "per_term"},
+    "train": {"schedule": "linear", "warmup_updates": 0, "weight_decay": 0.0, "ema_decay": None, "export": "student"},
+}
 """Settings that earlier versions lacked, and the values that they acted by."""
 UNFILLED = "unfilled"
 """Context of the check of a config whose prompts file has not been read."""
@@ -223,7 +226,7 @@ class DistillConfig(FrozenModel):
         for section, values in ADDED.items():
             for key, value in values.items():
                 if settings.get(section, {}).get(key) == value:
-                    del settings[section][key]
+                    settings[section].pop(key, None)
         settings["sampler"]["integer_timesteps"] = False
         # It chose noise levels of target simulation; only runs without that are the same as before.
         if "objective" in settings and not self.objective.target_simulation:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from clora.config.fields import FrozenModel, NotNegative, Positive, PositiveFloat, Share
+from clora.config.fields import Count, FrozenModel, NotNegative, Positive, PositiveFloat, Share
 
 
 class ObjectiveWeights(FrozenModel):
@@ -68,8 +68,14 @@ class TrainConfig(FrozenModel):
         batch_size: samples per update.
         optimizer: of the student; the critic's is AdamW.
         optimizer_bits: of AdamW's states; 8, by bitsandbytes, takes a quarter of their memory.
-        learning_rate: of the student. This and the next fall linearly over each phase, to a fiftieth.
+        learning_rate: of the student.
         critic_learning_rate: of the critic.
+        schedule: of both rates: ``constant``, or they fall to a fiftieth, linearly or by a cosine, over each of the two
+            phases, anchoring and what follows.
+        warmup_updates: first updates of the run, over which both rates rise linearly from 0.
+        weight_decay: of both optimizers, as AdamW decouples it.
+        ema_decay: of a moving average of the student's factors; None for no average.
+        export: ``student`` or ``ema``, its average, goes into the collection; by default the average if there is one.
         clip: largest norm of a gradient.
         gradient_rows: most rows of one pass with gradients, to bound memory; an update adds up as many passes as it
             needs. A sample is up to three rows of the student's and one of the critic's. None for no bound.
@@ -91,6 +97,11 @@ class TrainConfig(FrozenModel):
     optimizer_bits: Literal[32, 8] = 32
     learning_rate: PositiveFloat = 1e-4
     critic_learning_rate: PositiveFloat = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_updates: Count = 0
+    weight_decay: NotNegative = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    export: Literal["student", "ema"] = Field(default_factory=lambda data: "ema" if data["ema_decay"] else "student")
     clip: PositiveFloat = 10.0
     gradient_rows: Positive | None = None
     forward_rows: Positive | None = None
@@ -98,3 +109,13 @@ class TrainConfig(FrozenModel):
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
     minutes: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.export == "ema" and self.ema_decay is None:
+            raise ValueError("export: ema needs ema_decay, such as 0.999")
+        if self.warmup_updates >= self.updates:
+            raise ValueError(
+                f"warmup_updates: expected fewer than updates, {self.updates}, found {self.warmup_updates}"
+            )
+        return self

@@ -21,12 +21,14 @@ from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.files import write_atomic
 
-# Settings that a resumed run may change: they bound its length and its memory, or name where files are.
+# Settings that a resumed run may change: they bound its length and its memory, choose among what it kept, or name where
+# files are.
 FREE_TO_CHANGE = {
     "train": {
         "updates",
         "minutes",
         "checkpoint_every",
+        "export",
         "gradient_rows",
         "forward_rows",
         "teacher_memory_gb",

@@ -1,35 +1,49 @@
-"""The optimizers of student and critic."""
+"""The optimizers of student and critic, and the student's moving average."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from clora.errors import CloraError
 
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
-def make_optimizer(name: str, parameters: Sequence[Tensor], learning_rate: float, bits: int) -> torch.optim.Optimizer:
-    """``adamw`` or ``muon``, without weight decay.
+
+def make_optimizer(
+    name: str, parameters: Sequence[Tensor], learning_rate: float, bits: int, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """``adamw`` or ``muon``.
 
     Args:
         name: as in ``train.optimizer``.
         parameters: fp32 factors.
         learning_rate: its first value.
         bits: of AdamW's states: 32, or 8 by bitsandbytes (2 bytes per parameter instead of 8). Muon's states are fp32.
+        weight_decay: every step multiplies the factors by 1 minus its product with the learning rate.
 
     Raises:
         CloraError: bitsandbytes is not installed, or cannot compute on the parameters' device.
     """
     if name == "muon":
-        return Muon(parameters, learning_rate, weight_decay=0.0)
+        return Muon(parameters, learning_rate, weight_decay=weight_decay)
     if bits == 8:
-        return _adamw_of_8_bits(parameters, learning_rate)
-    return torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+        return _adamw_of_8_bits(parameters, learning_rate, weight_decay)
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
 
 
-def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+def make_average(parameters: Sequence[Tensor], decay: float | None) -> EMAModel | None:
+    """diffusers' moving average of parameters, which follows them closely at first; None for a decay of None."""
+    from diffusers.training_utils import EMAModel
+
+    return None if decay is None else EMAModel(parameters, decay=decay, foreach=True)
+
+
+def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -47,7 +61,7 @@ def _adamw_of_8_bits(parameters: Sequence[Tensor], learning_rate: float) -> torc
             f"train.optimizer_bits: the installed bitsandbytes cannot train on {device} ({error}); upgrade it, train on "
             "a GPU, or choose 32"
         ) from error
-    return AdamW8bit(parameters, learning_rate, weight_decay=0.0)
+    return AdamW8bit(parameters, learning_rate, weight_decay=weight_decay)
 
 
 # Muon in float32: momentum whose matrix is made orthogonal before each step (Jordan et al., 2024). ``torch.optim.Muon``

@@ -16,7 +16,7 @@ from clora.lora.algebra import sum_svd
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.models import ModelAdapter
-from clora.training.steps import CRITIC, STUDENT
+from clora.training.steps import CRITIC
 from clora.training.trainer import DistillTrainer, Report
 
 
@@ -51,7 +51,7 @@ def train_student(
     ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
         trainer.fit(report, checkpoint)
-    return trainer.student.state(STUDENT)
+    return trainer.exported()
 
 
 def initial_student(config: DistillConfig, transformer, teachers: list[LoRAState]) -> LoRAState:

@@ -22,7 +22,8 @@ from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.training.checkpoint import check_same, load_state, resumable_settings, save_state
 from clora.training.faults import StepCheck, raise_first
-from clora.training.optimizers import make_optimizer
+from clora.training.optimizers import make_average, make_optimizer
+from clora.training.schedules import LearningRates
 from clora.training.steps import CRITIC, STUDENT, TrainingSteps, teacher_ids
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -57,11 +58,13 @@ class DistillTrainer:
         bank.write(CRITIC, self.critic)
         self._trained = {STUDENT: self.student, CRITIC: self.critic}
         train = config.train
-        bits = train.optimizer_bits
+        bits, decay = train.optimizer_bits, train.weight_decay
         self.optimizers = {
-            STUDENT: make_optimizer(train.optimizer, self.student.parameters(), train.learning_rate, bits),
-            CRITIC: make_optimizer("adamw", self.critic.parameters(), train.critic_learning_rate, bits),
+            STUDENT: make_optimizer(train.optimizer, self.student.parameters(), train.learning_rate, bits, decay),
+            CRITIC: make_optimizer("adamw", self.critic.parameters(), train.critic_learning_rate, bits, decay),
         }
+        self.average = make_average(self.student.parameters(), train.ema_decay)
+        self.rates = LearningRates(train, config.anchor_share)
         self.generator = torch.Generator().manual_seed(config.seed)
         device = adapter.pipeline.transformer.device
         self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
@@ -87,9 +90,11 @@ class DistillTrainer:
         start = time.monotonic() - self.seconds
         with recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
             while (progress := self._progress()) < 1:
-                self._set_learning_rate(progress)
+                self._set_learning_rates(progress)
                 with about(f"update {self.update + 1}"):
                     values = raise_first(self._iterate(progress))
+                if self.average is not None:
+                    self.average.step(self.student.parameters())
                 self.update += 1
                 self.seconds = time.monotonic() - start
                 report(self.update, values)
@@ -106,7 +111,7 @@ class DistillTrainer:
 
     def _iterate(self, progress: float) -> list[StepCheck]:
         """One student update and the critic updates that precede it; nothing is read from the device."""
-        if progress < self.anchor_share:
+        if self._is_anchoring(progress):
             return [self.steps.student_step(self.sampler.draw_targets(self.update))]
         if not self.matching and self.anchor_share > 0:
             self.steps.start_critic()
@@ -125,22 +130,33 @@ class DistillTrainer:
         # The student has not changed since the last rollout, so that its own step takes it: a simulation is saved.
         return [*checks, self.steps.student_step(batch, rollout)]
 
-    def _set_learning_rate(self, progress: float) -> None:
-        """Lets the rates fall linearly to a fiftieth over each phase, anchoring and what follows."""
-        train = self.config.train
-        share = self.anchor_share
-        anchoring = progress < share
-        left = 1 - progress / share if anchoring else (1 - progress) / (1 - share)
-        factor = 0.02 + 0.98 * left
-        rate = (anchoring and train.anchor_learning_rate) or train.learning_rate
-        self.optimizers[STUDENT].param_groups[0]["lr"] = rate * factor
-        self.optimizers[CRITIC].param_groups[0]["lr"] = train.critic_learning_rate * factor
+    def _is_anchoring(self, progress: float) -> bool:
+        """Reports whether the run is in its first phase, which does not come back where a run is lengthened."""
+        return progress < self.anchor_share and not self.matching
+
+    def _set_learning_rates(self, progress: float) -> None:
+        rates = self.rates.at(self.update, progress, self._is_anchoring(progress))
+        for optimizer, rate in zip(self.optimizers.values(), rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+
+    def exported(self) -> LoRAState:
+        """Copies the LoRA that the collection gets: the student, or its moving average (``train.export``)."""
+        if self.average is None or self.config.train.export == "student":
+            return self.student.state(STUDENT)
+        parameters = self.student.parameters()
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        state = self.student.state(STUDENT)
+        self.average.restore(parameters)
+        return state
 
     def save(self, path: Path) -> None:
         """Writes everything that a bit-exact resume needs."""
         tensors = self.sampler.state()
         for name, slots in self._trained.items():
             tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(slots.parameters())}
+        if self.average is not None:
+            tensors |= {f"ema.{i}": parameter for i, parameter in enumerate(self.average.shadow_params)}
         values = {
             "update": self.update,
             "seconds": self.seconds,
@@ -165,6 +181,10 @@ class DistillTrainer:
         self.bank.write(CRITIC, self.critic)
         self.sampler.load_state(tensors)
         self.update = int(values["update"])
+        if self.average is not None:
+            for i, parameter in enumerate(self.average.shadow_params):
+                parameter.copy_(tensors[f"ema.{i}"])
+            self.average.optimization_step = self.update  # it takes one step an update
         self.seconds = float(values["seconds"])
         self.matching = bool(values["matching"])
 

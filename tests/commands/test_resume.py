@@ -77,6 +77,8 @@ def as_before(settings):
     settings["sampler"]["integer_timesteps"] = False
     settings["objective"]["tau_rule"] = "paper"
     del settings["objective"]["weighting"]
+    for key in ("schedule", "warmup_updates", "weight_decay", "ema_decay", "export"):
+        settings["train"].pop(key, None)
     return settings
 
 

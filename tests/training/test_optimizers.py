@@ -10,7 +10,7 @@ import torch
 
 from clora.errors import CloraError
 from clora.training.checkpoint import load_state, save_state
-from clora.training.optimizers import make_optimizer
+from clora.training.optimizers import make_average, make_optimizer
 
 SIZE = (1, 64, 128)  # bitsandbytes leaves states of less than 4096 numbers in 32 bits
 eight_bits = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -54,6 +54,29 @@ def test_a_restored_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, name, b
         parameter.data.copy_(tensors[str(i)])
     step(forgetful, other, 3)
     assert not torch.equal(forgetful[0], parameters[0]), "the state changes nothing here"
+
+
+@pytest.mark.parametrize(("name", "bits"), [("adamw", 32), ("muon", 32), pytest.param("adamw", 8, marks=eight_bits)])
+def test_weight_decay_is_decoupled(name, bits):
+    """Factors shrink by learning rate times decay, apart from the step that the gradient makes."""
+    plain, decayed = start(), start()
+    step(plain, make_optimizer(name, plain, 0.1, bits), 1)
+    step(decayed, make_optimizer(name, decayed, 0.1, bits, weight_decay=0.5), 1)
+    for before, without, with_decay in zip(start(), plain, decayed, strict=True):
+        torch.testing.assert_close(with_decay, without - 0.1 * 0.5 * before)
+
+
+def test_the_average_is_that_of_its_definition():
+    (parameter, _), decay = start(), 0.4
+    average, expected = make_average([parameter], decay), parameter.detach().clone()
+    for k in range(6):
+        with torch.no_grad():
+            parameter.add_(1.0)
+        average.step([parameter])
+        d = min(decay, (1 + k) / (10 + k)) if k else 0.0
+        expected = d * expected + (1 - d) * parameter.detach()
+        torch.testing.assert_close(average.shadow_params[0], expected)
+    assert make_average([parameter], None) is None
 
 
 @eight_bits

@@ -140,6 +140,11 @@ def num_slots(facts: Facts, config: DistillConfig) -> int:
     return 1 + (count if pages is None else pages)
 
 
+def num_kept(train: TrainConfig) -> int:
+    """LoRAs in float32: student, critic and, with ``train.ema_decay``, the student's average."""
+    return 2 if train.ema_decay is None else 3
+
+
 def state_bytes(train: TrainConfig) -> int:
     """Bytes of both optimizers' states per trained value; Muon's stay in 32 bits."""
     # The critic's is always AdamW; only AdamW's moments can be in 8 bits.
@@ -150,7 +155,7 @@ def state_bytes(train: TrainConfig) -> int:
 def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     """Device memory by part, in bytes; ``encoders`` leave the device before the others come.
 
-    ``rendering`` is everything on the device while targets are rendered.
+    ``rendering`` is everything on the device while targets are rendered; the student's average counts as student.
 
     Raises:
         CloraError: ``train.teacher_memory_gb`` holds too few teachers.
@@ -171,7 +176,7 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
         "rendering": facts.transformer + slots + rendering_rows(config) * block,
         "base": facts.transformer,
         "teachers": slots,
-        "student and critic": 2 * values * MASTER,
+        "student and critic": num_kept(train) * values * MASTER,
         "gradients": values * GRADIENT,
         "optimizers": values * state_bytes(train),
         "activations": max(learning, train.batch_size * block),
@@ -193,8 +198,8 @@ def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
         encoded: values of the encoded pictures and prompts, which are in the host's memory too.
     """
     values = trained_values(facts, config.student.rank)
-    # Student and critic, each with its optimizer.
-    states = 2 * MASTER + state_bytes(config.train)
+    # Student and critic, each with its optimizer, and the student's average.
+    states = num_kept(config.train) * MASTER + state_bytes(config.train)
     return {
         "collection": values * facts.dtype.itemsize,
         "checkpoint while it trains": values * states,

@@ -69,21 +69,22 @@ def gradients_at_each_step(trainer):
     return held
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_memory_is_what_a_small_run_uses(adapter, optimizer):
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}, {"ema_decay": 0.9}], ids=["adamw", "muon", "average"])
+def test_memory_is_what_a_small_run_uses(adapter, settings):
     transformer = adapter.pipeline.transformer
     facts = facts_of(transformer, random_teachers(transformer, 3))
-    with make_trainer(adapter, train={"optimizer": optimizer, "updates": 1}) as trainer:
+    with make_trainer(adapter, train={"updates": 1, **settings}) as trainer:
         planned = memory(facts, trainer.config)
         held = gradients_at_each_step(trainer)
         trainer.fit(lambda update, values: None)
         optimizers = trainer.optimizers.values()
         states = [state for o in optimizers for state in o.state_dict()["state"].values()]
         used = sum(t.numel() * t.itemsize for state in states for t in state.values() if torch.is_tensor(t) and t.ndim)
-        trained = sum(p.numel() * p.itemsize for p in (*trainer.student.parameters(), *trainer.critic.parameters()))
+        average = [] if trainer.average is None else trainer.average.shadow_params
+        kept = [*trainer.student.parameters(), *trainer.critic.parameters(), *average]
         stacked = trainer.bank.bytes().device
     assert planned["base"] == sum(p.numel() * p.itemsize for p in transformer.parameters())
-    assert planned["student and critic"] == trained
+    assert planned["student and critic"] == sum(p.numel() * p.itemsize for p in kept)
     assert planned["optimizers"] == used
     assert planned["gradients"] == max(held)
     assert len(held) == 1 + trainer.config.train.critic_ratio
