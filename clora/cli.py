@@ -14,6 +14,7 @@ from rich.text import Text
 
 from clora.errors import CloraError
 from clora.files import TEMPLATES
+from clora.progress import say
 from clora.threads import limit_spinning
 from clora.version import __version__
 
@@ -36,6 +37,10 @@ app.add_typer(studio, name="studio")
 Config = Annotated[Path, typer.Argument(help="YAML file: pipeline, effects, data, student, train.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A recipe for what the file leaves out: paper, or clora, which is ours."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:0; auto takes a CUDA GPU if there is one.")]
@@ -113,14 +118,17 @@ def distill(
         str | None,
         typer.Option(metavar="REPO", help="Upload the collection to this repository of the Hugging Face Hub."),
     ] = None,
+    preset: Preset = None,
 ) -> None:
     """Distil your own LoRA files on your own pipeline.
 
     Start from the commented example: [bold]clora distill --example > my.yaml[/bold]
 
     Example: [bold]clora distill my.yaml train.updates=500 --push-to-hub me/my-collection[/bold]
+
+    Example: [bold]clora distill my.yaml --preset paper[/bold]
     """
-    loaded = _load(config, overrides or ())
+    loaded = _load(config, overrides or (), preset)
     from clora.commands.distill import distill as run
 
     typer.echo(f"collection: {run(loaded, push_to_hub)}")
@@ -131,6 +139,7 @@ def prompts(
     config: Config,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the prompts file, edits included.")] = False,
+    preset: Preset = None,
 ) -> None:
     """Write student prompts, triggers and general instructions to a file that you may edit before training.
 
@@ -138,7 +147,7 @@ def prompts(
 
     Example: [bold]clora prompts my.yaml prompts.paraphrases=6[/bold]
     """
-    loaded = _load(config, overrides or (), with_prompts=False)
+    loaded = _load(config, overrides or (), preset, with_prompts=False)
     from clora.commands.prompts import similarity_table, write_prompts
 
     file = loaded.prompts.file or str(config.with_suffix(".prompts.yaml"))
@@ -149,14 +158,14 @@ def prompts(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False, preset: Preset = None) -> None:
     """Show what a distillation will need and do, and what is wrong with its config, pictures and LoRA files.
 
     Reads no weights: [bold]clora inspect[/bold] finds values of a LoRA that are not finite.
 
     Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
     """
-    loaded = _load(config, overrides or ())
+    loaded = _load(config, overrides or (), preset)
     from clora.commands.plan import make_plan, render
 
     found = make_plan(loaded)
@@ -262,12 +271,16 @@ def path() -> None:
     typer.echo(str(pipeline_folder()))
 
 
-def _load(config: Path, overrides: Iterable[str], with_prompts: bool = True) -> DistillConfig:
-    """Reads a config; the error about a bad one also lists what is wrong with the files that it names."""
+def _load(config: Path, overrides: Iterable[str], preset: str | None, with_prompts: bool = True) -> DistillConfig:
+    """Reads a config and states what a preset sets; the error about a bad one also lists what is wrong with its files."""
+    from clora.config.presets import describe_preset
     from clora.config.settings import load_config
 
     try:
-        return load_config(config, overrides, with_prompts=with_prompts)
+        loaded = load_config(config, overrides, with_prompts, preset)
+        if preset is not None:
+            say(describe_preset(preset, loaded))
+        return loaded
     except CloraError as error:
         from clora.commands.checks import add_file_problems
 

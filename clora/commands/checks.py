@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clora.collection.write import check_output
-from clora.config.reading import named_files, read_tree
+from clora.config.reading import apply_overrides, named_files, read_tree
 from clora.config.settings import DistillConfig, general_instructions
 from clora.data.images import check_image, list_images
 from clora.data.prepare import check_pairs, num_shared
@@ -65,7 +65,9 @@ def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[s
     """Adds to the error of a refused config what is wrong with the pictures and LoRA files that the config names."""
     found = Problems()
     with suppress(CloraError):  # of a file that is not YAML, which the error reports
-        _check_named_files(read_tree(path, overrides), found)
+        tree = read_tree(path)
+        apply_overrides(tree, overrides)
+        _check_named_files(tree, found)
     return CloraError("\n  ".join([f"{error}\nand of the files that it names:", *found])) if found else error
 
 

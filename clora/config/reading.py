@@ -44,18 +44,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Reads a YAML file and applies overrides.
-
-    Raises:
-        CloraError: the file is missing, unreadable, malformed or no mapping, or an override does not fit.
-    """
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file. Raises CloraError for one that is missing, unreadable, malformed or no mapping."""
     path = user_path(path)
     tree = _parse(read_text(path, "a YAML file"), str(path))
     if not isinstance(tree, dict):
         raise CloraError(f"{path}: expected a mapping of keys to values, found {_kind(tree)}")
-    for override in overrides:
-        _apply(tree, override)
     return tree
 
 
@@ -70,6 +64,12 @@ def _parse(text: str, where: str) -> Any:
         raise CloraError(f"{where}: expected YAML, which is plain text, found {found}; is it another file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CloraError(f"{where}: not valid YAML: {error}") from error
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Sets each ``key.sub=value`` in a tree. Raises CloraError for one that does not fit."""
+    for override in overrides:
+        _apply(tree, override)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

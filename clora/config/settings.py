@@ -25,8 +25,9 @@ from clora.config.fields import (
     PositiveFloat,
     Share,
 )
+from clora.config.presets import merged, read_preset
 from clora.config.prompts_file import fill_prompts, make_trigger, read_prompts
-from clora.config.reading import read_tree, validate
+from clora.config.reading import apply_overrides, read_tree, validate
 from clora.config.training import ObjectiveConfig, TrainConfig
 from clora.errors import CloraError, about, check_device_name
 from clora.files import read_text, user_path
@@ -266,7 +267,9 @@ class DistillConfig(FrozenModel):
         return self
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: bool = True) -> DistillConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), with_prompts: bool = True, preset: str | None = None
+) -> DistillConfig:
     """Reads and checks a config file, and the prompts file that it names.
 
     Args:
@@ -274,17 +277,21 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), with_prompts: b
         overrides: ``key.sub=value`` each, the value in YAML; list entries by number (``effects.0.lora=x``). One text is
             one override.
         with_prompts: false leaves the prompts file unread, for the command that writes it.
+        preset: ``paper`` or ``clora``, a recipe of settings. The file's own replace it, and overrides replace both.
 
     Returns:
         The config with every default filled in.
 
     Raises:
-        CloraError: a missing or malformed file, or every problem in it: unknown keys with suggestions, wrong types,
+        CloraError: an unknown preset, a missing or malformed file, or every problem in it: unknown keys with suggestions, wrong types,
             values out of range, two effects of one name or trigger. Also a prompts file that cannot be read or is of
             other effects.
     """
     overrides = (overrides,) if isinstance(overrides, str) else tuple(overrides)
-    tree = read_tree(path, overrides)
+    tree = read_tree(path)
+    if preset is not None:
+        tree = merged(read_preset(preset), tree)
+    apply_overrides(tree, overrides)
     section = tree.get("prompts")
     if not with_prompts or not isinstance(section, dict) or section.get("file") is None:
         return validate(DistillConfig, tree, str(path), overrides)
