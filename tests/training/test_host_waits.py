@@ -61,11 +61,12 @@ def test_what_waits_is_found():
 )
 def test_an_update(parts, pages, train):
     adapter, data = parts
-    with make_trainer(adapter, data, pages, train={"critic_ratio": 1, **train}) as trainer:
+    with make_trainer(adapter, data, pages, train={"critic_ratio": 1, "ema_decay": 0.9, **train}) as trainer:
         for matching in (False, True):
             trainer.anchor_share = 0.0 if matching else 1.0
             with host_waits() as waits:
                 checks = trainer._iterate(0.5)
+                trainer.average.step(trainer.student.parameters())
             assert waits == []
             for check in checks:
                 read = (*check.values.values(), check.nonfinite, check.gradient_norm, check.strength)

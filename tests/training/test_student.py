@@ -30,6 +30,14 @@ def test_one_effect_is_distilled_too(adapter, init):
     assert not any(isinstance(module, RoutedLinear) for module in transformer.modules())
 
 
+def test_a_run_returns_what_is_to_be_exported(adapter):
+    teachers, states = random_teachers(adapter.pipeline.transformer, 1), {}
+    for export in ("student", "ema"):
+        config = tiny_config(["effect_0"], train={"ema_decay": 0.5, "export": export})
+        states[export] = train_student(config, adapter, teachers, random_data(adapter, ["effect_0"]), lambda u, v: None)
+    assert not same(states["student"], states["ema"])
+
+
 @pytest.mark.parametrize("padding", [0, 4])
 def test_the_student_starts_at_zero_or_at_the_mean_of_the_teachers(adapter, padding):
     transformer = adapter.pipeline.transformer
