@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -44,6 +45,13 @@ Preset = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:0; auto takes a CUDA GPU if there is one.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave out tensors whose names begin like this, * for any text ('lora_te', '*.norm'); may be repeated.",
+    ),
+]
 Folder = Annotated[Path | None, typer.Argument(help="Studio folder; by default the one that ships with clora.")]
 
 
@@ -51,11 +59,24 @@ def main() -> None:
     """Runs the command line; a user's mistake is printed without a traceback, and the exit code is 1."""
     limit_spinning()  # before a command imports torch
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except CloraError as error:
-        message = Text("error: ", style="bold red").append(str(error), style="not bold default")
-        Console(stderr=True).print(message, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is not None:  # of a file, and not of what is printed
+            raise
+        # What is still to be written would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"the output cannot be written: {error.strerror}; make room where it goes")
+
+
+def _fail(problem: str) -> None:
+    message = Text("error: ", style="bold red").append(problem, style="not bold default")
+    Console(stderr=True).print(message, soft_wrap=True)
+    sys.exit(1)
 
 
 def _show_version(value: bool) -> None:
@@ -161,7 +182,7 @@ def prompts(
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False, preset: Preset = None) -> None:
     """Show what a distillation will need and do, and what is wrong with its config, pictures and LoRA files.
 
-    Reads no weights: [bold]clora inspect[/bold] finds values of a LoRA that are not finite.
+    Reads the values of the LoRA files, and no weights of the model.
 
     Example: [bold]clora plan my.yaml train.batch_size=2[/bold]
     """
@@ -181,6 +202,7 @@ def inspect(
     pipeline: Annotated[
         Path | None, typer.Option(help="Pipeline folder; shows which of its layers the LoRA changes.")
     ] = None,
+    ignore: Ignore = None,
 ) -> None:
     """Show a LoRA's format, model family, adapter types, ranks, alphas and effective scales, and all its problems.
 
@@ -189,7 +211,7 @@ def inspect(
     from clora.lora.inspect import check_usable, render
     from clora.lora.inspect import inspect as describe
 
-    info = describe(path, pipeline)
+    info = describe(path, pipeline, ignore or ())
     _print(info, render, as_json)
     check_usable(info)
 
@@ -221,6 +243,7 @@ def export(
         float,
         typer.Option(help="Largest relative error of factors for changes without low rank (DoRA, full-matrix LoKr)."),
     ] = 0.01,
+    ignore: Ignore = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a LoRA in another format, at a lower rank or in another type; shows the error of every module.
@@ -231,7 +254,8 @@ def export(
     """
     from clora.lora.convert import convert_lora, render
 
-    _print(convert_lora(path, output, format, rank, energy, dtype, pipeline, max_error), render, as_json)
+    report = convert_lora(path, output, format, rank, energy, dtype, pipeline, max_error, ignore or ())
+    _print(report, render, as_json)
 
 
 @studio.command()

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import clora
 from clora.cli import main
@@ -142,6 +142,25 @@ def test_inspect_bad_file(run, tmp_path, name, content, message):
     assert err.startswith("error: ")
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line(lora):
+    for options in ([], ["--json"]):
+        command = [sys.executable, "-m", "clora", "inspect", str(lora), *options]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "error: the output cannot be written: No space left on device; make room where it goes\n"
+
+
+def test_ignore_reaches_inspect_and_export(run, lora, tmp_path):
+    file = tmp_path / "more.safetensors"
+    save_file(load_file(lora) | {"lora_te1_x.alpha": torch.ones(1)}, file)
+    assert run("inspect", file)[0] == 1
+    assert run("inspect", file, "--ignore", "lora_te")[0] == 0
+    assert run("export", file, "--output", tmp_path / "out.safetensors")[0] == 1
+    assert run("export", file, "--output", tmp_path / "out.safetensors", "--ignore", "lora_te")[0] == 0
 
 
 def test_a_message_is_never_markup(run, tmp_path):

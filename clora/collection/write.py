@@ -21,9 +21,8 @@ from clora.collection.metadata import (
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.files import check_writable, write_atomic
-from clora.hashing import file_digest
 from clora.lora.save import check_storable, save_lora
-from clora.lora.source import find_weights
+from clora.lora.source import weights_digest
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.version import __version__
@@ -62,7 +61,7 @@ def make_collection(
             name=effect.name,
             prompts=effect.student_prompts if own_prompts else (effect.prompt,),
             teacher=loras[effect.name].name,
-            teacher_sha256=file_digest(find_weights(loras[effect.name])),
+            teacher_sha256=weights_digest(loras[effect.name]),
             trigger=effect.trigger if own_prompts else None,
             license=licenses[effect.name],
         )

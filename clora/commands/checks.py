@@ -133,5 +133,5 @@ def check_layers(
         student_layers(transformer, config.student.targets)
     for i, effect in enumerate(config.effects):
         with problems.catch(), about(f"effects.{i}.lora"):
-            ranks[effect.name] = lora_ranks(effect.lora, shapes)
+            ranks[effect.name] = lora_ranks(effect.lora, shapes, effect.ignore)
     return ranks

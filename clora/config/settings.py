@@ -50,6 +50,8 @@ class EffectConfig(FrozenModel):
         prompt: the teacher's own training prompt.
         max_error: largest relative error, in any layer, of the factors of a change without low rank (DoRA, full-matrix
             LoKr).
+        ignore: the beginnings of tensor names of the LoRA to leave out, such as those of a text encoder; ``*`` stands
+            for any text.
         trigger: the student's unique word; by default made from the name (see `make_trigger`).
         student_prompts: prompts of the student, each with the trigger if one is given; by default the trigger followed
             by the teacher's prompt. Without a given trigger they need not hold the
@@ -62,6 +64,7 @@ class EffectConfig(FrozenModel):
     lora: PathText
     prompt: NonEmpty
     max_error: Share = 0.01
+    ignore: tuple[NonEmpty, ...] = ()
     trigger: NonEmpty = Field(default_factory=lambda data: make_trigger(data["name"]))
     student_prompts: tuple[NonEmpty, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
     sources: PathText | None = None
@@ -73,11 +76,10 @@ class EffectConfig(FrozenModel):
         """An explicit null or empty list means the default, as in a config written by a program."""
         if not isinstance(values, dict):
             return values
-        values = {k: v for k, v in values.items() if k not in ("trigger", "student_prompts") or v not in (None, [], ())}
+        unset = ("trigger", "student_prompts", "ignore")
+        values = {k: v for k, v in values.items() if k not in unset or v not in (None, [], ())}
         # After this validator, strict checking accepts only a tuple.
-        if isinstance(values.get("student_prompts"), list):
-            values["student_prompts"] = tuple(values["student_prompts"])
-        return values
+        return {k: tuple(v) if k in unset and isinstance(v, list) else v for k, v in values.items()}
 
     @model_validator(mode="after")
     def _check(self) -> EffectConfig:
@@ -228,6 +230,9 @@ class DistillConfig(FrozenModel):
             for key, value in values.items():
                 if settings.get(section, {}).get(key) == value:
                     settings[section].pop(key, None)
+        for effect in settings.get("effects", ()):
+            if not effect["ignore"]:
+                del effect["ignore"]
         settings["sampler"]["integer_timesteps"] = False
         # It chose noise levels of target simulation; only runs without that are the same as before.
         if "objective" in settings and not self.objective.target_simulation:

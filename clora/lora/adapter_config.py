@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from clora.errors import CloraError
+from clora.files import read_text
+from clora.lora.keys import format_of
 
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"
@@ -60,12 +62,15 @@ class AdapterConfig:
         """
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError is raised for integers of thousands of digits too
             raise CloraError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise CloraError(f"{where} must be a JSON object, found {type(values).__name__}")
         values = {key.removeprefix("transformer."): value for key, value in values.items()}
         _refuse_other_adapters(values, where)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if isinstance(values.get(name), dict):
+                _check_pattern(values[name], where)
         alpha = values.get("lora_alpha", values.get("alpha"))  # LoHa and LoKr call it alpha
         try:
             return cls(
@@ -100,12 +105,9 @@ def find_config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) ->
     """
     # A folder may hold another adapter's config, so only what is PEFT's by its name or keys is read with it.
     beside = file.with_name(PEFT_CONFIG)
-    is_peft = file.name == PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in keys)
+    is_peft = file.name.startswith(PEFT_WEIGHTS) or any(format_of(key) == "peft" for key in keys)
     if is_peft and beside.is_file():
-        try:
-            return AdapterConfig.parse(beside.read_text(encoding="utf-8"), str(beside))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CloraError(f"{beside} cannot be read: {error}") from error
+        return AdapterConfig.parse(read_text(beside, "PEFT's adapter config"), str(beside))
     if METADATA_KEY in metadata:
         return AdapterConfig.parse(metadata[METADATA_KEY], f"{METADATA_KEY} of {file}")
     return AdapterConfig()
@@ -136,15 +138,26 @@ def _finite(value: Any) -> float:
 def stated(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """Returns a module's entry of `AdapterConfig.rank_pattern` or ``alpha_pattern``, else the default.
 
-    PEFT's rule: the first key that is, as a regular expression, the module's name or a dotted tail of it.
-
-    Raises:
-        CloraError: a key that is not a regular expression.
+    PEFT's rule is the first key that is, as a regular expression, the module's name or a dotted tail of it. A file's
+    expression is never run; keys that are names, with the signs that people put around them, mean the same.
     """
-    for key, value in pattern.items():
-        try:
-            if key == module or re.fullmatch(rf"(.*\.)?({key})", module):
-                return value
-        except re.error as error:
-            raise CloraError(f"adapter config: {key!r} is not a valid module pattern ({error})") from error
-    return default
+    return next((value for key, value in pattern.items() if _fits(key, module)), default)
+
+
+def _fits(key: str, module: str) -> bool:
+    name = key.removesuffix("$").replace("\\.", ".")
+    if name.startswith("^"):
+        return module == name[1:]
+    if name.startswith(".*"):
+        return module.endswith(name[2:])
+    return f".{module}".endswith(f".{name}")
+
+
+def _check_pattern(pattern: Mapping[str, Any], where: str) -> None:
+    """Raises CloraError for a key that only a regular expression's rules explain."""
+    for key in pattern:
+        if not re.fullmatch(r"(\^|\.\*)?(\w|-|\.|\\\.)+\$?", key):
+            raise CloraError(
+                f"{where}: {key[:80]!r} is a regular expression, and clora runs none of a file's; expected names of "
+                "modules or ends of them. Write an entry for each module in its place"
+            )

@@ -26,6 +26,10 @@ from clora.lora.keys import split_prefix
 from clora.lora.source import LoRASource
 from clora.lora.state import LoRAModule
 
+# The longest weight of any family, FLUX.2's fused projection, has 3.4e8 values; a file may claim any product.
+_MAX_VALUES = 2**29
+# Alpha is at most some hundred times the rank in real files.
+_MAX_SCALE = 1e4
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _KINDS = {"lora": "LoRA", "lokr": "LoKr", "hada": "LoHa", "diff": "diff"}
 # The parts of each type's matrices: (up, down) of a product, or one whole matrix.
@@ -71,6 +75,11 @@ class Adapter:
         """Reads its tensors but alpha in fp32, by part. Raises CloraError for a value that is not finite."""
         return self.source.read({part: key for part, key in self.parts.items() if part != "alpha"})
 
+    def changes_nothing(self, tensors: Mapping[str, Tensor], scale: float) -> bool:
+        """Returns whether its product is zero, as of a training that never reached it; DoRA's depends on the base."""
+        products = (all(bool(tensors[part].any()) for part in matrix) for matrix in self.matrices)
+        return not self.is_dora and (scale == 0 or not all(products))
+
     def sizes(self) -> str:
         """Returns the names and shapes of its matrices' tensors, for error messages."""
         return " and ".join(_sizes(self.source, self.parts, matrix) for matrix in self.matrices)
@@ -94,6 +103,8 @@ def read_adapter(source: LoRASource, stem: str, parts: Mapping[str, str]) -> Ada
     else:
         raise CloraError(f"{source.file}: the two matrices of {stem} are {list(shapes[0])} and {list(shapes[1])}")
 
+    if shape[0] * shape[1] > _MAX_VALUES:
+        raise CloraError(f"{source.file}: {stem} changes a weight of {list(shape)}; no model has a layer of that size")
     # Kronecker and Hadamard products of matrices of ranks r and s both have factors of rank r * s. A product's rank is
     # the length of its inner side, that of a whole matrix the length of its shorter side.
     rank = None
@@ -188,8 +199,18 @@ def find_strength(adapter: Adapter) -> Strength:
 
     Raises:
         CloraError: the config states another rank than the tensors have, PEFT weights come without a config, or alpha
-            is not finite.
+            is not finite or absurd.
     """
+    strength = _stated_strength(adapter)
+    if abs(strength.scale) > _MAX_SCALE:
+        raise CloraError(
+            f"{adapter.source.file}: {adapter.stem} has alpha {strength.alpha:g}, which makes its effective scale "
+            f"{strength.scale:g}; expected at most {_MAX_SCALE:g}. The file is damaged; export the LoRA again"
+        )
+    return strength
+
+
+def _stated_strength(adapter: Adapter) -> Strength:
     source = adapter.source
     module = split_prefix(adapter.stem)[1]
     stated_rank = stated(source.config.rank_pattern, module, source.config.rank)
@@ -207,8 +228,9 @@ def find_strength(adapter: Adapter) -> Strength:
         return Strength(alpha, "tensor", source.config.scale(alpha, adapter.rank))
     if stated_alpha is not None and rank is not None:
         return Strength(stated_alpha, "config", source.config.scale(stated_alpha, rank))
-    # diffusers' and ComfyUI's files mean alpha = rank where none is stated; PEFT's default alpha is 8 at any rank.
-    if adapter.stem.startswith("base_model.model."):
+    # diffusers' and ComfyUI's files mean alpha = rank where none is stated; PEFT's default alpha is 8 at any rank. No
+    # PEFT model has the original repositories' names: diffusers and sglang read such files with alpha = rank too.
+    if split_prefix(adapter.stem)[0] == "peft" and not source.has_original_names:
         raise CloraError(
             f"{source.file}: PEFT keeps alpha in an adapter_config.json beside the weights, none is stated there, so "
             "their strength is not known; put that file there"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def convert_lora(
     dtype: str | None = None,
     pipeline: str | Path | None = None,
     max_error: float = algebra.MAX_ERROR,
+    ignore: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes a LoRA in another format.
 
@@ -60,7 +61,7 @@ def convert_lora(
         dtype: one of `DTYPES`; by default the type that the file is stored in.
         pipeline: folder of the LoRA's pipeline, where the file's names do not show its layers. DoRA needs it with its
             weights.
-        max_error: as in `clora.lora.load.read_lora`.
+        max_error, ignore: as in `clora.lora.load.read_lora`.
 
     Returns:
         A dictionary that can be written as JSON: ``file, output, format, dtype, bytes, rank, max_error, load_error`` (the
@@ -71,13 +72,13 @@ def convert_lora(
             one whose model has to be given.
     """
     _check_choices(format, dtype, rank, energy)
-    source = open_lora(path)
+    source = open_lora(path, ignore)
     output = user_path(output)
     if output.resolve() in (source.file.resolve(), source.file.resolve().parent):
         raise CloraError(f"output {output} is the input itself; choose another name")
     shapes = None if pipeline is None else pipeline_shapes(pipeline)
     weights = None if pipeline is None else pipeline_weights(pipeline)
-    state = read_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error)
+    state = read_lora(path, shapes or _shapes_in_file(source), weights, max_error=max_error, ignore=ignore)
     dtype = dtype or _stored_dtype(source)
     smaller = _reduced(state, format, rank, energy, dtype)
     metadata = {key: value for key, value in state.metadata.items() if _KEPT_METADATA.fullmatch(key)}

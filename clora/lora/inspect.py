@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,21 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from clora.errors import CloraError
-from clora.hashing import file_digest
 from clora.lora.adapters import Adapter, find_strength, read_adapter
 from clora.lora.algebra import MAX_ERROR, MAX_RANK
 from clora.lora.families import Route, families_with, family_of, routes
-from clora.lora.keys import split_prefix
+from clora.lora.keys import format_of, module_name, split_prefix
 from clora.lora.layers import LayerShapes, linear_shapes, pipeline_shapes, transformer_of
-from clora.lora.load import excess, misfit, updates
-from clora.lora.source import LoRASource, open_lora
+from clora.lora.load import NOTHING, excess, misfit, second_time, several_adapters, updates
+from clora.lora.source import LoRASource, open_lora, weights_digest
 
+# A collection's entry (`clora.collection.metadata`), which holds the effects' prompts.
+_EFFECTS = "clora.effects"
 _SHOWN_KEYS = 5
 _SHOWN_PROBLEMS = 2
 _SHOWN_CHARACTERS = 80
 
 
-def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
+def inspect(path: str | Path, pipeline: Any = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """Describes a LoRA file of any common format, and all that is wrong with it.
 
     Its tensors are read one module at a time, to see that all values are finite.
@@ -36,6 +38,7 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
         path: a ``.safetensors`` file, or a folder with one.
         pipeline: the model that it is for, to find which of its layers the LoRA changes: the folder of a saved
             pipeline (its configs are enough), a diffusers pipeline or a transformer.
+        ignore: the beginnings of the tensor names to leave out (see `clora.load_lora`).
 
     Returns:
         A dictionary that can be written as JSON: ``file, sha256, format, bytes, parameters, dtypes`` (count by type),
@@ -43,7 +46,7 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
         that stand for dense changes; None where all is exact), ``families`` (that have all of its names; the model's
         own one where a model is given), ``matched`` (layers that it changes; None without a model), ``unmatched``
         (module names), ``problems`` and ``notes`` (one message each), ``unknown_keys``, ``unsupported`` (reason to
-        keys) and ``metadata``.
+        keys), ``ignored`` (keys), ``effects`` (of a collection, name to prompts) and ``metadata``.
 
     Raises:
         CloraError: a missing, corrupt or pickled file, a broken adapter config, or no such pipeline.
@@ -52,24 +55,27 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
     if pipeline is not None:
         is_folder = isinstance(pipeline, (str, Path))
         shapes = pipeline_shapes(pipeline) if is_folder else linear_shapes(transformer_of(pipeline))
-    source = open_lora(path)
+    source = open_lora(path, ignore)
     table = routes(shapes)
     modules: list[dict[str, Any]] = []
     problems: list[str] = []
-    layers: Counter[str] = Counter()
+    layers: dict[str, list[str]] = {}
     for stem, parts in source.keys.modules.items():
         try:
             adapter = read_adapter(source, stem, parts)
-            adapter.read()  # raises where a value is not finite
-            entry, found = _describe(adapter, table.get(split_prefix(stem)[1], ()), shapes)
+            entry, found = _describe(adapter, table.get(module_name(stem, table), ()), shapes)
         except CloraError as error:
             problems.append(str(error))
         else:
             modules.append(entry)
             problems += found
-            layers.update(entry["targets"])
+            for layer in entry["targets"]:
+                layers.setdefault(layer, []).append(stem)
     problems += [f"{first} and {second} are the same tensor by two names" for first, second in source.keys.twice]
-    problems += [f"{name} is given {n} times; expected each module once" for name, n in layers.items() if n > 1]
+    problems += [second_time(layer, stems) for layer, stems in layers.items() if len(stems) > 1]
+    problems += [problem for problem in [several_adapters(source)] if problem]
+    if modules and not problems and all(entry["is_zero"] for entry in modules):
+        problems.append(NOTHING)
     names = [split_prefix(stem)[1] for stem in source.keys.modules]
     families = families_with(names) if pipeline is None else [family_of(shapes)]
     return _totals(source) | {
@@ -77,10 +83,10 @@ def inspect(path: str | Path, pipeline: Any = None) -> dict[str, Any]:
         **{f"{name}s": _counts(modules, name) for name in ("type", "rank", "alpha", "scale")},
         "max_error": max((entry["error"] for entry in modules if entry["error"]), default=None),
         "families": [family.name for family in families if family is not None],
-        "matched": None if pipeline is None else layers.total(),
+        "matched": None if pipeline is None else sum(map(len, layers.values())),
         "unmatched": [] if pipeline is None else [entry["name"] for entry in modules if not entry["targets"]],
         "problems": problems,
-        "notes": _notes(modules),
+        "notes": _notes(modules, source),
     }
 
 
@@ -104,8 +110,12 @@ def render(info: Mapping[str, Any]) -> Group:
         ("size", f"{info['bytes'] / 1e6:.2f} MB"),
         ("sha256", info["sha256"]),
     ]
+    for effect, prompts in info["effects"].items():
+        rows.append((f"effect {effect}", "\n".join(prompts)))
     metadata = []
     for key, value in info["metadata"].items():
+        if key == _EFFECTS and info["effects"]:
+            continue  # shown whole
         more = " ..." if len(value) > _SHOWN_CHARACTERS else ""
         metadata.append(f"{key} = {value[:_SHOWN_CHARACTERS]}{more}")
     # Lists have a line only where there is something to list.
@@ -115,6 +125,7 @@ def render(info: Mapping[str, Any]) -> Group:
         ("problems", info["problems"]),
         ("notes", info["notes"]),
         ("unknown keys", info["unknown_keys"]),
+        ("ignored", info["ignored"]),
         ("metadata", metadata),
     ):
         if names:
@@ -152,27 +163,26 @@ def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) ->
     """Returns one module's entry, and what is wrong with it.
 
     The entry has ``name, type, targets`` (the layers that it changes), ``rank, alpha, alpha_from, scale, loads_as_rank``
-    and ``error`` (of the factors that it loads as).
+    ``error`` (of the factors that it loads as) and ``is_zero`` (the change is zero).
     """
+    tensors = adapter.read()  # raises where a value is not finite
     strength = find_strength(adapter)
     rank: int | None = adapter.exact_rank
     error: float | None = 0.0
-    problems = []
+    # What does not fit is not computed: its size is the file's claim.
+    problem = misfit(adapter, places, shapes) if places else None
+    problems = [] if problem is None else [problem]
     if adapter.is_dora:
         # The weights of the base decide both.
         rank = None
         error = None
-    elif adapter.kind != "LoRA" and adapter.exact_rank > MAX_RANK:
-        # As loading factorises it: each layer's rows by themselves where the model is known and fits.
-        fits = bool(places) and places[-1].stop == adapter.shape[0]
-        whole = (Route(adapter.stem, 0, adapter.shape[0]),)
-        loaded = updates(adapter, places if fits else whole, None, MAX_ERROR)
+    elif adapter.kind != "LoRA" and adapter.exact_rank > MAX_RANK and not problems:
+        # As loading factorises it: each layer's rows by themselves where the model is known.
+        loaded = updates(adapter, places or (Route(adapter.stem, 0, adapter.shape[0]),), None, MAX_ERROR)
         rank = max(module.rank for module, _ in loaded.values())
         error = max(missed for _, missed in loaded.values())
         found = [excess(adapter, name, module, missed, MAX_ERROR) for name, (module, missed) in loaded.items()]
         problems = [problem for problem in found if problem]
-    if places and (problem := misfit(adapter, places, shapes)):
-        problems = [problem]
     return {
         "name": adapter.stem,
         "type": f"DoRA ({adapter.kind})" if adapter.is_dora else adapter.kind,
@@ -183,16 +193,22 @@ def _describe(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) ->
         "scale": strength.scale,
         "loads_as_rank": rank,
         "error": error,
+        "is_zero": adapter.changes_nothing(tensors, strength.scale),
     }, problems
 
 
-def _notes(modules: list[dict[str, Any]]) -> list[str]:
+def _notes(modules: list[dict[str, Any]], source: LoRASource) -> list[str]:
     """Returns what is not a problem but should be known."""
     high = sum((entry["loads_as_rank"] or 0) > MAX_RANK for entry in modules)
     dora = sum(entry["loads_as_rank"] is None for entry in modules)
+    zero = sum(entry["is_zero"] for entry in modules)
+    implied = sum(entry["alpha_from"] == "rank" and format_of(entry["name"]) == "peft" for entry in modules)
     notes = {
         f"{high} module(s) of rank above {MAX_RANK}, the most that the kernels take: eager PyTorch is used": high,
         f"{dora} DoRA module(s): rank and error depend on the weights of the base, which loading needs": dora,
+        f"{zero} of {len(modules)} module(s) change nothing: the product of their matrices is zero": zero,
+        f"{implied} module(s) in PEFT's prefix without adapter_config.json: alpha = rank, as diffusers reads them": implied,
+        f"{len(source.ignored)} key(s) are left out, as asked": len(source.ignored),
     }
     return [note for note, count in notes.items() if count]
 
@@ -204,15 +220,28 @@ def _totals(source: LoRASource) -> dict[str, Any]:
         tensors += [key for part, key in parts.items() if part != "alpha"]
     return {
         "file": str(source.file),
-        "sha256": file_digest(source.file),
+        "sha256": weights_digest(source.file),
         "format": keys.format if keys.modules else "unknown",
-        "bytes": source.file.stat().st_size,
+        "bytes": source.bytes,
         "parameters": sum(math.prod(source.shapes[key]) for key in tensors),
         "dtypes": dict(Counter(source.dtypes[key] for key in tensors)),
         "unknown_keys": list(keys.unknown),
         "unsupported": {reason: list(names) for reason, names in keys.unsupported.items()},
+        "ignored": list(source.ignored),
+        "effects": _effects(source.metadata),
         "metadata": source.metadata,
     }
+
+
+def _effects(metadata: Mapping[str, str]) -> dict[str, list[str]]:
+    """Returns a collection's prompts by effect; empty where the file states none that can be read."""
+    try:
+        return {
+            str(effect["name"]): [str(prompt) for prompt in effect["prompts"]]
+            for effect in json.loads(metadata.get(_EFFECTS, "[]"))
+        }
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return {}
 
 
 def _counts(modules: list[dict[str, Any]], name: str) -> dict[str, int]:

@@ -14,19 +14,23 @@ format          prefix                 written by
 ``bare``        none                   Lightning (``.alpha`` tensors), DiffSynth (``.default.``)
 ==============  =====================  ========================================================
 
+Programs wrap models, and their names stand before or inside these prefixes: ``model.diffusion_model.``,
+``transformer.transformer.``, ``module.``, ``_orig_mod.``. They say nothing about the layer and are taken away.
+
 The part shows the adapter type (`clora.lora.adapters`), the module is found by `clora.lora.families`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+# PEFT's first: it decides how alpha is found, so that it counts wherever it stands among wrappers.
 PREFIXES = {
-    "transformer.": "diffusers",
     "base_model.model.": "peft",
     "diffusion_model.": "comfyui",
+    "transformer.": "diffusers",
     "lora_unet_": "kohya",
     "lycoris_": "lycoris",
     "lora_transformer_": "onetrainer",
@@ -34,15 +38,25 @@ PREFIXES = {
 UNDERSCORED = frozenset({"kohya", "lycoris", "onetrainer"})
 """The formats whose module names have underscores for dots, so that only the model shows which modules they are."""
 
+# Names of whole models, of the programs that hold them and of what wraps them (DataParallel, torch.compile); no family's
+# layer begins with one of them.
+_WRAPPER = r"(?:_orig_mod|base_model|diffusion_model|dit|model|module|pipe|transformer)\."
+# The same in names with underscores for dots. A transformer is not taken away where its blocks' names begin with it.
+_UNDERSCORED_WRAPPER = re.compile(
+    r"_+|(?:orig_mod|base_model|diffusion_model|dit|model|module|transformer(?!_blocks))_+"
+)
+
 # The group that matches names the part; diffusers' and PEFT's names and kohya's are two spellings of lora_A and lora_B.
-# ``itself`` holds the parts whose spelling is their name. ".default" is PEFT's name for an adapter without another.
+# ``itself`` holds the parts whose spelling is their name. A word between is PEFT's name of the adapter, mostly "default".
 _KEY = re.compile(
     r"(?P<module>.+)\."
-    r"(?:(?P<lora_A>(?:lora_A(?:\.default)?|lora_down|lora\.down)\.weight)"
-    r"|(?P<lora_B>(?:lora_B(?:\.default)?|lora_up|lora\.up)\.weight)"
-    r"|(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"(?:(?P<lora_A>(?:lora_A(?:\.[\w-]+)?|lora_down|lora\.down)\.weight)"
+    r"|(?P<lora_B>(?:lora_B(?:\.[\w-]+)?|lora_up|lora\.up)\.weight)"
+    r"|(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.(?!weight$)[\w-]+)?(?:\.weight)?)"
     r"|(?P<itself>alpha|diff|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]))"
 )
+
+_ADAPTER_NAME = re.compile(r".+\.lora_(?:A|B|magnitude_vector)\.(?!weight$)(?P<name>[\w-]+)(?:\.weight)?")
 
 # Contents that no low-rank update of the transformer's weights can express, and the keys that show them.
 _UNSUPPORTED = {
@@ -70,6 +84,7 @@ class FileKeys:
         unknown: keys that are not LoRA tensors.
         unsupported: contents that clora cannot read, to the keys that show them.
         twice: pairs of keys that spell the same part of the same module.
+        adapters: PEFT's names of the adapters that the keys state, sorted; more than one are several LoRAs.
     """
 
     format: str
@@ -77,6 +92,7 @@ class FileKeys:
     unknown: tuple[str, ...]
     unsupported: Mapping[str, tuple[str, ...]]
     twice: tuple[tuple[str, str], ...]
+    adapters: tuple[str, ...]
 
 
 def sort_keys(keys: Iterable[str]) -> FileKeys:
@@ -85,6 +101,7 @@ def sort_keys(keys: Iterable[str]) -> FileKeys:
     unknown: list[str] = []
     unsupported: dict[str, tuple[str, ...]] = {}
     twice: list[tuple[str, str]] = []
+    adapters: set[str] = set()
     # Sorted, so that the same file gives the same order of modules, whoever wrote it.
     for key in sorted(keys):
         reason = next((reason for reason, pattern in _UNSUPPORTED.items() if pattern.fullmatch(key)), None)
@@ -95,17 +112,55 @@ def sort_keys(keys: Iterable[str]) -> FileKeys:
             first = modules.setdefault(match["module"], {}).setdefault(part, key)
             if first != key:
                 twice.append((first, key))
+            if named := _ADAPTER_NAME.fullmatch(key):
+                adapters.add(named["name"])
         else:
             unknown.append(key)
     # Only keys of modules show the format: foreign keys have prefixes of their own.
     formats = {split_prefix(stem)[0] for stem in modules}
     name = formats.pop() if len(formats) == 1 else "mixed"
-    return FileKeys(name, modules, tuple(unknown), unsupported, tuple(twice))
+    return FileKeys(name, modules, tuple(unknown), unsupported, tuple(twice), tuple(sorted(adapters)))
 
 
 def split_prefix(stem: str) -> tuple[str, str]:
-    """Splits a module name as in a file into (format, name without the format's prefix)."""
+    """Splits a module name as in a file into (format, name without the format's prefix and without wrappers)."""
+    return format_of(stem), list(_readings(stem))[-1]
+
+
+def module_name(stem: str, layers: Container[str]) -> str:
+    """Returns the name of a file's module among a model's layers, with as little taken away as makes it fit.
+
+    Args:
+        stem: the module name as in the file.
+        layers: every spelling of the model's layers (`clora.lora.families.routes`).
+
+    Returns:
+        Without a fitting layer, the name without the format's prefix and without wrappers.
+    """
+    readings = list(_readings(stem))
+    return next((name for name in readings if name in layers), readings[-1])
+
+
+def format_of(stem: str) -> str:
+    """Returns the format that the prefix of a module name shows, wrappers being passed over."""
+    wrappers = re.match(f"(?:{_WRAPPER})*", stem)[0]
     for prefix, format_name in PREFIXES.items():
-        if stem.startswith(prefix):
-            return format_name, stem.removeprefix(prefix)
-    return "bare", stem
+        if stem.startswith(prefix) if format_name in UNDERSCORED else prefix in wrappers:
+            return format_name
+    return "bare"
+
+
+def _readings(stem: str) -> Iterator[str]:
+    """Yields the names that a module's name in a file may stand for, each with more taken away than the one before."""
+    prefix = next(
+        (prefix for prefix, name in PREFIXES.items() if name in UNDERSCORED and stem.startswith(prefix)), None
+    )
+    name = stem if prefix is None else stem.removeprefix(prefix)
+    yield name
+    # torch.compile's wrapper may stand in the middle; some trainers end every name with an underscore.
+    name = name.replace("._orig_mod.", ".") if prefix is None else re.sub(r"_+orig_mod_+", "_", name).rstrip("_")
+    yield name
+    wrapper = re.compile(_WRAPPER) if prefix is None else _UNDERSCORED_WRAPPER
+    while found := wrapper.match(name):
+        name = name[found.end() :]
+        yield name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from clora.errors import CloraError, nearest
 from clora.lora.adapters import Adapter, change, decompose_weight, find_strength, read_adapter
 from clora.lora.algebra import MAX_ERROR, MAX_RANK, factorise
 from clora.lora.families import Route, reordered, routes
-from clora.lora.keys import split_prefix
+from clora.lora.keys import PREFIXES, module_name
 from clora.lora.layers import LayerShapes, linear_shapes, linear_weights, transformer_of
 from clora.lora.source import LoRASource, open_lora
 from clora.lora.state import LoRAModule, LoRAState
 
 
-def load_lora(path: str | Path, pipeline_or_transformer: Any, *, max_error: float = MAX_ERROR) -> LoRAState:
+def load_lora(
+    path: str | Path, pipeline_or_transformer: Any, *, max_error: float = MAX_ERROR, ignore: Sequence[str] = ()
+) -> LoRAState:
     """Reads a LoRA of any common format for a model.
 
     ::
@@ -31,6 +35,8 @@ def load_lora(path: str | Path, pipeline_or_transformer: Any, *, max_error: floa
         pipeline_or_transformer: a diffusers pipeline or its transformer, whose layers the LoRA must fit.
         max_error: the largest error ``|change - B A| / |change|`` of factors that stand for a change that is not of low
             rank.
+        ignore: the beginnings of the tensor names to leave out, such as those of a text encoder; ``*`` stands for any
+            text (``lora_te``, ``*.norm``).
 
     Returns:
         The update of each layer as fp32 factors, ``lora_B @ lora_A`` being exactly the change that the file means; ``errors``
@@ -40,7 +46,8 @@ def load_lora(path: str | Path, pipeline_or_transformer: Any, *, max_error: floa
         CloraError: as `read_lora`, or there is no transformer, or one that carries LoRAs already.
     """
     transformer = transformer_of(pipeline_or_transformer)
-    return read_lora(path, linear_shapes(transformer), linear_weights(transformer), max_error=max_error)
+    shapes, weights = linear_shapes(transformer), linear_weights(transformer)
+    return read_lora(path, shapes, weights, max_error=max_error, ignore=ignore)
 
 
 def read_lora(
@@ -49,6 +56,7 @@ def read_lora(
     base_weights: Mapping[str, Tensor] | None = None,
     *,
     max_error: float = MAX_ERROR,
+    ignore: Sequence[str] = (),
 ) -> LoRAState:
     """Reads a LoRA so that ``lora_B @ lora_A`` is exactly the update that the file means.
 
@@ -60,6 +68,7 @@ def read_lora(
         shapes: of the layers that the LoRA must fit.
         base_weights: the layers' weights; needed only for DoRA, whose update depends on them.
         max_error: the largest error ``|change - B A| / |change|`` that factors of a dense change may have.
+        ignore: as in `load_lora`.
 
     Returns:
         fp32 modules under the transformer's own names, alpha folded into ``lora_B``.
@@ -69,37 +78,60 @@ def read_lora(
             fit. Also a value that is not finite, DoRA without its base, or a dense change that `MAX_RANK` ranks do
             not hold within `max_error`. The message names file, key and shape.
     """
-    source = open_lora(path)
+    source = open_lora(path, ignore)
     modules: dict[str, LoRAModule] = {}
     errors: dict[str, float] = {}
+    stems: dict[str, str] = {}
     for adapter, places in _placed(source, shapes):
         for name, (module, error) in updates(adapter, places, base_weights, max_error).items():
             if name in modules:
-                raise CloraError(
-                    f"{source.file}: {adapter.stem} changes {name} a second time; expected each module once"
-                )
+                raise CloraError(f"{source.file}: {second_time(name, [stems[name], adapter.stem])}")
             if problem := excess(adapter, name, module, error, max_error):
                 raise CloraError(problem)
             modules[name] = module
+            stems[name] = adapter.stem
             if error:
                 errors[name] = error
     return LoRAState(modules, source.metadata, source.keys.format, errors)
 
 
-def lora_ranks(path: str | Path, shapes: LayerShapes) -> dict[str, int]:
-    """Returns the rank that each module of a LoRA will have, read from the file's header only.
+def lora_ranks(path: str | Path, shapes: LayerShapes, ignore: Sequence[str] = ()) -> dict[str, int]:
+    """Returns the rank that each module of a LoRA will have, and checks its values one module at a time.
 
     Returns:
         Module of the transformer to rank; for a change that is not of low rank, the highest that its factors may have.
 
     Raises:
-        CloraError: as `read_lora`, for what names and shapes show; values are not read.
+        CloraError: as `read_lora`, but for the error of changes without low rank, or the LoRA changes nothing.
     """
-    ranks = {}
-    for adapter, places in _placed(open_lora(path), shapes):
+    source = open_lora(path, ignore)
+    ranks: dict[str, int] = {}
+    stems: dict[str, str] = {}
+    changes = False
+    for adapter, places in _placed(source, shapes):
+        changes |= not adapter.changes_nothing(adapter.read(), find_strength(adapter).scale)
         for route in places:
+            if route.module in ranks:
+                raise CloraError(f"{source.file}: {second_time(route.module, [stems[route.module], adapter.stem])}")
             ranks[route.module] = min(adapter.exact_rank, MAX_RANK)
+            stems[route.module] = adapter.stem
+    if not changes:
+        raise CloraError(f"{source.file}: {NOTHING}")
     return ranks
+
+
+NOTHING = (
+    "the LoRA changes nothing: the product of the matrices is zero in every module (lora_B or alpha is zero), as after "
+    "a training that never reached them; train or export it again"
+)
+
+
+def second_time(module: str, stems: Sequence[str]) -> str:
+    """Returns the message about a layer that several modules of a file change."""
+    return (
+        f"{stems[-1]} changes {module} a second time, after {', '.join(stems[:-1])}; expected each module once, since programs "
+        f"take the sum or the last. Leave out the wrong one, for example with --ignore '{stems[-1]}.'"
+    )
 
 
 def misfit(adapter: Adapter, places: Sequence[Route], shapes: LayerShapes) -> str | None:
@@ -138,6 +170,8 @@ def updates(
     """
     tensors = adapter.read()
     delta = change(adapter, tensors, find_strength(adapter).scale, MAX_RANK)
+    if not torch.isfinite(delta.lora_B if isinstance(delta, LoRAModule) else delta).all():
+        raise CloraError(f"{adapter.source.file}: {adapter.stem} with its alpha exceeds fp32; export the LoRA again")
     if adapter.is_dora:
         # The lengths of rows and columns depend on the whole weight, so DoRA is applied before a fused module is cut.
         dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta
@@ -178,7 +212,7 @@ def _placed(source: LoRASource, shapes: LayerShapes) -> Iterator[tuple[Adapter, 
     _refuse_unknown(source, table, shapes)
     for stem, parts in source.keys.modules.items():
         adapter = read_adapter(source, stem, parts)
-        places = table[split_prefix(stem)[1]]
+        places = table[module_name(stem, table)]
         if problem := misfit(adapter, places, shapes):
             raise CloraError(problem)
         yield adapter, places
@@ -188,33 +222,73 @@ def _refuse_unsupported(source: LoRASource) -> None:
     keys = source.keys
     if keys.unsupported:
         found = [f"{len(names)} key(s) are {reason}: {_listed(names, 3)}" for reason, names in keys.unsupported.items()]
-        raise CloraError(
-            f"{source.file}: {'; '.join(found)}. Leave them out of the file if the LoRA is right without them"
-        )
+        names = list(chain.from_iterable(keys.unsupported.values()))
+        raise CloraError(f"{source.file}: {'; '.join(found)}. {leave_out(names, source)}")
     if keys.twice:
         first, second = keys.twice[0]
         raise CloraError(f"{source.file}: {first} and {second} are the same tensor by two names; expected each once")
+    if problem := several_adapters(source):
+        raise CloraError(f"{source.file}: {problem}")
+
+
+def several_adapters(source: LoRASource) -> str | None:
+    """Returns what is wrong with a file of several adapters; None where there is one."""
+    names = source.keys.adapters
+    if len(names) < 2:
+        return None
+    return f"it holds {len(names)} adapters, {_listed(names, 5)}; expected one. Leave out the others: --ignore '*.{names[0]}.'"
+
+
+def leave_out(keys: Sequence[str], source: LoRASource) -> str:
+    """Returns the advice for keys that clora cannot apply: the option that leaves them out."""
+    # One pattern where all begin alike and nothing else does; else one for the first of them, as an example.
+    start = os.path.commonprefix(list(keys))
+    if sum(key.startswith(start) for key in source.shapes) > len(keys):
+        start = keys[0]
+    return (
+        f"If the LoRA is right without them, leave them out by the beginning of their names: --ignore '{start}' of clora "
+        "export and inspect, `ignore` of an effect in a config and of clora.load_lora"
+    )
 
 
 def _refuse_unknown(source: LoRASource, table: Mapping[str, tuple[Route, ...]], layers: Iterable[str]) -> None:
     """Refuses a key that is not understood: diffusers and ComfyUI skip it, and the effect changes."""
     keys = source.keys
-    unmatched = [stem for stem in keys.modules if split_prefix(stem)[1] not in table]
+    unmatched = [stem for stem in keys.modules if module_name(stem, table) not in table]
     if len(unmatched) == len(keys.modules):
-        raise CloraError(
-            f"{source.file}: no key fits the model, this is a LoRA for another architecture (or none). "
-            f"Found for example {_listed([*unmatched, *keys.unknown], 3)}; expected modules like "
-            f"{_listed(layers, 3)}. Choose the LoRA's own base model"
-        )
+        raise CloraError(f"{source.file}: {_no_layer(unmatched, keys.unknown, table, layers)}")
     unknown = list(keys.unknown)
     for stem in unmatched:
         unknown += keys.modules[stem].values()
     if unknown:
-        hint = nearest(split_prefix(unmatched[0])[1], table) if unmatched else ""
+        hint = nearest(module_name(unmatched[0], table), table) if unmatched else ""
         raise CloraError(
             f"{source.file}: {len(unknown)} unknown key(s): {_listed(unknown, 8)}. Expected only LoRA matrices of the "
-            f"transformer; remove the others from the file or choose the LoRA's own base model{hint}"
+            f"transformer{hint}; choose the LoRA's own base model. {leave_out(unknown, source)}"
         )
+
+
+def _no_layer(stems: Sequence[str], unknown: Sequence[str], table: Collection[str], layers: Iterable[str]) -> str:
+    """Returns what is wrong with a file none of whose modules is one of the model."""
+    if prefix := _unknown_prefix(stems, table):
+        return (
+            f"all names are layers of the model but for their beginning {prefix!r}, which may stand for another part of a "
+            f"pipeline. Expected none or one of {', '.join(PREFIXES)}; if it is this model's, rename the tensors without it"
+        )
+    return (
+        f"no key fits the model, this is a LoRA for another architecture (or none). Found for example "
+        f"{_listed([*stems, *unknown], 3)}; expected modules like {_listed(layers, 3)}. Choose the LoRA's own base model"
+    )
+
+
+def _unknown_prefix(stems: Sequence[str], table: Collection[str]) -> str | None:
+    """Returns the beginning that makes layers of the model of all names once it is removed; None where there is none."""
+    first = stems[0] if stems else ""
+    for end in (i + 1 for i, letter in enumerate(first) if letter in "._/"):
+        start = first[:end]
+        if all(stem.startswith(start) and stem.removeprefix(start) in table for stem in stems):
+            return start
+    return None
 
 
 def _listed(names: Iterable[str], limit: int) -> str:

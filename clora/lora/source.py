@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clora.errors import CloraError
+from clora.errors import CloraError, nearest
 from clora.files import user_path
+from clora.hashing import digest, file_digest
 from clora.lora.adapter_config import PEFT_WEIGHTS, AdapterConfig, find_config
-from clora.lora.keys import FileKeys, sort_keys
+from clora.lora.families import is_original_only
+from clora.lora.keys import FileKeys, sort_keys, split_prefix
+from clora.lora.shards import INDEX, all_shards, check_index, refuse_shard
 
+# More than any LoRA has, and few enough to be sorted within a second.
+_MAX_TENSORS = 100_000
+_MAX_NAME = 500
 _PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
 # In this order, as diffusers and PEFT look for them.
 _USUAL_NAMES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
@@ -22,15 +30,17 @@ _USUAL_NAMES = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
 
 @dataclass(frozen=True)
 class LoRASource:
-    """The header of a LoRA file.
+    """The header of a LoRA file, or the headers of all shards of a LoRA.
 
     Attributes:
-        file: the safetensors file.
-        shapes: tensor name to shape.
+        file: the safetensors file, or the index of the shards.
+        shapes: tensor name to shape; that of a 1x1 convolution is the matrix's.
         dtypes: tensor name to safetensors dtype (``F32``, ``BF16``, ...).
         metadata: the header's string metadata.
         config: rank and alpha stated beside the tensors.
         keys: the tensor names by module.
+        files: tensor name to the safetensors file that holds it.
+        ignored: tensor names that the user left out.
     """
 
     file: Path
@@ -39,6 +49,8 @@ class LoRASource:
     metadata: dict[str, str]
     config: AdapterConfig
     keys: FileKeys
+    files: dict[str, Path]
+    ignored: tuple[str, ...] = ()
 
     def read(self, parts: Mapping[str, str]) -> dict[str, Tensor]:
         """Reads tensors on the CPU in fp32, whatever type they are stored in.
@@ -49,58 +61,136 @@ class LoRASource:
         Raises:
             CloraError: one holds NaN or infinite values, or the file became unreadable.
         """
-        try:
-            with safe_open(self.file, framework="pt") as opened:
-                tensors = {part: opened.get_tensor(key).float() for part, key in parts.items()}
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise CloraError(f"{self.file}: cannot read its tensors: {error}") from error
+        tensors: dict[str, Tensor] = {}
+        for file in {self.files[key] for key in parts.values()}:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for part, key in parts.items():
+                        if self.files[key] == file:
+                            tensors[part] = opened.get_tensor(key).float().reshape(self.shapes[key])
+            except (OSError, SafetensorError, RuntimeError) as error:
+                raise CloraError(f"{file}: cannot read its tensors: {error}") from error
         for part, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise CloraError(f"{self.file}: {parts[part]} holds NaN or infinite values; export the LoRA again")
+                file = self.files[parts[part]]
+                raise CloraError(f"{file}: {parts[part]} holds NaN or infinite values; export the LoRA again")
         return tensors
 
+    @cached_property
+    def has_original_names(self) -> bool:
+        """True where a module is named as only original repositories name it (``double_blocks.0.img_attn.qkv``)."""
+        return any(is_original_only(split_prefix(stem)[1]) for stem in self.keys.modules)
 
-def open_lora(path: str | Path) -> LoRASource:
+    @property
+    def bytes(self) -> int:
+        """The size of its weights' files."""
+        return sum(file.stat().st_size for file in all_shards(self.file))
+
+
+def open_lora(path: str | Path, ignore: Sequence[str] = ()) -> LoRASource:
     """Opens a LoRA file or folder and reads its header.
 
     Args:
-        path: a ``.safetensors`` file, or a folder with ``pytorch_lora_weights.safetensors`` (diffusers),
-            ``adapter_model.safetensors`` (PEFT) or exactly one ``.safetensors``.
+        path: a ``.safetensors`` file, the index of shards, or a folder with ``pytorch_lora_weights.safetensors``
+            (diffusers), ``adapter_model.safetensors`` (PEFT), their index, or exactly one ``.safetensors``.
+        ignore: the beginnings of the tensor names to leave out; ``*`` stands for any text.
 
     Raises:
-        CloraError: missing, ambiguous, empty, truncated or corrupt file, a pickle, or a broken adapter config.
+        CloraError: missing, ambiguous, empty, truncated or corrupt file, a pickle, one shard of several, an index that
+            does not fit its shards, a broken adapter config, or a pattern of `ignore` that fits no name.
     """
     file = find_weights(path)
-    if file.stat().st_size == 0:
-        raise CloraError(f"{file} is empty (0 bytes); expected a safetensors file. Download or export it again")
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for shard in all_shards(file):
+        found, stored, more = _read_header(shard)
+        if twice := next(iter(shapes.keys() & found.keys()), None):
+            raise CloraError(f"{file}: {twice} is in {files[twice].name} and in {shard.name}; expected it in one shard")
+        shapes |= found
+        dtypes |= stored
+        metadata |= more
+        files |= dict.fromkeys(found, shard)
+    if file.name.endswith(INDEX):
+        check_index(file, files)
+    ignored = _ignored(file, shapes, ignore)
+    for key in ignored:
+        del shapes[key], dtypes[key], files[key]
+    if not shapes:
+        raise CloraError(
+            f"{file} holds no tensors{' but ignored ones' if ignored else ''}; expected the matrices of a LoRA"
+        )
+    return LoRASource(
+        file, shapes, dtypes, metadata, find_config(file, shapes, metadata), sort_keys(shapes), files, ignored
+    )
+
+
+def weights_digest(path: str | Path) -> str:
+    """Hashes a LoRA's weights: the sha256 of its file, or of all shards' ones.
+
+    Raises:
+        CloraError: as `find_weights`, or a file cannot be read.
+    """
+    file = find_weights(path)
+    shards = all_shards(file)
+    return file_digest(file) if shards == [file] else digest({shard.name: file_digest(shard) for shard in shards})
+
+
+def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
+    """Returns the shapes, types and metadata of a safetensors file."""
     shapes = {}
     dtypes = {}
     try:
+        if file.stat().st_size == 0:
+            raise CloraError(f"{file} is empty (0 bytes); expected a safetensors file. Download or export it again")
         with safe_open(file, framework="pt") as opened:
+            keys = list(opened.keys())
+            if len(keys) > _MAX_TENSORS or max(map(len, keys), default=0) > _MAX_NAME:
+                raise CloraError(
+                    f"{file} holds {len(keys)} tensors with names of up to {max(map(len, keys))} characters; expected a LoRA "
+                    f"of at most {_MAX_TENSORS} tensors, with names of at most {_MAX_NAME}"
+                )
             # Slices read only the header: a LoRA of many GB costs nothing here.
-            for key in opened.keys():  # noqa: SIM118  (not a dict)
+            for key in keys:
                 header = opened.get_slice(key)
-                shapes[key] = tuple(header.get_shape())
+                shapes[key] = _matrix_shape(tuple(header.get_shape()))
                 dtypes[key] = str(header.get_dtype())
-            metadata = dict(opened.metadata() or {})
+            return shapes, dtypes, dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         message = f"{file} is not a readable safetensors file, it is corrupt or truncated ({error})"
         raise CloraError(f"{message}. Download or export it again") from error
-    if not shapes:
-        raise CloraError(f"{file} holds no tensors; expected the matrices of a LoRA")
-    return LoRASource(file, shapes, dtypes, metadata, find_config(file, shapes, metadata), sort_keys(shapes))
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns ``[out, in]`` for the kernel ``[out, in, 1, 1]`` of a 1x1 convolution, which is the same map."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _ignored(file: Path, keys: Mapping[str, object], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Returns the tensor names that patterns leave out."""
+    ignored: set[str] = set()
+    for pattern in patterns:
+        found = [key for key in keys if fnmatchcase(key, f"{pattern}*")]
+        if not found:
+            raise CloraError(
+                f"{file}: ignore: no tensor's name begins with {pattern!r}; name the beginning of a key, * for any text"
+                f"{nearest(pattern, keys)}"
+            )
+        ignored.update(found)
+    return tuple(sorted(ignored))
 
 
 def find_weights(path: str | Path) -> Path:
-    """Finds the one weights file that a path stands for.
+    """Finds the one weights file that a path stands for, or the index of its shards.
 
     Raises:
-        CloraError: nothing there, several candidates, or a pickle.
+        CloraError: nothing there, several candidates, a pickle, or one shard of several.
     """
     path = user_path(path)
     try:
         if path.is_dir():
-            return _find_in_folder(path)
+            path = _find_in_folder(path)
         exists = path.exists()
     except OSError as error:
         raise CloraError(f"{path} cannot be read: {error}") from error
@@ -108,8 +198,11 @@ def find_weights(path: str | Path) -> Path:
         raise CloraError(f"{path} does not exist; expected a .safetensors LoRA file or a folder with one")
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise _pickle_error(path)
+    if path.name.endswith(INDEX):
+        return path
     if path.suffix.lower() != ".safetensors":
         raise CloraError(f"{path} is not a .safetensors file; expected a LoRA in safetensors format")
+    refuse_shard(path)
     return path
 
 
@@ -119,6 +212,9 @@ def _find_in_folder(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     files = sorted(file for file in folder.iterdir() if file.is_file())
+    indices = [file for file in files if file.name.endswith(INDEX)]
+    if len(indices) == 1:
+        return indices[0]
     candidates = [file for file in files if file.suffix.lower() == ".safetensors"]
     if len(candidates) == 1:
         return candidates[0]

@@ -12,7 +12,7 @@ import torch
 from clora.config.settings import DistillConfig, EffectConfig
 from clora.devices import find_device, find_dtype, move
 from clora.errors import CloraError
-from clora.lora.load import load_lora
+from clora.lora.load import NOTHING, load_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter, adapter_for
 from clora.models.skeleton import check_processors
@@ -64,8 +64,14 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def load_teacher(effect: EffectConfig, transformer: torch.nn.Module) -> LoRAState:
-    """Loads an effect's LoRA, and reports factors that are not exact. Raises CloraError as `clora.load_lora`."""
-    state = load_lora(effect.lora, transformer, max_error=effect.max_error)
+    """Loads an effect's LoRA, and reports factors that are not exact.
+
+    Raises:
+        CloraError: as `clora.load_lora`, or the LoRA changes nothing.
+    """
+    state = load_lora(effect.lora, transformer, max_error=effect.max_error, ignore=effect.ignore)
+    if not any(module.lora_A.any() and module.lora_B.any() for module in state.modules.values()):
+        raise CloraError(f"effect {effect.name}: {effect.lora}: {NOTHING}")
     if state.errors:
         worst = max(state.errors.values())
         say(

@@ -13,16 +13,24 @@ from safetensors.torch import load_file, save_file
 from clora.commands.distill import distill
 from clora.data import rendering as targets_module
 from clora.errors import CloraError
+from clora.lora.save import save_lora
+from clora.lora.state import LoRAModule
 from clora.testing import random_lora, tiny_pipeline
 
 
 def wrong_architecture(tmp_path):
     other = dataclasses.replace(random_lora(tiny_pipeline().transformer, 2, 0))
     modules = {f"other_blocks.{i}.proj": m for i, m in enumerate(other.modules.values())}
-    from clora.lora.save import save_lora
-
     path = tmp_path / "other.safetensors"
     save_lora(dataclasses.replace(other, modules=modules), path)
+    return {"first": {"lora": str(path)}}
+
+
+def changes_nothing(tmp_path):
+    path = tmp_path / "zero.safetensors"
+    lora = random_lora(tiny_pipeline().transformer, 2, 0)
+    modules = {name: LoRAModule(m.lora_A, torch.zeros_like(m.lora_B)) for name, m in lora.modules.items()}
+    save_lora(dataclasses.replace(lora, modules=modules), path)
     return {"first": {"lora": str(path)}}
 
 
@@ -91,6 +99,11 @@ def cache_is_a_file(tmp_path):
 BAD = {
     "missing_lora": (lambda tmp: {"first": {"lora": str(tmp / "no.safetensors")}}, r"no\.safetensors does not exist"),
     "wrong_architecture": (wrong_architecture, "other.safetensors"),
+    "changes_nothing": (changes_nothing, r"zero\.safetensors: the LoRA changes nothing"),
+    "ignored_key_that_no_lora_has": (
+        lambda tmp: {"first": {"ignore": ("lora_te",)}},
+        "no tensor's name begins with 'lora_te'",
+    ),
     "distilled_klein": (distilled_klein, "is_distilled"),
     "no_pipeline_there": (
         lambda tmp: {"pipeline": str(tmp / "nothing")},

@@ -322,3 +322,16 @@ def test_settings_of_writing_are_no_part_of_what_is_trained():
     config = tiny_config(["a"], prompts={"writer": "templates"})
     assert config.prompts.writer == "templates"
     assert "prompts" not in config.model_dump(mode="json"), "else a checkpoint could not be resumed with other ones"
+
+
+def test_keys_to_ignore_change_the_record_only_where_there_are_some(tmp_path):
+    """Checkpoints and collections of runs without them are as before."""
+    text = "pipeline: base\noutput: out\ndata: {sources: a, size: [64, 64]}\nstudent: {rank: 8}\ntrain: {updates: 10}\n"
+    effects = "effects: [{{name: snow, lora: a.safetensors, prompt: make it snow, ignore: {}}}]\n"
+    recorded = {}
+    for ignore in ("null", "[]", "[lora_te]"):
+        (tmp_path / "a.yaml").write_text(text + effects.format(ignore))
+        recorded[ignore] = load_config(tmp_path / "a.yaml").recorded()["effects"][0]
+    assert "ignore" not in recorded["null"]
+    assert recorded["null"] == recorded["[]"]
+    assert recorded["[lora_te]"] == recorded["null"] | {"ignore": ["lora_te"]}

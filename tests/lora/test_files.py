@@ -182,11 +182,25 @@ BAD_TENSORS = {
     "lone_alpha": ({f"{STEM}.alpha": torch.tensor(1.0)}, [STEM, "has no lora_A and no lora_B"]),
     "rank_mismatch": ({A: torch.ones(4, 16), B: torch.ones(16, 8)}, ["rank mismatch", "[4, 16]", "[16, 8]"]),
     "wrong_shape": ({A: torch.ones(4, 20), B: torch.ones(16, 4)}, ["wrong shape", "[4, 20]", "[rank, 16]"]),
-    "not_a_matrix": ({A: torch.ones(4, 16, 1, 1), B: torch.ones(16, 4)}, ["[4, 16, 1, 1]", "two matrices"]),
+    "not_a_matrix": ({A: torch.ones(4, 16, 3, 3), B: torch.ones(16, 4)}, ["[4, 16, 3, 3]", "two matrices"]),
     "rank_zero": ({A: torch.ones(0, 16), B: torch.ones(16, 0)}, ["[0, 16]"]),
     "nan": ({A: torch.full((4, 16), float("nan")), B: torch.ones(16, 4)}, [A, "NaN"]),
     "inf": ({A: torch.ones(4, 16), B: torch.full((16, 4), float("inf"))}, [B, "infinite"]),
     "nan_alpha": (good() | {f"{STEM}.alpha": torch.tensor(float("nan"))}, [f"{STEM}.alpha", "NaN"]),
+    "absurd_alpha": (good() | {f"{STEM}.alpha": torch.tensor(1e30)}, ["alpha 1e+30", "effective scale"]),
+    "too_large": (
+        {f"{STEM}.lokr_w1": torch.ones(300, 300), f"{STEM}.lokr_w2": torch.ones(300, 300)},
+        ["[90000, 90000]", "no model has a layer of that size"],
+    ),
+    "exceeds_fp32": (
+        {A: torch.ones(4, 16), B: torch.full((16, 4), 3e38), f"{STEM}.alpha": torch.tensor(40.0)},
+        [STEM, "exceeds fp32"],
+    ),
+    "two_adapters": (
+        {key.replace(".weight", ".one.weight"): value for key, value in good().items()}
+        | {key.replace("to_q", "to_k").replace(".weight", ".two.weight"): value for key, value in good().items()},
+        ["2 adapters, one, two", "--ignore"],
+    ),
     "alpha_vector": (good() | {f"{STEM}.alpha": torch.ones(3)}, [f"{STEM}.alpha", "single number"]),
     "dora_without_base": (good() | {f"{STEM}.dora_scale": torch.ones(16, 1)}, ["DoRA", "weights of the base"]),
     "dora_peft_without_base": (good() | {f"{STEM}.lora_magnitude_vector": torch.ones(16)}, ["DoRA", "of the base"]),
@@ -305,7 +319,9 @@ def test_bad_paths(tmp_path, shapes):
         pytest.param("{", "not valid JSON", id="json"),
         pytest.param("[]", "JSON object", id="list"),
         pytest.param('{"r": 8, "lora_alpha": 8}', "rank 4 but its config states 8", id="other_rank"),
-        pytest.param('{"r": 4, "alpha_pattern": {"(": 1}}', "not a valid module pattern", id="pattern"),
+        pytest.param('{"r": 4, "alpha_pattern": {"(a+)+b": 1}}', "is a regular expression", id="pattern"),
+        pytest.param('{"r": ' + "9" * 5000 + "}", "not valid JSON", id="digits"),
+        pytest.param('{"r": ' + "[" * 10**5 + "}", "not valid JSON", id="nested"),
     ],
 )
 def test_bad_adapter_config(tmp_path, shapes, config, words):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from clora.errors import CloraError
 from clora.lora.families import FLUX2
-from clora.lora.inspect import inspect, render
+from clora.lora.inspect import check_usable, inspect, render
 from clora.lora.layers import linear_shapes, pipeline_shapes
-from clora.lora.load import load_lora
+from clora.lora.load import load_lora, lora_ranks
 from clora.lora.save import save_lora
 
 
@@ -95,7 +95,12 @@ def test_lists_what_does_not_fit(tmp_path, transformer, random_state):
     assert keys == ["lora_te_layer.lora_down.weight"]
     for problem, words in zip(
         info["problems"],
-        ("lora_unet_proj_out has no lora_B", "wrong shape", "by two names", "x_embedder is given 2 times"),
+        (
+            "lora_unet_proj_out has no lora_B",
+            "wrong shape",
+            "by two names",
+            "changes x_embedder a second time, after lora_unet_img_in",
+        ),
         strict=True,
     ):
         assert words in problem
@@ -246,3 +251,47 @@ def test_a_pipeline_folder_of_every_family(tmp_path, family):
         info = inspect(tmp_path / "a.safetensors", pipeline)
         assert (info["families"], info["matched"]) == ([family], 1)
     assert inspect(tmp_path / "a.safetensors")["matched"] is None
+
+
+def test_a_lora_that_changes_nothing_is_a_problem(tmp_path, transformer):
+    name = "transformer.transformer_blocks.0.attn.{}"
+    zero = {
+        f"{name.format('to_q')}.lora_A.weight": torch.ones(4, 16),
+        f"{name.format('to_q')}.lora_B.weight": torch.zeros(16, 4),
+    }
+    alpha = lora(name.format("to_k")) | {f"{name.format('to_k')}.alpha": torch.tensor(0.0)}
+    path = tmp_path / "a.safetensors"
+    for tensors in (zero, alpha, zero | alpha):
+        save_file(tensors, path)
+        (problem,) = inspect(path, transformer)["problems"]
+        assert "changes nothing" in problem
+        with pytest.raises(CloraError, match="changes nothing"):
+            check_usable(inspect(path))
+        with pytest.raises(CloraError, match="changes nothing"):
+            lora_ranks(path, linear_shapes(transformer))
+    save_file(zero | lora(name.format("to_k")), path)
+    info = inspect(path, transformer)
+    assert not info["problems"]
+    assert info["notes"] == ["1 of 2 module(s) change nothing: the product of their matrices is zero"]
+    assert lora_ranks(path, linear_shapes(transformer)) == {name[12:].format("to_q"): 4, name[12:].format("to_k"): 4}
+
+
+def test_an_absurd_product_is_not_computed(tmp_path, transformer):
+    path = tmp_path / "a.safetensors"
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{stem}.lokr_w1": torch.ones(120, 120), f"{stem}.lokr_w2": torch.ones(120, 120)}, path)
+    (problem,) = inspect(path, transformer)["problems"]
+    assert "[14400, 14400], expected [16, 16]" in problem
+
+
+def test_prompts_of_a_collection_are_shown_whole(tmp_path):
+    prompts = ["<snow> " + "turn the picture into deep winter " * 9, "<snow> another"]
+    path = tmp_path / "a.safetensors"
+    save_file(lora("transformer.x"), path, {"clora.effects": json.dumps([{"name": "snow", "prompts": prompts}])})
+    info = inspect(path)
+    assert info["effects"] == {"snow": prompts}
+    shown = " ".join(text(info).split())
+    assert " ".join(prompts[0].split()) in shown
+    for damaged in ("{", "[1]", '[{"name": "a"}]', "9" * 5000, "[" * 10**5):
+        save_file(lora("transformer.x"), path, {"clora.effects": damaged})
+        assert inspect(path)["effects"] == {}

@@ -140,7 +140,7 @@ def _pairs(config: DistillConfig, adapter: ModelAdapter, device: torch.device) -
     num_rendered = NUM_PAIRS * len(missing)
     with on_device(transformer, device), stage("render examples", num_passes(config, num_rendered)) as advance:
         for effect in missing:  # one teacher at a time: many would fill the memory
-            teacher = load_lora(effect.lora, transformer, max_error=effect.max_error)
+            teacher = load_lora(effect.lora, transformer, max_error=effect.max_error, ignore=effect.ignore)
             pairs[effect.name] = rendered_pairs(config, adapter, effect, teacher, advance)
     return pairs
 
