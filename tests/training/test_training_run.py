@@ -78,14 +78,15 @@ def test_a_lengthened_run_follows_the_longer_fall(adapter, tmp_path):
     assert [critic for _, critic in rates] == pytest.approx([3e-2 * factor for factor in factors])
 
 
-def test_the_exported_lora_is_the_student_or_its_average(adapter):
+def test_the_exported_lora_is_the_student_or_its_average(adapter, tmp_path):
+    """One checkpoint has both."""
     plain, both = {}, []
     with make_trainer(adapter, train={"updates": 3}) as trainer:
         trainer.fit(lambda update, values: plain.update({update: trainer.student.state(STUDENT)}))
         assert same(trainer.exported(), plain[3])
     for export in ("ema", "student"):
         with make_trainer(adapter, train={"updates": 3, "ema_decay": 0.15, "export": export}) as trainer:
-            trainer.fit(lambda update, values: None)
+            trainer.fit(lambda update, values: None, tmp_path / "state.safetensors")
             both.append(trainer.exported())
             assert same(trainer.student.state(STUDENT), plain[3]), "the average has no part in training"
     average, student = both
