@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from clora.errors import CloraError
+from clora.errors import CloraError, printable
 from clora.files import TEMPLATES
 from clora.progress import say
 from clora.threads import limit_spinning
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _fail(problem: str) -> None:
-    message = Text("error: ", style="bold red").append(problem, style="not bold default")
+    message = Text("error: ", style="bold red").append(printable(problem), style="not bold default")
     Console(stderr=True).print(message, soft_wrap=True)
     sys.exit(1)
 

@@ -154,6 +154,18 @@ def test_an_output_that_cannot_be_written_is_one_line(lora):
         assert done.stderr == "error: the output cannot be written: No space left on device; make room where it goes\n"
 
 
+def test_a_files_names_do_not_reach_the_terminal_as_commands(run, lora, tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(load_file(lora) | {"\x1b[2Jx": torch.ones(1)}, file, {"\x1b[31m": "\x1b]0;title\x07"})
+    code, out, err = run("inspect", file)
+    assert code == 1
+    assert "\x1b" not in out + err
+    assert r"\x1b[2Jx" in out
+    err = run("export", file, "--output", tmp_path / "b.safetensors")[2]
+    assert "\x1b" not in err
+    assert r"\x1b[2Jx" in err
+
+
 def test_ignore_reaches_inspect_and_export(run, lora, tmp_path):
     file = tmp_path / "more.safetensors"
     save_file(load_file(lora) | {"lora_te1_x.alpha": torch.ones(1)}, file)

@@ -231,8 +231,8 @@ class DistillConfig(FrozenModel):
                 if settings.get(section, {}).get(key) == value:
                     settings[section].pop(key, None)
         for effect in settings.get("effects", ()):
-            if not effect["ignore"]:
-                del effect["ignore"]
+            if not effect.get("ignore"):
+                effect.pop("ignore", None)
         settings["sampler"]["integer_timesteps"] = False
         # It chose noise levels of target simulation; only runs without that are the same as before.
         if "objective" in settings and not self.objective.target_simulation:

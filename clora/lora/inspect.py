@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clora.errors import CloraError
+from clora.errors import CloraError, printable
 from clora.lora.adapters import Adapter, find_strength, read_adapter
 from clora.lora.algebra import MAX_ERROR, MAX_RANK
 from clora.lora.families import Route, families_with, family_of, routes
@@ -110,8 +110,10 @@ def render(info: Mapping[str, Any]) -> Group:
         ("size", f"{info['bytes'] / 1e6:.2f} MB"),
         ("sha256", info["sha256"]),
     ]
-    for effect, prompts in info["effects"].items():
-        rows.append((f"effect {effect}", "\n".join(prompts)))
+    if info["effects"]:
+        rows.append(
+            ("effects", "\n".join(f"{name}: {prompt}" for name, texts in info["effects"].items() for prompt in texts))
+        )
     metadata = []
     for key, value in info["metadata"].items():
         if key == _EFFECTS and info["effects"]:
@@ -136,8 +138,8 @@ def render(info: Mapping[str, Any]) -> Group:
     table.add_column("value", overflow="fold")
     for label, value in rows:
         # Text, not str: names from a file must not be read as markup.
-        table.add_row(label, Text(value))
-    return Group(Text(info["file"], style="bold", no_wrap=True, overflow="ignore"), table)
+        table.add_row(label, Text(printable(value)))
+    return Group(Text(printable(info["file"]), style="bold", no_wrap=True, overflow="ignore"), table)
 
 
 def check_usable(info: Mapping[str, Any]) -> None:

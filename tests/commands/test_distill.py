@@ -158,7 +158,7 @@ def test_a_teacher_that_is_not_exact_is_reported(monkeypatch, capsys):
     module = "transformer_blocks.0.attn.to_q"
     delta = torch.randn(linear_shapes(transformer)[module], generator=torch.Generator().manual_seed(0))
 
-    def load(path, transformer, max_error):
+    def load(path, transformer, max_error, ignore):
         factors, error = factorise(delta, max_rank=16, max_error=max_error)
         assert error <= max_error, "as load_lora checks"
         return LoRAState({module: factors}, errors={module: error})
