@@ -79,6 +79,8 @@ def as_before(settings):
     del settings["objective"]["weighting"]
     for key in ("schedule", "warmup_updates", "weight_decay", "ema_decay", "export"):
         settings["train"].pop(key, None)
+    for effect in settings["effects"]:
+        del effect["ignore"]
     return settings
 
 
