@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,6 +52,7 @@ class LoRASource:
     keys: FileKeys
     files: dict[str, Path]
     ignored: tuple[str, ...] = ()
+    _opened: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, parts: Mapping[str, str]) -> dict[str, Tensor]:
         """Reads tensors on the CPU in fp32, whatever type they are stored in.
@@ -62,12 +64,13 @@ class LoRASource:
             CloraError: one holds NaN or infinite values, or the file became unreadable.
         """
         tensors: dict[str, Tensor] = {}
-        for file in {self.files[key] for key in parts.values()}:
+        for part, key in parts.items():
+            file = self.files[key]
             try:
-                with safe_open(file, framework="pt") as opened:
-                    for part, key in parts.items():
-                        if self.files[key] == file:
-                            tensors[part] = opened.get_tensor(key).float().reshape(self.shapes[key])
+                if file not in self._opened:
+                    # Stays open: opening reads the whole header, and a LoRA has thousands of modules.
+                    self._opened[file] = safe_open(file, framework="pt")
+                tensors[part] = self._opened[file].get_tensor(key).float().reshape(self.shapes[key])
             except (OSError, SafetensorError, RuntimeError) as error:
                 raise CloraError(f"{file}: cannot read its tensors: {error}") from error
         for part, tensor in tensors.items():

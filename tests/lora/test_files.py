@@ -387,3 +387,18 @@ def test_silent_disk_corruption_is_noticed(tmp_path, monkeypatch, random_state):
     with pytest.raises(CloraError, match="read back differs"):
         save_lora(random_state(), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_files_header_is_read_once_whatever_its_number_of_modules(tmp_path, shapes, random_state, monkeypatch):
+    """Opening reads the whole header: opened for each module, a file would take time by the square of their number."""
+    opened = []
+
+    def count(file, framework):
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    monkeypatch.setattr("clora.lora.source.safe_open", count)
+    for modules in (1, 6):
+        save_lora(random_state(modules=list(shapes)[:modules]), tmp_path / "a.safetensors")
+        read_lora(tmp_path, shapes)
+    assert len(opened) == 2 * 2  # the header, and the values
