@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,15 @@ import torch
 from torch import nn
 
 from clora.bank.bank import AdapterBank, BankBytes
-from clora.bank.slots import index_of
+from clora.bank.slots import Slots, index_of
 from clora.errors import CloraError
 from clora.lora.algebra import MAX_ERROR
-from clora.lora.layers import transformer_of
+from clora.lora.layers import check_called, transformer_of
 from clora.lora.load import load_lora
 from clora.lora.state import LoRAState
+
+SCALED_BY = ("attention_kwargs", "joint_attention_kwargs")
+"""Arguments of transformers in which pipelines pass a scale of LoRAs."""
 
 
 class AttachedLoRAs:
@@ -27,26 +33,70 @@ class AttachedLoRAs:
     """
 
     def __init__(self, transformer: nn.Module, states: Mapping[str, LoRAState]):
+        self._layers = tuple(dict.fromkeys(chain.from_iterable(state.modules for state in states.values())))
+        check_called(transformer, self._layers)
         self._bank = AdapterBank(transformer, states)
         self._slots = self._bank.slots()
+        self._hook = transformer.register_forward_pre_hook(self._take_scale, with_kwargs=True)
         self.names = self._bank.names
 
     @contextmanager
-    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+    def route(self, names: Sequence[str | tuple[str, float] | None]) -> Iterator[None]:
         """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``; for None, with only the base.
 
-        A batch twice as long repeats the names: the prompts, then the negative prompts. A single name is for the whole
-        batch.
+        ``("snow", 0.5)`` is LoRA ``snow`` at half strength. The pipeline's own scale (``attention_kwargs={"scale": 0.5}``)
+        multiplies all strengths. A LoRA at several strengths in one batch is copied for each of them while the block lasts.
+
+        A single name is for the whole batch. Otherwise the names are those of the batch's samples, in its order:
+
+        - several pictures of a prompt are neighbours: ``["a", "a", "b", "b"]`` for two of each of two prompts;
+        - a pipeline that runs negative prompts in the same pass (Z-Image) has them after all prompts: ``["a", "b", "a", "b"]``.
 
         Raises:
-            CloraError: a name is unknown (the message suggests the nearest), a single text is given, or a pass has a
-                batch that does not fit the names.
+            CloraError: a name is unknown (the message suggests the nearest), a strength is no number, a single text is
+                given, projections were fused since `attach`, or a pass has a batch that does not fit the names.
         """
         if isinstance(names, str):
             raise CloraError(f"expected a list of names, found the text {names!r}; write [{names!r}]")
-        ids = [-1 if name is None else index_of(name, self.names) for name in names]
-        with self._bank.route(self._slots, torch.tensor(ids, device=self._slots.scale.device)):
+        check_called(self._bank.transformer, self._layers)
+        wanted = [None if name is None else self._lora_and_strength(name) for name in names]
+        slots, ids = self._routed(wanted)
+        with self._bank.route(slots, torch.tensor(ids, device=slots.scale.device)):
             yield
+
+    def _lora_and_strength(self, name: str | tuple[str, float]) -> tuple[int, float]:
+        """Returns the number of a LoRA, and its strength."""
+        name, strength = (name, 1.0) if isinstance(name, str) else name
+        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            raise CloraError(f'expected a strength as in ("{name}", 0.5), found {strength!r}; give a finite number')
+        return index_of(name, self.names), float(strength)
+
+    def _routed(self, wanted: Sequence[tuple[int, float] | None]) -> tuple[Slots, list[int]]:
+        """Returns slots with the strengths of a batch, and the slot of each sample."""
+        pairs = list(dict.fromkeys(pair for pair in wanted if pair is not None))
+        strengths = dict(pairs)
+        all_slots = self._slots
+        scale = all_slots.scale.clone()
+        if len(strengths) == len(pairs):  # every LoRA has one strength
+            for lora, strength in pairs:
+                scale[lora] = strength
+            return replace(all_slots, scale=scale), [-1 if pair is None else pair[0] for pair in wanted]
+        rows = [lora for lora, _ in pairs]
+        factors = {module: (a[rows], b[rows]) for module, (a, b) in all_slots.factors.items()}
+        scale = scale.new_tensor([strength for _, strength in pairs])
+        slots = Slots(tuple(self.names[row] for row in rows), factors, scale)
+        return slots, [-1 if pair is None else pairs.index(pair) for pair in wanted]
+
+    def _take_scale(self, transformer: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
+        """Multiplies the strengths by the scale of a pipeline's call, which diffusers gives only to PEFT's layers."""
+        running = self._bank.running
+        if running is None:
+            return
+        running.scale = running.slots.scale
+        for name in SCALED_BY:
+            scale = (inputs.get(name) or {}).get("scale", 1.0)
+            if scale != 1.0:
+                running.scale = running.slots.scale * scale
 
     def bytes(self) -> BankBytes:
         """Returns the memory of the LoRAs."""
@@ -54,6 +104,7 @@ class AttachedLoRAs:
 
     def detach(self) -> None:
         """Restores the transformer's own layers exactly."""
+        self._hook.remove()
         self._bank.detach()
 
 
@@ -65,14 +116,14 @@ def attach(
     ::
 
         bank = clora.attach(pipe.transformer, {"snow": "snow.safetensors", "ink": "ink_folder"})
-        with bank.route(["snow", "ink", None]):
+        with bank.route(["snow", ("ink", 0.5), None]):  # ink at half strength, then the base
             images = pipe(image=image, prompt=[snow_prompt, ink_prompt, prompt]).images
         bank.detach()
 
     Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs only inside `route`.
 
     Args:
-        pipeline_or_transformer: a diffusers pipeline or its transformer, also with quantised weights.
+        pipeline_or_transformer: a diffusers pipeline or its transformer, also compiled or with quantised weights.
         adapters: name to LoRA: a file or folder of any format that `clora.load_lora` reads, or a loaded one. They are
             stored in the transformer's dtype.
         max_error: as in `clora.load_lora`, for files whose changes are not of low rank.

@@ -58,6 +58,11 @@ class RoutedLinear(nn.Module):
         """The base's: Z-Image casts a layer's input to the dtype of its weight."""
         return self.base.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's: diffusers reads it where it fuses projections."""
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         running = self._bank[0].running
         if running is None:
@@ -177,7 +182,7 @@ class AdapterBank:
         """Inside, sample b of the transformer runs on slot ``adapter_ids[b]`` of ``slots``; -1 is only the base."""
         if self.running is not None:
             raise CloraError("a routed pass is already running on this bank; end it before the next bank.route(...)")
-        self.running = RoutedPass(slots, adapter_ids, self._layers, self._groups)
+        self.running = RoutedPass(slots, adapter_ids, self._layers, self._groups, slots.scale)
         try:
             yield
         finally:

@@ -34,6 +34,7 @@ class RoutedPass:
         adapter_ids: ``[B]`` on the transformer's device, -1 for only the base.
         layers: module to the frozen layer.
         groups: module to the modules of its group, itself among them (`shared_inputs`).
+        scale: ``[E]`` that every slot's change is multiplied by; by default the slots' own.
         waiting: module to the tensor that it was computed from and its output.
     """
 
@@ -41,6 +42,7 @@ class RoutedPass:
     adapter_ids: Tensor
     layers: Mapping[str, nn.Linear]
     groups: Mapping[str, tuple[str, ...]]
+    scale: Tensor
     waiting: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def output(self, module: str, x: Tensor) -> Tensor:
@@ -65,14 +67,14 @@ class RoutedPass:
         factors = {module: self.slots.factors[module] for module in modules if module in self.slots.factors}
         # The ops take tokens, [B, T, K]. One vector for each sample, as of the time step, is one token.
         tokens = x if x.ndim == 3 else x.unsqueeze(1)
-        ids = ids_of_rows(self.adapter_ids, len(tokens), modules[0])
+        ids = ids_of_rows(self.adapter_ids, x, modules[0])
         outputs = {}
 
         # Plain layers: base and low-rank part of all of them in one call of the op.
         fused = [module for module in factors if is_plain(self.layers[module], x)]
         if fused:
             projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in fused]
-            together = multi_lora_linears(tokens, projections, self.slots.scale, ids)
+            together = multi_lora_linears(tokens, projections, self.scale, ids)
             for module, y in zip(fused, together, strict=True):
                 outputs[module] = y if x.ndim == 3 else y.squeeze(1)
 
@@ -83,7 +85,7 @@ class RoutedPass:
             y = outputs[module] = self.layers[module](x)
             if module in factors:
                 base = y if x.ndim == 3 else y.unsqueeze(1)
-                added = multi_lora_add(base, tokens, *factors[module], self.slots.scale, ids)
+                added = multi_lora_add(base, tokens, *factors[module], self.scale, ids)
                 outputs[module] = added.reshape(y.shape)
         return outputs
 
@@ -100,17 +102,25 @@ def shared_inputs(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     return groups
 
 
-def ids_of_rows(adapter_ids: Tensor, num_rows: int, module: str) -> Tensor:
-    """Returns the ids ``[num_rows]`` of a layer's rows.
+def ids_of_rows(adapter_ids: Tensor, x: Tensor, module: str) -> Tensor:
+    """Returns the ids ``[R]`` of the R rows of a layer's input.
 
-    A layer may see the batch twice, one after the other: a modulation that is also computed for timestep 0.
+    A layer of one vector per sample ``[B, K]`` may see the batch twice, one after the other: a modulation that is also
+    computed for timestep 0.
 
     Raises:
-        CloraError: its rows are not samples, as in embedders that read the tokens of all samples at once.
+        CloraError: there are more or fewer rows of tokens than samples. In which order they belong to the samples is
+            unknown: several pictures of a prompt are neighbours, negative prompts follow all prompts. Or the rows are not
+            samples, as in embedders that read the tokens of all samples at once.
     """
-    num_samples = len(adapter_ids)
-    if num_samples == 1 or num_rows in (num_samples, 2 * num_samples):
+    num_samples, num_rows = len(adapter_ids), len(x)
+    if num_samples == 1 or num_rows == num_samples or (x.ndim == 2 and num_rows == 2 * num_samples):
         return adapter_ids.repeat(num_rows // num_samples)
+    if num_rows % num_samples == 0:
+        raise CloraError(
+            f"{num_samples} adapters are routed, but the batch has {num_rows} samples; give one name for each, in the order of "
+            "the batch: a, a, b, b for two pictures of each prompt, a, b, a, b where negative prompts follow the prompts"
+        )
     if num_rows < num_samples:
         raise CloraError(
             f"{num_samples} adapters are routed, but the batch has {num_rows} sample{'s' * (num_rows > 1)}; give "

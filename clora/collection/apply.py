@@ -9,6 +9,7 @@ from typing import Any
 
 from clora.collection.metadata import Collection, find_collection, from_metadata, read_collection
 from clora.errors import CloraError, nearest
+from clora.lora.layers import check_called, uncompiled
 from clora.lora.source import LoRASource, open_lora
 
 
@@ -106,7 +107,8 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
         path: as for `load_collection`.
 
     Raises:
-        CloraError: no such collection, or one for another model; the pipeline is left as it was.
+        CloraError: no such collection, one for another model, or projections of the transformer are fused; the pipeline is
+            left as it was.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -124,12 +126,14 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
 
 def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
     """Loads the file as a new adapter, all of it or nothing: diffusers only warns of modules that it skips."""
-    transformer = pipeline.transformer
+    transformer = uncompiled(pipeline.transformer)
     if source.keys.format != "diffusers":
         raise CloraError(
             f"{source.file} has the {source.keys.format} format; expected {base_model}'s LoRA in diffusers' format "
             "(clora export --format diffusers)"
         )
+    expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
+    check_called(transformer, sorted(name.removeprefix("transformer.") for name in expected))
     # The pipeline may carry other adapters already; they stay, and only the new one is compared with the file.
     before = set(getattr(transformer, "peft_config", {}))
     try:
@@ -145,7 +149,6 @@ def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
         for name, module in transformer.named_modules()
         if not new.isdisjoint(getattr(module, "lora_A", {}))
     }
-    expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
     if loaded != expected:
         transformer.delete_adapters(list(new))
         raise CloraError(

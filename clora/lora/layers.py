@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from clora.errors import CloraError
 from clora.files import user_path
 
+PROJECTIONS = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
+"""Layers of an attention that diffusers can fuse."""
 LayerShapes = Mapping[str, tuple[int, int]]
 """Path of a linear layer in the diffusers transformer (``transformer_blocks.0.attn.to_q``) to (out, in)."""
 
@@ -31,6 +33,7 @@ def transformer_of(pipeline_or_transformer: Any) -> nn.Module:
     """
     found = pipeline_or_transformer
     transformer = found if isinstance(found, nn.Module) else getattr(found, "transformer", None)
+    transformer = uncompiled(transformer)
     if not isinstance(transformer, nn.Module):
         raise CloraError(
             f"expected a diffusers pipeline or its transformer, found {type(found).__name__}; load one with "
@@ -45,6 +48,32 @@ def transformer_of(pipeline_or_transformer: Any) -> nn.Module:
                 "transformer whose pipeline has no such method, or detach() of what clora.attach returned, first"
             )
     return transformer
+
+
+def uncompiled(transformer: Any) -> Any:
+    """Returns the module inside what torch.compile returned, whose layers have their own names; any other as it is."""
+    return getattr(transformer, "_orig_mod", transformer)
+
+
+def check_called(transformer: nn.Module, names: Iterable[str]) -> None:
+    """Refuses layers that stand beside a fused projection: they are still there, but no pass calls them.
+
+    Args:
+        transformer: a diffusers transformer.
+        names: the layers that LoRAs change; those that it lacks are passed over.
+
+    Raises:
+        CloraError: an attention computes several of them by one fused layer.
+    """
+    modules = dict(transformer.named_modules())
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        # Set by diffusers' fuse_qkv_projections(), and by its loading of LoRAs that were trained on fused projections.
+        if own in PROJECTIONS and getattr(modules.get(parent), "fused_projections", False):
+            raise CloraError(
+                f"{name} is fused with other projections and no longer called, so that a LoRA of it would do nothing; call "
+                "unfuse_qkv_projections() of the transformer first"
+            )
 
 
 def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:

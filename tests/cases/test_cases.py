@@ -11,14 +11,9 @@ import pytest
 
 FOLDER = Path(__file__).parent
 WRONG_YET = {
-    "case01.py": "with several pictures per prompt, pictures get the LoRA of another prompt",
-    "case02.py": "attach and apply do not work on a compiled transformer",
-    "case07.py": "attach accepts layers that a fused projection no longer calls",
-    "case07b.py": "apply accepts layers that a fused projection no longer calls",
     "case08.py": "pictures of two kinds are read differently from what a viewer shows",
     "case09.py": "a stopped run continues although its pictures have changed",
     "case11.py": "a second collection in one pipeline leaves traces of the first",
-    "case23.py": "attach ignores the pipeline's own LoRA scale",
 }
 
 
