@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,22 +22,60 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside a file; the block's result there takes the file's place at the end.
 
     No reader ever sees half of a file, and an error in the block leaves the old one. The folder is created where it is
-    missing.
+    missing. The result is on the disk before it takes its name, so that a loss of power leaves the old or the new file.
 
     Raises:
         CloraError: the block or the renaming raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder that only we may enter and whose name nobody can foresee, so that no link redirects the file. The
+        # file itself gets the rights that the umask gives.
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        temporary = folder / path.name
         yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     except OSError as error:
-        message = f"{path} cannot be written: {error.strerror or error}"
-        raise CloraError(f"{message}; choose another output folder") from error
+        remedy = "choose another output folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room there; the same command goes on with what is kept"
+        raise CloraError(f"{path} cannot be written: {error.strerror or error}; {remedy}") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_orphans(folder: Path, names: str) -> None:
+    """Removes what runs that were killed left of `replacing`; the caller makes sure that no other run writes there.
+
+    Args:
+        folder: it may be missing; its subfolders are not looked at.
+        names: regular expression of the files that were to be written.
+    """
+    # Earlier versions made files of this form, now they are folders.
+    orphan = re.compile(rf"\.({names})\.\w+\.tmp")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not orphan.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:

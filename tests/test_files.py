@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import pytest
 
 from clora.errors import CloraError
-from clora.files import check_writable, replacing, user_path, write_atomic
+from clora.files import check_writable, remove_orphans, replacing, user_path, write_atomic
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -21,7 +24,12 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 @pytest.mark.parametrize(
     ("raised", "expected", "message"),
     [
-        (OSError(28, "No space left on device"), CloraError, "No space left on device; choose another output folder"),
+        (
+            OSError(28, "No space left on device"),
+            CloraError,
+            "No space left on device; make room there; the same command",
+        ),
+        (OSError(13, "Permission denied"), CloraError, "Permission denied; choose another output folder"),
         (KeyError("other"), KeyError, "other"),
     ],
 )
@@ -38,6 +46,56 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, raised, expecte
         interrupted()
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and rights of POSIX")
+def test_no_link_redirects_a_file_and_its_rights_are_the_umasks(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    for name in (f".a.txt.{os.getpid()}.tmp", ".a.txt.tmp", "a.txt"):
+        (tmp_path / name).symlink_to(victim)
+    seen = []
+    for _ in range(2):
+        with replacing(tmp_path / "a.txt") as file:
+            seen.append(file.parent)
+            assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700, "nobody else may put a link there"
+            file.write_text("new")
+    assert seen[0] != seen[1]
+    assert victim.read_text() == "kept"
+    assert not (tmp_path / "a.txt").is_symlink()
+    old = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "b.txt", "b")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "b.txt").stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(descriptor):
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", lambda *names: steps.append("name") or replace(*names))
+    write_atomic(tmp_path / "a", "a")
+    assert steps == ["file", "name", "folder"]
+
+
+def test_only_orphans_of_the_named_files_are_removed(tmp_path):
+    (tmp_path / ".a.txt.x_1b2c3d.tmp").mkdir()
+    (tmp_path / ".a.txt.x_1b2c3d.tmp" / "a.txt").write_text("half")
+    (tmp_path / ".a.txt.4321.tmp").write_text("of an earlier version")
+    kept = {".b.txt.x_1b2c3d.tmp", "a.txt", ".a.txt.tmp", "a.txt.4321.tmp"}
+    for name in kept:
+        (tmp_path / name).write_text("kept")
+    remove_orphans(tmp_path, r"a\.txt")
+    remove_orphans(tmp_path / "missing", ".*")
+    assert {file.name for file in tmp_path.iterdir()} == kept
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
