@@ -221,7 +221,7 @@ def export(
     path: Annotated[Path, typer.Argument(help="A LoRA of any format (file or folder), or a collection.")],
     output: Annotated[Path, typer.Option(help="The new .safetensors file; for peft the new folder.")],
     format: Annotated[
-        str, typer.Option(help="diffusers (one rank, alpha = rank), peft, kohya or comfyui.")
+        str, typer.Option(help="diffusers (one rank, alpha = rank), peft, kohya, comfyui or bare.")
     ] = "diffusers",
     rank: Annotated[int | None, typer.Option(help="Largest rank to keep, by SVD.")] = None,
     energy: Annotated[

@@ -1,7 +1,7 @@
 """The model families whose layers have other names in LoRA files than in diffusers.
 
 The original repositories of FLUX.1, FLUX.2 and Z-Image, and with them ComfyUI and kohya, fuse layers that diffusers
-splits, and name them differently. A file's names are resolved against the layers that the transformer really has, so
+splits, and name them differently. ComfyUI does so with LongCat-Image (FLUX.1's names) and Qwen-Image-2.1 too. A file's names are resolved against the layers that the transformer really has, so
 that kohya's underscores are never guessed. Which table applies follows from layers that only one family has.
 """
 
@@ -28,6 +28,8 @@ class Family:
         marks: modules of its diffusers class, outside the blocks, that together no other family has.
         originals: name in the original repository to the diffusers modules whose rows it stacks, in that order.
         others: diffusers modules that have no second name.
+        unknown_to_comfyui: how the names of modules begin that ComfyUI does not know by diffusers' names. A file for it
+            needs the original ones.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Family:
     marks: tuple[str, ...]
     originals: Mapping[str, tuple[str, ...]]
     others: tuple[str, ...] = ()
+    unknown_to_comfyui: tuple[str, ...] = ()
 
     def diffusers_names(self) -> set[str]:
         """Returns the general names of its modules in diffusers."""
@@ -108,6 +111,14 @@ _FLUX_ENDS = {
 # Of the outputs of this one, diffusers expects the halves the other way round.
 _SWAPPED = {"norm_out.linear"}
 
+_FLUX1_BLOCKS = _flux_double_blocks("net.0.proj", "net.2") | {
+    "double_blocks.N.img_mod.lin": ("transformer_blocks.N.norm1.linear",),
+    "double_blocks.N.txt_mod.lin": ("transformer_blocks.N.norm1_context.linear",),
+    "single_blocks.N.linear1": _names("single_transformer_blocks.N.", "attn.to_q attn.to_k attn.to_v proj_mlp"),
+    "single_blocks.N.linear2": ("single_transformer_blocks.N.proj_out",),
+    "single_blocks.N.modulation.lin": ("single_transformer_blocks.N.norm.linear",),
+}
+
 FLUX1 = Family(
     "FLUX.1",
     "Flux",
@@ -116,14 +127,7 @@ FLUX1 = Family(
     | _originals("time_in.", "time_text_embed.timestep_embedder.", _EMBEDDER)
     | _originals("vector_in.", "time_text_embed.text_embedder.", _EMBEDDER)
     | _originals("guidance_in.", "time_text_embed.guidance_embedder.", _EMBEDDER)
-    | _flux_double_blocks("net.0.proj", "net.2")
-    | {
-        "double_blocks.N.img_mod.lin": ("transformer_blocks.N.norm1.linear",),
-        "double_blocks.N.txt_mod.lin": ("transformer_blocks.N.norm1_context.linear",),
-        "single_blocks.N.linear1": _names("single_transformer_blocks.N.", "attn.to_q attn.to_k attn.to_v proj_mlp"),
-        "single_blocks.N.linear2": ("single_transformer_blocks.N.proj_out",),
-        "single_blocks.N.modulation.lin": ("single_transformer_blocks.N.norm.linear",),
-    },
+    | _FLUX1_BLOCKS,
 )
 
 FLUX2 = Family(
@@ -142,9 +146,11 @@ FLUX2 = Family(
         "single_blocks.N.linear1": ("single_transformer_blocks.N.attn.to_qkv_mlp_proj",),
         "single_blocks.N.linear2": ("single_transformer_blocks.N.attn.to_out",),
     },
+    unknown_to_comfyui=("time_guidance_embed.", "double_stream_modulation_", "single_stream_modulation."),
 )
 
-# The repositories, ComfyUI and every trainer name Qwen-Image's layers as diffusers does.
+# The repositories, ComfyUI and every trainer name Qwen-Image's layers as diffusers does. Of Qwen-Image-2.1, ComfyUI fuses
+# two layers of the MLP.
 _QWEN_ENDS = _names("", "img_in norm_out.linear proj_out") + _names(
     "time_text_embed.timestep_embedder.", "linear_1 linear_2"
 )
@@ -167,13 +173,13 @@ QWEN_IMAGE21 = Family(
     "Qwen-Image-2.1",
     "QwenImage21",
     ("txt_in.in_layer", "modulation.1"),
-    {},
+    {"transformer_blocks.N.img_mlp.gate_up": _names("transformer_blocks.N.img_mlp.", "gate_layer proj")},
     (
         "modulation.1",
         *_QWEN_ENDS,
         *_names("txt_in.", "in_layer out_layer"),
         *_names("transformer_blocks.N.attn.", "to_q to_k to_v to_out.0"),
-        *_names("transformer_blocks.N.img_mlp.", "proj gate_layer out"),
+        "transformer_blocks.N.img_mlp.out",
     ),
 )
 
@@ -200,18 +206,16 @@ Z_IMAGE = Family(
         *_names("context_refiner.N.", _Z_MLP),
         *_names("siglip_refiner.N.", _Z_MLP),
     ),
+    unknown_to_comfyui=("siglip_",),
 )
 
-# FLUX.1's layers with another time embedding. It was released in diffusers' layout; no other naming exists.
+# FLUX.1's layers with another time embedding. It was released in diffusers' layout; ComfyUI gives it FLUX.1's names.
 LONGCAT_IMAGE = Family(
     "LongCat-Image",
     "LongCatImage",
     ("x_embedder", "time_embed.timestep_embedder.linear_1"),
-    {},
-    (
-        *_names("time_embed.timestep_embedder.", "linear_1 linear_2"),
-        *sorted(name for name in FLUX1.diffusers_names() if not name.startswith("time_text_embed")),
-    ),
+    _FLUX_ENDS | _originals("time_in.", "time_embed.timestep_embedder.", _EMBEDDER) | _FLUX1_BLOCKS,
+    unknown_to_comfyui=("time_embed.",),
 )
 
 FAMILIES = (QWEN_IMAGE, QWEN_IMAGE21, FLUX1, FLUX2, Z_IMAGE, LONGCAT_IMAGE)
@@ -250,7 +254,7 @@ def families_with(names: Iterable[str]) -> list[Family]:
 
 
 def is_original_only(name: str) -> bool:
-    """Returns True for a dotted name that original repositories have and no diffusers class has."""
+    """Returns True for a dotted name that original repositories or ComfyUI have and no diffusers class has."""
     general, _ = _general(name)
     in_diffusers = any(general in family.diffusers_names() for family in FAMILIES)
     return not in_diffusers and any(general in family.originals for family in FAMILIES)

@@ -19,8 +19,8 @@ from clora.lora.keys import PREFIXES, UNDERSCORED
 from clora.lora.layers import LayerShapes
 from clora.lora.state import LoRAModule, LoRAState
 
-FORMATS = ("diffusers", "peft", "kohya", "comfyui")
-_PREFIX = {format_name: prefix for prefix, format_name in PREFIXES.items()}
+FORMATS = ("diffusers", "peft", "kohya", "comfyui", "bare")
+_PREFIX = {format_name: prefix for prefix, format_name in PREFIXES.items()} | {"bare": ""}
 NAME_THE_MODEL = "name the LoRA's base model with --pipeline FOLDER (its transformer/config.json is enough)"
 _WIDE_PART = ".proj_mlp"  # fused with q, k and v in FLUX.1's single blocks, with more rows than they have
 
@@ -36,11 +36,12 @@ def save_lora(
     shapes: LayerShapes | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a LoRA in one of four formats.
+    """Writes a LoRA in one of five formats.
 
     ``diffusers`` is read alike by diffusers (any version), ComfyUI and, for FLUX, sglang. Its modules are zero-padded to
     the largest rank and have alpha = rank unstated: diffusers up to 0.39 mis-scales mixed ranks, and several loaders lose
-    stated alphas. In the other formats ranks may differ. ``comfyui`` (ai-toolkit's too) states no alpha either.
+    stated alphas. In the other formats ranks may differ. ``comfyui`` (ai-toolkit's too) states no alpha either, nor does ``bare``:
+    diffusers' names without a prefix, for LightX2V and DiffSynth.
 
     Args:
         state: the LoRA to write.

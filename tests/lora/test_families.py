@@ -8,7 +8,16 @@ import pytest
 import torch
 from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
 
-from clora.lora.families import FAMILIES, FLUX1, FLUX2, Z_IMAGE, families_with, family_of, original_part, routes
+from clora.lora.families import (
+    FAMILIES,
+    FLUX1,
+    FLUX2,
+    LONGCAT_IMAGE,
+    families_with,
+    family_of,
+    original_part,
+    routes,
+)
 from clora.lora.layers import linear_shapes
 from clora.lora.load import read_lora
 
@@ -129,6 +138,32 @@ def test_qwen_image_has_no_original_names(tmp_path):
     assert [route.swap_halves for route in routes(shapes)["norm_out.linear"]] == [False]
 
 
+def test_comfyui_names_longcat_as_flux1():
+    """ComfyUI has no class of its own for it: FLUX.1's, without the pooled text."""
+    shapes = linear_shapes(TRANSFORMERS["LongCat-Image"]())
+    flux1 = {name for name in FLUX1.originals if not name.startswith(("vector_in", "guidance_in"))}
+    parts = [original_part(name, LONGCAT_IMAGE) for name in shapes]
+    assert {re.sub(r"^(\w+)\.\d+\.", r"\1.N.", part.name) for part in parts} == flux1
+    assert [route.swap_halves for route in routes(shapes)["final_layer.adaLN_modulation.1"]] == [True]
+
+
+def test_comfyui_fuses_the_mlp_of_qwen_image21(tmp_path):
+    """Its rows are the gate's, then those that are gated: `gate_up` of ComfyUI's own checkpoints."""
+    if "Qwen-Image-2.1" not in TRANSFORMERS:
+        pytest.skip("this diffusers has no Qwen-Image-2.1")
+    shapes = linear_shapes(TRANSFORMERS["Qwen-Image-2.1"]())
+    block = "transformer_blocks.1.img_mlp."
+    rows = shapes[f"{block}gate_layer"][0]
+    lora_A, lora_B = Random(0).pair((2 * rows, shapes[f"{block}proj"][1]), 3)
+    for prefix in ("diffusion_model.", ""):
+        tensors = {f"{prefix}{block}gate_up.lora_A.weight": lora_A, f"{prefix}{block}gate_up.lora_B.weight": lora_B}
+        expected = {
+            f"{block}gate_layer": product(lora_A, lora_B[:rows]),
+            f"{block}proj": product(lora_A, lora_B[rows:]),
+        }
+        assert_changes(read_lora(write(tmp_path / "a.safetensors", tensors), shapes), expected)
+
+
 def test_rows_of_fused_modules():
     shapes = linear_shapes(TRANSFORMERS["FLUX.1"]())
     cut = [
@@ -148,7 +183,9 @@ def test_block_numbers_of_two_digits():
     assert table["double_blocks_1_img_mlp_0"][0].module == "transformer_blocks.1.ff.linear_in"
 
 
-@pytest.mark.parametrize("family", [FLUX1, FLUX2, Z_IMAGE], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.originals and f.name in TRANSFORMERS], ids=lambda f: f.name
+)
 def test_parts_are_the_inverse_of_routes(family):
     shapes = linear_shapes(TRANSFORMERS[family.name]())
     for name, found in routes(shapes).items():
@@ -167,7 +204,9 @@ def test_families_that_know_a_name():
     known = ["Qwen-Image", "Qwen-Image-2.1", "FLUX.1", "FLUX.2", "LongCat-Image"]
     assert names_of(["transformer_blocks.0.attn.to_q"]) == known
     assert names_of(["transformer_blocks.0.img_mlp.gate_layer"]) == ["Qwen-Image-2.1"]
-    assert names_of(["single_blocks_12_modulation_lin", "double_blocks_3_img_attn_qkv"]) == ["FLUX.1"]
+    assert names_of(["single_blocks_12_modulation_lin", "double_blocks_3_img_attn_qkv"]) == ["FLUX.1", "LongCat-Image"]
+    assert names_of(["vector_in.in_layer", "double_blocks.3.img_attn.qkv"]) == ["FLUX.1"]
+    assert names_of(["transformer_blocks.7.img_mlp.gate_up"]) == ["Qwen-Image-2.1"]
     assert names_of(["double_blocks.3.img_attn.qkv", "single_stream_modulation.lin"]) == ["FLUX.2"]
     assert names_of(["layers_7_attention_qkv"]) == ["Z-Image"]
     assert names_of(["transformer_blocks_0_img_mod_1"]) == ["Qwen-Image"]

@@ -147,7 +147,7 @@ def test_the_family_is_found_without_a_model(tmp_path, transformer, random_state
     assert inspect(path)["families"] == ["FLUX.2"]
     assert inspect(path, transformer)["families"] == ["FLUX.2"]
     save_lora(random_state(modules=["transformer_blocks.0.attn.to_q"]), path, "kohya", alpha=2.0, family=FLUX2)
-    assert inspect(path)["families"] == ["FLUX.1", "FLUX.2"]
+    assert inspect(path)["families"] == ["FLUX.1", "FLUX.2", "LongCat-Image"]
     other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{other}.lora_down.weight": torch.ones(2, 3), f"{other}.lora_up.weight": torch.ones(3, 2)}, path)
     assert inspect(path)["families"] == []
