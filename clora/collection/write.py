@@ -105,9 +105,8 @@ def write_collection(
     folder: Path,
     dtype: torch.dtype,
     hub_id: str | None = None,
-    samples: bytes | None = None,
 ) -> Path:
-    """Writes the folder of a collection; returns it.
+    """Writes the folder of a collection, without samples; returns it.
 
     ``pytorch_lora_weights.safetensors`` has keys ``transformer.X.lora_A/B.weight``, uniform rank and alpha = rank:
     every version of diffusers and ComfyUI read it alike. `clora.collection.metadata.read_collection` reads the
@@ -119,7 +118,6 @@ def write_collection(
         folder: created if it is missing.
         dtype: stored type.
         hub_id: where the collection will be on the Hub, for the model card.
-        samples: a PNG for the model card (`clora.collection.samples.draw_samples`), or None for a folder without one.
 
     Raises:
         CloraError: the folder cannot be written, a weight is not finite, or the weights are not read back as they were
@@ -130,16 +128,29 @@ def write_collection(
     metadata = to_metadata(collection)
     # A collection may be there already. Every part is replaced or removed, the weights last: a folder that has new
     # weights is complete.
-    if samples is None:
-        (folder / SAMPLES_FILE).unlink(missing_ok=True)
-    else:
-        write_atomic(folder / SAMPLES_FILE, samples)
-    write_atomic(folder / "README.md", model_card(collection, hub_id, samples is not None))
+    (folder / SAMPLES_FILE).unlink(missing_ok=True)
+    write_atomic(folder / "README.md", model_card(collection, hub_id))
     # As diffusers' save_pretrained writes it.
     scheduler = json.dumps(collection.scheduler, indent=2, sort_keys=True) + "\n"
     write_atomic(folder / "scheduler" / "scheduler_config.json", scheduler)
     save_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
     return folder
+
+
+def add_samples(folder: Path, samples: bytes, hub_id: str | None = None) -> None:
+    """Adds sample pictures to a collection and shows them in its model card.
+
+    Args:
+        folder: of the collection.
+        samples: a PNG (`clora.collection.samples.draw_samples`).
+        hub_id: as in `write_collection`.
+
+    Raises:
+        CloraError: no collection exists there, or a file cannot be written.
+    """
+    collection = read_collection(folder)
+    write_atomic(folder / SAMPLES_FILE, samples)
+    write_atomic(folder / "README.md", model_card(collection, hub_id, has_samples=True))
 
 
 def name_repository(folder: Path, hub_id: str) -> None:

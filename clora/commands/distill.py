@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,35 @@ from clora.collection.samples import draw_samples
 from clora.collection.write import (
     COLLECTION_FILES,
     UPLOADED_FILES,
+    add_samples,
     check_output,
     make_collection,
     name_repository,
     write_collection,
 )
 from clora.commands.checks import find_file_problems
-from clora.config.reading import named_files
-from clora.config.settings import DistillConfig, general_instructions
+from clora.commands.inputs import Inputs, hash_pictures, inputs_digest, read_inputs, trained_on
+from clora.config.settings import DistillConfig
 from clora.config.training import TrainConfig
 from clora.data.cache import Cache
-from clora.data.images import list_images
 from clora.data.prepare import encode_data
 from clora.devices import find_device
 from clora.errors import CloraError
-from clora.files import check_writable, user_path
-from clora.hashing import digest, file_digest
+from clora.files import check_writable, remove_orphans
+from clora.locks import locked, shared
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.models.fingerprint import component_fingerprints
 from clora.models.loading import load_adapter, load_teacher
 from clora.progress import say, stage, up_to
-from clora.training.checkpoint import check_resumable, load_values
+from clora.training.resume import Checkpoints
 from clora.training.student import student_layers, train_student
 from clora.training.trainer import Report
 
-CHECKPOINT = ".checkpoint.safetensors"
-# In the output folder; huggingface_hub has a .cache of its own in a folder that it downloaded.
 CACHE = ".clora-cache"
+"""In the output folder; huggingface_hub has a .cache of its own in a folder that it downloaded."""
+CHECKPOINT = f"{CACHE}/checkpoints"
+FINISHED = f"{CACHE}/finished.safetensors"
+EARLIER_CHECKPOINT = ".checkpoint.safetensors"
 
 
 def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
@@ -59,35 +60,55 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
         The collection's folder.
 
     Raises:
-        CloraError: anything in the input that cannot be used; nothing is written then.
+        CloraError: anything in the input that cannot be used; nothing is written then. Another run writes there.
     """
     if not isinstance(config, DistillConfig):
         found = type(config).__name__
         raise CloraError(f"expected a DistillConfig, found {found}; load it with clora.load_config(path)")
     find_file_problems(config).refuse()
     output = check_output(config.output)
-    checkpoint = output / CHECKPOINT
     cache_folder = check_writable(config.data.cache or output / CACHE)
     if push_to_hub is not None:
         check_repo(push_to_hub)
+    with locked(output), shared(cache_folder, remove_cache_orphans) if config.data.cache else nullcontext():
+        remove_run_orphans(output)
+        return _distill(config, output, Cache(cache_folder), push_to_hub)
+
+
+def _distill(config: DistillConfig, output: Path, cache: Cache, push_to_hub: str | None) -> Path:
     with stage("load pipeline and LoRAs", None):
         config, adapter = load_adapter(config)
         transformer = adapter.pipeline.transformer
         teachers = {effect.name: load_teacher(effect, transformer) for effect in config.effects}
         # Before training, so that the hashes are those of the files that were read.
-        collection = _describe(config, adapter, teachers)
+        inputs = read_inputs(config, adapter.pipeline)
+        collection = _describe(config, adapter, teachers, inputs_digest(config, inputs))
     # Rendering takes hours; wrong layers and a checkpoint of another run are refused before it.
     student_layers(transformer, config.student.targets)
-    is_done = not checkpoint.exists() and is_finished(output, collection)
-    _announce(output, config, is_done)
+    checkpoints = Checkpoints(
+        output / CHECKPOINT,
+        config.train.keep_checkpoints,
+        trained_on(config, inputs, teachers),
+        earlier=output / EARLIER_CHECKPOINT,
+        finished=output / FINISHED,
+    )
+    is_done = is_finished(output, collection)
+    _announce(output, config, checkpoints, is_done)
     repo_id = None if push_to_hub is None else create_repo(push_to_hub)
     if not is_done:
-        student, samples = _train(config, adapter, teachers, Cache(cache_folder), checkpoint)
-        write_collection(student, collection, output, transformer.dtype, repo_id, samples)
-        # The folder is made to be shared: only the collection stays in it.
-        checkpoint.unlink(missing_ok=True)
+        device = find_device(config.device)
+        with _told_what_is_kept(checkpoints):
+            data = encode_data(config, adapter, teachers, cache, device)
+            _check_unchanged(inputs, config)
+            with training_bar(f"distil into {output.name}", config.train) as report:
+                student = train_student(config, adapter, teachers, data, report, checkpoints)
+        write_collection(student, collection, output, transformer.dtype, repo_id)
+        checkpoints.finish()
         if config.data.cache is None:
-            shutil.rmtree(cache_folder, ignore_errors=True)
+            # The folder is made to be shared: beside the collection only the last checkpoint stays, for more updates.
+            for folder in subfolders(output / CACHE):
+                shutil.rmtree(folder, ignore_errors=True)
+        _add_samples(output, repo_id, lambda: draw_samples(config, adapter, student, data, device))
     elif repo_id is not None:
         name_repository(output, repo_id)
     if repo_id is not None:
@@ -95,7 +116,9 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     return output
 
 
-def _describe(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState]) -> Collection:
+def _describe(
+    config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[str, LoRAState], inputs_sha256: str
+) -> Collection:
     """Returns the description of the collection that a run makes, with the hash of its inputs."""
     folder = Path(config.pipeline)
     metadata = {name: lora.metadata for name, lora in teachers.items()}
@@ -108,8 +131,8 @@ def _describe(config: DistillConfig, adapter: ModelAdapter, teachers: Mapping[st
         licenses={name: keys.get("modelspec.license") or keys.get("license") for name, keys in metadata.items()},
         base_revision=None if folder.exists() else cached_revision(config.pipeline),
     )
-    inputs = {"inputs_sha256": inputs_digest(config, adapter.pipeline)}
-    return collection.model_copy(update={"provenance": {**collection.provenance, **inputs}})
+    provenance = {**collection.provenance, "inputs_sha256": inputs_sha256}
+    return collection.model_copy(update={"provenance": provenance})
 
 
 def _name_of_base(pipeline: Any, folder: Path) -> str:
@@ -118,35 +141,6 @@ def _name_of_base(pipeline: Any, folder: Path) -> str:
     if isinstance(stated, str) and is_repo_id(stated) and not Path(stated).exists():
         return stated
     return f"a local {type(pipeline).__name__} (folder {folder.resolve().name})"
-
-
-def inputs_digest(config: DistillConfig, pipeline: Any) -> str:
-    """Hashes all settings and inputs of a run: prompts, pictures and instructions too, which no collection states.
-
-    Left out are the places where it runs and writes, and the teachers' files, whose hashes the collection has.
-
-    Args:
-        config: the settings, the guidance filled in.
-        pipeline: the base, loaded.
-
-    Raises:
-        CloraError: pictures or instructions cannot be read.
-    """
-    settings = config.recorded(exclude={"pipeline": True, "output": True, "device": True, "data": {"cache"}})
-    # Of every picture the bytes: one that is replaced under its old name makes another run.
-    pictures = {}
-    for setting, folder in named_files(settings).items():
-        if not setting.endswith(".lora"):
-            files = list_images(user_path(folder))
-            pictures[folder] = {file.name: file_digest(file) for file in files}
-    return digest(
-        {
-            "settings": settings,
-            "instructions": general_instructions(config.data),
-            "pictures": pictures,
-            "pipeline": component_fingerprints(pipeline),
-        }
-    )
 
 
 def is_finished(folder: Path, collection: Collection) -> bool:
@@ -161,20 +155,23 @@ def is_finished(folder: Path, collection: Collection) -> bool:
     return found.model_copy(update={"version": collection.version}) == collection
 
 
-def _announce(output: Path, config: DistillConfig, is_done: bool) -> None:
+def _announce(output: Path, config: DistillConfig, checkpoints: Checkpoints, is_done: bool) -> None:
     """Reports a run that is done or goes on, or a collection that is replaced.
 
     Raises:
-        CloraError: the checkpoint is another run's.
+        CloraError: the checkpoint is another run's, or was trained on other inputs.
     """
-    checkpoint = output / CHECKPOINT
     if is_done:
         say(
             f"{output} holds the finished collection of these settings and inputs: nothing is trained. To train it "
             "again, remove that folder, or name another output"
         )
-    elif checkpoint.exists():
-        say(f"resuming at update {check_resumable(checkpoint, config)} of the run in {output}")
+    elif (start := checkpoints.start(config)) is not None:
+        file, update = start
+        if file == checkpoints.finished:
+            say(f"going on at update {update}, where the finished run in {output} has ended")
+        else:
+            say(f"resuming at update {update} of the run in {output}")
     elif (output / LORA_FILE).exists():
         say(
             f"{output} holds a finished collection of other settings or inputs, which this run replaces at its end; name "
@@ -182,33 +179,56 @@ def _announce(output: Path, config: DistillConfig, is_done: bool) -> None:
         )
 
 
-def _train(
-    config: DistillConfig,
-    adapter: ModelAdapter,
-    teachers: Mapping[str, LoRAState],
-    cache: Cache,
-    checkpoint: Path,
-) -> tuple[LoRAState, bytes | None]:
-    """Returns the student and its samples; None for samples that do not fit the memory."""
-    device = find_device(config.device)
+def _check_unchanged(inputs: Inputs, config: DistillConfig) -> None:
+    """Raises CloraError if a picture was replaced while it was read: the hashes would be those of another one."""
+    for folder, found in hash_pictures(config).items():
+        if found != inputs.pictures[folder]:
+            raise CloraError(f"{folder}: pictures have changed while they were read; start the same command again")
+
+
+@contextmanager
+def _told_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
+    """Reports at Ctrl-C what the next run begins with."""
     try:
-        data = encode_data(config, adapter, teachers, cache, device)
-        with training_bar(f"distil into {checkpoint.parent.name}", config.train) as report:
-            student = train_student(config, adapter, teachers, data, report, checkpoint)
-        try:
-            return student, draw_samples(config, adapter, student, data, device)
-        except RuntimeError as error:  # pictures are not worth a training
-            say(f"no {SAMPLES_FILE} is made: {str(error).splitlines()[0]}")
-            return student, None
+        yield
     except KeyboardInterrupt:
-        if checkpoint.exists():
-            say(f"stopped; the same command goes on from update {load_values(checkpoint)['update']}")
+        update = checkpoints.last_update()
+        if update is not None:
+            say(f"stopped; the same command goes on from update {update}")
         else:
             say(
                 "stopped; what was encoded and rendered is kept for the same command; of the training nothing is kept "
                 "before the first checkpoint (train.checkpoint_every)"
             )
         raise
+
+
+def _add_samples(output: Path, repo_id: str | None, draw: Callable[[], bytes]) -> None:
+    """Adds sample pictures to a collection; whatever goes wrong with them, the collection stays."""
+    try:
+        add_samples(output, draw(), repo_id)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        say(f"no {SAMPLES_FILE} is made: {reason}")
+
+
+def remove_run_orphans(output: Path) -> None:
+    """Removes what killed runs left half-written in an output folder, which this run holds."""
+    for folder in (output, output / "scheduler"):
+        remove_orphans(folder, rf"README\.md|{LORA_FILE}|{SAMPLES_FILE}|scheduler_config\.json|{EARLIER_CHECKPOINT}")
+    remove_orphans(output / CHECKPOINT, r"\d+\.safetensors")
+    remove_cache_orphans(output / CACHE)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Returns the folders in a folder, none where it is missing."""
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def remove_cache_orphans(folder: Path) -> None:
+    """Removes what killed runs left half-written in a cache that no other run uses."""
+    for kind in subfolders(folder):
+        remove_orphans(kind, r"[0-9a-f]{64}\.safetensors")
 
 
 @contextmanager

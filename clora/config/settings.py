@@ -37,6 +37,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "train": {"schedule": "linear", "warmup_updates": 0, "weight_decay": 0.0, "ema_decay": None, "export": "student"},
 }
 """Settings that earlier versions lacked, and the values that they acted by."""
+NEVER_RECORDED = {"train": {"keep_checkpoints", "stop_after"}}
+"""Settings that no result depends on, and that earlier versions lacked."""
 UNFILLED = "unfilled"
 """Context of the check of a config whose prompts file has not been read."""
 
@@ -230,6 +232,9 @@ class DistillConfig(FrozenModel):
             for key, value in values.items():
                 if settings.get(section, {}).get(key) == value:
                     settings[section].pop(key, None)
+        for section, keys in NEVER_RECORDED.items():
+            for key in keys:
+                settings.get(section, {}).pop(key, None)
         for effect in settings.get("effects", ()):
             if not effect.get("ignore"):
                 effect.pop("ignore", None)

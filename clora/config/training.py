@@ -85,7 +85,10 @@ class TrainConfig(FrozenModel):
         gradient_checkpointing: keep only the inputs of the transformer's blocks and compute the rest again for the
             gradient: much less memory, about a third more time in the passes that learn.
         checkpoint_every: updates between two checkpoints.
-        minutes: stop after this time; None for no limit.
+        keep_checkpoints: number of the newest checkpoints that are kept; if one is damaged, the one before is continued.
+        minutes: end the training, and write the collection, after this time; None for no limit.
+        stop_after: stop the run, with a checkpoint and the exit code 75, after this number of minutes since its start, to be
+            continued by the same command; None for no limit.
     """
 
     updates: Positive
@@ -108,7 +111,9 @@ class TrainConfig(FrozenModel):
     teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
     minutes: PositiveFloat | None = None
+    stop_after: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -1,7 +1,7 @@
-"""Training state on disk: one safetensors file without pickle, and the check that a resumed run is the same run.
+"""Training state on disk: one safetensors file without pickle, whole or refused.
 
-The file's tensors are ``tensor/<name>``, ``optimizer/<name>/<parameter>/<state>`` and ``generator/data``; JSON values are
-in its header. It is written to a temporary name and renamed, so that a run stopped at any moment leaves a whole one.
+The file's tensors are ``tensor/<name>``, ``optimizer/<name>/<parameter>/<state>`` and ``generator/data``. Its header has JSON
+values and the hash of both. Which of a run's files is continued is `clora.training.resume`'s.
 """
 
 from __future__ import annotations
@@ -13,29 +13,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from clora.config.reading import REMOVED
-from clora.config.settings import DistillConfig
 from clora.errors import CloraError
-from clora.files import write_atomic
+from clora.files import replacing
+from clora.hashing import digest, tensor_digest
 
-# Settings that a resumed run may change: they bound its length and its memory, choose among what it kept, or name where
-# files are.
-FREE_TO_CHANGE = {
-    "train": {
-        "updates",
-        "minutes",
-        "checkpoint_every",
-        "export",
-        "gradient_rows",
-        "forward_rows",
-        "teacher_memory_gb",
-        "gradient_checkpointing",
-    },
-    "data": {"cache"},
-}
+
+class DamagedCheckpoint(CloraError):
+    """A file that is not the checkpoint that was written."""
+
+    def __init__(self, path: Path, found: object):
+        super().__init__(f"checkpoint {path} is damaged ({found}); remove it to start from the one before or anew")
 
 
 def save_state(
@@ -58,7 +48,9 @@ def save_state(
                 parts = value if isinstance(value, Mapping) else {key: value}
                 flat |= {f"optimizer/{name}/{i}/{k}": torch.as_tensor(v).clone() for k, v in parts.items()}
     flat["generator/data"] = generator.get_state()
-    write_atomic(path, save(flat, metadata={"values": json.dumps(dict(values))}))
+    text = json.dumps(dict(values))
+    with replacing(path) as file:
+        save_file(flat, file, {"values": text, "sha256": _checksum(flat, text)})
 
 
 def load_state(
@@ -67,69 +59,63 @@ def load_state(
     """Reads a file of `save_state`: returns its tensors and values, and restores optimizers and generator in place.
 
     Raises:
-        CloraError: the file is not a whole checkpoint.
+        DamagedCheckpoint: the file is not what was written, or lacks a part.
     """
     flat, values = _read(path)
-    for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Tensor | int]] = {}
-        for key, value in _under(f"optimizer/{name}/", flat).items():
-            index, part = key.split("/")
-            is_count = value.ndim == 0 and value.dtype == torch.int64  # a plain number in bitsandbytes
-            state.setdefault(int(index), {})[part] = int(value) if is_count else value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(flat["generator/data"])
+    try:
+        for name, optimizer in optimizers.items():
+            _restore(optimizer, _under(f"optimizer/{name}/", flat), name)
+        generator.set_state(flat["generator/data"])
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(path, f"{type(error).__name__}: {error}") from error
     return _under("tensor/", flat), values
 
 
 def load_values(path: Path) -> dict[str, Any]:
-    """The JSON values of a file of `save_state`. Raises CloraError as `load_state`."""
-    return _read(path, tensors=False)[1]
+    """Returns the JSON values of a file of `save_state`, which is read whole and compared with its hash.
+
+    Raises:
+        DamagedCheckpoint: as `load_state`.
+    """
+    return _read(path)[1]
 
 
-def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _restore(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor], name: str) -> None:
+    """Restores an optimizer, which has a state of every parameter or has made no step."""
+    state: dict[int, dict[str, Tensor | int]] = {}
+    for key, value in flat.items():
+        index, part = key.split("/")
+        is_count = value.ndim == 0 and value.dtype == torch.int64  # a plain number in bitsandbytes
+        state.setdefault(int(index), {})[part] = int(value) if is_count else value
+    written = optimizer.state_dict()
+    count = sum(len(group["params"]) for group in written["param_groups"])
+    if state and set(state) != set(range(count)):
+        raise ValueError(f"the optimizer of {name} has states of {len(state)} parameters, expected {count}")
+    if len({frozenset(parts) for parts in state.values()}) > 1:
+        raise ValueError(f"the optimizer of {name} lacks parts of its state")
+    optimizer.load_state_dict({"state": state, "param_groups": written["param_groups"]})
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
-            keys = file.keys() if tensors else ()
-            return {key: file.get_tensor(key) for key in keys}, json.loads(file.metadata()["values"])
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise CloraError(
-            f"checkpoint {path} cannot be read ({error}); remove it to start from the beginning"
-        ) from error
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+        # Checkpoints of earlier versions have no hash.
+        if header.get("sha256") not in (None, _checksum(flat, header["values"])):
+            raise ValueError("its content is not what was written")
+        values = json.loads(header["values"])
+        if not isinstance(values, dict):
+            raise ValueError("it has no values")
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(path, error) from error
+    return flat, values
+
+
+def _checksum(flat: Mapping[str, Tensor], values: str) -> str:
+    return digest([values, tensor_digest(flat)])
 
 
 def _under(prefix: str, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries whose names begin with a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-
-
-def resumable_settings(config: DistillConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share with the one that it continues."""
-    return config.recorded(exclude={"output": True, "device": True, **FREE_TO_CHANGE})
-
-
-def check_resumable(checkpoint: Path, config: DistillConfig) -> int:
-    """The number of updates that a checkpoint holds; reads its settings but no tensors.
-
-    Raises:
-        CloraError: it is broken, or another run's.
-    """
-    values = load_values(checkpoint)
-    check_same(values["config"], resumable_settings(config), checkpoint)
-    return values["update"]
-
-
-def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
-    """Raises CloraError unless a checkpoint was written with the current values."""
-    for key, reason in REMOVED.items():
-        section, _, name = key.partition(".")
-        if name in written.get(section, {}) and name not in current.get(section, {}):
-            raise CloraError(
-                f"checkpoint {path} was written by an earlier version with {key}, which was removed, since {reason}; "
-                "continue it with that version, or remove it to start from the beginning"
-            )
-    changed = [key for key in current if written.get(key) != current[key]]
-    if changed:
-        raise CloraError(
-            f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
-            "restore the old settings and files to continue it, or remove it to start from the beginning"
-        )

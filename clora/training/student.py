@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from clora.lora.algebra import sum_svd
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.models import ModelAdapter
+from clora.training.resume import Checkpoints
 from clora.training.steps import CRITIC
 from clora.training.trainer import DistillTrainer, Report
 
@@ -26,7 +26,7 @@ def train_student(
     teachers: Mapping[str, LoRAState],
     data: DistillData,
     report: Report,
-    checkpoint: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> LoRAState:
     """Distils the teachers into one LoRA of rank ``config.student.rank``; the transformer is left as it was.
 
@@ -36,7 +36,7 @@ def train_student(
         teachers: effect name to LoRA, in the order of ``data.effects``.
         data: encoded training data.
         report: called after every student update.
-        checkpoint: where to resume from and to write to.
+        checkpoints: where to resume from and to write to.
 
     Raises:
         CloraError: training diverged; names update, effect and term.
@@ -50,7 +50,7 @@ def train_student(
         fixed=1,
     ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
-        trainer.fit(report, checkpoint)
+        trainer.fit(report, checkpoints)
     return trainer.exported()
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
@@ -20,9 +21,10 @@ from clora.data.batches import BatchSampler, DistillData
 from clora.errors import about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.training.checkpoint import check_same, load_state, resumable_settings, save_state
+from clora.training.checkpoint import DamagedCheckpoint, load_state, save_state
 from clora.training.faults import StepCheck, raise_first
 from clora.training.optimizers import make_average, make_optimizer
+from clora.training.resume import Checkpoints, check_resumable, check_same, resumable_settings
 from clora.training.schedules import LearningRates
 from clora.training.steps import CRITIC, STUDENT, TrainingSteps, teacher_ids
 
@@ -73,20 +75,24 @@ class DistillTrainer:
         self.update = 0
         self.seconds = 0.0
         self.matching = False
+        self.kept: int | None = None  # the update of the newest checkpoint
 
-    def fit(self, report: Report, checkpoint: Path | None = None) -> None:
+    def fit(self, report: Report, checkpoints: Checkpoints | None = None) -> None:
         """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
 
         Args:
             report: called after every student update.
-            checkpoint: resumed from if it exists, written every ``train.checkpoint_every`` updates and at the end.
+            checkpoints: the newest is resumed from, one is written every ``train.checkpoint_every`` updates and at the
+                end.
 
         Raises:
             CloraError: a loss or gradient is not finite; names update, effect and term.
         """
         train = self.config.train
-        if checkpoint is not None and checkpoint.exists():
-            self.load(checkpoint)
+        if checkpoints is not None and (found := checkpoints.start(self.config)) is not None:
+            self.load(found[0], checkpoints.inputs)
+            if found[0] == checkpoints.path(self.update):
+                self.kept = self.update
         start = time.monotonic() - self.seconds
         with recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
             while (progress := self._progress()) < 1:
@@ -98,10 +104,16 @@ class DistillTrainer:
                 self.update += 1
                 self.seconds = time.monotonic() - start
                 report(self.update, values)
-                if checkpoint is not None and self.update % train.checkpoint_every == 0:
-                    self.save(checkpoint)
-        if checkpoint is not None:
-            self.save(checkpoint)  # what follows may fail, for example on a full disk
+                if self.update % train.checkpoint_every == 0:
+                    self._keep(checkpoints)
+        self._keep(checkpoints)  # what follows may fail, for example on a full disk
+
+    def _keep(self, checkpoints: Checkpoints | None) -> None:
+        """Writes a checkpoint, unless the run has that of this update."""
+        if checkpoints is not None and self.kept != self.update:
+            self.save(checkpoints.path(self.update), checkpoints.inputs)
+            checkpoints.prune(self.update)
+            self.kept = self.update
 
     def _progress(self) -> float:
         """The share of the run that is done, by updates or by time, whichever is more."""
@@ -116,9 +128,8 @@ class DistillTrainer:
         if not self.matching and self.anchor_share > 0:
             self.steps.start_critic()
         self.matching = True
-        objective = self.config.objective
         ratio = self.config.train.critic_ratio
-        if not (objective.backward_simulation or objective.target_simulation):  # nothing for a critic to score
+        if not self._has_critic:
             return [self.steps.student_step(self.sampler.draw(self.update))]
         checks = []
         for i in range(ratio):
@@ -150,46 +161,67 @@ class DistillTrainer:
         self.average.restore(parameters)
         return state
 
-    def save(self, path: Path) -> None:
-        """Writes everything that a bit-exact resume needs."""
-        tensors = self.sampler.state()
-        for name, slots in self._trained.items():
-            tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(slots.parameters())}
-        if self.average is not None:
-            tensors |= {f"ema.{i}": parameter for i, parameter in enumerate(self.average.shadow_params)}
+    def save(self, path: Path, inputs: Mapping[str, str] | None = None) -> None:
+        """Writes everything that a bit-exact resume needs, and the hashes of what was trained on (`Checkpoints`)."""
         values = {
             "update": self.update,
             "seconds": self.seconds,
             "matching": self.matching,
             "config": resumable_settings(self.config),
-            "teachers": self._teacher_norms,
+            "inputs": dict(inputs or {}),
         }
-        save_state(path, tensors, self.optimizers, self.generator, values)
+        save_state(path, self._tensors(), self.optimizers, self.generator, values)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, inputs: Mapping[str, str] | None = None) -> None:
         """Restores a state written by `save`.
 
         Raises:
-            CloraError: the file is broken, or comes from another configuration.
+            CloraError: the file is damaged, or comes from another configuration or other inputs.
         """
         tensors, values = load_state(path, self.optimizers, self.generator)
-        check_same(values["config"], resumable_settings(self.config), path)
-        check_same(values["teachers"], self._teacher_norms, path)
-        for name, slots in self._trained.items():
-            for i, parameter in enumerate(slots.parameters()):
-                parameter.data.copy_(tensors[f"{name}.{i}"])
-        self.bank.write(CRITIC, self.critic)
-        self.sampler.load_state(tensors)
-        self.update = int(values["update"])
-        if self.average is not None:
-            for i, parameter in enumerate(self.average.shadow_params):
-                parameter.copy_(tensors[f"ema.{i}"])
-            self.average.optimization_step = self.update  # it takes one step an update
+        check_resumable(path, values, self.config, inputs or {})
+        if "teachers" in values:  # of an earlier version
+            check_same(values["teachers"], self._teacher_norms, path)
+        self.update = values["update"]
         self.seconds = float(values["seconds"])
-        self.matching = bool(values["matching"])
+        self.matching = values["matching"]
+        self._check_complete(path, tensors)
+        with torch.no_grad():
+            for name, own in self._tensors().items():
+                own.copy_(tensors[name])
+        self.sampler.load_state(tensors)
+        self.bank.write(CRITIC, self.critic)
+        if self.average is not None:
+            self.average.optimization_step = self.update  # it takes one step an update
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes, but for the optimizers and the generator."""
+        tensors = self.sampler.state()
+        for name, slots in self._trained.items():
+            tensors |= {f"{name}.{i}": parameter for i, parameter in enumerate(slots.parameters())}
+        if self.average is not None:
+            tensors |= {f"ema.{i}": parameter for i, parameter in enumerate(self.average.shadow_params)}
+        return tensors
+
+    def _check_complete(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses a checkpoint that lacks a tensor, or the state of an optimizer that has made steps."""
+        for name, own in self._tensors().items():
+            found = tensors.get(name)
+            if found is None or found.shape != own.shape or found.dtype != own.dtype:
+                what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise DamagedCheckpoint(path, f"expected {name} as {own.dtype} {list(own.shape)}, found {what}")
+        stepped = {STUDENT: self.update > 0, CRITIC: self.matching and self._has_critic}
+        for name, optimizer in self.optimizers.items():
+            if stepped[name] and not optimizer.state:
+                raise DamagedCheckpoint(path, f"it lacks the state of the optimizer of {name}")
+
+    @property
+    def _has_critic(self) -> bool:
+        """Reports whether there is anything for a critic to score."""
+        return self.config.objective.backward_simulation or self.config.objective.target_simulation
 
     @cached_property
     def _teacher_norms(self) -> dict[str, str]:
-        """Each teacher's norm, by which a resumed run notices that a file was replaced."""
+        """Each teacher's norm, by which earlier versions noticed that a file was replaced."""
         squares = self.bank.squared_norms()
         return {f"teacher {name}": f"{squares[name]:.6g}" for name in self.data.effects}

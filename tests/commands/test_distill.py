@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from clora.collection.write import LORA_FILE
 from clora.commands import distill as engine
-from clora.commands.distill import distill
+from clora.commands.distill import CHECKPOINT, distill
 from clora.data import images as images_module
 from clora.data import rendering as targets_module
 from clora.data.prepare import encode_data
@@ -33,7 +33,9 @@ def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_pa
     config = make_config()
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {p.name for p in folder.iterdir()}
+    assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {
+        p.name for p in folder.iterdir() if not p.name.startswith(".")
+    }
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)
     state = load_lora(folder, pipeline.transformer)
     assert state.max_rank == config.student.rank
@@ -115,8 +117,8 @@ def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkey
         seen.setdefault("names", []).append(list(teachers))
         return render(adapter, teachers, *rest)
 
-    def train(config, used, teachers, data, report, checkpoint):
-        seen.update(data=data, checkpoint=checkpoint)
+    def train(config, used, teachers, data, report, checkpoints):
+        seen.update(data=data, checkpoints=checkpoints)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(targets_module, "render_targets", rendered)
@@ -126,7 +128,7 @@ def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkey
     assert seen["names"] == [[EFFECTS[1]], []], "the teacher without given targets, then the base"
     assert len(seen["data"].general_targets) == 3
     assert seen["data"].general_targets.std(0).any(), "each pair has its own render"
-    assert seen["checkpoint"].parent == tmp_path / "out"
+    assert seen["checkpoints"].folder == tmp_path / "out" / CHECKPOINT
 
 
 def test_a_teachers_licence_reaches_the_collection(make_config, loras, tmp_path):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 import torch
 from helpers.pictures import write_images
+from safetensors.torch import load_file, save_file
 
 from clora.collection.write import LORA_FILE
 from clora.commands import distill as engine
 from clora.commands.distill import distill
+from clora.commands.inputs import inputs_digest, read_inputs
+from clora.config.settings import ADDED, NEVER_RECORDED
 from clora.data import rendering as targets_module
 from clora.errors import CloraError
 from clora.hashing import digest
 from clora.models.fingerprint import component_fingerprints
 from clora.testing import tiny_pipeline
-from clora.training.checkpoint import FREE_TO_CHANGE, check_resumable, save_state
+from clora.training.checkpoint import save_state
+from clora.training.resume import FREE_TO_CHANGE, Checkpoints
 from clora.training.trainer import DistillTrainer
 
 
@@ -77,7 +82,7 @@ def as_before(settings):
     settings["sampler"]["integer_timesteps"] = False
     settings["objective"]["tau_rule"] = "paper"
     del settings["objective"]["weighting"]
-    for key in ("schedule", "warmup_updates", "weight_decay", "ema_decay", "export"):
+    for key in (*ADDED["train"], *NEVER_RECORDED["train"]):
         settings["train"].pop(key, None)
     for effect in settings["effects"]:
         del effect["ignore"]
@@ -98,7 +103,7 @@ def test_what_earlier_versions_wrote_counts_as_the_same_run(make_config, adapter
         "pictures": {"~/own": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}},
         "pipeline": component_fingerprints(adapter.pipeline),
     }
-    assert engine.inputs_digest(config, adapter.pipeline) == digest(inputs)
+    assert inputs_digest(config, read_inputs(config, adapter.pipeline)) == digest(inputs)
 
 
 @pytest.fixture
@@ -109,27 +114,33 @@ def earlier_checkpoint(make_config, tmp_path):
         config, file = make_config(objective=objective), tmp_path / "c.safetensors"
         written = as_before(config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE}))
         written["sampler"]["integer_timesteps"] = integer_timesteps
-        save_state(file, {}, {}, torch.Generator(), {"config": written, "update": 7})
+        values = {"config": written, "update": 7, "seconds": 0.0, "matching": False, "teachers": {}}
+        save_state(file, {}, {}, torch.Generator(), values)
         return file, config
 
     return write
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on(earlier_checkpoint):
+def start(file, config):
+    return Checkpoints(file.parent / "checkpoints", earlier=file).start(config)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(earlier_checkpoint, capsys):
     file, config = earlier_checkpoint(target_simulation=False)
-    assert check_resumable(file, config) == 7
+    assert start(file, config) == (file, 7)
+    assert "earlier version, which did not record pictures" in capsys.readouterr().err
     objective = config.objective.model_copy(update={"weighting": "per_sample"})
-    with pytest.raises(CloraError, match="objective differ"):
-        check_resumable(file, config.model_copy(update={"objective": objective}))
-    with pytest.raises(CloraError, match="sampler differ"):
-        check_resumable(*earlier_checkpoint(target_simulation=False, integer_timesteps=True))
+    with pytest.raises(CloraError, match=r"objective\.weighting differ"):
+        start(file, config.model_copy(update={"objective": objective}))
+    with pytest.raises(CloraError, match=r"sampler\.integer_timesteps differ"):
+        start(*earlier_checkpoint(target_simulation=False, integer_timesteps=True))
 
 
 def test_a_checkpoint_of_other_noise_levels_is_refused(earlier_checkpoint):
     with pytest.raises(
         CloraError, match=r"earlier version with objective\.tau_rule, which was removed, since .*remove it"
     ):
-        check_resumable(*earlier_checkpoint())
+        start(*earlier_checkpoint())
 
 
 def changed_setting(config, images, out):
@@ -187,13 +198,13 @@ def test_what_was_encoded_and_rendered_is_kept_until_the_collection_is_written(
     assert {file.name for file in (output / engine.CACHE).iterdir()} == {"prompts", "sources", "targets"}
     monkeypatch.setattr(targets_module, "render_targets", None)
     distill(config)
-    assert not (output / engine.CACHE).exists(), "the folder is made to be shared"
+    assert [file.name for file in (output / engine.CACHE).iterdir()] == ["finished.safetensors"], "it is to be shared"
 
 
 def test_runs_share_a_folder_of_their_own(make_config, monkeypatch, tmp_path):
     shared = {"cache": str(tmp_path / "kept")}
     distill(make_config(data=shared))
-    assert not (tmp_path / "out" / engine.CACHE).exists()
+    assert not list((tmp_path / "out" / engine.CACHE).glob("*/"))
     monkeypatch.setattr(targets_module, "render_targets", None)
     distill(make_config(data=shared, output=str(tmp_path / "other"), train={"learning_rate": 1e-3}))
     assert (tmp_path / "kept" / "targets").is_dir()
@@ -210,3 +221,155 @@ def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_rendered(m
     monkeypatch.setattr(targets_module, "render_targets", None)
     with pytest.raises(CloraError, match=r"written by another run \(seed differ"):
         distill(make_config(seed=99))
+
+
+def stop_at(update, monkeypatch):
+    """Lets a run be interrupted as it begins an update."""
+    iterate = DistillTrainer._iterate
+
+    def stopping(trainer, progress):
+        if trainer.update == update:
+            raise KeyboardInterrupt
+        return iterate(trainer, progress)
+
+    monkeypatch.setattr(DistillTrainer, "_iterate", stopping)
+
+
+def edited_picture(job):
+    (job["own"] / "1.png").write_bytes((job["own"] / "0.png").read_bytes())
+
+
+def new_picture(job):
+    (job["own"] / "9.png").write_bytes((job["own"] / "0.png").read_bytes())
+
+
+def edited_instructions(job):
+    job["edits"].write_text("darken the picture\n")
+
+
+def negated_teacher(job):
+    tensors = load_file(job["lora"])
+    save_file({k: -v if "lora_up" in k or "lora_B" in k else v for k, v in tensors.items()}, job["lora"])
+
+
+def another_model(job):
+    tiny_pipeline(seed=1).save_pretrained(job["pipeline"])
+
+
+NAMED = {
+    edited_picture: r"picture .*own/1\.png has changed",
+    new_picture: r"picture .*own/3\.png is new",  # one is held out
+    edited_instructions: "the list of general instructions has changed",
+    negated_teacher: "the LoRA of effect 'blueprint' has changed",
+    another_model: "the base model's transformer has changed",
+}
+
+
+@pytest.fixture
+def stopped(make_config, adapter, loras, monkeypatch, tmp_path):
+    """A run of three updates that was stopped before the last, and the files that it reads."""
+    job = {"own": write_images(tmp_path / "own", 4), "edits": tmp_path / "edits.txt"}
+    job["edits"].write_text("brighten the picture\n")
+    job["lora"] = tmp_path / "blueprint.safetensors"
+    shutil.copy(loras["blueprint"], job["lora"])
+    job["pipeline"] = tmp_path / "pipeline"
+    adapter.pipeline.save_pretrained(job["pipeline"])
+    config = make_config(
+        {"lora": str(job["lora"])},
+        pipeline=str(job["pipeline"]),
+        data={"sources": str(job["own"]), "general_instructions": str(job["edits"])},
+        train={"updates": 3, "checkpoint_every": 1},
+    )
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    return config, job
+
+
+@pytest.mark.parametrize("change", NAMED, ids=lambda change: change.__name__)
+def test_other_inputs_are_refused_by_name_before_anything_is_rendered(stopped, monkeypatch, change):
+    config, job = stopped
+    change(job)
+    monkeypatch.setattr(engine, "encode_data", None)
+    with pytest.raises(CloraError, match=NAMED[change]):
+        distill(config)
+
+
+def test_what_is_not_trained_on_may_change(stopped, capsys):
+    config, job = stopped
+    (job["own"] / "3.png").write_bytes((job["own"] / "0.png").read_bytes())  # held out
+    job["edits"].write_text("\n  brighten the picture\n\n")
+    distill(config)
+    assert "resuming at update 2" in capsys.readouterr().err
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_like_an_uninterrupted_one(stopped, capsys, tmp_path):
+    config, _ = stopped
+    file = tmp_path / "out" / engine.CHECKPOINT / "00000002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    resumed = load_file(distill(config) / LORA_FILE)
+    said = capsys.readouterr().err
+    assert "00000002.safetensors is damaged" in said
+    assert "resuming at update 1" in said
+    whole = load_file(distill(config.model_copy(update={"output": str(tmp_path / "whole")})) / LORA_FILE)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_finished_run_goes_on_with_more_updates(make_config, capsys):
+    def run(**train):
+        return distill(make_config(train={"checkpoint_every": 1, "schedule": "constant", **train}))
+
+    run(updates=1)
+    lengthened = load_file(run(updates=3) / LORA_FILE)
+    assert "going on at update 1, where the finished run" in capsys.readouterr().err
+    run(updates=2)
+    assert "going on" not in capsys.readouterr().err, "a shorter run is another one"
+    shutil.rmtree(make_config().output)
+    whole = load_file(run(updates=3) / LORA_FILE)
+    assert all(torch.equal(lengthened[key], whole[key]) for key in whole)
+
+
+def test_pictures_that_change_while_they_are_read_are_noticed(make_config, monkeypatch, tmp_path):
+    images = write_images(tmp_path / "own", 4)
+    encode = engine.encode_data
+
+    def encoding(*arguments):
+        (images / "0.png").write_bytes((images / "1.png").read_bytes())
+        return encode(*arguments)
+
+    monkeypatch.setattr(engine, "encode_data", encoding)
+    with pytest.raises(CloraError, match="pictures have changed while they were read"):
+        distill(make_config(data={"sources": str(images)}))
+
+
+def test_what_a_killed_run_left_half_written_is_removed(make_config, tmp_path):
+    cache = tmp_path / "kept"
+    for folder, name in (
+        (tmp_path / "out", LORA_FILE),
+        (tmp_path / "out" / "scheduler", "scheduler_config.json"),
+        (tmp_path / "out" / engine.CHECKPOINT, "00000001.safetensors"),
+        (cache / "targets", f"{'0' * 64}.safetensors"),
+    ):
+        (folder / f".{name}.abcd_123.tmp").mkdir(parents=True)
+    distill(make_config(data={"cache": str(cache)}))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), OSError("gone"), CloraError("damaged"), KeyError()]
+)
+def test_no_sample_picture_is_worth_a_training(make_config, monkeypatch, capsys, tmp_path, error):
+    written = []
+
+    def failing(*arguments):
+        written.append((tmp_path / "out" / LORA_FILE).exists())
+        raise error
+
+    monkeypatch.setattr(engine, "draw_samples", failing)
+    distill(make_config())
+    assert written == [True], "the collection comes first"
+    assert "no samples.png is made" in capsys.readouterr().err
+    monkeypatch.setattr(engine, "train_student", interrupt)
+    distill(make_config())
+    assert "nothing is trained" in capsys.readouterr().err

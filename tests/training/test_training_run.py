@@ -10,8 +10,8 @@ from clora.errors import CloraError
 from clora.testing import random_data, tiny_config
 from clora.training import steps
 from clora.training import trainer as training
-from clora.training.checkpoint import check_resumable
 from clora.training.faults import StepCheck, raise_first
+from clora.training.resume import Checkpoints
 from clora.training.steps import CRITIC, STUDENT
 
 SCHEDULED = {"schedule": "cosine", "warmup_updates": 2, "weight_decay": 0.1, "ema_decay": 0.5}
@@ -22,7 +22,7 @@ def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path, setting
     """Interrupted between two draws of the streams, so that these must be kept too."""
     train = {"updates": 3, "checkpoint_every": 1, **settings}
     sections = {"train": train, "objective": {"switch_every": 4}}
-    checkpoint = tmp_path / "state.safetensors"
+    checkpoint = Checkpoints(tmp_path)
     whole, resumed = {}, {}
 
     def stop(update, values):
@@ -35,6 +35,7 @@ def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path, setting
         moments = trainer.optimizers[STUDENT].state_dict()["state"]
     with make_trainer(adapter, **sections) as trainer, pytest.raises(KeyboardInterrupt):
         trainer.fit(stop, checkpoint)
+    checkpoint = Checkpoints(tmp_path)
     with make_trainer(adapter, **sections) as trainer:
         torch.randn(5, generator=trainer.generator)  # the checkpoint's state must win
         trainer.fit(lambda update, values: resumed.update({update: dict(values)}), checkpoint)
@@ -43,19 +44,18 @@ def test_resuming_equals_an_uninterrupted_run_bitwise(adapter, tmp_path, setting
         for i, state in trainer.optimizers[STUDENT].state_dict()["state"].items():
             assert all(torch.equal(value, moments[i][key]) for key, value in state.items())
     assert resumed == {2: whole[2], 3: whole[3]}
-    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {"00000002.safetensors", "00000003.safetensors"}
 
 
 @pytest.mark.parametrize("anchor_share", [0.0, 0.5])
 def test_a_lengthened_run_at_constant_rates(adapter, tmp_path, anchor_share):
     """It equals a run that was as long from the start; anchoring, a share of the length, does not come back."""
-    checkpoint = tmp_path / "state.safetensors"
     train = {"schedule": "constant", "anchor_share": anchor_share}
     with make_trainer(adapter, train={"updates": 2, **train}) as trainer:
-        trainer.fit(lambda update, values: None, checkpoint)
+        trainer.fit(lambda update, values: None, Checkpoints(tmp_path))
     reports = []
     with make_trainer(adapter, train={"updates": 8, **train}) as trainer:
-        trainer.fit(lambda update, values: reports.append(values), checkpoint)
+        trainer.fit(lambda update, values: reports.append(values), Checkpoints(tmp_path))
         lengthened = slots(trainer)
     assert len(reports) == 6
     assert all("critic" in values for values in reports)
@@ -65,14 +65,14 @@ def test_a_lengthened_run_at_constant_rates(adapter, tmp_path, anchor_share):
 
 
 def test_a_lengthened_run_follows_the_longer_fall(adapter, tmp_path):
-    checkpoint, rates = tmp_path / "state.safetensors", []
+    rates = []
     for updates in (2, 8):
         with make_trainer(adapter, train={"updates": updates, "critic_learning_rate": 3e-2}) as trainer:
 
             def note(update, values, optimizers=trainer.optimizers):
                 rates.append([optimizers[name].param_groups[0]["lr"] for name in (STUDENT, CRITIC)])
 
-            trainer.fit(note, checkpoint)
+            trainer.fit(note, Checkpoints(tmp_path))
     factors = [1, 0.51, *(0.02 + 0.98 * (8 - k) / 8 for k in range(2, 8))]
     assert [student for student, _ in rates] == pytest.approx([1e-2 * factor for factor in factors])
     assert [critic for _, critic in rates] == pytest.approx([3e-2 * factor for factor in factors])
@@ -86,7 +86,7 @@ def test_the_exported_lora_is_the_student_or_its_average(adapter, tmp_path):
         assert same(trainer.exported(), plain[3])
     for export in ("ema", "student"):
         with make_trainer(adapter, train={"updates": 3, "ema_decay": 0.15, "export": export}) as trainer:
-            trainer.fit(lambda update, values: None, tmp_path / "state.safetensors")
+            trainer.fit(lambda update, values: None, Checkpoints(tmp_path))
             both.append(trainer.exported())
             assert same(trainer.student.state(STUDENT), plain[3]), "the average has no part in training"
     average, student = both
@@ -100,17 +100,23 @@ def test_the_exported_lora_is_the_student_or_its_average(adapter, tmp_path):
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(adapter, tmp_path):
-    checkpoint = tmp_path / "state.safetensors"
+    checkpoint = Checkpoints(tmp_path).path(0)
     with make_trainer(adapter) as trainer:
         trainer.save(checkpoint)
     with make_trainer(adapter, sampler={"guidance": 3.0}) as trainer:
-        with pytest.raises(CloraError, match=r"state\.safetensors .*another run \(sampler differ\)"):
-            trainer.fit(lambda update, values: None, checkpoint)
-    free = {"updates": 1, "checkpoint_every": 7, "gradient_checkpointing": True}
+        with pytest.raises(CloraError, match=r"00000000\.safetensors .*another run \(sampler\.guidance differ\)"):
+            trainer.fit(lambda update, values: None, Checkpoints(tmp_path))
+    free = {
+        "updates": 1,
+        "checkpoint_every": 7,
+        "keep_checkpoints": 5,
+        "stop_after": 9.0,
+        "gradient_checkpointing": True,
+    }
     with make_trainer(adapter, train=free) as trainer:
         trainer.load(checkpoint)
         other_cache = tiny_config([e.name for e in trainer.config.effects], data={"cache": "elsewhere"})
-    assert check_resumable(checkpoint, other_cache) == 0
+    assert Checkpoints(tmp_path).start(other_cache) == (checkpoint, 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -119,7 +125,7 @@ def test_a_broken_checkpoint_is_refused(adapter, tmp_path, content):
     with make_trainer(adapter) as trainer:
         trainer.save(checkpoint)
         checkpoint.write_bytes(checkpoint.read_bytes()[:-9] if content is None else content)
-        with pytest.raises(CloraError, match="cannot be read .* remove it"):
+        with pytest.raises(CloraError, match="is damaged .* remove it"):
             trainer.load(checkpoint)
 
 
@@ -158,7 +164,7 @@ def test_a_nan_source_stops_the_critic(adapter):
 
 def test_a_fault_never_reaches_a_checkpoint(adapter, tmp_path, monkeypatch):
     """The later steps of an update are computed with the fault; the file on disk is from before."""
-    checkpoint = tmp_path / "state.safetensors"
+    checkpoint = Checkpoints(tmp_path)
     with make_trainer(adapter, train={"updates": 5, "checkpoint_every": 1, "critic_ratio": 2}) as trainer:
         real, states = trainer.steps.simulate, []
 
@@ -171,7 +177,7 @@ def test_a_fault_never_reaches_a_checkpoint(adapter, tmp_path, monkeypatch):
             trainer.fit(lambda update, values: states.append(slots(trainer)), checkpoint)
         assert any(not module.lora_A.isfinite().all() for module in trainer.student.state(STUDENT).modules.values())
     with make_trainer(adapter, train={"updates": 5, "checkpoint_every": 1, "critic_ratio": 2}) as trainer:
-        trainer.load(checkpoint)
+        trainer.load(checkpoint.path(2))
         assert trainer.update == len(states) == 2
         assert all(same(state, states[-1][name]) for name, state in slots(trainer).items())
 
@@ -279,7 +285,8 @@ def test_a_time_limit_ends_the_run(adapter):
 
 def test_a_resumed_run_has_only_the_time_that_was_left(adapter, tmp_path, monkeypatch):
     """Each update takes five seconds of a minute; the learning rate goes on falling where it was."""
-    checkpoint, clock = tmp_path / "state.safetensors", iter(range(1000, 10**6, 5))
+    clock = iter(range(1000, 10**6, 5))
+    monkeypatch.setattr(training.DistillTrainer, "_check_complete", lambda *arguments: None)  # no step is made
     monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
     train = {"updates": 10**6, "minutes": 1.0, "checkpoint_every": 1}
     monkeypatch.setattr(
@@ -293,8 +300,8 @@ def test_a_resumed_run_has_only_the_time_that_was_left(adapter, tmp_path, monkey
             raise KeyboardInterrupt
 
     with make_trainer(adapter, train=train) as trainer, pytest.raises(KeyboardInterrupt):
-        trainer.fit(stop, checkpoint)
+        trainer.fit(stop, Checkpoints(tmp_path))
     with make_trainer(adapter, train=train) as trainer:
-        trainer.fit(lambda update, values: seen.append(values["progress"]), checkpoint)
+        trainer.fit(lambda update, values: seen.append(values["progress"]), Checkpoints(tmp_path))
     assert seen == sorted(seen)
     assert len(seen) <= 14, "both parts together take the minute, five seconds an update, and the one that was lost"

@@ -18,8 +18,9 @@ from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.edits import FAMILIES, sample_edit
 from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
-from clora.training.checkpoint import check_same, load_state, save_state
+from clora.training.checkpoint import load_state, save_state
 from clora.training.optimizers import Muon
+from clora.training.resume import check_same
 
 BATCH = 16
 RATES = {"matrices": 3e-3, "rest": 1.5e-3}
@@ -199,7 +200,7 @@ def _resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, r
     if not checkpoint.exists():
         return 0
     tensors, values = load_state(checkpoint, optimizers, generator)
-    check_same(values["recipe"], recipe, checkpoint)
+    check_same(values.get("recipe", {}), recipe, checkpoint)
     for name, tensor in state.items():
         tensor.copy_(tensors[name])
     return values["update"]

@@ -1,0 +1,227 @@
+"""The checkpoints of a run, and the check that the run which continues one is the same: settings, inputs, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clora.config.reading import REMOVED
+from clora.config.settings import DistillConfig
+from clora.errors import CloraError
+from clora.progress import say
+from clora.training.checkpoint import DamagedCheckpoint, load_values
+
+# Settings that a resumed run may change: they bound its length and its memory, choose among what it kept, or name where
+# files are.
+FREE_TO_CHANGE = {
+    "train": {
+        "updates",
+        "minutes",
+        "stop_after",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "export",
+        "gradient_rows",
+        "forward_rows",
+        "teacher_memory_gb",
+        "gradient_checkpointing",
+    },
+    "data": {"cache"},
+}
+# These may be lowered, which is the advice where a run diverged.
+RATES = ("learning_rate", "anchor_learning_rate", "critic_learning_rate")
+
+
+class Checkpoints:
+    """The newest checkpoints of a run, a file for each, named by its update.
+
+    Args:
+        folder: created with the first file.
+        keep: the number of files that are kept.
+        inputs: the hash of everything that the run is trained on, by its name for messages.
+        earlier: the one file of earlier versions, continued where the folder has none.
+        finished: the last checkpoint of the finished run before, continued where that was the same, but shorter.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        inputs: Mapping[str, str] | None = None,
+        earlier: Path | None = None,
+        finished: Path | None = None,
+    ):
+        self.folder = folder
+        self.keep = keep
+        self.inputs = dict(inputs or {})
+        self.earlier = earlier
+        self.finished = finished
+        self._start: tuple[Path, int] | None = None
+
+    def files(self) -> list[Path]:
+        """Returns the files of this run, or of one that was stopped in its place, the newest first."""
+        found = sorted(self.folder.glob("[0-9]*.safetensors"), key=lambda file: int(file.stem), reverse=True)
+        return [*found, self.earlier] if self.earlier is not None and self.earlier.exists() else found
+
+    def last_update(self) -> int | None:
+        """Returns the update of the newest file in the folder."""
+        return max((int(file.stem) for file in self.files() if file != self.earlier), default=None)
+
+    def start(self, config: DistillConfig) -> tuple[Path, int] | None:
+        """Finds the file to continue, and its update: the newest that is whole. Reports what it passes over.
+
+        Raises:
+            CloraError: it was written with other settings or inputs, or none is whole.
+        """
+        if self._start is None:
+            self._start = self._find(config)
+        return self._start
+
+    def path(self, update: int) -> Path:
+        """Returns the file of an update."""
+        return self.folder / f"{update:08d}.safetensors"
+
+    def prune(self, update: int) -> None:
+        """Removes all but the newest files up to an update; later ones are damaged, and were passed over."""
+        files = self.files()
+        later = [file for file in files if file != self.earlier and int(file.stem) > update]
+        for file in [*later, *files[len(later) :][self.keep :]]:
+            file.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Keeps the newest file as that of a finished run and removes the others."""
+        files = self.files()
+        if files and self.finished is not None:
+            files.pop(0).replace(self.finished)
+        for file in files:
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _find(self, config: DistillConfig) -> tuple[Path, int] | None:
+        files = self.files()
+        for file in files:
+            try:
+                values = load_values(file)
+            except DamagedCheckpoint as error:
+                say(f"{error}")
+                continue
+            for note in check_resumable(file, values, config, self.inputs):
+                say(note)
+            return file, values["update"]
+        if files:
+            raise CloraError(
+                f"none of the checkpoints in {self.folder} is whole; remove that folder to start from the beginning"
+            )
+        return self._find_finished(config)
+
+    def _find_finished(self, config: DistillConfig) -> tuple[Path, int] | None:
+        """The finished run's file, unless it was another run, a longer one, or is damaged: then nothing is lost."""
+        if self.finished is None or not self.finished.exists():
+            return None
+        try:
+            values = load_values(self.finished)
+            check_resumable(self.finished, values, config, self.inputs)
+        except CloraError:
+            return None
+        return (self.finished, values["update"]) if values["update"] <= config.train.updates else None
+
+
+def resumable_settings(config: DistillConfig) -> dict[str, Any]:
+    """Returns the settings that a resumed run must share with the one that it continues."""
+    return config.recorded(exclude={"output": True, "device": True, **FREE_TO_CHANGE})
+
+
+def check_resumable(
+    path: Path, values: Mapping[str, Any], config: DistillConfig, inputs: Mapping[str, str]
+) -> list[str]:
+    """Compares the values of a checkpoint with the run that is to continue it.
+
+    Returns:
+        What differs and does no harm, for the user.
+
+    Raises:
+        CloraError: it lacks a value, or was written by another run or on other inputs.
+    """
+    kinds = {"config": dict, "update": int, "seconds": (int, float), "matching": bool}
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise DamagedCheckpoint(path, f"its value {name!r} is {values.get(name)!r}")
+    current = resumable_settings(config)
+    written, notes = _with_lower_rates(values["config"], current, values["update"])
+    check_same(written, current, path)
+    if "inputs" in values:
+        _check_inputs(values["inputs"], inputs, path)
+    else:
+        notes.append(
+            f"checkpoint {path} was written by an earlier version, which did not record pictures, instructions and the "
+            "base model: continue it only if they are the same"
+        )
+    return notes
+
+
+def _with_lower_rates(
+    written: Mapping[str, Any], current: Mapping[str, Any], update: int
+) -> tuple[dict[str, Any], list[str]]:
+    """A checkpoint's settings with the current learning rates where these are lower, and what was lowered."""
+    train, notes = written.get("train"), []
+    if not isinstance(train, Mapping):
+        return dict(written), notes
+    train = dict(train)
+    for name in RATES:
+        # Without a rate of its own anchoring has the other one.
+        before, now = (t.get(name) or t.get("learning_rate") for t in (train, current["train"]))
+        if isinstance(before, (int, float)) and now < before:
+            notes.append(f"train.{name} is {now:g} from update {update} on; it was {before:g}")
+        if isinstance(before, (int, float)) and now <= before:
+            train[name] = current["train"].get(name)
+    return {**written, "train": train}, notes
+
+
+def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    """Raises CloraError unless a checkpoint was written with the current values."""
+    for key, reason in REMOVED.items():
+        section, _, name = key.partition(".")
+        if name in (written.get(section) or {}) and name not in current.get(section, {}):
+            raise CloraError(
+                f"checkpoint {path} was written by an earlier version with {key}, which was removed, since {reason}; "
+                "continue it with that version, or remove it to start from the beginning"
+            )
+    changed = []
+    for key in current:
+        if written.get(key) != current[key]:
+            changed += _named(key, written.get(key), current[key])
+    if changed:
+        raise CloraError(
+            f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
+            "restore the old settings and files to continue it, or remove it to start from the beginning"
+        )
+
+
+def _named(key: str, written: Any, current: Any) -> Iterable[str]:
+    """The settings of a section that differ."""
+    if not (isinstance(written, Mapping) and isinstance(current, Mapping)):
+        return [key]
+    return [f"{key}.{k}" for k in sorted({*written, *current}) if written.get(k) != current.get(k)]
+
+
+def _check_inputs(written: Any, current: Mapping[str, str], path: Path) -> None:
+    """Raises CloraError, with the names, if an input is not what a checkpoint was trained on."""
+    if not isinstance(written, Mapping):
+        raise DamagedCheckpoint(path, f"its inputs are {written!r}")
+    changes = []
+    for name in dict.fromkeys((*current, *written)):
+        if name not in written:
+            changes.append(f"{name} is new")
+        elif name not in current:
+            changes.append(f"{name} is gone")
+        elif written[name] != current[name]:
+            changes.append(f"{name} has changed")
+    if changes:
+        shown = "\n  ".join([*changes[:10], *([f"and {len(changes) - 10} more"] if len(changes) > 10 else [])])
+        raise CloraError(
+            f"checkpoint {path} was trained on other inputs:\n  {shown}\nRestore them to continue it, or remove it to "
+            "start from the beginning"
+        )
