@@ -39,6 +39,8 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
 # What may be imported inside a function, and why.
 INSIDE_FUNCTIONS = {
     "bitsandbytes": "optional",
+    "fcntl": "not on Windows",
+    "msvcrt": "only on Windows",
     "resource": "not on Windows",
     "triton": "optional, and slow",
     "csrc_triton": "its kernels load Triton",
