@@ -11,7 +11,7 @@ README = ROOT / "README.md"
 
 REQUIRES = [
     "accelerate>=1.0",  # not imported: from_pretrained uses it to load without a second copy in memory
-    "diffusers>=0.37",  # the first release with Flux2KleinPipeline
+    "diffusers>=0.39",  # the first release that runs ZImageOmniPipeline
     "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "matplotlib>=3.8",
@@ -21,7 +21,7 @@ REQUIRES = [
     "pydantic>=2.10",  # default factories that see the other fields
     "pyyaml>=6.0",
     "rich>=13.8",
-    "safetensors>=0.4.5",
+    "safetensors>=0.8",  # as diffusers 0.39 needs
     "tokenizers>=0.22",
     "torch>=2.8",  # the first release for triton 3.4
     "transformers>=5.0",  # the studio's text encoder and tokenizer were saved by 5
@@ -46,7 +46,12 @@ setup(
     packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
     package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"], "csrc_triton": ["multi_lora/designs.json"]},
     install_requires=REQUIRES,
-    extras_require={"test": TEST, "bench": BENCH, "8bit": ["bitsandbytes>=0.45"]},  # train.optimizer_bits: 8
+    extras_require={
+        "test": TEST,
+        "bench": BENCH,
+        "8bit": ["bitsandbytes>=0.45"],  # train.optimizer_bits: 8
+        "vision": ["torchvision>=0.23"],  # processors of the Qwen, LongCat and FLUX.2 [dev] pipelines
+    },
     entry_points={"console_scripts": ["clora = clora.cli:main"]},
     zip_safe=False,
 )

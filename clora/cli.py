@@ -175,7 +175,7 @@ def prompts(
     Console().print(similarity_table(write_prompts(loaded, file, overwrite)))
     typer.echo(f"prompts: {file}")
     if loaded.prompts.file is None:
-        typer.echo(f"to train with it, write into {config}:  prompts: {{file: {file}}}")
+        typer.echo(f"to train with it, write into {config}:  prompts: {{file: {Path(file).name}}}")
 
 
 @app.command()

@@ -57,7 +57,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
     ):
         with problems.catch():
             check(argument)
-    _check_named_files(config.model_dump(mode="json"), problems)
+    _check_named_files(config.model_dump(), problems)
     return problems
 
 
@@ -67,7 +67,7 @@ def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[s
     with suppress(CloraError):  # of a file that is not YAML, which the error reports
         tree = read_tree(path)
         apply_overrides(tree, overrides)
-        _check_named_files(tree, found)
+        _check_named_files(tree, found, user_path(path).parent)
     return CloraError("\n  ".join([f"{error}\nand of the files that it names:", *found])) if found else error
 
 
@@ -81,17 +81,17 @@ def _check_apart(config: DistillConfig) -> None:
     """A collection must not be written among the pictures or the files of a LoRA or the pipeline."""
     # A folder above or inside the output folder keeps its files, and `list_images` passes over subfolders.
     output = user_path(config.output).resolve()
-    for setting, path in {**named_files(config.model_dump(mode="json")), "pipeline": config.pipeline}.items():
+    for setting, path in {**named_files(config.model_dump()), "pipeline": config.pipeline}.items():
         if user_path(path).resolve() == output:
             raise CloraError(
                 f"output: expected a folder of its own, found that of {setting}, {path}; name another folder"
             )
 
 
-def _check_named_files(tree: Mapping[str, Any], problems: Problems) -> None:
-    """Checks the pictures and LoRA files that a config's tree names, each folder once."""
+def _check_named_files(tree: Mapping[str, Any], problems: Problems, folder: Path = Path()) -> None:
+    """Checks the pictures and LoRA files that a config's tree names (see `named_files`), each folder once."""
     seen = set()
-    for setting, path in named_files(tree).items():
+    for setting, path in named_files(tree, folder).items():
         with problems.catch(), about(setting):
             if setting.endswith(".lora"):
                 open_lora(path)

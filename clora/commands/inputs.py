@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clora.config.fields import as_written
 from clora.config.reading import named_files
 from clora.config.settings import DistillConfig, general_instructions
 from clora.data.images import list_images
 from clora.data.prepare import num_shared
 from clora.data.rendering import lora_digest
-from clora.files import user_path
 from clora.hashing import digest, file_digest
 from clora.lora.state import LoRAState
 from clora.models.fingerprint import component_fingerprints
@@ -53,9 +53,10 @@ def hash_pictures(config: DistillConfig) -> dict[str, dict[str, str]]:
         CloraError: a folder or a picture cannot be read.
     """
     pictures = {}
-    for setting, folder in named_files(config.model_dump(mode="json")).items():
+    for setting, folder in named_files(config.model_dump()).items():
         if not setting.endswith(".lora"):
-            pictures[folder] = {file.name: file_digest(file) for file in list_images(user_path(folder))}
+            # As written, so that a run may be continued from another working directory.
+            pictures[as_written(folder)] = {file.name: file_digest(file) for file in list_images(folder)}
     return pictures
 
 

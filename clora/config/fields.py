@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationInfo
 
 from clora.files import user_path
 
@@ -12,6 +14,8 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1000)]
+"""A learning rate; a larger one is a slip of the pen, and its steps would overflow."""
 Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -22,13 +26,26 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class UserPath(str):
-    """A path with ``~`` expanded, which is dumped as the user wrote it.
+class Reading(NamedTuple):
+    """The context in which a config is checked.
 
-    Checkpoints and collections compare and hash the dump: a run in another home folder is still the same run.
+    Attributes:
+        folder: the one that its relative paths are relative to; the working directory where there is no context.
+        is_filled: its prompts file has been read.
+    """
+
+    folder: Path
+    is_filled: bool = True
+
+
+class UserPath(str):
+    """A path from the config's folder, with ``~`` expanded, which is dumped as JSON as the user wrote it.
+
+    Checkpoints and collections compare and hash that: a run in another home folder or working directory is still the same.
 
     Args:
-        written: the path in the config; a hub id stays as it is.
+        written: the path in the config.
+        folder: the config's own.
 
     Raises:
         CloraError: the path holds a zero byte or names an unknown home.
@@ -36,17 +53,29 @@ class UserPath(str):
 
     written: str
 
-    def __new__(cls, written: str) -> UserPath:
+    def __new__(cls, written: str, folder: Path = Path()) -> UserPath:
         expanded = user_path(written)
-        # Only ~ is expanded: a Path would also rewrite ./a//b, and a hub id on Windows.
-        path = super().__new__(cls, expanded if written.startswith("~") else written)
+        if written.startswith("~"):
+            found = str(expanded)
+        else:
+            # A Path would rewrite ./a//b; the working directory needs no name.
+            found = written if folder == Path() else os.path.join(folder, written)
+        path = super().__new__(cls, found)
         path.written = written
         return path
 
 
-def expand_home(value: Any) -> Any:
-    """Returns a path with ``~`` expanded; where a setting is a path or a list of texts, the list as it is."""
-    return UserPath(value) if isinstance(value, str) else value
+def from_folder(value: Any, info: ValidationInfo) -> Any:
+    """Returns a path from the config's folder; where a setting is a path or a list of texts, the list as it is."""
+    if not isinstance(value, str):
+        return value
+    return UserPath(value) if info.context is None else UserPath(value, info.context.folder)
+
+
+def from_folder_or_hub(value: str, info: ValidationInfo) -> str:
+    """Returns a path from the config's folder if it exists there, any other text, such as a hub id, as it is."""
+    path = from_folder(value, info)
+    return path if os.path.exists(path) else UserPath(value)
 
 
 def as_written(value: Any) -> Any:
@@ -54,5 +83,7 @@ def as_written(value: Any) -> Any:
     return getattr(value, "written", value)
 
 
-PathText = Annotated[NonEmpty, AfterValidator(expand_home), PlainSerializer(as_written)]
-PathOrTexts = Annotated[tuple[NonEmpty, ...] | NonEmpty, AfterValidator(expand_home), PlainSerializer(as_written)]
+AS_WRITTEN = PlainSerializer(as_written, when_used="json")
+PathText = Annotated[NonEmpty, AfterValidator(from_folder), AS_WRITTEN]
+PathOrHubId = Annotated[NonEmpty, AfterValidator(from_folder_or_hub), AS_WRITTEN]
+PathOrTexts = Annotated[tuple[NonEmpty, ...] | NonEmpty, AfterValidator(from_folder), AS_WRITTEN]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from clora.config.fields import Reading, UserPath
 from clora.errors import CloraError, nearest
 from clora.files import read_text, user_path
 
@@ -20,11 +21,23 @@ REMOVED = {
 }
 """Settings of earlier versions, and why they were removed."""
 
+MAX_BYTES = 4_000_000
+"""A larger file is no config."""
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which reads ``1e-4`` as a number and refuses a repeated key."""
+    """YAML's safe loader, which reads ``1e-4`` as a number and refuses a repeated key or part."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        # A few lines of lists of aliases of lists of aliases are gigabytes.
+        if is_alias and isinstance(node, yaml.CollectionNode):
+            raise yaml.MarkedYAMLError(
+                problem="a list or mapping is repeated by an alias; write it out", problem_mark=mark
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         # YAML's own loader keeps the last of two equal keys and drops the first silently.
@@ -40,13 +53,17 @@ class _Loader(yaml.SafeLoader):
 
 # YAML 1.1 reads 1e-4 as text, since it has no dot.
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file. Raises CloraError for one that is missing, unreadable, malformed or no mapping."""
     path = user_path(path)
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise CloraError(
+            f"{path}: expected a YAML file of at most {MAX_BYTES // 10**6} MB, found {path.stat().st_size} bytes"
+        )
     tree = _parse(read_text(path, "a YAML file"), str(path))
     if not isinstance(tree, dict):
         raise CloraError(f"{path}: expected a mapping of keys to values, found {_kind(tree)}")
@@ -64,6 +81,8 @@ def _parse(text: str, where: str) -> Any:
         raise CloraError(f"{where}: expected YAML, which is plain text, found {found}; is it another file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CloraError(f"{where}: not valid YAML: {error}") from error
+    except (KeyError, AttributeError, TypeError) as error:  # YAML's readers of !!bool, !!timestamp and !!omap
+        raise CloraError(f"{where}: a value does not fit its !! tag; remove the tag") from error
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -96,24 +115,32 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node[entry]
 
 
-def named_files(tree: Mapping[str, Any]) -> dict[str, str]:
+def named_files(tree: Mapping[str, Any], folder: Path = Path()) -> dict[str, str]:
     """Returns the LoRA files and folders of pictures in a config's tree, by setting, such as ``effects.0.lora``.
 
-    The tree may be wrong elsewhere; values that are not text are skipped.
+    Args:
+        tree: a config as YAML has it, or ``model_dump()`` of a loaded one. It may be wrong elsewhere; values that are not
+            text are skipped.
+        folder: the one that relative paths are relative to; those of a loaded config have been found.
     """
     sections = {"data": tree.get("data")}
-    if isinstance(tree.get("effects"), list):
+    if isinstance(tree.get("effects"), (list, tuple)):
         sections |= {f"effects.{i}": effect for i, effect in enumerate(tree["effects"])}
     files = {}
     for name, section in sections.items():
         for key in ("lora", "sources", "targets"):
             if isinstance(section, dict) and isinstance(section.get(key), str):
-                files[f"{name}.{key}"] = section[key]
+                path = section[key]
+                files[f"{name}.{key}"] = path if isinstance(path, UserPath) else UserPath(path, folder)
     return files
 
 
 def validate(
-    model: type[ModelType], tree: Mapping[str, Any], where: str, overrides: Sequence[str] = (), context: Any = None
+    model: type[ModelType],
+    tree: Mapping[str, Any],
+    where: str,
+    overrides: Sequence[str] = (),
+    context: Reading | None = None,
 ) -> ModelType:
     """Checks a tree strictly: a number written as text, or true for 1, is a wrong type.
 
@@ -122,7 +149,7 @@ def validate(
         tree: values as YAML has them.
         where: the file, for messages.
         overrides: those that are in the tree; a problem with the value of one is reported as the override's.
-        context: passed to the model's own checks.
+        context: the folder of paths, and whether the prompts file has been read; None for other files than configs.
 
     Raises:
         CloraError: every problem, one on each line.

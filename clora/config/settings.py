@@ -1,10 +1,12 @@
 """The configuration of a distillation: frozen models, checked in full before anything is loaded.
 
-Paths are relative to the working directory.
+Relative paths in a file are relative to its folder, also those of overrides, which stand for lines of the file. In a
+`DistillConfig` that a program makes they are relative to the working directory.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
@@ -19,15 +21,18 @@ from clora.config.fields import (
     FrozenModel,
     NonEmpty,
     NotNegative,
+    PathOrHubId,
     PathOrTexts,
     PathText,
     Positive,
     PositiveFloat,
+    Reading,
     Share,
+    as_written,
 )
 from clora.config.presets import merged, read_preset
 from clora.config.prompts_file import fill_prompts, make_trigger, read_prompts
-from clora.config.reading import apply_overrides, read_tree, validate
+from clora.config.reading import apply_overrides, named_files, read_tree, validate
 from clora.config.training import ObjectiveConfig, TrainConfig
 from clora.errors import CloraError, about, check_device_name
 from clora.files import read_text, user_path
@@ -39,8 +44,6 @@ ADDED: dict[str, dict[str, Any]] = {
 """Settings that earlier versions lacked, and the values that they acted by."""
 NEVER_RECORDED = {"train": {"keep_checkpoints", "stop_after"}}
 """Settings that no result depends on, and that earlier versions lacked."""
-UNFILLED = "unfilled"
-"""Context of the check of a config whose prompts file has not been read."""
 
 
 class EffectConfig(FrozenModel):
@@ -181,7 +184,7 @@ class PromptsConfig(FrozenModel):
     """
 
     file: PathText | None = None
-    writer: PathText = "auto"
+    writer: PathOrHubId = "auto"
     paraphrases: Positive = 4
     triggers: Positive = 8
     general: Positive = 96
@@ -206,7 +209,7 @@ class DistillConfig(FrozenModel):
             LoRAs, their optimizer and the losses are float32 in any case.
     """
 
-    pipeline: PathText
+    pipeline: PathOrHubId
     output: PathText
     effects: tuple[EffectConfig, ...] = Field(min_length=1)
     data: DataConfig
@@ -257,7 +260,7 @@ class DistillConfig(FrozenModel):
         check_device_name(self.device)
         unique: dict[str, Counter[str]] = {"name": Counter(effect.name for effect in self.effects)}
         # A prompts file that is yet to be read may replace default triggers and prompts.
-        if info.context != UNFILLED:
+        if info.context is None or info.context.is_filled:
             unique["trigger"] = Counter(effect.trigger for effect in self.effects)
             # One effect may repeat its own prompt; two effects cannot share one.
             prompts = chain.from_iterable(set(effect.student_prompts) for effect in self.effects)
@@ -302,17 +305,32 @@ def load_config(
     if preset is not None:
         tree = merged(read_preset(preset), tree)
     apply_overrides(tree, overrides)
+    reading = Reading(user_path(path).parent)
     section = tree.get("prompts")
-    if not with_prompts or not isinstance(section, dict) or section.get("file") is None:
-        return validate(DistillConfig, tree, str(path), overrides)
-    # Only a valid tree can be filled.
-    validate(DistillConfig, tree, str(path), overrides, UNFILLED)
-    file = section["file"]
-    if not user_path(file).exists():
-        raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
-    fill_prompts(tree, read_prompts(file), file)
-    # What the file brings is checked as if the config stated it.
-    return validate(DistillConfig, tree, str(path), overrides)
+    if with_prompts and isinstance(section, dict) and section.get("file") is not None:
+        # Only a valid tree can be filled.
+        file = validate(DistillConfig, tree, str(path), overrides, reading._replace(is_filled=False)).prompts.file
+        _check_place("prompts.file", file, str(path))
+        if not Path(file).exists():
+            raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")
+        fill_prompts(tree, read_prompts(file), file)
+    # What the prompts file brings is checked as if the config stated it.
+    config = validate(DistillConfig, tree, str(path), overrides, reading)
+    for setting, file in {"pipeline": config.pipeline, **named_files(config.model_dump())}.items():
+        _check_place(setting, file, str(path))
+    return config
+
+
+def _check_place(setting: str, file: str, where: str) -> None:
+    """Refuses a path that is relative to the working directory, where it exists, and not to the config's folder."""
+    written = as_written(file)
+    elsewhere = Path(where).parent.resolve() != Path().resolve() and not user_path(written).is_absolute()
+    # A pipeline that is not in the config's folder is left as written: perhaps it is on the Hub.
+    if elsewhere and user_path(written).exists() and (file == written or not Path(file).exists()):
+        raise CloraError(
+            f"{where}: {setting}: paths are relative to the config's own folder, and {written} is only in the working "
+            f"directory; write {os.path.relpath(user_path(written), Path(where).parent)}"
+        )
 
 
 def general_instructions(data: DataConfig) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from clora.config.fields import Count, FrozenModel, NotNegative, Positive, PositiveFloat, Share
+from clora.config.fields import Count, FrozenModel, NotNegative, Positive, PositiveFloat, Rate, Share
 
 
 class ObjectiveWeights(FrozenModel):
@@ -93,13 +93,13 @@ class TrainConfig(FrozenModel):
 
     updates: Positive
     anchor_share: Share = 0.0
-    anchor_learning_rate: PositiveFloat | None = None
+    anchor_learning_rate: Rate | None = None
     critic_ratio: Positive = 5
     batch_size: Positive = 8
     optimizer: Literal["adamw", "muon"] = "adamw"
     optimizer_bits: Literal[32, 8] = 32
-    learning_rate: PositiveFloat = 1e-4
-    critic_learning_rate: PositiveFloat = 1e-4
+    learning_rate: Rate = 1e-4
+    critic_learning_rate: Rate = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_updates: Count = 0
     weight_decay: NotNegative = 0.0

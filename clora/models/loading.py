@@ -42,7 +42,7 @@ def load_pipeline(path: str, device: str, dtype: torch.dtype = torch.float32):
     source = folder if folder.exists() else path
     try:
         with quiet_libraries():
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(source, **dtype_argument)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **dtype_argument)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval().requires_grad_(False)

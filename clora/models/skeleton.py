@@ -14,6 +14,8 @@ import torch
 from clora.errors import CloraError
 from clora.progress import quiet_libraries
 
+LIBRARIES = ("diffusers", "transformers", None)
+"""Those whose classes a pipeline may have as components; None is an absent one."""
 WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*", "*.gguf"]
 
 
@@ -85,12 +87,20 @@ def _read_index(path: str, folder: Path) -> tuple[dict[str, Any], Any]:
     """Returns a pipeline's model_index.json, and the class that it names."""
     try:
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
-        return index, getattr(importlib.import_module("diffusers"), index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CloraError(
             f"pipeline {path!r} is not a diffusers pipeline that this version knows ({folder / 'model_index.json'}: "
             f"{error!r}); expected a folder as save_pretrained writes it, or a newer diffusers"
         ) from error
+    for name, value in index.items():
+        # diffusers imports what stands here, whatever it does when it is imported.
+        if isinstance(value, list) and (len(value) != 2 or value[0] not in LIBRARIES):
+            raise CloraError(
+                f"pipeline {path!r}: {folder / 'model_index.json'}: {name}: expected a class of diffusers or transformers, found "
+                f"{value}; other code is never imported"
+            )
+    return index, pipeline_class
 
 
 def _component(folder: Path, library: str | None, name: str | None, dtype: torch.dtype, mode: Any) -> Any:
@@ -110,9 +120,22 @@ def _component(folder: Path, library: str | None, name: str | None, dtype: torch
     except Exception as error:  # readers of damaged configs raise errors of many kinds
         reason = str(error)
         # transformers reads pictures and videos with torchvision, and its own message about that is long.
+        # One of another build than torch is there, but its operators are not.
         if "torchvision" in reason.lower():
-            reason = f"it needs torchvision; pip install torchvision, the release for torch {torch.__version__}"
+            reason = f"it needs torchvision; {torchvision_command(torch.__version__)}"
         raise CloraError(f"{folder} cannot be loaded as {name}: {reason}") from error
+
+
+def torchvision_command(torch_version: str) -> str:
+    """Returns the command that installs torchvision beside an installed torch, which stays as it is.
+
+    Args:
+        torch_version: ``torch.__version__``, such as ``2.13.0+cpu``.
+    """
+    release, _, build = torch_version.partition("+")
+    # pip chooses the torchvision that requires this torch; of PyTorch's own builds, such as +cpu, the one of the same build.
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    return f"pip install torch=={release} torchvision{index}"
 
 
 @contextmanager

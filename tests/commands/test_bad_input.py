@@ -78,6 +78,20 @@ def pickled_vae(tmp_path):
     return {"pipeline": str(tmp_path / "pickled")}
 
 
+def pickled_beside_a_decoy(tmp_path):
+    """Any file of safetensors made diffusers look no further, and open the pickle."""
+    changes = pickled_vae(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "pickled" / "vae" / "decoy.safetensors")
+    return changes
+
+
+def code_of_another_library(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "other")
+    index = tmp_path / "other" / "model_index.json"
+    index.write_text(index.read_text().replace('"transformers"', '"antigravity"'))
+    return {"pipeline": str(tmp_path / "other")}
+
+
 def vae_without_some_weights(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "lacking")
     weights = tmp_path / "lacking" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -113,6 +127,11 @@ BAD = {
     "not_a_pipeline": (not_a_pipeline, "expected a folder as save_pretrained writes it"),
     "damaged_tokenizer": (damaged_tokenizer, "cannot be loaded"),
     "vae_without_some_weights": (vae_without_some_weights, "cannot be loaded"),
+    "pickled_beside_a_decoy": (pickled_beside_a_decoy, "cannot be loaded: .*no file named .*safetensors"),
+    "code_of_another_library": (
+        code_of_another_library,
+        r"expected a class of diffusers or transformers, found \['antigravity'.*never imported",
+    ),
     "pickled_vae": (pickled_vae, r"diffusion_pytorch_model\.bin is a pickle.*save_pretrained"),
     "size": (lambda tmp: {"data": {"size": (18, 16)}}, "multiples of 4"),
     "overlong_prompt": (lambda tmp: {"first": {"prompt": "snow " * 60}}, "at most 40 tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_trigger_of_a_long_name_is_short():
 def test_overrides(load):
     config = load("train.updates=7", "sampler.steps=4", "effects.1.lora=x.safetensors", "data.size=[32, 32]")
     assert (config.train.updates, config.sampler.steps) == (7, 4)
-    assert (config.effects[1].lora, config.data.size) == ("x.safetensors", (32, 32))
+    assert (Path(config.effects[1].lora).name, config.data.size) == ("x.safetensors", (32, 32))
 
 
 def test_a_setting_that_was_removed_is_refused_even_where_it_is_off(load):
@@ -104,10 +105,58 @@ def test_paths_are_resolved_and_dumped_as_written(load, monkeypatch):
     assert "/home/me" not in dumped
 
 
-def test_paths_without_a_home_stay_as_they_are(load):
-    config = load("data.sources=./photos//here/", "pipeline=owner/name", "prompts.writer=~/qwen")
-    assert (config.data.sources, config.pipeline) == ("./photos//here/", "owner/name")
+def test_paths_are_relative_to_the_configs_folder(load, tmp_path, monkeypatch):
+    """Those of overrides too. A record states what was written, so that a run may be continued from anywhere."""
+    (tmp_path / "owner" / "here").mkdir(parents=True)
+    paths = ["data.sources=./photos//here/", "pipeline=owner/name", "prompts.writer=~/qwen", f"output={tmp_path}/out"]
+    config = load(*paths)
+    assert config.data.sources == f"{tmp_path}/./photos//here/"
+    assert (config.pipeline, config.output) == ("owner/name", f"{tmp_path}/out")
     assert config.prompts.writer == str(Path("~/qwen").expanduser())
+    assert load("pipeline=owner/here").pipeline == f"{tmp_path}/owner/here", "a folder that exists is no hub id"
+    monkeypatch.chdir(tmp_path)
+    here = load_config("c.yaml", paths)
+    assert (here.data.sources, here.pipeline) == ("./photos//here/", "owner/name")
+    assert here.recorded() == config.recorded()
+
+
+@pytest.mark.parametrize("setting", ["data.sources", "pipeline", "effects.0.lora", "prompts.file"])
+def test_a_path_that_is_only_in_the_working_directory(load, tmp_path, monkeypatch, setting):
+    (tmp_path / "elsewhere" / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    message = rf"c\.yaml: {setting}: paths are relative to the config's own folder, .*write elsewhere.owner.name"
+    with pytest.raises(CloraError, match=message):
+        load(f"{setting}=owner/name")
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("effects: []\n")
+    with pytest.raises(CloraError) if setting == "prompts.file" else nullcontext() as refused:
+        load(f"{setting}=owner/name")
+    assert "working directory" not in str(refused)
+
+
+def test_many_digits_are_read_at_once(load):
+    """Of a number that is none: the pattern must not try every way to split it."""
+    with pytest.raises(CloraError, match=r"train\.updates"):
+        load("train.updates=" + "1" * 100_000 + "x")
+
+
+@pytest.mark.parametrize("value", ["!!timestamp x", "!!bool x", "!!int x", "!!float x", "!!omap x", "!!set x"])
+def test_tags_that_do_not_fit(load, value):
+    with pytest.raises(CloraError, match=r"override 'seed=!!"):
+        load(f"seed={value}")
+
+
+def test_a_bomb_of_aliases(load, tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    with pytest.raises(CloraError, match=r"c\.yaml line 2: .*repeated by an alias; write it out"):
+        load(text="\n".join(lines))
+    assert load("objective.weights={backward_simulation: &one 1.0, target_simulation: *one}").objective.weights
+
+
+def test_a_file_that_is_too_large(load):
+    with pytest.raises(CloraError, match=r"c\.yaml: expected a YAML file of at most 4 MB, found \d+ bytes"):
+        load(text=TEXT + "#" * 4_000_000)
 
 
 def test_unset_trigger_means_default(load):
@@ -219,7 +268,7 @@ def test_mistakes_of_the_file_and_of_overrides_are_kept_apart(load, tmp_path):
         ("output: {{name}}", "c.yaml line 1: not valid YAML: expected a word as key"),
         ("pipeline: a\npipeline: b", "line 2: .*'pipeline' is given twice"),
         ("pipeline: !!python/object/apply:os.system [ls]", "not valid YAML"),
-        ("a: &x [*x]", "not a plain tree"),
+        ("a: &x [*x]", "repeated by an alias"),
         ("pipeline: a", r"train: missing; expected the training settings, at least `updates`$"),
     ],
 )
@@ -263,13 +312,12 @@ def test_general_instructions(load, tmp_path):
     assert general_instructions(data) == ("one", "two")
 
 
-def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path, monkeypatch):
+def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path):
     example = Path(__file__).parents[2] / "clora" / "templates" / "distill.yaml"
     shipped = load_config(example)
     text, count = re.subn(r"(?m)^( *)# ( *\w+: )", r"\1\2", example.read_text("utf-8"))
     assert count > 20
     (tmp_path / "all.yaml").write_text(text, "utf-8")
-    monkeypatch.chdir(tmp_path)
     written = "effects: [{name: claymation, trigger: <c>, student_prompts: [<c> soft grey clay]}]"
     (tmp_path / "my.prompts.yaml").write_text(written, "utf-8")
     config = load_config(tmp_path / "all.yaml")
@@ -277,7 +325,7 @@ def test_the_example_loads_and_its_comments_are_valid_settings(tmp_path, monkeyp
     assert (config.seed, config.device, config.train.clip) == (shipped.seed, shipped.device, shipped.train.clip)
     assert config.effects[0].student_prompts[0].startswith(config.effects[0].trigger)
     assert config.effects[1].student_prompts == ("<c> soft grey clay",)
-    assert config.prompts == shipped.prompts.model_copy(update={"file": "my.prompts.yaml"})
+    assert config.prompts == shipped.prompts.model_copy(update={"file": str(tmp_path / "my.prompts.yaml")})
 
 
 def test_the_everyday_edits_that_ship():

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from clora.commands.plan.make import _parameters, make_plan
 from clora.errors import CloraError
 from clora.lora.save import save_lora
 from clora.models.loading import load_pipeline
+from clora.models.skeleton import torchvision_command
 from clora.testing import (
     MAX_SEQUENCE_LENGTH,
     random_lora,
@@ -101,6 +103,21 @@ def test_a_component_of_an_unknown_class_is_a_problem(job, tmp_path, tiny_folder
     assert "text_encoder cannot be loaded as LaterForCausalLM" in problem
 
 
+@pytest.mark.parametrize(
+    ("version", "command"),
+    [
+        ("2.13.0", "pip install torch==2.13.0 torchvision"),
+        ("2.13.0+cpu", "pip install torch==2.13.0 torchvision --index-url https://download.pytorch.org/whl/cpu"),
+        ("2.15.0+cu132", "pip install torch==2.15.0 torchvision --index-url https://download.pytorch.org/whl/cu132"),
+    ],
+)
+def test_torchvision_of_the_same_release_and_build(version, command):
+    """The installed torch satisfies the pin, whatever its build, so that pip keeps it."""
+    assert torchvision_command(version) == command
+    wanted = SpecifierSet(command.split()[2].removeprefix("torch"))
+    assert wanted.contains(version)
+
+
 def test_a_processor_without_torchvision_states_what_to_install(job, tmp_path, tiny_folder, monkeypatch):
     def needs_torchvision(folder):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
@@ -112,7 +129,7 @@ def test_a_processor_without_torchvision_states_what_to_install(job, tmp_path, t
     index["tokenizer"] = ["transformers", "Qwen2VLProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
     (problem,) = make_plan(job(pipeline=str(folder)))["problems"]
-    assert "tokenizer cannot be loaded as Qwen2VLProcessor: it needs torchvision; pip install torchvision" in problem
+    assert f"as Qwen2VLProcessor: it needs torchvision; {torchvision_command(torch.__version__)}" in problem
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
     with pytest.raises(CloraError) as told:
         load_pipeline(str(folder), "cpu")
