@@ -310,6 +310,7 @@ def load_config(
     if with_prompts and isinstance(section, dict) and section.get("file") is not None:
         # Only a valid tree can be filled.
         file = validate(DistillConfig, tree, str(path), overrides, reading._replace(is_filled=False)).prompts.file
+        assert file is not None, "the tree has it"
         _check_place("prompts.file", file, str(path))
         if not Path(file).exists():
             raise CloraError(f"{path}: prompts.file: {file} does not exist; write it with: clora prompts {path}")

@@ -311,8 +311,8 @@ def reduce_kernel(
     for i_b in range(num_samples):
         mine = tl.load(p_ids + i_b) == i_e
         for _ in tl.range(chunks, loop_unroll_factor=4):
-            # The comparison of two scalars is an int32 in the interpreter of Triton 3.9, which takes no such mask.
-            b_sum += tl.load(p_partial, mask=(m_out & mine).to(tl.int1), other=0)
+            # In the interpreter of Triton 3.9 `mine` is a plain number, with which the mask would be one of int32.
+            b_sum += tl.load(p_partial, mask=(m_out & mine) != 0, other=0)
             p_partial += C * PARTIAL_R
     p_out += i_e.to(tl.int64) * s_oe + o_c[:, None] * s_oc + o_r[None, :] * s_or
     tl.store(p_out, b_sum.to(p_out.dtype.element_ty), mask=m_out)
