@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from clora.errors import CloraError
 
 MAX_PIXELS = 64_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "PPM")
+"""Formats that are read, as Pillow names them. Of the others EPS would start Ghostscript, whatever the file is called."""
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 
 
@@ -78,13 +81,20 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def _readable() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow reads; AVIF came late."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
     """Yields an image file, its header checked and nothing decoded yet; names the file in every error raised inside."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit is above `MAX_PIXELS`
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_readable()) as opened:
                 width, height = opened.size
                 if width * height > MAX_PIXELS:
                     found = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
@@ -92,7 +102,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
                 yield opened
     except UnidentifiedImageError as error:
         found = "is empty (0 bytes)" if file.stat().st_size == 0 else "is not an image that can be read"
-        raise CloraError(f"{file} {found}; expected PNG, JPEG, WebP or the like. Remove or replace it") from error
+        raise CloraError(f"{file} {found}; expected one of {', '.join(FORMATS)}. Remove or replace it") from error
     except Image.DecompressionBombError as error:
         most = f"at most {MAX_PIXELS // 10**6} megapixels"
         raise CloraError(f"{file} is enormous: {error}; expected {most}. Scale it down") from error
@@ -112,10 +122,26 @@ def _crop(image: Image.Image, aspect: float) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of 8 bits, on white where the image is transparent."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # 16 bits are scaled to 8: Pillow's own conversion would clip them at 255.
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:  # of 16-bit colours, which Pillow has cut to their high bytes
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits or of floats in 8 bits, with its transparency."""
+    # Pillow's own conversion clips at 255, and forgets which grey of a PNG stands for transparent.
+    values, clear = np.asarray(image), image.info.get("transparency")
+    if not np.isfinite(values).all():
+        raise ValueError("its values are not all finite")
+    # TIFF has floats up to 1 as well as up to 255; integers here have 16 bits.
+    white = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
+    grey = Image.fromarray((values.astype(np.float32) * (255 / white)).round().clip(0, 255).astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey

@@ -11,7 +11,6 @@ import pytest
 
 FOLDER = Path(__file__).parent
 WRONG_YET = {
-    "case08.py": "pictures of two kinds are read differently from what a viewer shows",
     "case11.py": "a second collection in one pipeline leaves traces of the first",
 }
 

@@ -115,6 +115,51 @@ def test_a_folder_without_permission(tmp_path, monkeypatch, what):
         check_writable(tmp_path / "a") if what == "output" else load_images(tmp_path / "a", (4, 4))
 
 
+def test_grey_floats_and_the_transparent_grey_of_a_png(tmp_path):
+    """Floats up to 1 or up to 255; the grey that stands for transparent is white."""
+    ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    Image.fromarray(ramp).save(tmp_path / "one.tif")
+    Image.fromarray(ramp * 255).save(tmp_path / "bytes.tif")
+    Image.fromarray((ramp * 65535).round().astype(np.uint16)).save(tmp_path / "clear.png", transparency=0)
+    for name in ("one.tif", "bytes.tif", "clear.png"):
+        expected = torch.from_numpy(ramp).mul(2).sub(1)
+        if name == "clear.png":
+            expected[0, 0] = 1
+        torch.testing.assert_close(load_image(tmp_path / name, (4, 4))[0], expected, rtol=0, atol=1 / 127)
+    ramp[0, 0] = np.nan
+    Image.fromarray(ramp).save(tmp_path / "nan.tif")
+    with pytest.raises(CloraError, match=r"nan\.tif is a damaged image \(its values are not all finite\)"):
+        load_image(tmp_path / "nan.tif", (4, 4))
+
+
+def test_the_transparent_colour_of_16_bits(tmp_path):
+    colours = np.zeros((4, 4, 3), dtype=">u2")
+    colours[:2] = 0x8000, 0x1200, 0xFFFF
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    clear = chunk(b"tRNS", struct.pack(">HHH", 0x8000, 0x1200, 0xFFFF))
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    pixels = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + clear + pixels)
+    image = load_image(tmp_path / "a.png", (4, 4))
+    assert (image[:, :2] == 1).all()
+    assert (image[:, 2:] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png"])
+def test_eps_is_never_opened(tmp_path, monkeypatch, name):
+    """Under any name: Pillow would start Ghostscript on it."""
+    from PIL import EpsImagePlugin
+
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *call, **more: pytest.fail("Ghostscript is started"))
+    with pytest.raises(CloraError, match=rf"{name} is not an image that can be read; expected one of PNG"):
+        load_image(tmp_path / name, (8, 8))
+
+
 def test_bad_folder(tmp_path):
     with pytest.raises(CloraError, match="found nothing"):
         load_images(tmp_path / "none", (8, 8))
