@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from clora.collection.metadata import Collection, find_collection, from_metadata, read_collection
 from clora.errors import CloraError, nearest
-from clora.lora.layers import check_called, uncompiled
-from clora.lora.source import LoRASource, open_lora
+from clora.lora.layers import check_called, shapes_beneath, uncompiled
+from clora.lora.load import lora_ranks
+from clora.lora.source import LoRASource, open_lora, weights_digest
+from clora.models import adapter_for
+
+NOT_TO_STATE = {"prompt", "negative_prompt", "image", "num_images_per_prompt", "latents", "generator", "output_type"}
+"""Arguments of a call that are the caller's, not a collection's."""
 
 
 class Effects:
@@ -20,8 +27,10 @@ class Effects:
     ``effects.collection``.
     """
 
-    def __init__(self, collection: Collection):
+    def __init__(self, collection: Collection, num_tokens: Callable[[str], int] | None = None):
+        """Takes a collection, and how its pipeline counts the tokens of a prompt; None where there is no pipeline."""
         self.collection = collection
+        self._num_tokens = num_tokens
         self._prompts = {effect.name: effect.prompts[0] for effect in collection.effects}
 
     def __getitem__(self, name: str) -> dict[str, Any]:
@@ -33,13 +42,27 @@ class Effects:
     def compose(self, first: str, second: str) -> dict[str, Any]:
         """Returns the keyword arguments for two effects in one picture, the first applied before the second.
 
-        Both prompts together must fit into the collection's ``max_sequence_length`` tokens: pipelines cut without a word.
+        The paper's sentence asks for both in one call, which no training teaches. Look at the results: two calls in a row,
+        the second on the first one's picture, are the safer way (docs/method.md, section 6).
 
         Raises:
-            CloraError: a name that the collection lacks.
+            CloraError: a name that the collection lacks, a prompt of more tokens than the pipeline is called with, or effects
+                of `load_collection`, which has no tokenizer to count them.
         """
         prompts = [self[name]["prompt"].rstrip(" .") for name in (first, second)]
-        return self[first] | {"prompt": f"apply {prompts[0]}, then apply {prompts[1]}"}
+        prompt = f"Please apply {prompts[0]} to the input image, and then apply {prompts[1]}."
+        if self._num_tokens is None:
+            raise CloraError(
+                "expected the effects that clora.apply(pipe, path) returns: without a pipeline nothing counts the tokens of a "
+                "composed prompt"
+            )
+        found, most = self._num_tokens(prompt), self.collection.sampling.max_sequence_length
+        if found > most:
+            raise CloraError(
+                f"expected a prompt of at most {most} tokens, found {found} for {first!r} and {second!r} together; make two calls "
+                f"in a row: pipe(image=pipe(image=source, **effects[{first!r}]).images[0], **effects[{second!r}])"
+            )
+        return self[first] | {"prompt": prompt}
 
     def __contains__(self, name: object) -> bool:
         return name in self._prompts
@@ -58,7 +81,8 @@ def call_arguments(collection: Collection) -> dict[str, Any]:
     """Returns the arguments that the collection's pipeline must be called with, as its ``__call__`` names them.
 
     Raises:
-        CloraError: the installed diffusers has no such pipeline.
+        CloraError: the installed diffusers has no such pipeline, or the collection states an argument that its pipeline lacks
+            or that is not its to state.
     """
     sampling = collection.sampling
     arguments = {
@@ -67,8 +91,14 @@ def call_arguments(collection: Collection) -> dict[str, Any]:
         "height": sampling.size[0],
         "width": sampling.size[1],
     }
-    # Not every pipeline takes all of them: QwenImage21Pipeline has no max_sequence_length.
     known = inspect.signature(pipeline_class(collection).__call__).parameters
+    for name in sampling.call:
+        if name not in known or name in arguments or name in NOT_TO_STATE:
+            raise CloraError(
+                f"the collection states {name!r} for the calls of {collection.pipeline}; expected only what switches guidance off, "
+                "such as guidance_scale. Its metadata is damaged"
+            )
+    # Not every pipeline takes all of them: QwenImage21Pipeline has no max_sequence_length.
     return {name: value for name, value in arguments.items() if name in known} | sampling.call
 
 
@@ -102,16 +132,17 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
         effects = clora.apply(pipe, "my-collection")
         image = pipe(image=source, **effects["snow"]).images[0]
 
+    The collection that was applied last is active; applying an earlier one again switches back to it without loading.
+    ``pipe.unload_lora_weights()`` removes them all.
+
     Args:
         pipeline: a diffusers pipeline of the collection's base model.
         path: as for `load_collection`.
 
     Raises:
-        CloraError: no such collection, one for another model, or projections of the transformer are fused; the pipeline is
-            left as it was.
+        CloraError: no such collection, one for another model, damaged metadata or weights, or projections of the transformer
+            are fused; the pipeline is left as it was.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     source = open_lora(find_collection(path))
     collection = from_metadata(source.metadata, str(source.file))
     if collection.pipeline not in {kind.__name__ for kind in type(pipeline).__mro__}:
@@ -119,38 +150,84 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
             f"{source.file} is for {collection.pipeline} ({collection.base_model}), found {type(pipeline).__name__}; "
             "load the collection's base model"
         )
-    _load_weights(pipeline, source, collection.base_model)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(collection.scheduler)
-    return Effects(collection)
+    # All that can be wrong is found before the pipeline is touched.
+    call_arguments(collection)
+    scheduler = _scheduler(collection, source)
+    _check_weights(uncompiled(pipeline.transformer), source, collection.base_model)
+    _activate(pipeline, source, collection.base_model)
+    pipeline.scheduler = scheduler
+
+    def num_tokens(prompt: str) -> int:
+        sampling = collection.sampling
+        return adapter_for(pipeline, sampling.size, sampling.max_sequence_length).num_tokens(prompt)
+
+    return Effects(collection, num_tokens)
 
 
-def _load_weights(pipeline: Any, source: LoRASource, base_model: str) -> None:
-    """Loads the file as a new adapter, all of it or nothing: diffusers only warns of modules that it skips."""
-    transformer = uncompiled(pipeline.transformer)
+def _scheduler(collection: Collection, source: LoRASource) -> Any:
+    """Makes the collection's scheduler. Raises CloraError for a config of which it cannot be made."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    steps = collection.sampling.steps
+    try:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(collection.scheduler)
+        trial = FlowMatchEulerDiscreteScheduler.from_config(collection.scheduler)
+        trial.set_timesteps(sigmas=[1 - k / steps for k in range(steps)], mu=0.5)
+        if trial.sigmas.isfinite().all() and len(trial.sigmas) == steps + 1:
+            return scheduler
+        reason = f"its noise levels are {trial.sigmas.tolist()[:4]}..."
+    except Exception as error:  # a class made from a damaged config raises whatever it meets
+        reason = str(error)
+    raise CloraError(
+        f"{source.file}: the scheduler of its metadata cannot be used ({reason}); expected a flow-matching one"
+    )
+
+
+def _check_weights(transformer: nn.Module, source: LoRASource, base_model: str) -> None:
+    """Refuses a file that diffusers would load in part, or that would make noise; reads one module at a time."""
     if source.keys.format != "diffusers":
         raise CloraError(
             f"{source.file} has the {source.keys.format} format; expected {base_model}'s LoRA in diffusers' format "
             "(clora export --format diffusers)"
         )
-    expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
-    check_called(transformer, sorted(name.removeprefix("transformer.") for name in expected))
-    # The pipeline may carry other adapters already; they stay, and only the new one is compared with the file.
-    before = set(getattr(transformer, "peft_config", {}))
+    shapes = shapes_beneath(transformer)
     try:
-        if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(str(source.file))
-        else:  # LongCat-Image-Edit leaves that to its transformer
-            transformer.load_lora_adapter(str(source.file), prefix="transformer")
-    except (ValueError, RuntimeError, KeyError) as error:
+        modules = lora_ranks(source.file, shapes)
+    except CloraError as error:
+        raise CloraError(f"{error}; expected {base_model}'s LoRA") from error
+    check_called(transformer, sorted(modules))
+
+
+def _activate(pipeline: Any, source: LoRASource, base_model: str) -> None:
+    """Loads the file as an adapter of its own, if it is not there yet, and switches all others off.
+
+    Raises:
+        CloraError: not all of it could be loaded; the adapters are as they were.
+    """
+    transformer = uncompiled(pipeline.transformer)
+    name = f"clora_{weights_digest(source.file)[:16]}"
+    before = set(getattr(transformer, "peft_config", {}))
+    active = transformer.active_adapters() if before else []
+    try:
+        if name not in before:
+            if hasattr(pipeline, "load_lora_weights"):
+                pipeline.load_lora_weights(str(source.file), adapter_name=name)
+            else:  # LongCat-Image-Edit leaves that to its transformer
+                transformer.load_lora_adapter(str(source.file), prefix="transformer", adapter_name=name)
+        transformer.set_adapters([name])
+        expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
+        loaded = {
+            f"transformer.{module}"
+            for module, layer in transformer.named_modules()
+            if name in getattr(layer, "lora_A", {}) and layer.scaling[name] == 1
+        }
+        if loaded != expected:
+            raise ValueError(f"the pipeline has taken {len(loaded)} of {len(expected)} modules")
+    except Exception as error:  # of diffusers, PEFT and torch
+        if name not in before and name in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapters([name])
+        if before:
+            transformer.set_adapters(active)
+        else:
+            transformer.unload_lora()
         raise CloraError(f"{source.file} does not fit the pipeline, expected {base_model}: {error}") from error
-    new = set(getattr(transformer, "peft_config", {})) - before
-    loaded = {
-        f"transformer.{name}"
-        for name, module in transformer.named_modules()
-        if not new.isdisjoint(getattr(module, "lora_A", {}))
-    }
-    if loaded != expected:
-        transformer.delete_adapters(list(new))
-        raise CloraError(
-            f"{source.file}: the pipeline has taken {len(loaded)} of {len(expected)} modules; expected {base_model}"
-        )

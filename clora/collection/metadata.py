@@ -26,7 +26,7 @@ PREFIX = "clora."
 _PLAIN = {"version", "pipeline", "base_model", "base_revision"}
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=65536)]
 
 
 class CollectedEffect(BaseModel, frozen=True):
@@ -60,11 +60,11 @@ class Sampling(BaseModel, frozen=True):
         call: other arguments that this family's pipeline needs, such as the scale that switches guidance off.
     """
 
-    steps: Positive
+    steps: Annotated[int, Field(ge=1, le=1000)]
     shift: Number
-    size: tuple[Positive, Positive]
-    max_sequence_length: Positive
-    call: dict[str, int | float] = {}
+    size: tuple[Pixels, Pixels]
+    max_sequence_length: Annotated[int, Field(ge=1, le=1_000_000)]
+    call: dict[str, int | Number] = {}
 
 
 class Collection(BaseModel, frozen=True):
@@ -125,7 +125,8 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Collection:
     try:
         values = {name: text if name in _PLAIN else json.loads(text) for name, text in found.items()}
         return Collection.model_validate(values)
-    except (ValidationError, json.JSONDecodeError, RecursionError) as error:
+    # ValueError of JSON that is none, and of integers with thousands of digits.
+    except (ValidationError, ValueError, RecursionError) as error:
         raise CloraError(f"{where}: the collection's metadata is damaged: {error}") from error
 
 

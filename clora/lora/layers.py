@@ -85,6 +85,15 @@ def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+def shapes_beneath(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns the `LayerShapes` of a transformer that may carry PEFT's adapters: those of the layers beneath them."""
+    layers = {}
+    for name, shape in linear_shapes(transformer).items():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            layers[name.removesuffix(".base_layer")] = shape
+    return layers
+
+
 def block_layers(transformer: nn.Module) -> list[str]:
     """Returns the linear layers inside the transformer's blocks, which a LoRA changes by default, in module order.
 

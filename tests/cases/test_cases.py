@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-WRONG_YET = {
-    "case11.py": "a second collection in one pipeline leaves traces of the first",
-}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", sorted(file.name for file in FOLDER.glob("case*.py")))
-def test_case(program, tmp_path, request):
-    if program in WRONG_YET:
-        request.applymarker(pytest.mark.xfail(reason=WRONG_YET[program], strict=True, raises=AssertionError))
+def test_case(program, tmp_path):
     # As a user runs it: the interpreter of Triton is for the tests of the kernels.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

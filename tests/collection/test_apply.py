@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 
@@ -22,7 +23,7 @@ from clora.flow.matching import student_schedule
 from clora.lora.convert import convert_lora
 from clora.lora.families import FLUX2
 from clora.lora.save import save_lora
-from clora.testing import merge_lora, random_lora
+from clora.testing import merge_lora, random_lora, tiny_pipeline
 
 SNOW, MOEBIUS = effect("snow", ("<snow> let it snow.",)), effect("moebius", ("<moebius> thin ink lines", "as a comic"))
 
@@ -94,12 +95,30 @@ def test_a_pipeline_without_a_text_length_is_not_given_one():
 
 
 def test_two_effects_in_one_prompt():
-    effects = clora.Effects(describe(SNOW, MOEBIUS))
+    effects = clora.Effects(describe(SNOW, MOEBIUS), num_tokens=lambda prompt: 40)
     composed = effects.compose("snow", "moebius")
-    assert composed.pop("prompt") == "apply <snow> let it snow, then apply <moebius> thin ink lines"
+    sentence = "Please apply <snow> let it snow to the input image, and then apply <moebius> thin ink lines."
+    assert composed.pop("prompt") == sentence
     single = effects["snow"]
     single.pop("prompt")
     assert composed == single
+
+
+def test_two_effects_that_do_not_fit_one_prompt(collection):
+    effects = clora.Effects(describe(SNOW, MOEBIUS), num_tokens=lambda prompt: 41)
+    with pytest.raises(CloraError, match=r"at most 40 tokens, found 41 for 'snow' and 'moebius'.*two calls in a row"):
+        effects.compose("snow", "moebius")
+    with pytest.raises(CloraError, match=r"expected the effects that clora.apply\(pipe, path\) returns"):
+        clora.Effects(describe(SNOW, MOEBIUS)).compose("snow", "moebius")
+
+
+def test_the_pipelines_tokenizer_counts_a_composed_prompt(tmp_path):
+    pipeline = tiny_pipeline()
+    about = describe(SNOW, MOEBIUS, pipeline="Flux2KleinPipeline")
+    folder = write_collection(random_lora(pipeline.transformer, 2, 0), about, tmp_path / "c", torch.float32)
+    effects = clora.apply(pipeline, folder)
+    with pytest.raises(CloraError, match=r"at most 40 tokens, found \d\d"):
+        effects.compose("snow", "moebius")
 
 
 def test_unknown_effects_and_pipelines():
@@ -155,6 +174,93 @@ def test_apply_takes_all_of_a_file_or_nothing(collection, family, change):
         clora.apply(pipeline, folder)
     assert torch.equal(run(family, pipeline.transformer), before)
     assert pipeline.scheduler is scheduler
+
+
+def spoil(tensors):
+    next(iter(tensors.values()))[0, 0] = torch.nan
+
+
+SPOILT = {
+    "nan": (spoil, {}, "not finite|NaN"),
+    "an absurd alpha": (None, {"alpha": 1e30}, "1e.30"),
+    "an alpha of its own": (None, {"alpha": 8}, "taken 0 of"),
+    "steps of the caller": (None, {"sampling": {"call": {"num_inference_steps": 80}}}, "states 'num_inference_steps'"),
+    "many pictures": (None, {"sampling": {"call": {"num_images_per_prompt": 10**6}}}, "states 'num_images_per_prompt'"),
+    "an argument of no call": (None, {"sampling": {"call": {"guidance": 1.0}}}, "states 'guidance'"),
+    "no shift": (None, {"scheduler": {"shift": "much"}}, "the scheduler of its metadata cannot be used"),
+    "no noise levels": (None, {"scheduler": {"shift": 1e999}}, "metadata is damaged|cannot be used"),
+    "steps without end": (None, {"sampling": {"steps": 10**9}}, "metadata is damaged"),
+    "digits without end": (None, {"sampling": {"steps": "9" * 5000}}, "metadata is damaged"),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_refused_collection_leaves_the_pipeline_as_it_was(collection, tmp_path, case, loaded):
+    change, values, message = copy.deepcopy(SPOILT[case])
+    folder, _ = collection("Flux2KleinPipeline")
+    pipeline = bare_pipeline("Flux2KleinPipeline")
+    if loaded:
+        other = random_lora(pipeline.transformer, 3, 1)
+        clora.apply(
+            pipeline,
+            write_collection(other, describe(SNOW, pipeline="Flux2KleinPipeline"), tmp_path / "b", torch.float32),
+        )
+    before, scheduler = run("Flux2KleinPipeline", pipeline.transformer), pipeline.scheduler
+    layers = dict(pipeline.transformer.named_modules())
+    metadata = to_metadata(read_collection(folder))
+    if "alpha" in values:
+        adapter = {
+            "transformer.r": 4,
+            "transformer.lora_alpha": values.pop("alpha"),
+            "transformer.target_modules": ["to_q"],
+        }
+        metadata["lora_adapter_metadata"] = json.dumps(adapter)
+    for section, found in values.items():
+        text = json.dumps(json.loads(metadata[f"clora.{section}"]) | found)
+        metadata[f"clora.{section}"] = text.replace(f'"{"9" * 5000}"', "9" * 5000)
+    tensors = load_file(folder / LORA_FILE)
+    if change:
+        change(tensors)
+    save_file(tensors, folder / LORA_FILE, metadata)
+    with pytest.raises(CloraError, match=message):
+        clora.apply(pipeline, folder)
+    assert torch.equal(run("Flux2KleinPipeline", pipeline.transformer), before)
+    assert pipeline.scheduler is scheduler
+    after = dict(pipeline.transformer.named_modules())
+    assert list(after) == list(layers)
+    assert all(after[name] is layers[name] for name in after)
+
+
+def test_an_error_of_diffusers_itself_leaves_the_pipeline_as_it_was(collection, tmp_path, monkeypatch):
+    folder, _ = collection("Flux2KleinPipeline")
+    pipeline = bare_pipeline("Flux2KleinPipeline")
+    before, names = run("Flux2KleinPipeline", pipeline.transformer), list(dict(pipeline.transformer.named_modules()))
+    load = pipeline.load_lora_weights
+    monkeypatch.setattr(pipeline, "load_lora_weights", lambda *a, **k: (load(*a, **k), 1 / 0))
+    with pytest.raises(CloraError, match="does not fit the pipeline, expected some/pipeline: division by zero"):
+        clora.apply(pipeline, folder)
+    assert torch.equal(run("Flux2KleinPipeline", pipeline.transformer), before)
+    assert list(dict(pipeline.transformer.named_modules())) == names
+
+
+def test_one_collection_after_the_other(collection, tmp_path):
+    """Applying one again switches to it without loading."""
+    first, student = collection("Flux2KleinPipeline")
+    pipeline = bare_pipeline("Flux2KleinPipeline")
+    plain = copy.deepcopy(pipeline.transformer)
+    other = random_lora(plain, 3, 1)
+    described = describe(MOEBIUS, pipeline="Flux2KleinPipeline", shift=1.5)
+    second = write_collection(other, described, tmp_path / "second", torch.float32)
+    expected = {first: student, second: other}
+    for folder in (first, second, first, second):
+        effects = clora.apply(pipeline, folder)
+        merged = run("Flux2KleinPipeline", merge_lora(plain, expected[folder]))
+        torch.testing.assert_close(run("Flux2KleinPipeline", pipeline.transformer), merged, rtol=0, atol=1e-5)
+        assert pipeline.scheduler.config.shift == effects.collection.scheduler["shift"]
+    assert len(pipeline.transformer.peft_config) == 2
+    pipeline.unload_lora_weights()
+    assert torch.equal(run("Flux2KleinPipeline", pipeline.transformer), run("Flux2KleinPipeline", plain))
 
 
 @pytest.mark.parametrize("format", ["kohya", "comfyui", "peft"])
