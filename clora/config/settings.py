@@ -146,9 +146,13 @@ class SamplerConfig(FrozenModel):
         steps: passes of the student.
         shift: time shift of both schedules.
         teacher_steps: steps of a teacher that renders targets.
-        guidance: the teachers' guidance w, by a second pass with the empty prompt; 0 for none (pipelines call w + 1 the
-            guidance scale, or the true CFG scale). None for the family's default: 4 for FLUX.2 [klein], 0 for families
-            with a guidance embedding.
+        guidance: guidance w of the teachers that score, by a second pass with the empty prompt; 0 for none (pipelines
+            call w + 1 the guidance scale, or the true CFG scale). None for the family's default: the paper's 4 for
+            FLUX.2 [klein] and Qwen-Image-Edit, 0 for families with a guidance embedding.
+        teacher_guidance: guidance w of the teachers that render targets; ``stock`` is that of a stock call of the
+            family's pipeline. By default `guidance` where that is given, else ``stock``.
+        teacher_norm_rescale: rescale guided predictions of targets to the norm of the conditional one. None for what a
+            stock call does where `teacher_guidance` is ``stock``, else for ``objective.norm_rescale``.
         guidance_embedding: guidance scale that student, critic and teachers all receive in every pass, where the
             family has a guidance embedding; None for that of a stock call.
     """
@@ -157,18 +161,22 @@ class SamplerConfig(FrozenModel):
     shift: PositiveFloat = 3.0
     teacher_steps: Positive = 40
     guidance: NotNegative | None = None
+    teacher_guidance: NotNegative | Literal["stock"] = Field(
+        default_factory=lambda data: "stock" if data["guidance"] is None else data["guidance"]
+    )
+    teacher_norm_rescale: bool | None = None
     guidance_embedding: NotNegative | None = None
 
     @property
     def passes_per_teacher_step(self) -> int:
         """One pass with the teacher's prompt and, with guidance, one with the empty prompt."""
-        # None, before the family's default is known, counts as guided.
-        return 1 if self.guidance == 0 else 2
+        # What the family decides counts as guided, before the family is known.
+        return 1 if self.teacher_guidance == 0 else 2
 
     @property
     def rows_per_scored_sample(self) -> int:
-        """The teacher's rows and one of the critic's."""
-        return 1 + self.passes_per_teacher_step
+        """One of the critic's, and the teacher's with its prompt and, with guidance, with the empty prompt."""
+        return 2 if self.guidance == 0 else 3
 
 
 class PromptsConfig(FrozenModel):
@@ -235,6 +243,12 @@ class DistillConfig(FrozenModel):
             for key, value in values.items():
                 if settings.get(section, {}).get(key) == value:
                     settings[section].pop(key, None)
+        # Earlier versions rendered with what they scored with.
+        sampler = self.sampler
+        is_rescaled_alike = sampler.teacher_norm_rescale in (None, self.objective.norm_rescale)
+        if sampler.teacher_guidance == sampler.guidance and is_rescaled_alike:
+            for key in ("teacher_guidance", "teacher_norm_rescale"):
+                settings["sampler"].pop(key)
         for section, keys in NEVER_RECORDED.items():
             for key in keys:
                 settings.get(section, {}).pop(key, None)

@@ -33,7 +33,7 @@ class ObjectiveConfig(FrozenModel):
             target simulation and anchoring weigh as if all rows were effect rows. ``per_sample``: each is divided by all
             rows of the batch, so that each sample has the sum of its own terms, as in the released code.
         anchor_noise: noise levels of trajectory anchoring.
-        norm_rescale: rescale guided predictions, of targets too, to the norm of the conditional one.
+        norm_rescale: rescale guided predictions of the teachers that score to the norm of the conditional one.
     """
 
     dual_stream: bool = True

@@ -26,7 +26,6 @@ from clora.progress import stage
 FIRST_GENERAL_SEED = 500_000
 # Samples of a batch, where ``train.forward_rows`` allows as many.
 TEACHERS_AT_ONCE, GENERAL_AT_ONCE = 16, 24
-NO_TARGET_READS = {"steps", "shift"}  # the student's settings in the section ``sampler``
 
 
 class Samples(NamedTuple):
@@ -105,8 +104,8 @@ def render_targets(
             batch.seed.tolist(),
             config.sampler.teacher_steps,
             text[batch.empty],
-            config.sampler.guidance,
-            config.objective.norm_rescale,
+            config.sampler.teacher_guidance,
+            config.sampler.teacher_norm_rescale,
         )
 
     if (samples.teacher == GENERAL).all():
@@ -169,13 +168,18 @@ class CachedTargets:
         """
         # An entry's key is everything that its render depends on, whatever other renders share its batch. It is found
         # again by what it shows, not by its place in a run: one more effect renders only its own.
+        sampler = self.config.sampler
         shared = {
             "family": type(self.adapter).__name__,
             "pipeline": digest(self.components),
             "size": self.adapter.size,
             "max_sequence_length": self.adapter.max_sequence_length,
-            "sampler": self.config.sampler.model_dump(mode="json", exclude=NO_TARGET_READS),
-            "norm_rescale": self.config.objective.norm_rescale,
+            "sampler": {
+                "teacher_steps": sampler.teacher_steps,
+                "guidance": sampler.teacher_guidance,
+                "guidance_embedding": sampler.guidance_embedding,
+            },
+            "norm_rescale": sampler.teacher_norm_rescale,
         }
         loras = [*map(lora_digest, teachers.values()), None]  # the last, number -1, is the base
         rows = zip(samples.prompt.tolist(), images, samples.teacher.tolist(), samples.seed.tolist(), strict=True)

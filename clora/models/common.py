@@ -45,6 +45,8 @@ class FamilyAdapter(ABC):
     text_sees_image = False
     image_tokens = 0
     default_guidance = 0.0
+    stock_guidance = 0.0
+    stock_norm_rescale = False
     guidance_embedding: float | None = None
     _patch = 2  # latent pixels on each side of a token
     _takes_one_image = False  # the pipeline edits one image, not several

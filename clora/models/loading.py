@@ -95,9 +95,15 @@ def adapt(config: DistillConfig, pipeline) -> tuple[DistillConfig, ModelAdapter]
 
 def with_guidance(config: DistillConfig, adapter: ModelAdapter) -> DistillConfig:
     """Returns the config with the guidance of its family where it states none."""
-    w = config.sampler.guidance
+    sampler = config.sampler
+    is_stock = sampler.teacher_guidance == "stock"
+    rescale = sampler.teacher_norm_rescale
+    if rescale is None:
+        rescale = adapter.stock_norm_rescale if is_stock else config.objective.norm_rescale
     guidance = {
-        "guidance": adapter.default_guidance if w is None else w,
+        "guidance": adapter.default_guidance if sampler.guidance is None else sampler.guidance,
+        "teacher_guidance": adapter.stock_guidance if is_stock else sampler.teacher_guidance,
+        "teacher_norm_rescale": rescale,
         "guidance_embedding": adapter.guidance_embedding,
     }
     return config.model_copy(update={"sampler": config.sampler.model_copy(update=guidance)})

@@ -27,7 +27,10 @@ class ModelAdapter(Protocol):
         text_sees_image: true if a prompt is encoded together with the images to edit.
         image_tokens: rows of an encoded prompt beyond `max_sequence_length`: padding, and those of the image to edit if
             it is one image of `size`.
-        default_guidance: guidance w usual for the family's LoRAs; 0 if a stock call has no second, empty-prompt pass.
+        default_guidance: guidance w that teachers score with by default; 0 if a stock call has no second, empty-prompt
+            pass.
+        stock_guidance: guidance w of a stock call, by which teachers render targets.
+        stock_norm_rescale: true if a stock call rescales guided velocities to the norm of the conditional ones.
         guidance_embedding: guidance scale embedded in every pass, of student, critic and teachers alike; None for a
             family without guidance embedding.
         student_call: the keyword arguments with which a stock call runs the student, besides prompt, picture, steps, size
@@ -43,6 +46,8 @@ class ModelAdapter(Protocol):
     text_sees_image: bool
     image_tokens: int
     default_guidance: float
+    stock_guidance: float
+    stock_norm_rescale: bool
     guidance_embedding: float | None
     student_call: Mapping[str, float]
 

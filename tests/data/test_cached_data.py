@@ -115,7 +115,7 @@ def test_only_a_new_image_is_encoded(encode, work, tmp_path):
         ({"train": {"updates": 7}}, 0),
         ({"seed": 100}, 7),
         ({"sampler": {"guidance": 2.0}}, 7),
-        ({"objective": {"norm_rescale": True}}, 7),
+        ({"sampler": {"teacher_norm_rescale": True}}, 7),
         ({"names": [{"name": "blueprint", "lora": "x", "prompt": "another prompt"}, "snow"]}, 2),
         ({"names": [{"name": "blueprint", "lora": "x", "prompt": "make it blueprint", "trigger": "<b>"}, "snow"]}, 0),
     ],

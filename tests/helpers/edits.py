@@ -24,6 +24,7 @@ from clora.lora.save import save_lora
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
+from clora.models.families.flux2 import Flux2Adapter, Flux2KleinAdapter
 from clora.models.families.z_image import ZImageOmniAdapter, _pack, _unpack
 
 
@@ -68,6 +69,8 @@ def start_noise(adapter: ModelAdapter, sample: Sample) -> Tensor:
 
 def own_latents(adapter: ModelAdapter, packed: Tensor) -> Tensor:
     """Returns packed latents as the pipeline takes and returns them."""
+    if isinstance(adapter, Flux2KleinAdapter | Flux2Adapter):
+        return packed.transpose(1, 2).unflatten(2, adapter._grid)
     return _unpack(packed, adapter._grid) if isinstance(adapter, ZImageOmniAdapter) else packed
 
 

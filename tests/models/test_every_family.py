@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import diffusers
 import pytest
 import torch
 from helpers import tiny_flux, tiny_longcat, tiny_qwen_image, tiny_z_image
+from helpers.edits import Sample, stock_call, to_images
 from helpers.host_waits import DEVICE, host_waits
 
 from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.data.cache import Cache
 from clora.data.encoders import Encoders
+from clora.data.generation import Generator
+from clora.data.rendering import Samples, render_targets
 from clora.models import adapter_for, common
+from clora.models.common import to_pil
 from clora.models.conditioning import Conditioning
+from clora.models.families.z_image import ZImageOmniAdapter
 from clora.models.fingerprint import component_fingerprints
-from clora.testing import random_lora
+from clora.models.loading import with_guidance
+from clora.testing import random_lora, tiny_config
 
 PROMPTS = ["make it a blueprint with thin white lines", "snow", "turn it"]
 FAMILIES = {
@@ -80,6 +87,34 @@ def test_encodings_that_are_read_again_give_the_same_velocity(adapter, pictures,
         expected = velocity(adapter, conditioning)
         found = velocity(adapter, Conditioning(text, sources, conditioning.shapes))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_are_what_a_stock_call_makes(adapter, pictures, monkeypatch, tmp_path):
+    """By defaults: guidance and rescaling of the pipeline's own call, of which only the number of steps is given."""
+    pipeline = adapter.pipeline
+    defaults = {name: p.default for name, p in inspect.signature(type(pipeline).__call__).parameters.items()}
+    scale = defaults.get("true_cfg_scale", defaults.get("guidance_scale"))
+    if adapter.guidance_embedding is not None:  # not a second pass
+        scale = defaults.get("true_cfg_scale", 1.0)
+    assert adapter.stock_guidance == (scale if isinstance(adapter, ZImageOmniAdapter) else scale - 1)
+
+    # The pipeline hands its VAE bfloat16 pixels; this one is in fp32.
+    hook = pipeline.vae.encoder.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    lora = random_lora(pipeline.transformer, 2, 3)
+    sample = Sample(PROMPTS[0], (to_pil(pictures[0]),), "a", 7)
+    config = with_guidance(tiny_config(["a"], sampler={"guidance": None, "teacher_steps": 3}), adapter)
+    sources, shapes = adapter.encode_sources([pictures[:1]])
+    assert shapes == adapter.source_shapes
+    text = adapter.encode_prompts([PROMPTS[0], ""], [pictures[[0, 0]]])
+    samples = Samples.of_teachers(sources[None], torch.tensor([[0]]), torch.tensor([[1]]), 7)
+    (ours,) = render_targets(adapter, {"a": lora}, samples, text, config, lambda passes: None)
+    call = {name: defaults[name] for name in ("guidance_scale", "true_cfg_scale") if name in adapter.student_call}
+    if adapter.stock_norm_rescale:
+        call["negative_prompt"] = ""  # without one, Qwen-Image-Edit does not guide
+    noise = Generator(adapter)._noise([7])
+    stock = stock_call(adapter, {"a": lora}, sample, tmp_path, steps=3, latents=noise, **call)
+    hook.remove()
+    torch.testing.assert_close(to_images(adapter.decode(ours[None])), stock, rtol=0, atol=1e-4)
 
 
 def test_recomputed_blocks_give_the_same_gradients(adapter, conditioning):

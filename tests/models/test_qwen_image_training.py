@@ -71,11 +71,15 @@ def test_a_saved_pipeline_is_distilled_and_takes_the_result(model, monkeypatch, 
     check_stock_call(adapter_for(loaded, SIZE, config.data.max_sequence_length), folder, config)
 
 
-def test_the_default_guidance_is_that_of_a_stock_call():
+def test_targets_are_rendered_as_by_a_stock_call_and_scored_as_in_the_paper():
     pipeline = tiny_qwen_pipeline()
     config = tiny_config(["a"], sampler={"guidance": None})
     sampler = loading.with_guidance(config, adapter_for(pipeline, SIZE, 40)).sampler
-    assert sampler.guidance == inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default - 1
+    stock = inspect.signature(type(pipeline).__call__).parameters["true_cfg_scale"].default - 1
+    assert (sampler.guidance, sampler.teacher_guidance, sampler.teacher_norm_rescale) == (4, stock, True)
+    config = tiny_config(["a"], sampler={"guidance": 2.5})
+    sampler = loading.with_guidance(config, adapter_for(pipeline, SIZE, 40)).sampler
+    assert (sampler.teacher_guidance, sampler.teacher_norm_rescale) == (2.5, False), "as before there were two roles"
 
 
 def check_stock_call(adapter, folder, config):

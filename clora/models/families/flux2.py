@@ -89,7 +89,8 @@ class Flux2KleinAdapter(_Flux2):
             does not fit the patch size.
     """
 
-    default_guidance = 4.0  # w = guidance_scale - 1 of a stock call
+    default_guidance = 4.0  # the paper's
+    stock_guidance = 3.0  # w = guidance_scale - 1, of the pipeline's default 4.0
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         if pipeline.config.is_distilled:

@@ -29,7 +29,7 @@ class LongCatImageEditAdapter(FamilyAdapter):
     """
 
     text_sees_image = True
-    default_guidance = 3.5  # w = guidance_scale - 1, of the pipeline's default 4.5
+    default_guidance = stock_guidance = 3.5  # w = guidance_scale - 1, of the pipeline's default 4.5
     _takes_one_image = True
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):

@@ -23,7 +23,8 @@ from clora.models.conditioning import Conditioning, Text
 class QwenImageEditPlusAdapter(FamilyAdapter):
     """Qwen-Image-Edit-2509 and 2511: one or several images to edit (see `ModelAdapter`).
 
-    The pipeline scales guided velocities to the norm of the conditional ones: ``objective.norm_rescale`` does the same.
+    The pipeline scales guided velocities to the norm of the conditional ones, and so are targets rendered. It guides only
+    where a negative prompt is given, here the empty one.
 
     Args:
         pipeline: a ``QwenImageEditPlusPipeline``.
@@ -36,7 +37,9 @@ class QwenImageEditPlusAdapter(FamilyAdapter):
     """
 
     text_sees_image = True
-    default_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0; the paper has w = 4
+    default_guidance = 4.0  # the paper's
+    stock_guidance = 3.0  # w = true_cfg_scale - 1, of the pipeline's default 4.0
+    stock_norm_rescale = True
     _image_mode = "RGB"
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):

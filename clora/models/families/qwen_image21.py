@@ -31,7 +31,9 @@ class QwenImage21Adapter(QwenImageEditPlusAdapter):
     _patch = 1  # its autoencoder makes 16 x 16 pixels one latent pixel, so nothing is packed
     _image_mode = "RGBA"
     _source_area = _seen_area = MEGAPIXEL  # a literal in the pipeline's call
-    default_guidance = 0.0  # the model is meant to be sampled without guidance; with it, nothing is rescaled
+    # The model is meant to be sampled without guidance; with it, nothing is rescaled.
+    default_guidance = stock_guidance = 0.0
+    stock_norm_rescale = False
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
         if pipeline.config.sample_sigmas is not None:

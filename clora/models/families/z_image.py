@@ -41,7 +41,7 @@ class ZImageOmniAdapter(FamilyAdapter):
         CloraError: the size does not fit the patch size.
     """
 
-    default_guidance = 5.0  # w = guidance_scale here
+    default_guidance = stock_guidance = 5.0  # w = guidance_scale here
     latent_dtype = torch.float32
 
     def __init__(self, pipeline, size: tuple[int, int], max_sequence_length: int):
