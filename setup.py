@@ -12,21 +12,21 @@ README = ROOT / "README.md"
 REQUIRES = [
     "accelerate>=1.0",  # not imported: from_pretrained uses it to load without a second copy in memory
     "diffusers>=0.39",  # the first release that runs ZImageOmniPipeline
-    "huggingface_hub>=1.0",
+    "huggingface_hub>=1.3",
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "peft>=0.18",  # the first release for transformers 5
     "pillow>=10.1",  # ImageFont.load_default(size)
-    "pydantic>=2.10",  # default factories that see the other fields
+    "pydantic>=2.11",  # earlier ones break on the message about a misspelt key
     "pyyaml>=6.0",
     "rich>=13.8",
     "safetensors>=0.8",  # as diffusers 0.39 needs
-    "tokenizers>=0.22",
+    "tokenizers>=0.22.1",
     "torch>=2.8",  # the first release for triton 3.4
     "transformers>=5.0",  # the studio's text encoder and tokenizer were saved by 5
     'triton>=3.4; platform_system == "Linux"',  # tensor descriptors; elsewhere everything runs eager
-    "typer>=0.15",
+    "typer>=0.24",
 ]
 BENCH = ["pytest>=8.0", "pytest-benchmark>=5.0"]
 TEST = [*BENCH, "hypothesis>=6.100", "mypy>=1.15", "packaging>=23.0", "pytest-xdist>=3.5", "ruff>=0.9"]
