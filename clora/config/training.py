@@ -80,6 +80,7 @@ class TrainConfig(FrozenModel):
         gradient_rows: most rows of one pass with gradients, to bound memory; an update adds up as many passes as it
             needs. A sample is up to three rows of the student's and one of the critic's. None for no bound.
         forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
+            Both change the result in its last digits, since other batches round differently.
         teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers. The others wait in the host's memory
             and are copied when they are needed, ahead of time where possible. None keeps all on the device.
         gradient_checkpointing: keep only the inputs of the transformer's blocks and compute the rest again for the

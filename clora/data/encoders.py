@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clora.data.cache import Cache, Entry, Key
+from clora.data.cache import Cache, Entry, Key, chunked
 from clora.devices import move
 from clora.hashing import digest, tensor_digest
 from clora.models import ModelAdapter
@@ -76,38 +76,45 @@ class Encoders:
 
         # An entry is one prompt, [L, D] and so on; `Text.cat` pads them to the longest.
         rows = []
-        for entry in self._encode("prompts", keys, encode, PROMPTS_AT_ONCE):
+        for entry in self._encode("prompts", keys, encode, lambda i: f"prompt {prompts[i]!r}", PROMPTS_AT_ONCE):
             rows.append(Text(**{name: part[None] for name, part in entry.items()}))
         return Text.cat(rows)
 
-    def sources(self, pixels: Tensor) -> Tensor:
-        """Encoded images to edit ``[N, S, C]``."""
-        return self._images("sources", pixels, lambda images: self.adapter.encode_sources([images])[0])
+    def sources(self, pixels: Tensor, folder: str = "the pictures") -> Tensor:
+        """Encoded images to edit ``[N, S, C]``; messages name their folder."""
+        return self._images("sources", pixels, folder, lambda images: self.adapter.encode_sources([images])[0])
 
-    def results(self, pixels: Tensor) -> Tensor:
-        """Encoded results ``[N, T, C]``."""
-        return self._images("results", pixels, self.adapter.encode_images)
+    def results(self, pixels: Tensor, folder: str = "the pictures") -> Tensor:
+        """Encoded results ``[N, T, C]``; messages name their folder."""
+        return self._images("results", pixels, folder, self.adapter.encode_images)
 
-    def _images(self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _images(self, kind: str, pixels: Tensor, folder: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
         keys = [{**self._key, "image": image} for image in pixel_digests(pixels)]
 
         def rows(indices: list[int]) -> Iterator[Entry]:
             return ({"latents": row} for row in encode(pixels[indices]))
 
-        return torch.stack([entry["latents"] for entry in self._encode(kind, keys, rows, IMAGES_AT_ONCE)])
+        def describe(i: int) -> str:
+            return f"picture {i + 1} of {folder}"
+
+        return torch.stack([entry["latents"] for entry in self._encode(kind, keys, rows, describe, IMAGES_AT_ONCE)])
 
     def _encode(
-        self, kind: str, keys: Sequence[Key], encode: Callable[[list[int]], Iterator[Entry]], at_once: int
+        self,
+        kind: str,
+        keys: Sequence[Key],
+        encode: Callable[[list[int]], Iterator[Entry]],
+        describe: Callable[[int], str],
+        at_once: int,
     ) -> list[Entry]:
         """Entries of the keys; ``encode(rows)`` yields those of some of them, called for ``at_once`` rows at a time."""
 
-        def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
+        def make(chunks: list[range]) -> Iterator[Entry]:
             self._bring()
-            for start in range(0, len(missing), at_once):
-                rows = missing[start : start + at_once]
-                yield from zip(rows, encode(rows), strict=True)
+            for chunk in chunks:
+                yield from encode(list(chunk))
 
-        return self.cache.entries(kind, keys, make)
+        return self.cache.entries(kind, keys, chunked(len(keys), at_once), describe, make)
 
     def _bring(self) -> None:
         """Moves the encoders to the device, unless they are there."""

@@ -83,16 +83,16 @@ def encode_data(
         shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
         # Images that several effects use are encoded once, under the name of their set.
-        latents = {shared.name: encoders.sources(shared.pixels)}
-        for effect in effects.values():
+        latents = {shared.name: encoders.sources(shared.pixels, config.data.sources)}
+        for name, effect in effects.items():
             if effect.pictures.name not in latents:
-                latents[effect.pictures.name] = encoders.sources(effect.pictures.pixels)
+                latents[name] = encoders.sources(effect.pictures.pixels, _folder(config, name))
         sources = {name: latents[effect.pictures.name][effect.used] for name, effect in effects.items()}
         # Given results are encoded as they are; what is missing here is rendered below.
         targets = {}
         for effect in config.effects:
             if effect.targets is not None:
-                targets[effect.name] = encoders.results(read(effect.targets, None))
+                targets[effect.name] = encoders.results(read(effect.targets, None), effect.targets)
     # The encoders have left the device: the transformer takes their place, first to render, then to train.
     if device is not None:
         move(adapter.pipeline.transformer, device)
@@ -223,11 +223,12 @@ def _rendered(
         torch.stack([effect.empty for effect in chosen]),
         renders.config.seed,
     )
-    images = []
-    for effect in chosen:
+    images, names = [], []
+    for name, effect in zip(teachers, chosen, strict=True):
         images += pixel_digests(effect.pictures.pixels[effect.used])
+        names += [f"picture {i + 1} of {_folder(renders.config, name)}" for i in effect.used.tolist()]
     # The renders come teacher by teacher: [E M, T, C], cut into one [M, T, C] for each.
-    latents = renders.render("render targets", teachers, samples, images)
+    latents = renders.render("render targets", teachers, samples, images, names)
     return dict(zip(teachers, latents.unflatten(0, (len(teachers), -1)), strict=True))
 
 
@@ -238,7 +239,14 @@ def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, 
         return None
     source, prompt, empty = pairs.unbind(1)
     samples = Samples.of_base(latents[source], prompt, empty, config.seed)
-    return renders.render("render general targets", {}, samples, pixel_digests(shared.pixels[source]))
+    names = [f"picture {i + 1} of {config.data.sources}" for i in source.tolist()]
+    return renders.render("render general targets", {}, samples, pixel_digests(shared.pixels[source]), names)
+
+
+def _folder(config: DistillConfig, effect: str) -> str:
+    """The folder of an effect's images to edit."""
+    own = next(e.sources for e in config.effects if e.name == effect)
+    return own or config.data.sources
 
 
 def check_pairs(config: DistillConfig) -> None:

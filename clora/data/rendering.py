@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from clora.bank.bank import AdapterBank
 from clora.bank.pages import teacher_pages
 from clora.config.settings import DistillConfig
 from clora.data.batches import GENERAL
-from clora.data.cache import Cache, Entry
+from clora.data.cache import Cache, Entry, chunked
 from clora.data.encoders import PromptTable
 from clora.data.generation import Generator, Report
 from clora.hashing import digest, tensor_digest
@@ -116,23 +117,31 @@ def render_targets(
             batch = samples.at(slice(start, start + at_once))
             yield from render(generator, batch, batch.teacher)
         return
-    # The bank holds only teachers that have something to render, so that their ids are counted anew.
-    used, ids = samples.teacher.unique(return_inverse=True)
-    # They are sorted: the base's -1, where some samples have it, comes first and stays -1, so that the teachers begin at 0.
-    ids = ids - int(used[0] == GENERAL)
-    names = list(teachers)
-    states = {names[i]: teachers[names[i]] for i in used.tolist() if i != GENERAL}
+    # The bank holds every teacher, also of those that have nothing to render: its ranks are then the same in every run.
     transformer = adapter.pipeline.transformer
-    pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(states.values()))
+    pages = teacher_pages(config.train.teacher_memory_gb, transformer, list(teachers.values()))
     at_once = samples_at_once(config, TEACHERS_AT_ONCE)
-    with AdapterBank(transformer, states, pages=pages) as bank:
+    ids = samples.teacher
+    with AdapterBank(transformer, teachers, pages=pages) as bank:
         generator = Generator(adapter, bank, at_once, report)
-        # With fewer pages on the device than teachers a batch may be cut where the next teacher would not fit.
-        chunks = bank.chunks(ids, at_once)
+        chunks = [slice(chunk.start, chunk.stop) for chunk in render_chunks(ids, at_once)]
         for rows, following in zip(chunks, [*chunks[1:], slice(0)], strict=True):
             with bank.placed(ids[rows]) as slots:
-                bank.fetch(ids[following])  # the next batch's teachers arrive while this one is rendered
+                bank.fetch(ids[following])  # the next batch's teacher arrives while this one renders
                 yield from render(generator, samples.at(rows), slots)
+
+
+def render_chunks(teacher: Tensor, at_once: int) -> list[range]:
+    """Splits samples ``[N]``, teacher by teacher, into the batches that are rendered at once.
+
+    A batch has one teacher. Its bits do not depend on the other effects of a run, nor on what was rendered before.
+    """
+    chunks = []
+    start = 0
+    for count in teacher.unique_consecutive(return_counts=True)[1].tolist():
+        chunks += chunked(count, at_once, start)
+        start += count
+    return chunks
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,14 @@ class CachedTargets:
     cache: Cache
     components: Mapping[str, str]
 
-    def render(self, title: str, teachers: Mapping[str, LoRAState], samples: Samples, images: Sequence[str]) -> Tensor:
+    def render(
+        self,
+        title: str,
+        teachers: Mapping[str, LoRAState],
+        samples: Samples,
+        images: Sequence[str],
+        names: Sequence[str],
+    ) -> Tensor:
         """The latents of N samples.
 
         Args:
@@ -162,6 +178,7 @@ class CachedTargets:
             teachers: as in `render_targets`.
             samples: N pictures to render.
             images: the hash of each sample's source (`clora.data.encoders.pixel_digests`).
+            names: the picture of each sample, for messages.
 
         Returns:
             ``[N, T, C]``.
@@ -188,14 +205,22 @@ class CachedTargets:
             for row, image, teacher, seed in rows
         ]
 
-        def make(missing: list[int]) -> Iterator[tuple[int, Entry]]:
-            with stage(title, num_passes(self.config, len(missing))) as advance:
-                chosen = samples.at(missing)
-                rendered = render_targets(self.adapter, teachers, chosen, self.text, self.config, advance)
-                for i, latents in zip(missing, rendered, strict=True):
-                    yield i, {"latents": latents}
+        def make(chunks: list[range]) -> Iterator[Entry]:
+            rows = list(chain(*chunks))
+            with stage(title, num_passes(self.config, len(rows))) as advance:
+                # Only a teacher's last chunk is shorter than the others, so that these rows are split as the whole was.
+                chosen = samples.at(rows)
+                for latents in render_targets(self.adapter, teachers, chosen, self.text, self.config, advance):
+                    yield {"latents": latents}
 
-        return torch.stack([entry["latents"] for entry in self.cache.entries("targets", keys, make)])
+        def describe(i: int) -> str:
+            teacher = int(samples.teacher[i])
+            who = "a general edit" if teacher == GENERAL else f"effect {list(teachers)[teacher]!r}"
+            return f"{who}, the target of {names[i]}"
+
+        at_once = samples_at_once(self.config, TEACHERS_AT_ONCE if teachers else GENERAL_AT_ONCE)
+        chunks = render_chunks(samples.teacher, at_once)
+        return torch.stack([entry["latents"] for entry in self.cache.entries("targets", keys, chunks, describe, make)])
 
 
 def lora_digest(state: LoRAState) -> str:

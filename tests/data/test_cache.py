@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clora.data.cache import Cache
+from clora.data.cache import Cache, chunked
 from clora.hashing import digest, tensor_digest
 
 KEYS = [{"prompt": "a", "size": (16, 16)}, {"prompt": "b", "size": (16, 16)}]
@@ -19,15 +19,19 @@ def entry(i):
 def make(made):
     """Returns make(missing) that notes what it was asked for."""
 
-    def entries(missing):
-        made.append(list(missing))
-        return ((i, entry(i)) for i in missing)
+    def entries(chunks):
+        made.append([i for chunk in chunks for i in chunk])
+        return map(entry, made[-1])
 
     return entries
 
 
 def refuse(missing):
     raise AssertionError(f"asked to make {missing} again")
+
+
+def entries(cache, kind, keys, make, at_once=1):
+    return cache.entries(kind, keys, chunked(len(keys), at_once), "entry {}".format, make)
 
 
 def same(found):
@@ -40,39 +44,39 @@ def same(found):
 
 def test_an_entry_is_read_again(tmp_path):
     made = []
-    assert same(Cache(tmp_path / "c").entries("text", KEYS, make(made)))
+    assert same(entries(Cache(tmp_path / "c"), "text", KEYS, make(made)))
     assert made == [[0, 1]]
-    assert same(Cache(tmp_path / "c").entries("text", KEYS, refuse))
+    assert same(entries(Cache(tmp_path / "c"), "text", KEYS, refuse))
     turned = [dict(reversed(key.items())) for key in KEYS]
-    assert same(Cache(tmp_path / "c").entries("text", turned, refuse)), "the order of a key's parts does not matter"
+    assert same(entries(Cache(tmp_path / "c"), "text", turned, refuse)), "the order of a key's parts does not matter"
     assert len(list((tmp_path / "c" / "text").iterdir())) == 2
 
 
 @pytest.mark.parametrize("change", [{"prompt": "A"}, {"size": (16, 32)}, {"seed": 1}])
 def test_another_key_is_another_entry(tmp_path, change):
     made, cache = [], Cache(tmp_path)
-    cache.entries("text", KEYS, make([]))
-    cache.entries("text", [KEYS[0], {**KEYS[1], **change}], make(made))
-    cache.entries("images", KEYS[:1], make(made))
+    entries(cache, "text", KEYS, make([]))
+    entries(cache, "text", [KEYS[0], {**KEYS[1], **change}], make(made))
+    entries(cache, "images", KEYS[:1], make(made))
     assert made == [[1], [0]]
 
 
 def test_without_a_folder_nothing_is_kept():
     made = []
     for _ in range(2):
-        assert same(Cache(None).entries("text", KEYS, make(made)))
+        assert same(entries(Cache(None), "text", KEYS, make(made)))
     assert made == [[0, 1], [0, 1]]
 
 
 def test_interrupted_work_keeps_its_entries(tmp_path):
     def stopped(missing):
-        yield 0, entry(0)
+        yield entry(0)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Cache(tmp_path).entries("text", KEYS, stopped)
+        entries(Cache(tmp_path), "text", KEYS, stopped)
     made = []
-    assert same(Cache(tmp_path).entries("text", KEYS, make(made)))
+    assert same(entries(Cache(tmp_path), "text", KEYS, make(made)))
     assert made == [[1]]
 
 
@@ -101,15 +105,15 @@ def other_names(path):
 @pytest.mark.parametrize("damage", [cut, flip, empty, another_file, other_names])
 def test_a_damaged_entry_is_reported_in_one_line_and_made_again(tmp_path, capsys, damage):
     cache = Cache(tmp_path)
-    cache.entries("text", KEYS[:1], make([]))
+    entries(cache, "text", KEYS[:1], make([]))
     (path,) = (tmp_path / "text").iterdir()
     damage(path)
     made = []
-    found = cache.entries("text", KEYS, make(made))
+    found = entries(cache, "text", KEYS, make(made))
     assert same(found)
     assert made == [[0, 1]]
     assert capsys.readouterr().err.splitlines() == [f"{path} is damaged; rebuilding it"]
-    assert same(cache.entries("text", KEYS, refuse))
+    assert same(entries(cache, "text", KEYS, refuse))
 
 
 def test_hashes_see_every_part():

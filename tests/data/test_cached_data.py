@@ -14,6 +14,7 @@ from clora.data.cache import Cache
 from clora.data.encoders import Encoders
 from clora.data.prepare import encode_data
 from clora.data.rendering import lora_digest
+from clora.errors import CloraError
 from clora.models.conditioning import Text
 from clora.testing import random_lora, tiny_adapter, tiny_config, tiny_pipeline
 
@@ -93,13 +94,15 @@ def test_one_effect_more_costs_itself(encode, work, tmp_path):
     encode(Cache(tmp_path / "c"))
     work.clear()
     data = encode(Cache(tmp_path / "c"), (*EFFECTS, "third"))
-    assert work == {"encode_prompts": 2, "velocity": passes(2)}, "the teacher's prompt and the student's"
+    assert work["velocity"] == passes(2)
+    assert "encode_sources" not in work
     whole = encode(Cache(None), (*EFFECTS, "third"))
     for name, tensor in tensors(data).items():
         torch.testing.assert_close(tensor, tensors(whole)[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_only_a_new_image_is_encoded(encode, work, tmp_path):
+def test_only_the_chunk_of_a_new_image_is_encoded(encode, work, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoders_module, "IMAGES_AT_ONCE", 4)
     encode(Cache(tmp_path / "c"))
     work.clear()
     write_images(tmp_path / "images", 5)  # the first four as they were
@@ -147,7 +150,7 @@ def test_a_stop_while_rendering_loses_one_batch(encode, adapter, work, monkeypat
     sections = {"data": {"sources_per_effect": 4, "general_targets": 0}, "train": {"forward_rows": 6}}
 
     def stopping(x, *rest):
-        if work.get("velocity", 0) == 6 * 2 * 2:  # two batches of three samples, of eight
+        if work.get("velocity", 0) == passes(4):  # the first teacher's batches, of three samples and of one
             raise KeyboardInterrupt
         return velocity(x, *rest)
 
@@ -158,9 +161,54 @@ def test_a_stop_while_rendering_loses_one_batch(encode, adapter, work, monkeypat
     assert not any(isinstance(module, RoutedLinear) for module in adapter.pipeline.transformer.modules())
     work.clear()
     data = encode(cache, **sections)
-    assert work == {"velocity": passes(2)}
-    for name, tensor in tensors(encode(Cache(None), **sections)).items():
-        torch.testing.assert_close(tensor, tensors(data)[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert work == {"velocity": passes(4)}
+    assert same(encode(Cache(None), **sections), data)
+
+
+def test_work_that_was_stopped_at_any_entry_ends_with_the_same_bits(encode, adapter, monkeypatch, tmp_path):
+    """Encodings and renders are made in the batches of a run that was not stopped."""
+    monkeypatch.setattr(encoders_module, "PROMPTS_AT_ONCE", 5)
+    monkeypatch.setattr(encoders_module, "IMAGES_AT_ONCE", 3)
+    sections = {"data": {"sources_per_effect": 4}, "train": {"forward_rows": 6}}
+    plain = encode(Cache(None), **sections)
+    write, written = Cache._write, []
+
+    def stopping(self, *entry):
+        if len(written) == stop:
+            raise KeyboardInterrupt
+        written.append(entry[0])
+        write(self, *entry)
+
+    monkeypatch.setattr(Cache, "_write", stopping)
+    stop = -1
+    encode(Cache(tmp_path / "whole"), **sections)
+    assert set(written) == {"prompts", "sources", "targets"}
+    for last in range(1, len(written), 3):  # a chunk has three at most, of prompts five
+        stop = last
+        written.clear()
+        with pytest.raises(KeyboardInterrupt):
+            encode(Cache(tmp_path / str(last)), **sections)
+        stop = -1
+        assert same(encode(Cache(tmp_path / str(last)), **sections), plain), last
+
+
+def test_values_that_are_not_finite_stop_at_the_first(encode, adapter, monkeypatch, tmp_path):
+    """Named by effect and picture; what is wrong is not kept."""
+    velocity, encode_images = adapter.velocity, adapter.encode_images
+
+    def broken(x, sigma, conditioning):
+        v = velocity(x, sigma, conditioning)
+        return torch.where(torch.arange(len(v))[:, None, None] == 1, torch.inf, v)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "velocity", broken)
+        with pytest.raises(CloraError, match=r"effect 'blueprint', the target of picture 2 of .*images: .* NaN or inf"):
+            encode(Cache(tmp_path / "c"))
+    assert len(list((tmp_path / "c" / "targets").iterdir())) == 1
+    monkeypatch.setattr(adapter, "encode_images", lambda images: encode_images(images) * torch.nan)
+    with pytest.raises(CloraError, match=r"picture 1 of .*images: what the model makes of it has NaN"):
+        encode(Cache(tmp_path / "d"))
+    assert not (tmp_path / "d" / "sources").exists()
 
 
 def test_given_targets_are_encoded_once(encode, adapter, monkeypatch, tmp_path):
@@ -207,7 +255,7 @@ def test_a_prompt_with_its_image_does_not_depend_on_those_beside_it(tmp_path):
     first = encoders.prompts(["long prompt", "a"], images[:2])
     assert family.calls == 2
     second = encoders.prompts(["a", "a", "abc"], images[[1, 2, 0]])
-    assert family.calls == 4, "the first was there, the second is about another image"
+    assert family.calls == 5, "the first was there; it is encoded again beside the others of its chunk, and not kept"
     assert first.embeds.shape == (2, 11, 2)
     assert second.embeds.shape == (3, 3, 2), "not as long as the prompt that it was once encoded beside"
     assert second.mask.tolist() == [[True, False, False], [True, False, False], [True, True, True]]

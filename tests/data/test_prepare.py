@@ -28,7 +28,7 @@ def test_targets_are_what_each_teacher_makes_of_its_own_sources(adapter):
     out = torch.stack(list(render_targets(adapter, teachers, samples, data.text, config, passes.append)))
     out = out.unflatten(0, (2, 2))
     assert out.shape == data.sources.shape
-    assert passes == [6] * 3 + [2] * 3
+    assert passes == [4] * 6, "a batch has one teacher"
     assert rendering_rows(config) == 6
     assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 0.0}, train={"forward_rows": 1})) == 1
     assert rendering_rows(tiny_config(list(teachers), sampler={"guidance": 1.0})) == 2 * 16

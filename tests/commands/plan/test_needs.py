@@ -177,7 +177,7 @@ def test_the_count_is_of_what_a_run_reads(job, tmp_path, adapter, monkeypatch, t
     config = job(effects, data={"held_out": 1, "sources_per_effect": 5})
     seen = {"sources": 0, "prompts": 0, "targets": 0}
 
-    def entries(cache, kind, keys, make):
+    def entries(cache, kind, keys, *how):
         seen[kind] = seen.get(kind, 0) + len(keys)
         return [{"embeds" if kind == "prompts" else "latents": torch.zeros(1, 1)}] * len(keys)
 
