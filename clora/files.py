@@ -59,6 +59,17 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_file(path: Path) -> None:
+    """Removes a file, if it is there, and waits until that is on the disk.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.exists() or path.is_symlink():
+        path.unlink()
+        _flush(path.parent)
+
+
 def remove_orphans(folder: Path, names: str) -> None:
     """Removes what runs that were killed left of `replacing`; the caller makes sure that no other run writes there.
 

@@ -7,29 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from clora.collection.card import CARD_MARK, model_card
 from clora.collection.metadata import (
     LORA_FILE,
+    PREFIX,
     SAMPLES_FILE,
     CollectedEffect,
     Collection,
     Sampling,
+    from_metadata,
     read_collection,
     to_metadata,
 )
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
-from clora.files import check_writable, write_atomic
+from clora.files import check_writable, remove_file, replacing, write_atomic
+from clora.hashing import tensor_digest
 from clora.lora.save import check_storable, save_lora
-from clora.lora.source import weights_digest
+from clora.lora.source import open_lora, weights_digest
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.version import __version__
 
-# Patterns of the files that every collection has, and of those that are uploaded.
-COLLECTION_FILES = ("README.md", LORA_FILE, "scheduler/*")
-UPLOADED_FILES = (*COLLECTION_FILES, SAMPLES_FILE)
+CARD_FILE = "README.md"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+COLLECTION_FILES = (CARD_FILE, LORA_FILE, SCHEDULER_FILE)
+WEIGHTS_DIGEST = PREFIX + "weights_sha256"  # in the file's metadata: the `tensor_digest` of its weights
 SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # without this machine's paths
 
 
@@ -112,6 +118,9 @@ def write_collection(
     every version of diffusers and ComfyUI read it alike. `clora.collection.metadata.read_collection` reads the
     description from it. ``scheduler/`` yields the student's timesteps, whatever shift the pipeline passes.
 
+    A collection that is there already is replaced whole. Whenever the process dies, the folder holds the old collection, or no
+    weights, or the new collection: weights never stand beside another's scheduler, card or samples.
+
     Args:
         student: the trained LoRA.
         collection: its description.
@@ -124,17 +133,49 @@ def write_collection(
             written.
     """
     check_output(folder)
-    check_storable(student, folder / LORA_FILE, dtype)
-    metadata = to_metadata(collection)
-    # A collection may be there already. Every part is replaced or removed, the weights last: a folder that has new
-    # weights is complete.
-    (folder / SAMPLES_FILE).unlink(missing_ok=True)
-    write_atomic(folder / "README.md", model_card(collection, hub_id))
-    # As diffusers' save_pretrained writes it.
-    scheduler = json.dumps(collection.scheduler, indent=2, sort_keys=True) + "\n"
-    write_atomic(folder / "scheduler" / "scheduler_config.json", scheduler)
-    save_lora(student, folder / LORA_FILE, dtype=dtype, metadata=metadata)
+    weights_sha256 = check_storable(student, folder / LORA_FILE, dtype)
+    metadata = to_metadata(collection) | {WEIGHTS_DIGEST: weights_sha256}
+    # Everything is on the disk, under hidden names, before anything is replaced. At the end the names are given in reverse
+    # order, so that a folder that has weights is complete.
+    with (
+        replacing(folder / LORA_FILE) as weights,
+        replacing(folder / CARD_FILE) as card,
+        replacing(folder / SCHEDULER_FILE) as scheduler,
+    ):
+        save_lora(student, weights, dtype=dtype, metadata=metadata)
+        write_atomic(card, model_card(collection, hub_id))
+        write_atomic(scheduler, _scheduler_text(collection))
+        remove_file(folder / LORA_FILE)
+        remove_file(folder / SAMPLES_FILE)
     return folder
+
+
+def _scheduler_text(collection: Collection) -> str:
+    """Returns the scheduler's file as diffusers' save_pretrained writes it."""
+    return json.dumps(collection.scheduler, indent=2, sort_keys=True) + "\n"
+
+
+def is_finished(folder: Path, collection: Collection) -> bool:
+    """Returns whether a folder holds this collection as it was written, by any version of clora.
+
+    Compared are the description, the values of all weights with the hash beside them (earlier versions stated none), and the scheduler. Of the card, which a
+    person may edit, only clora's mark is looked for.
+    """
+    try:
+        source = open_lora(folder / LORA_FILE)
+        found = from_metadata(source.metadata, str(source.file))
+        weights_sha256 = tensor_digest(load_file(source.file))
+        scheduler = (folder / SCHEDULER_FILE).read_text("utf-8")
+        card = (folder / CARD_FILE).read_text("utf-8")
+    except (CloraError, OSError, UnicodeDecodeError, SafetensorError):  # missing, damaged, or no collection
+        return False
+    return (
+        # Another version's collection of the same run is finished too.
+        found.model_copy(update={"version": collection.version}) == collection
+        and source.metadata.get(WEIGHTS_DIGEST, weights_sha256) == weights_sha256
+        and scheduler == _scheduler_text(found)
+        and CARD_MARK in card
+    )
 
 
 def add_samples(folder: Path, samples: bytes, hub_id: str | None = None) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from clora.collection.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
-from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection, read_collection
+from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection
 from clora.collection.samples import draw_samples
 from clora.collection.write import (
     COLLECTION_FILES,
-    UPLOADED_FILES,
     add_samples,
     check_output,
+    is_finished,
     make_collection,
     name_repository,
     write_collection,
@@ -112,7 +112,7 @@ def _distill(config: DistillConfig, output: Path, cache: Cache, push_to_hub: str
     elif repo_id is not None:
         name_repository(output, repo_id)
     if repo_id is not None:
-        say(f"uploaded to {upload(output, repo_id, UPLOADED_FILES)}")
+        say(f"uploaded to {upload(output, repo_id, (*COLLECTION_FILES, SAMPLES_FILE))}")
     return output
 
 
@@ -141,18 +141,6 @@ def _name_of_base(pipeline: Any, folder: Path) -> str:
     if isinstance(stated, str) and is_repo_id(stated) and not Path(stated).exists():
         return stated
     return f"a local {type(pipeline).__name__} (folder {folder.resolve().name})"
-
-
-def is_finished(folder: Path, collection: Collection) -> bool:
-    """Returns whether a folder holds this collection, whole, made by any version of clora."""
-    if not all(any(folder.glob(pattern)) for pattern in COLLECTION_FILES):
-        return False
-    try:
-        found = read_collection(folder)
-    except CloraError:  # damaged, or no collection
-        return False
-    # Another version's collection of the same run is finished too.
-    return found.model_copy(update={"version": collection.version}) == collection
 
 
 def _announce(output: Path, config: DistillConfig, checkpoints: Checkpoints, is_done: bool) -> None:

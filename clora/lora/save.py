@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clora.errors import CloraError, nearest
 from clora.files import replacing, write_atomic
+from clora.hashing import tensor_digest
 from clora.lora.adapter_config import METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from clora.lora.families import Family, Part, original_part, reordered
 from clora.lora.keys import PREFIXES, UNDERSCORED
@@ -81,9 +82,15 @@ def check_choice(what: str, value: str, known: Sequence[str]) -> None:
         raise CloraError(f"{what}: expected one of {', '.join(known)}, found {value!r}{nearest(value, known)}")
 
 
-def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> None:
-    """Raises CloraError where a value is not finite in the type it is to be stored in."""
-    _refuse_nonfinite(_tensors(state.modules, "diffusers", dtype), path)
+def check_storable(state: LoRAState, path: Path, dtype: torch.dtype) -> str:
+    """Returns the `tensor_digest` of a diffusers file before it is written.
+
+    Raises:
+        CloraError: a value is not finite in the type it is to be stored in.
+    """
+    tensors = _tensors(_stored_modules(state, "diffusers", None, None), "diffusers", dtype)
+    _refuse_nonfinite(tensors, path)
+    return tensor_digest(tensors)
 
 
 def _refuse_nonfinite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -102,6 +109,7 @@ def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapp
     mode = file.stat().st_mode
     try:
         save_file(tensors, file, metadata)
+        _sort_metadata(file)
         file.chmod(mode)
         with safe_open(file, framework="pt") as opened:
             if opened.metadata() != metadata or set(opened.keys()) != set(tensors):
@@ -111,6 +119,19 @@ def _write_and_compare(tensors: Mapping[str, Tensor], file: Path, metadata: Mapp
                     raise OSError(f"{name} read back differs from what was written")
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sorts the metadata of a safetensors file, which has another order at each writing: equal runs give equal bytes."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        if len(text) > length:
+            raise OSError("its header cannot be sorted in place")
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def _tensors(

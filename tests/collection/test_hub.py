@@ -107,7 +107,6 @@ def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatc
         assert hub.created == ["collection"], "before hours of rendering and training"
 
     def train(config, adapter, teachers, data, report, checkpoint):
-        (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("not the collection's")
         return teachers["snow"]
 
