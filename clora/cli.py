@@ -139,6 +139,10 @@ def distill(
         str | None,
         typer.Option(metavar="REPO", help="Upload the collection to this repository of the Hugging Face Hub."),
     ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create that repository private.")] = False,
+    push_samples: Annotated[
+        bool, typer.Option("--push-samples", help="Upload samples.png too, which shows pictures from training.")
+    ] = False,
     preset: Preset = None,
 ) -> None:
     """Distil your own LoRA files on your own pipeline.
@@ -152,7 +156,7 @@ def distill(
     loaded = _load(config, overrides or (), preset)
     from clora.commands.distill import distill as run
 
-    typer.echo(f"collection: {run(loaded, push_to_hub)}")
+    typer.echo(f"collection: {run(loaded, push_to_hub, private, push_samples)}")
 
 
 @app.command()

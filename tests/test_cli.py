@@ -200,10 +200,10 @@ def test_distill(run, engine, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(CONFIG.format(out=tmp_path / "out"))
     assert run("distill", file, "train.updates=5", "seed=2")[:2] == (0, "collection: /studio\n")
-    assert run("distill", file, "--push-to-hub", "me/collection")[0] == 0
-    ((config, nowhere), (_, repository)) = calls
+    assert run("distill", file, "--push-to-hub", "me/collection", "--private")[0] == 0
+    ((config, nowhere, *_), (_, *destination)) = calls
     assert (config.train.updates, config.seed) == (5, 2)
-    assert (nowhere, repository) == (None, "me/collection")
+    assert (nowhere, destination) == (None, ["me/collection", True, False])
 
 
 def test_a_preset_is_stated_and_used(run, engine, tmp_path):

@@ -178,33 +178,39 @@ def is_finished(folder: Path, collection: Collection) -> bool:
     )
 
 
-def add_samples(folder: Path, samples: bytes, hub_id: str | None = None) -> None:
+def add_samples(folder: Path, samples: bytes, hub_id: str | None = None, shown: bool = True) -> None:
     """Adds sample pictures to a collection and shows them in its model card.
 
     Args:
         folder: of the collection.
         samples: a PNG (`clora.collection.samples.draw_samples`).
         hub_id: as in `write_collection`.
+        shown: False if the card goes to where the samples do not.
 
     Raises:
         CloraError: no collection exists there, or a file cannot be written.
     """
     collection = read_collection(folder)
     write_atomic(folder / SAMPLES_FILE, samples)
-    write_atomic(folder / "README.md", model_card(collection, hub_id, has_samples=True))
+    write_atomic(folder / "README.md", model_card(collection, hub_id, has_samples=shown))
 
 
-def name_repository(folder: Path, hub_id: str) -> None:
+def name_repository(folder: Path, hub_id: str, shown: bool) -> None:
     """Names the hub id in the model card of a finished collection, unless a person has edited the card.
+
+    Args:
+        folder: of the collection.
+        hub_id: as in `write_collection`.
+        shown: whether the card shows the samples, if there are any.
 
     Raises:
         CloraError: no collection exists there, or the card cannot be written.
     """
     collection = read_collection(folder)
     card = folder / "README.md"
-    has_samples = (folder / SAMPLES_FILE).exists()
-    if card.read_text("utf-8", errors="replace") == model_card(collection, has_samples=has_samples):
-        write_atomic(card, model_card(collection, hub_id, has_samples))
+    text = card.read_text("utf-8", errors="replace")
+    if text in (model_card(collection, has_samples=has) for has in (False, True)):
+        write_atomic(card, model_card(collection, hub_id, shown and (folder / SAMPLES_FILE).exists()))
 
 
 def scheduler_config(shift: float) -> dict[str, object]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from clora.collection.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
+from clora.collection.hub import Destination, cached_revision, check_destination, is_repo_id, upload
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection
 from clora.collection.samples import draw_samples
 from clora.collection.write import (
@@ -47,14 +47,19 @@ FINISHED = f"{CACHE}/finished.safetensors"
 EARLIER_CHECKPOINT = ".checkpoint.safetensors"
 
 
-def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
+def distill(
+    config: DistillConfig, push_to_hub: str | None = None, private: bool = False, push_samples: bool = False
+) -> Path:
     """Distils the user's LoRA files into one collection.
 
     A folder that already holds the finished collection of the same settings and inputs is left as it is.
 
     Args:
         config: the settings.
-        push_to_hub: repository on the Hub that the collection is uploaded to; it is created before training.
+        push_to_hub: repository on the Hub that the collection is uploaded to. Login and rights are checked before
+            training; it is created after it, when the collection has been verified.
+        private: create that repository private; a public one is refused.
+        push_samples: upload ``samples.png`` too, which shows pictures from training.
 
     Returns:
         The collection's folder.
@@ -68,14 +73,17 @@ def distill(config: DistillConfig, push_to_hub: str | None = None) -> Path:
     find_file_problems(config).refuse()
     output = check_output(config.output)
     cache_folder = check_writable(config.data.cache or output / CACHE)
+    destination = None
     if push_to_hub is not None:
-        check_repo(push_to_hub)
+        destination = check_destination(Destination(push_to_hub, private, push_samples))
+    elif private or push_samples:
+        raise CloraError("private and push_samples concern an upload; expected push_to_hub with them")
     with locked(output), shared(cache_folder, remove_cache_orphans) if config.data.cache else nullcontext():
         remove_run_orphans(output)
-        return _distill(config, output, Cache(cache_folder), push_to_hub)
+        return _distill(config, output, Cache(cache_folder), destination)
 
 
-def _distill(config: DistillConfig, output: Path, cache: Cache, push_to_hub: str | None) -> Path:
+def _distill(config: DistillConfig, output: Path, cache: Cache, destination: Destination | None) -> Path:
     with stage("load pipeline and LoRAs", None):
         config, adapter = load_adapter(config)
         transformer = adapter.pipeline.transformer
@@ -94,7 +102,9 @@ def _distill(config: DistillConfig, output: Path, cache: Cache, push_to_hub: str
     )
     is_done = is_finished(output, collection)
     _announce(output, config, checkpoints, is_done)
-    repo_id = None if push_to_hub is None else create_repo(push_to_hub)
+    if destination is not None:
+        say(_upload_notice(destination))
+    repo_id = None if destination is None else destination.repo_id
     if not is_done:
         device = find_device(config.device)
         with _told_what_is_kept(checkpoints):
@@ -108,12 +118,36 @@ def _distill(config: DistillConfig, output: Path, cache: Cache, push_to_hub: str
             # The folder is made to be shared: beside the collection only the last checkpoint stays, for more updates.
             for folder in subfolders(output / CACHE):
                 shutil.rmtree(folder, ignore_errors=True)
-        _add_samples(output, repo_id, lambda: draw_samples(config, adapter, student, data, device))
-    elif repo_id is not None:
-        name_repository(output, repo_id)
-    if repo_id is not None:
-        say(f"uploaded to {upload(output, repo_id, (*COLLECTION_FILES, SAMPLES_FILE))}")
+        _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
+    elif destination is not None:
+        name_repository(output, destination.repo_id, destination.samples)
+    if destination is not None:
+        _upload_verified(output, collection, destination)
     return output
+
+
+def _upload_notice(destination: Destination) -> str:
+    """States, before training, what will be uploaded and who will see it."""
+    seen = "a private repository" if destination.private else "public if it is new; --private makes it private"
+    samples = "uploaded too" if destination.samples else "not uploaded; --push-samples does that"
+    return (
+        f"at the end the collection is uploaded to {destination.repo_id} ({seen}). {SAMPLES_FILE}, which shows pictures "
+        f"from training, is {samples}"
+    )
+
+
+def _upload_verified(output: Path, collection: Collection, destination: Destination) -> None:
+    """Uploads a collection as it was written.
+
+    Raises:
+        CloraError: its files have changed since, or it cannot be uploaded.
+    """
+    if not is_finished(output, collection):
+        raise CloraError(
+            f"{output} is not uploaded: its files are no longer as they were written; run the command again"
+        )
+    files = (*COLLECTION_FILES, SAMPLES_FILE) if destination.samples else COLLECTION_FILES
+    say(f"uploaded to {upload(output, destination, files)}")
 
 
 def _describe(
@@ -191,10 +225,13 @@ def _told_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
         raise
 
 
-def _add_samples(output: Path, repo_id: str | None, draw: Callable[[], bytes]) -> None:
+def _add_samples(output: Path, destination: Destination | None, draw: Callable[[], bytes]) -> None:
     """Adds sample pictures to a collection; whatever goes wrong with them, the collection stays."""
     try:
-        add_samples(output, draw(), repo_id)
+        if destination is None:
+            add_samples(output, draw())
+        else:
+            add_samples(output, draw(), destination.repo_id, destination.samples)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         say(f"no {SAMPLES_FILE} is made: {reason}")

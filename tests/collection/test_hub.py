@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 from helpers.pictures import write_images
 
-from clora.collection.hub import cached_revision, check_repo, create_repo, is_repo_id, upload
+from clora.collection.card import model_card
+from clora.collection.hub import Destination, cached_revision, check_destination, is_repo_id, upload
+from clora.collection.metadata import read_collection
 from clora.collection.write import LORA_FILE
 from clora.commands import distill as engine
 from clora.commands.distill import distill
@@ -22,16 +24,27 @@ class FakeHub:
 
     def __init__(self):
         self.created, self.uploaded, self.error = [], [], None
+        self.repositories: dict[str, bool] = {}  # id to whether it is private
+        self.role = "write"
 
     def __call__(self):
         return self
 
-    def create_repo(self, repo_id, exist_ok):
+    def whoami(self):
+        return {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": self.role}}}
+
+    def repo_exists(self, repo_id):
+        return repo_id in self.repositories
+
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=self.repositories[repo_id])
+
+    def create_repo(self, repo_id, exist_ok, private):
         assert exist_ok
         if self.error:
             raise self.error
         self.created.append(repo_id)
-        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+        self.repositories.setdefault(repo_id, private)
 
     def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
         from huggingface_hub.utils import filter_repo_objects
@@ -53,25 +66,39 @@ def hub(monkeypatch):
 @pytest.mark.parametrize("repo_id", ["a/b/c", "me/..x", "me/with space", "-me/x", "", "me/x.git"])
 def test_an_invalid_id(hub, repo_id):
     with pytest.raises(CloraError, match="is not a repository id, expected owner/name"):
-        check_repo(repo_id)
+        check_destination(Destination(repo_id))
 
 
 def test_no_login(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(CloraError, match="no login for me/x; run `hf auth login` or set HF_TOKEN"):
-        check_repo("me/x")
+        check_destination(Destination("me/x"))
 
 
 def test_no_right_to_write(hub):
-    hub.error = OSError("403 Forbidden")
-    with pytest.raises(CloraError, match="me/x cannot be created or written: 403"):
-        create_repo("me/x")
+    with pytest.raises(CloraError, match="expected a repository of me or us, found you/x"):
+        check_destination(Destination("you/x"))
+    hub.role = "read"
+    with pytest.raises(CloraError, match="the token may only read"):
+        check_destination(Destination("me/x"))
+
+
+def test_a_public_repository_is_no_private_one(hub, tmp_path):
+    assert check_destination(Destination("x", private=True)).repo_id == "me/x"
+    hub.repositories["me/x"] = False
+    with pytest.raises(CloraError, match="me/x exists and is public"):
+        check_destination(Destination("x", private=True))
+    with pytest.raises(CloraError, match="me/x exists and is public"):
+        upload(tmp_path, Destination("me/x", private=True), ["*"])
+    assert hub.uploaded == []
+    upload(tmp_path, Destination("us/y", private=True), ["*"])
+    assert hub.repositories["us/y"]
 
 
 def test_the_error_of_an_upload_states_that_nothing_is_lost(hub, tmp_path):
     hub.error = OSError("no connection")
-    with pytest.raises(CloraError, match=f"is complete, but.*later: hf upload me/x {tmp_path}.: no connection"):
-        upload(tmp_path, "me/x", ["*"])
+    with pytest.raises(CloraError, match=f"is complete, but.*later: hf upload me/x {tmp_path} --include a.: no conn"):
+        upload(tmp_path, Destination("me/x"), ["a"])
 
 
 def test_ids_with_an_owner():
@@ -102,20 +129,40 @@ def config(tiny_folder, tmp_path, monkeypatch):
     return tiny_config(effects, pipeline=str(tiny_folder), output=str(tmp_path / "out"), data=sources)
 
 
-def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("samples", [False, True])
+def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatch, tmp_path, capsys, samples):
     def encode(config, adapter, teachers, cache, device):
-        assert hub.created == ["collection"], "before hours of rendering and training"
+        assert hub.created == [], "no repository before there is a collection"
+        assert "samples.png, which shows pictures from training, is " in capsys.readouterr().err
 
     def train(config, adapter, teachers, data, report, checkpoint):
         (tmp_path / "out" / "mine.txt").write_text("not the collection's")
+        (tmp_path / "out" / "scheduler" / "mine.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / "scheduler" / "mine.txt").write_text("not the collection's")
         return teachers["snow"]
 
     monkeypatch.setattr(engine, "encode_data", encode)
     monkeypatch.setattr(engine, "train_student", train)
-    folder = distill(config, "collection")
-    files = ["README.md", LORA_FILE, "samples.png", "scheduler/scheduler_config.json"]
+    folder = distill(config, "collection", push_samples=samples)
+    files = ["README.md", LORA_FILE, *["samples.png"] * samples, "scheduler/scheduler_config.json"]
     assert hub.uploaded == [("me/collection", files)]
-    assert "load_lora_weights('me/collection')" in (folder / "README.md").read_text("utf-8")
+    card = (folder / "README.md").read_text("utf-8")
+    assert "load_lora_weights('me/collection')" in card
+    assert ("samples.png" in card) == samples
+    assert (folder / "samples.png").exists()
+
+
+def test_what_has_changed_is_not_uploaded(hub, config, monkeypatch, tmp_path):
+    def damage(*arguments):
+        file = tmp_path / "out" / LORA_FILE
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    monkeypatch.setattr(engine, "encode_data", lambda *arguments: None)
+    monkeypatch.setattr(engine, "train_student", lambda config, adapter, teachers, *rest: teachers["snow"])
+    monkeypatch.setattr(engine, "_add_samples", damage)
+    with pytest.raises(CloraError, match="is not uploaded: its files are no longer as they were written"):
+        distill(config, "collection")
+    assert hub.created == hub.uploaded == []
 
 
 @pytest.mark.parametrize("is_edited", [False, True])
@@ -131,7 +178,7 @@ def test_a_finished_collection_is_uploaded_without_training_again(hub, config, m
     monkeypatch.setattr(engine, "train_student", None)
     distill(config, "collection")
     assert [repo_id for repo_id, _ in hub.uploaded] == ["me/collection"]
-    named = before.replace("path/to/this/folder", "me/collection")
+    named = model_card(read_collection(card.parent), "me/collection")
     assert card.read_text("utf-8") == (before if is_edited else named)
 
 
