@@ -7,6 +7,7 @@ import re
 from clora.collection.apply import call_arguments, pipeline_class
 from clora.collection.hub import is_repo_id
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection
+from clora.lora.families import QWEN_IMAGE21, family_of_pipeline
 
 CARD_MARK = "Distilled with clora"  # in every model card
 # Licences that the Hub knows by these names; it takes any other as "other" with a name.
@@ -39,10 +40,21 @@ def model_card(collection: Collection, hub_id: str | None = None, has_samples: b
         loads_lora_weights=hasattr(pipeline_class(collection), "load_lora_weights"),
         file=LORA_FILE,
         samples=SAMPLES_FILE if has_samples else None,
+        comfyui_takes_the_file=_comfyui_takes_the_file(collection),
         is_on_hub=is_repo_id(collection.base_model),
         call={"prompt": collection.effects[0].prompts[0], **call_arguments(collection)},
         metrics=_metric_rows(collection),
     )
+
+
+def _comfyui_takes_the_file(collection: Collection) -> bool:
+    """Returns False where ComfyUI may not know a layer of the file by diffusers' names."""
+    family = family_of_pipeline(collection.pipeline)
+    # By default a student has layers of the blocks only, of which one family's are unknown to it.
+    only_blocks = not collection.provenance.get("student", {}).get("targets")
+    all_known = family is None or not family.unknown_to_comfyui or (only_blocks and "Omni" not in collection.pipeline)
+    # Its fused MLP is known by ComfyUI's own name in every version that has the model.
+    return all_known and family is not QWEN_IMAGE21
 
 
 def _front_matter(collection: Collection) -> dict[str, object]:

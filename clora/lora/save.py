@@ -177,7 +177,7 @@ def _stored_modules(
     """Returns the modules as a format has them: of one rank for diffusers, by the family's names for kohya and ComfyUI."""
     if format == "diffusers":
         return state.padded(state.max_rank).modules
-    if format == "peft" or family is None:
+    if format in ("peft", "bare") or family is None:
         return state.modules
     renamed = {}
     for module in state.modules:

@@ -65,3 +65,24 @@ def test_the_card_calls_each_pipeline_by_its_own_names(pipeline, call):
     assert all(f"{name}={value}," in code for name, value in call.items())
     assert "pipe.load_lora_weights('me/collection')" in code
     assert ("guidance_scale" in code) == ("Flux" in pipeline)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "targets", "as_it_is"),
+    [
+        ("Flux2KleinPipeline", None, True),
+        ("Flux2KleinPipeline", ["modulation_img.linear"], False),
+        ("QwenImageEditPlusPipeline", ["img_mod.1"], True),
+        ("ZImageOmniPipeline", None, False),
+        ("LongCatImageEditPipeline", None, True),
+        ("QwenImage21Pipeline", None, False),
+    ],
+)
+def test_the_card_names_the_file_that_comfyui_reads_whole(pipeline, targets, as_it_is):
+    import diffusers
+
+    if not hasattr(diffusers, pipeline):
+        pytest.skip(f"this diffusers has no {pipeline}")
+    call = {"true_cfg_scale": 1.0} if pipeline.startswith("Qwen") else None
+    described = describe(pipeline=pipeline, call=call, provenance={"student": {"targets": targets}})
+    assert ("--format comfyui" not in model_card(described)) == as_it_is
