@@ -38,6 +38,7 @@ from clora.errors import CloraError, about, check_device_name
 from clora.files import read_text, user_path
 
 ADDED: dict[str, dict[str, Any]] = {
+    "data": {"general_pairs": None},
     "objective": {"weighting": "per_term"},
     "train": {"schedule": "linear", "warmup_updates": 0, "weight_decay": 0.0, "ema_decay": None, "export": "student"},
 }
@@ -111,6 +112,8 @@ class DataConfig(FrozenModel):
         sources_per_effect: images that each teacher renders a target for.
         general_targets: general edits that the base renders targets for, so that the general stream is anchored too;
             0, as in the paper, for none.
+        general_pairs: most pairs of a picture and an instruction of the general stream without targets; None for all, and
+            for 512 where the model encodes each instruction with its picture.
         cache: folder that keeps encoded prompts, images and rendered targets for other runs; None for one in the output
             folder, which is removed when the collection is written.
     """
@@ -122,6 +125,7 @@ class DataConfig(FrozenModel):
     held_out: Count = 0
     sources_per_effect: Positive = 20
     general_targets: Count = 0
+    general_pairs: Positive | None = None
     cache: PathText | None = None
 
 

@@ -6,13 +6,14 @@ a pass of the transformer reads the result is `clora.models.conditioning`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clora.data.cache import Cache, Entry, Key, chunked
+from clora.data.images import ImageFolder
 from clora.devices import move
 from clora.hashing import digest, tensor_digest
 from clora.models import ModelAdapter
@@ -80,15 +81,17 @@ class Encoders:
             rows.append(Text(**{name: part[None] for name, part in entry.items()}))
         return Text.cat(rows)
 
-    def sources(self, pixels: Tensor, folder: str = "the pictures") -> Tensor:
+    def sources(self, pixels: Tensor | ImageFolder, folder: str = "the pictures") -> Tensor:
         """Encoded images to edit ``[N, S, C]``; messages name their folder."""
         return self._images("sources", pixels, folder, lambda images: self.adapter.encode_sources([images])[0])
 
-    def results(self, pixels: Tensor, folder: str = "the pictures") -> Tensor:
+    def results(self, pixels: Tensor | ImageFolder, folder: str = "the pictures") -> Tensor:
         """Encoded results ``[N, T, C]``; messages name their folder."""
         return self._images("results", pixels, folder, self.adapter.encode_images)
 
-    def _images(self, kind: str, pixels: Tensor, folder: str, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _images(
+        self, kind: str, pixels: Tensor | ImageFolder, folder: str, encode: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         keys = [{**self._key, "image": image} for image in pixel_digests(pixels)]
 
         def rows(indices: list[int]) -> Iterator[Entry]:
@@ -126,8 +129,8 @@ class Encoders:
                 move(part, self.device)
 
 
-def pixel_digests(pixels: Tensor) -> list[str]:
-    """A hash of each image of ``[N, 3, H, W]``."""
+def pixel_digests(pixels: Iterable[Tensor]) -> list[str]:
+    """A hash of each image ``[3, H, W]``."""
     return [tensor_digest({"pixels": image}) for image in pixels]
 
 
@@ -142,10 +145,10 @@ def _text_entries(text: Text) -> Iterator[Entry]:
 
 
 class Pictures(NamedTuple):
-    """A set of images to edit: its name and pixels ``[N, 3, H, W]``."""
+    """A set of images to edit: its name and pixels ``[N, 3, H, W]``, which may stay in their files."""
 
     name: str
-    pixels: Tensor
+    pixels: Tensor | ImageFolder
 
 
 class PromptTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,32 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "PPM")
 """Formats that are read, as Pillow names them. Of the others EPS would start Ghostscript, whatever the file is called."""
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
+
+
+class ImageFolder:
+    """The images of a folder, read from their files whenever they are asked for; see `load_images`.
+
+    Args:
+        folder: as in `load_images`.
+        size: height and width.
+        limit: at most this number; None for all.
+    """
+
+    def __init__(self, folder: str | Path, size: tuple[int, int], limit: int | None = None):
+        self._files = list_images(folder)[:limit]
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, rows: int | Sequence[int]) -> Tensor:
+        """One image ``[3, H, W]``, or some ``[N, 3, H, W]``."""
+        if isinstance(rows, int):
+            return load_image(self._files[rows], self._size)
+        return torch.stack([self[int(row)] for row in rows])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = None) -> Tensor:

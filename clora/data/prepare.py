@@ -19,19 +19,19 @@ from clora.config.settings import DistillConfig, general_instructions
 from clora.data.batches import DistillData, EffectSamples, general_pair
 from clora.data.cache import Cache
 from clora.data.encoders import Encoders, Pictures, PromptTable, pixel_digests
-from clora.data.images import list_images, load_images
+from clora.data.images import ImageFolder, list_images
 from clora.data.rendering import CachedTargets, Samples
 from clora.devices import move
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
-from clora.progress import stage
+from clora.progress import say, stage
 
 MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets limit them
 NO_CACHE = Cache(None)
 
-Read = Callable[[str, int | None], Tensor]
-"""Reads the first images of a folder ``[N, 3, H, W]``, all of them for None."""
+Read = Callable[[str, int | None], Tensor | ImageFolder]
+"""Finds the first images of a folder ``[N, 3, H, W]``, all of them for None."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,11 @@ def encode_data(
         CloraError: images, pairs or prompts that cannot be used.
     """
 
-    def read(folder: str, limit: int | None) -> Tensor:
-        return load_images(folder, config.data.size, limit)
+    def read(folder: str, limit: int | None) -> ImageFolder:
+        return ImageFolder(folder, config.data.size, limit)
 
+    if note := pairs_note(config, adapter.text_sees_image):
+        say(note)
     with stage("encode images and prompts", None), Encoders(adapter, cache, device) as encoders:
         check_pairs(config)
         shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
@@ -141,6 +143,20 @@ def count_data(config: DistillConfig, text_sees_image: bool) -> DataCount:
     )
 
 
+def pairs_note(config: DistillConfig, text_sees_image: bool) -> str | None:
+    """States that the general stream has fewer pairs than there could be; None where it has all, or a stated number."""
+    data = config.data
+    if not (config.objective.dual_stream and text_sees_image) or data.general_targets or data.general_pairs:
+        return None
+    every = num_shared(config) * len(general_instructions(data))
+    if every <= MAX_PAIRS:
+        return None
+    return (
+        f"the general stream has {MAX_PAIRS} of {every} pairs of picture and instruction, since each is an encoding of its "
+        "own for this model; data.general_pairs sets another number"
+    )
+
+
 def renders_general(config: DistillConfig) -> bool:
     """True if the base renders targets of the general stream."""
     objective = config.objective
@@ -178,7 +194,7 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, re
         limit = config.data.sources_per_effect if effect.targets is None else None
         own = shared if effect.sources is None else Pictures(effect.name, read(effect.sources, limit))
         pictures.append(own)
-        counts.append(len(own.pixels[:limit]))
+        counts.append(min(len(own.pixels), limit or len(own.pixels)))
     # Every teacher renders as many as the one with the most sources: fewer are rendered again with other seeds.
     rendered = [count for count, effect in zip(counts, config.effects, strict=True) if effect.targets is None]
     rows = {}
@@ -203,8 +219,15 @@ def _general_pairs(config: DistillConfig, shared: Pictures, table: PromptTable) 
     num_sources = len(shared.pixels)
     every = num_sources * len(instructions)
     # Where a prompt is encoded with its image, every pair is an encoding of its own, so that their number is bounded.
-    count = config.data.general_targets or (min(every, MAX_PAIRS) if table.text_sees_image else every)
+    most = config.data.general_pairs or (MAX_PAIRS if table.text_sees_image else every)
+    count = config.data.general_targets or min(every, most)
     source, instruction = general_pair(torch.arange(count), num_sources, len(instructions))
+    if not table.text_sees_image:
+        # A row for each instruction, in the order in which pairs have them: of 20 000 pictures there are millions of pairs.
+        rows = torch.zeros(len(instructions), dtype=torch.int64)
+        for i in dict.fromkeys(instruction.tolist()):
+            rows[i] = table.rows(instructions[i], shared, source[:1])[0]
+        return torch.stack([source, rows[instruction], table.rows("", shared, source[:1]).expand(count)], dim=1)
     prompt = [table.rows(instructions[i], shared, s[None]) for i, s in zip(instruction.tolist(), source, strict=True)]
     return torch.stack([source, torch.cat(prompt), table.rows("", shared, source)], dim=1)
 
@@ -225,7 +248,7 @@ def _rendered(
     )
     images, names = [], []
     for name, effect in zip(teachers, chosen, strict=True):
-        images += pixel_digests(effect.pictures.pixels[effect.used])
+        images += pixel_digests(effect.pictures.pixels[i] for i in effect.used.tolist())
         names += [f"picture {i + 1} of {_folder(renders.config, name)}" for i in effect.used.tolist()]
     # The renders come teacher by teacher: [E M, T, C], cut into one [M, T, C] for each.
     latents = renders.render("render targets", teachers, samples, images, names)
@@ -240,7 +263,9 @@ def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, 
     source, prompt, empty = pairs.unbind(1)
     samples = Samples.of_base(latents[source], prompt, empty, config.seed)
     names = [f"picture {i + 1} of {config.data.sources}" for i in source.tolist()]
-    return renders.render("render general targets", {}, samples, pixel_digests(shared.pixels[source]), names)
+    return renders.render(
+        "render general targets", {}, samples, pixel_digests(shared.pixels[i] for i in source.tolist()), names
+    )
 
 
 def _folder(config: DistillConfig, effect: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers.pictures import write_images
 
 from clora.commands.plan.needs import rendering_rows
 from clora.data.encoders import Pictures, PromptTable
-from clora.data.prepare import encode_data
+from clora.data.images import ImageFolder
+from clora.data.prepare import count_data, encode_data, pairs_note
 from clora.data.rendering import Samples, render_targets
 from clora.testing import merge_lora, random_data, random_teachers, tiny_config
 
@@ -130,3 +132,37 @@ def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
     assert encoders.asked[0] == ["p", "p", "q", "p"]
     assert torch.equal(encoders.asked[1], pixels[[2, 0, 0, 2]])
     assert table.prompts[1:3] == ["p", "q"]
+
+
+def test_pictures_are_read_a_chunk_at_a_time(adapter, tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", 9)
+    config = tiny_config(["a"], data={"sources": str(images), "general_targets": 4, "sources_per_effect": 2})
+    teachers = {"a": random_teachers(adapter.pipeline.transformer, 1).popitem()[1]}
+    whole = encode_data(config, adapter, teachers)
+    monkeypatch.setattr("clora.data.encoders.IMAGES_AT_ONCE", 2)
+    read, rows = ImageFolder.__getitem__, []
+    monkeypatch.setattr(
+        ImageFolder, "__getitem__", lambda self, i: rows.append(1 if isinstance(i, int) else len(i)) or read(self, i)
+    )
+    data = encode_data(config, adapter, teachers)
+    assert max(rows) == 2
+    assert len(data.general_sources) == 9
+    torch.testing.assert_close(data.general_sources, whole.general_sources)
+
+
+@pytest.mark.parametrize("stated", [None, 5])
+def test_fewer_general_pairs_than_there_could_be_are_reported(tmp_path, stated):
+    images = write_images(tmp_path / "images", 8)
+    config = tiny_config(
+        ["a"],
+        data={
+            "sources": str(images),
+            "general_targets": 0,
+            "general_pairs": stated,
+            "general_instructions": tuple(f"edit {i}" for i in range(100)),
+        },
+    )
+    note = pairs_note(config, True)
+    assert note is None if stated else note.startswith("the general stream has 512 of 800 pairs")
+    assert pairs_note(config, False) is None
+    assert count_data(config, True).prompts == 2 * 8 + (5 if stated else 512) + 8

@@ -21,7 +21,7 @@ from rich.text import Text
 from clora.commands.checks import Problems, check_layers, check_prompts, find_file_problems
 from clora.commands.plan import cost, needs
 from clora.config.settings import DistillConfig
-from clora.data.prepare import DataCount, count_data
+from clora.data.prepare import DataCount, count_data, pairs_note
 from clora.data.rendering import num_passes
 from clora.devices import find_device, find_dtype
 from clora.errors import CloraError
@@ -78,6 +78,8 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
     )
     try:
         data = count_data(config, adapter.text_sees_image)
+        if note := pairs_note(config, adapter.text_sees_image):
+            notes.append(note)
     except CloraError:  # among the problems
         notes.append("what is encoded and rendered is not counted: pictures or instructions cannot be read")
         data = DataCount(0, 0, 0)
