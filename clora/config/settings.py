@@ -244,9 +244,10 @@ class DistillConfig(FrozenModel):
         # A run that does what an earlier version did has that version's record: without the settings that it lacked, with
         # those that it had.
         for section, values in ADDED.items():
+            found = settings.get(section, {})
             for key, value in values.items():
-                if settings.get(section, {}).get(key) == value:
-                    settings[section].pop(key, None)
+                if found.get(key) == value:
+                    found.pop(key, None)
         # Earlier versions rendered with what they scored with.
         sampler = self.sampler
         is_rescaled_alike = sampler.teacher_norm_rescale in (None, self.objective.norm_rescale)
