@@ -30,11 +30,12 @@ def model_card(collection: Collection, hub_id: str | None = None, has_samples: b
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("clora"), keep_trailing_newline=True, trim_blocks=True)
-    environment.filters["cell"] = lambda text: " ".join(text.split()).replace("|", "\\|")
+    environment.filters["plain"] = _plain
+    environment.filters["code"] = _code
     environment.filters["repr"] = repr
     return environment.get_template("model_card.md.j2").render(
         collection=collection,
-        front_matter=_front_matter(collection),
+        front_matter=_front_matter(collection, hub_id, has_samples),
         mark=CARD_MARK,
         location=hub_id or "path/to/this/folder",
         loads_lora_weights=hasattr(pipeline_class(collection), "load_lora_weights"),
@@ -57,17 +58,49 @@ def _comfyui_takes_the_file(collection: Collection) -> bool:
     return all_known and family is not QWEN_IMAGE21
 
 
-def _front_matter(collection: Collection) -> dict[str, object]:
-    """Returns the fields that the Hub reads."""
+def _plain(text: str) -> str:
+    """Escapes text from files, so that Markdown and HTML in it are shown and do nothing; one line."""
+    return re.sub(r"([\\`*_\[\]<>|&~#!])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Returns one line of code, which may hold backticks itself."""
+    text = " ".join(text.split())
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest else f"`{text}`"
+
+
+def _front_matter(collection: Collection, hub_id: str | None, has_samples: bool) -> str:
+    """Returns the fields that the Hub reads, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    # The Hub refuses a base model without an owner.
     base = {"base_model": collection.base_model, "base_model_relation": "adapter"}
-    return {
-        "library_name": "diffusers",
-        "pipeline_tag": "image-to-image",
-        # The Hub refuses a base model without an owner.
+    prompts = [effect.prompts[0] for effect in collection.effects]
+    output = {"output": {"url": SAMPLES_FILE}} if has_samples else {}
+    results = [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type="held-out",
+            dataset_name="held-out pictures",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in _metric_rows(collection)
+    ]
+    fields = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["diffusers", "lora", "template:sd-lora", "image-to-image", "image-editing", "clora"],
+        instance_prompt=prompts[0],
+        widget=[{"text": prompt, **output} for prompt in prompts],
+        model_name=hub_id or "clora collection",
+        eval_results=results or None,
         **(base if is_repo_id(collection.base_model) else {}),
         **_common_license(collection),
-        "tags": ["diffusers", "lora", "template:sd-lora", "image-to-image", "image-editing", "clora"],
-    }
+    )
+    return fields.to_yaml()
 
 
 def _common_license(collection: Collection) -> dict[str, str]:
@@ -78,7 +111,8 @@ def _common_license(collection: Collection) -> dict[str, str]:
         return {}
     if _HUB_LICENSE.fullmatch(name):
         return {"license": name}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", name).strip("-")}
+    slug = re.sub(r"[^a-z0-9.-]+", "-", name).strip("-")
+    return {"license": "other", **({"license_name": slug} if slug else {})}
 
 
 def _metric_rows(collection: Collection) -> list[tuple[str, float]]:

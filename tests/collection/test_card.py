@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import yaml
 from helpers.collection_cases import describe, effect
+from huggingface_hub import ModelCard
 
 from clora.collection.card import model_card
 
@@ -25,6 +29,42 @@ def test_a_prompt_with_table_marks_stays_in_its_cell():
 
 def front_matter(described, **kwargs):
     return yaml.safe_load(model_card(described, **kwargs).split("---\n")[1])
+
+
+HOSTILE = [
+    "`</td><script>alert(1)</script>`",
+    "x\n---\nlicense: mit\n---\n# Mine",
+    "![a](https://x.test/y.png) | [b](javascript:c) <img src=x onerror=y>",
+    "{{ 7 * 7 }} {% raw %} 'quote\" ``` \\ \u202e",
+    ": - & *a !!python/object yes \t 1e5",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_from_files_is_shown_and_does_nothing(text):
+    described = describe(effect(text, (text,), license=text), base_model=text, metrics={text: 1.0})
+    card = model_card(described)
+    front = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.S)[1])
+    assert front["instance_prompt"] == front["widget"][0]["text"] == text
+    assert front["license"] == "other"
+    body = card.split("\n---\n")[-1]
+    assert body.startswith("# 1 effects and 8-step sampling in one LoRA\n")
+    assert not re.search(r"^#+ Mine", body, re.M)
+    code = body.split("```python")[1].split("\n```\n")[0]
+    assert {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)} >= {text}
+    shown = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", body.split("\n```\n")[1])
+    assert not re.search(r"(?<!\\)<|(?<!\\)\[|(?<!\\)`", shown), shown
+
+
+def test_evaluation_results_and_prompts_in_the_front_matter():
+    described = describe(
+        effect("a", ("make a",)), effect("b", ("make b",)), metrics={"accuracy": 0.5, "PSNR": {"a": 20.0}}
+    )
+    card = ModelCard(model_card(described, "me/x", has_samples=True))
+    assert card.data.model_name == "me/x"
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("accuracy", 0.5), ("PSNR, a", 20.0)]
+    assert card.data.widget[1] == {"text": "make b", "output": {"url": "samples.png"}}
+    assert card.data.instance_prompt == "make a"
 
 
 def test_what_the_hub_reads():
