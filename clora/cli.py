@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.text import Text
 from clora.errors import CloraError, printable
 from clora.files import TEMPLATES
 from clora.progress import say
+from clora.stopping import Stopped
 from clora.threads import limit_spinning
 from clora.version import __version__
 
@@ -156,7 +158,11 @@ def distill(
     loaded = _load(config, overrides or (), preset)
     from clora.commands.distill import distill as run
 
-    typer.echo(f"collection: {run(loaded, push_to_hub, private, push_samples)}")
+    try:
+        typer.echo(f"collection: {run(loaded, push_to_hub, private, push_samples)}")
+    except (KeyboardInterrupt, Stopped):
+        say(f"to go on: {shlex.join(['clora', *sys.argv[1:]])}")
+        raise
 
 
 @app.command()

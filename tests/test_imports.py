@@ -19,6 +19,7 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "devices": {"errors"},
     "progress": set(),
     "locks": {"errors"},
+    "stopping": set(),
     "threads": set(),
     "ops": {"errors", "csrc_triton"},
     "lora": {"errors", "files", "hashing", "version"},
@@ -28,12 +29,12 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "bank": GROUND | {"lora", "ops"},
     "data": ENGINE - {"ops"},
     "report": GROUND,
-    "training": ENGINE | {"data"},
+    "training": ENGINE | {"data", "stopping"},
     "collection": GROUND | {"lora", "config", "models", "bank", "data", "report"},
     "studio": ENGINE | {"data", "report", "training"},
-    "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks"},
+    "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping"},
     "testing": ENGINE | {"data", "studio"},
-    "cli": GROUND | {"threads", "lora", "config", "studio", "commands"},
+    "cli": GROUND | {"threads", "stopping", "lora", "config", "studio", "commands"},
     "__main__": {"cli"},
 }
 # What may be imported inside a function, and why.

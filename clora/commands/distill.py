@@ -36,6 +36,7 @@ from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.loading import load_adapter, load_teacher
 from clora.progress import say, stage, up_to
+from clora.stopping import Stopped, StopRequest, stop_requests
 from clora.training.resume import Checkpoints
 from clora.training.student import student_layers, train_student
 from clora.training.trainer import Report
@@ -66,6 +67,8 @@ def distill(
 
     Raises:
         CloraError: anything in the input that cannot be used; nothing is written then. Another run writes there.
+        KeyboardInterrupt: Ctrl-C; what was rendered, and the training up to the update that was running, are kept.
+        Stopped: SIGTERM, SIGHUP or ``train.stop_after``, likewise.
     """
     if not isinstance(config, DistillConfig):
         found = type(config).__name__
@@ -78,12 +81,19 @@ def distill(
         destination = check_destination(Destination(push_to_hub, private, push_samples))
     elif private or push_samples:
         raise CloraError("private and push_samples concern an upload; expected push_to_hub with them")
-    with locked(output), shared(cache_folder, remove_cache_orphans) if config.data.cache else nullcontext():
+    minutes = config.train.stop_after
+    with (
+        stop_requests(None if minutes is None else 60 * minutes) as stop,
+        locked(output),
+        shared(cache_folder, remove_cache_orphans) if config.data.cache else nullcontext(),
+    ):
         remove_run_orphans(output)
-        return _distill(config, output, Cache(cache_folder), destination)
+        return _distill(config, output, Cache(cache_folder), destination, stop)
 
 
-def _distill(config: DistillConfig, output: Path, cache: Cache, destination: Destination | None) -> Path:
+def _distill(
+    config: DistillConfig, output: Path, cache: Cache, destination: Destination | None, stop: StopRequest
+) -> Path:
     with stage("load pipeline and LoRAs", None):
         config, adapter = load_adapter(config)
         transformer = adapter.pipeline.transformer
@@ -111,8 +121,8 @@ def _distill(config: DistillConfig, output: Path, cache: Cache, destination: Des
             data = encode_data(config, adapter, teachers, cache, device)
             _check_unchanged(inputs, config)
             with training_bar(f"distil into {output.name}", config.train) as report:
-                student = train_student(config, adapter, teachers, data, report, checkpoints)
-        write_collection(student, collection, output, transformer.dtype, repo_id)
+                student = train_student(config, adapter, teachers, data, report, checkpoints, stop)
+            write_collection(student, collection, output, transformer.dtype, repo_id)
         checkpoints.finish()
         if config.data.cache is None:
             # The folder is made to be shared: beside the collection only the last checkpoint stays, for more updates.
@@ -210,10 +220,10 @@ def _check_unchanged(inputs: Inputs, config: DistillConfig) -> None:
 
 @contextmanager
 def _told_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
-    """Reports at Ctrl-C what the next run begins with."""
+    """Reports, where a run is stopped, what the next one begins with."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         update = checkpoints.last_update()
         if update is not None:
             say(f"stopped; the same command goes on from update {update}")

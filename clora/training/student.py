@@ -15,6 +15,7 @@ from clora.lora.algebra import sum_svd
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.models import ModelAdapter
+from clora.stopping import StopRequest
 from clora.training.resume import Checkpoints
 from clora.training.steps import CRITIC
 from clora.training.trainer import DistillTrainer, Report
@@ -27,6 +28,7 @@ def train_student(
     data: DistillData,
     report: Report,
     checkpoints: Checkpoints | None = None,
+    stop: StopRequest | None = None,
 ) -> LoRAState:
     """Distils the teachers into one LoRA of rank ``config.student.rank``; the transformer is left as it was.
 
@@ -37,9 +39,11 @@ def train_student(
         data: encoded training data.
         report: called after every student update.
         checkpoints: where to resume from and to write to.
+        stop: looked at after every update.
 
     Raises:
         CloraError: training diverged; names update, effect and term.
+        KeyboardInterrupt, Stopped: as `StopRequest.stop`, with a checkpoint.
     """
     transformer = adapter.pipeline.transformer
     student = initial_student(config, transformer, list(teachers.values()))
@@ -50,7 +54,7 @@ def train_student(
         fixed=1,
     ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
-        trainer.fit(report, checkpoints)
+        trainer.fit(report, checkpoints, stop)
     return trainer.exported()
 
 

@@ -21,6 +21,7 @@ from clora.data.batches import BatchSampler, DistillData
 from clora.errors import about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
+from clora.stopping import StopRequest
 from clora.training.checkpoint import DamagedCheckpoint, load_state, save_state
 from clora.training.faults import StepCheck, raise_first
 from clora.training.optimizers import make_average, make_optimizer
@@ -77,16 +78,18 @@ class DistillTrainer:
         self.matching = False
         self.kept: int | None = None  # the update of the newest checkpoint
 
-    def fit(self, report: Report, checkpoints: Checkpoints | None = None) -> None:
+    def fit(self, report: Report, checkpoints: Checkpoints | None = None, stop: StopRequest | None = None) -> None:
         """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
 
         Args:
             report: called after every student update.
             checkpoints: the newest is resumed from, one is written every ``train.checkpoint_every`` updates and at the
                 end.
+            stop: looked at after every update; a checkpoint is written before the run stops.
 
         Raises:
             CloraError: a loss or gradient is not finite; names update, effect and term.
+            KeyboardInterrupt, Stopped: as `StopRequest.stop`.
         """
         train = self.config.train
         if checkpoints is not None and (found := checkpoints.start(self.config)) is not None:
@@ -94,7 +97,8 @@ class DistillTrainer:
             if found[0] == checkpoints.path(self.update):
                 self.kept = self.update
         start = time.monotonic() - self.seconds
-        with recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
+        stop = stop or StopRequest()
+        with stop.gently(), recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
             while (progress := self._progress()) < 1:
                 self._set_learning_rates(progress)
                 with about(f"update {self.update + 1}"):
@@ -104,8 +108,10 @@ class DistillTrainer:
                 self.update += 1
                 self.seconds = time.monotonic() - start
                 report(self.update, values)
-                if self.update % train.checkpoint_every == 0:
+                if self.update % train.checkpoint_every == 0 or stop.is_requested:
                     self._keep(checkpoints)
+                if stop.is_requested:
+                    stop.stop()
         self._keep(checkpoints)  # what follows may fail, for example on a full disk
 
     def _keep(self, checkpoints: Checkpoints | None) -> None:

@@ -89,13 +89,13 @@ new = weights("first")
 def stopped(output):
     real = job.train_student
 
-    def stopping(cfg, adapter, teachers, data, report, checkpoint):
+    def stopping(cfg, adapter, teachers, data, report, *rest):
         def noted(update, values):
             report(update, values)
             if update == 2:
                 raise KeyboardInterrupt
 
-        return real(cfg, adapter, teachers, data, noted, checkpoint)
+        return real(cfg, adapter, teachers, data, noted, *rest)
 
     job.train_student = stopping
     try:

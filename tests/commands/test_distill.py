@@ -77,7 +77,7 @@ def test_given_targets_are_used(make_config, monkeypatch, tmp_path):
     sources, targets = write_images(tmp_path / "before", 3, 1), write_images(tmp_path / "after", 3, 2)
     seen = {}
 
-    def train(config, used, teachers, data, report, checkpoint):
+    def train(config, used, teachers, data, report, *rest):
         seen.update(data=data, adapter=used)
         raise KeyboardInterrupt
 
@@ -117,7 +117,7 @@ def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkey
         seen.setdefault("names", []).append(list(teachers))
         return render(adapter, teachers, *rest)
 
-    def train(config, used, teachers, data, report, checkpoints):
+    def train(config, used, teachers, data, report, checkpoints, stop):
         seen.update(data=data, checkpoints=checkpoints)
         raise KeyboardInterrupt
 
