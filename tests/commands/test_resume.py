@@ -82,6 +82,9 @@ def as_before(settings):
     settings["sampler"]["integer_timesteps"] = False
     settings["objective"]["tau_rule"] = "paper"
     del settings["objective"]["weighting"]
+    for key in ("teacher_guidance", "teacher_norm_rescale"):
+        del settings["sampler"][key]
+    settings["data"].pop("general_pairs", None)
     for key in (*ADDED["train"], *NEVER_RECORDED["train"]):
         settings["train"].pop(key, None)
     for effect in settings["effects"]:
