@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,34 @@ def test_the_example_of_an_op_equals_its_reference(monkeypatch, tmp_path):
         y = namespace["scale_rows"](x, scale, backend=backend)
         results.append([y, *torch.autograd.grad(y.square().sum(), (x, scale))])
     torch.testing.assert_close(*results)
+
+
+def test_the_example_of_readme_runs_as_printed(tmp_path, monkeypatch):
+    """On what a demo writes, with a teacher's file in place of a trained student."""
+    from clora.collection.write import make_collection, write_collection
+    from clora.commands.demo import save_held_out
+    from clora.lora.layers import linear_shapes
+    from clora.lora.load import read_lora
+    from clora.studio import assets, evaluation
+    from clora.studio.demo_config import demo_config
+    from clora.studio.teachers import teacher_path
+
+    monkeypatch.setattr(evaluation, "NUM_SCENES", 1)
+    adapter, names = assets.load_studio(assets.ASSETS, "cpu"), ["snow", "sepia"]
+    loras = {name: teacher_path(assets.ASSETS, name) for name in names}
+    student = read_lora(loras["snow"], linear_shapes(adapter.pipeline.transformer))
+    described = make_collection(demo_config(names, 0), adapter, "studio", loras, dict.fromkeys(names))
+    write_collection(student, described, tmp_path / "clora-demo" / "collection", torch.float16)
+    save_held_out(tmp_path / "clora-demo")
+    (section,) = re.findall(r"^## Use the result\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    # The command of this interpreter's environment, whether it is activated or not.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    namespace = {"__name__": "example"}
+    for block in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["prompt"] in described.effects[0].prompts
+    assert namespace["both"].size == (64, 64)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -21,9 +21,10 @@ from clora.collection.write import check_output, make_collection, write_collecti
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData, EffectSamples
+from clora.data.images import encode_png
 from clora.devices import find_device
 from clora.errors import CloraError, nearest
-from clora.files import check_writable
+from clora.files import check_writable, write_atomic
 from clora.lora.state import LoRAState
 from clora.models.conditioning import Text
 from clora.models.loading import load_pipeline
@@ -79,7 +80,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     """Distils the studio's teachers, exports, evaluates in a fresh stock pipeline and writes the report.
 
     Args:
-        out: folder for ``report.html``, ``grid.png``, ``metrics.json`` and ``collection/``.
+        out: folder for ``report.html``, ``grid.png``, ``metrics.json``, ``held-out/`` with pictures and ``collection/``.
         seed: of the training.
         effects: some of the studio's teachers; the default eight for None.
         full: train as long as it takes and recompute what the studio ships.
@@ -118,11 +119,18 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         outputs, general = run_collection(run.config, folder / "pipeline", collection)
         with stage("judge", len(outputs)) as advance:
             rows["clora"] = Measured(grid_pictures(outputs), judge_effects(outputs, advance), general)
+    save_held_out(run.folder)
     # The same weights again, now with the measured values in their metadata.
     metrics = {name: value for name, value in rows["clora"].row().items() if value is not None}
     measured = description.model_copy(update={"metrics": metrics})
     write_collection(student, measured, collection, torch.float16)
     return _report(run, rows, folder, collection)
+
+
+def save_held_out(folder: Path) -> None:
+    """Writes the scenes that a demo is judged on as ``held-out/0.png``, ..., for a user's own calls."""
+    for index, scene in enumerate(held_out_sources(evaluation.NUM_SCENES)):
+        write_atomic(folder / "held-out" / f"{index}.png", encode_png(to_bytes(scene)))
 
 
 def check_effects(names: Sequence[str]) -> list[str]:

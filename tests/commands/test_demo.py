@@ -61,7 +61,13 @@ def test_the_demo_writes_everything_it_promises(short, tmp_path, capsys):
     report = demo.run_demo(tmp_path / "out", 3, None, full=False, device="cpu")
     warning = "only 2 updates fitted into the time"
     assert warning in capsys.readouterr().err
-    assert {p.name for p in report.parent.iterdir()} == {"report.html", "grid.png", "metrics.json", "collection"}
+    assert {p.name for p in report.parent.iterdir()} == {
+        "report.html",
+        "grid.png",
+        "metrics.json",
+        "collection",
+        "held-out",
+    }
     metrics = json.loads((report.parent / "metrics.json").read_text())
     assert (metrics["seed"], metrics["device"], metrics["effects"]) == (3, "cpu", list(DEFAULT_EFFECTS))
     assert metrics["targets_precomputed"] is True
