@@ -54,8 +54,9 @@ def assert_carries(transformer, lora):
     """Every delta is the LoRA's, and no other layer has one."""
     loaded = {name: module for name, module in transformer.named_modules() if hasattr(module, "get_delta_weight")}
     assert set(loaded) == set(lora.modules)
+    (adapter,) = transformer.peft_config
     for name, layer in loaded.items():
-        torch.testing.assert_close(layer.get_delta_weight("default_0"), lora.modules[name].delta())
+        torch.testing.assert_close(layer.get_delta_weight(adapter), lora.modules[name].delta())
 
 
 @pytest.mark.parametrize(
