@@ -18,7 +18,7 @@ REQUIRES = [
     "numpy>=1.26",
     "peft>=0.18",  # the first release for transformers 5
     "pillow>=10.1",  # ImageFont.load_default(size)
-    "pydantic>=2.11",  # earlier ones break on the message about a misspelt key
+    "pydantic>=2.12",  # earlier ones break on the message about a misspelt key
     "pyyaml>=6.0",
     "rich>=13.8",
     "safetensors>=0.8",  # as diffusers 0.39 needs
@@ -28,7 +28,7 @@ REQUIRES = [
     'triton>=3.4; platform_system == "Linux"',  # tensor descriptors; elsewhere everything runs eager
     "typer>=0.24",
 ]
-BENCH = ["pytest>=8.0", "pytest-benchmark>=5.0"]
+BENCH = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 TEST = [*BENCH, "hypothesis>=6.100", "mypy>=1.15", "packaging>=23.0", "pytest-xdist>=3.5", "ruff>=0.9"]
 
 setup(

@@ -116,7 +116,7 @@ def ids_of_rows(adapter_ids: Tensor, x: Tensor, module: str) -> Tensor:
     num_samples, num_rows = len(adapter_ids), len(x)
     if num_samples == 1 or num_rows == num_samples or (x.ndim == 2 and num_rows == 2 * num_samples):
         return adapter_ids.repeat(num_rows // num_samples)
-    if num_rows % num_samples == 0:
+    if x.ndim == 3 and num_rows % num_samples == 0:
         raise CloraError(
             f"{num_samples} adapters are routed, but the batch has {num_rows} samples; give one name for each, in the order of "
             "the batch: a, a, b, b for two pictures of each prompt, a, b, a, b where negative prompts follow the prompts"

@@ -231,7 +231,7 @@ def test_trained_loras_are_fp32_over_a_bf16_base(adapter):
 
 @pytest.mark.parametrize("sources", [3, 1])
 def test_rendering_is_the_same_to_the_bit(adapter, sources):
-    """With one sample of each teacher a batch of three is rendered in two parts."""
+    """A batch has one teacher, whatever the budget."""
     teachers = random_teachers(adapter.pipeline.transformer, 4)
     shapes = linear_shapes(adapter.pipeline.transformer)
     ranks = module_ranks([ranks_of(state) for state in teachers.values()])
@@ -243,10 +243,8 @@ def test_rendering_is_the_same_to_the_bit(adapter, sources):
         report = []
         results.append(torch.stack(list(render_targets(adapter, teachers, samples, data.text, config, report.append))))
         passes.append(report)
-    assert (passes[0] == passes[1]) == (sources == 3)
-    if sources == 3:
-        assert torch.equal(*results)
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert passes[0] == passes[1]
+    assert torch.equal(*results)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

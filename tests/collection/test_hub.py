@@ -135,7 +135,7 @@ def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatc
         assert hub.created == [], "no repository before there is a collection"
         assert "samples.png, which shows pictures from training, is " in capsys.readouterr().err
 
-    def train(config, adapter, teachers, data, report, checkpoint):
+    def train(config, adapter, teachers, data, report, *rest):
         (tmp_path / "out" / "mine.txt").write_text("not the collection's")
         (tmp_path / "out" / "scheduler" / "mine.txt").parent.mkdir(exist_ok=True)
         (tmp_path / "out" / "scheduler" / "mine.txt").write_text("not the collection's")

@@ -52,8 +52,8 @@ def run(folder, dtype, tmp_path, monkeypatch):
     reports, seen, (out, images) = [], {}, (tmp_path / dtype, write_images(tmp_path / "images", 4))
     train, encode = engine.train_student, engine.encode_data
 
-    def train_student(config, adapter, teachers, data, report, checkpoint):
-        return train(config, adapter, teachers, data, lambda u, values: reports.append(dict(values)), checkpoint)
+    def train_student(config, adapter, teachers, data, report, *rest):
+        return train(config, adapter, teachers, data, lambda u, values: reports.append(dict(values)), *rest)
 
     def encode_data(*arguments):
         seen["data"] = encode(*arguments)
