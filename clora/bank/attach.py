@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from clora.lora.layers import check_called, transformer_of
 from clora.lora.load import load_lora
 from clora.lora.state import LoRAState
 
+MAX_STRENGTH = 1000.0
 SCALED_BY = ("attention_kwargs", "joint_attention_kwargs")
 """Arguments of transformers in which pipelines pass a scale of LoRAs."""
 
@@ -53,8 +53,8 @@ class AttachedLoRAs:
         - a pipeline that runs negative prompts in the same pass (Z-Image) has them after all prompts: ``["a", "b", "a", "b"]``.
 
         Raises:
-            CloraError: a name is unknown (the message suggests the nearest), a strength is no number, a single text is
-                given, projections were fused since `attach`, or a pass has a batch that does not fit the names.
+            CloraError: a name is unknown (the message suggests the nearest), a strength is no number or an absurd one, a
+                single text or anything else but names is given, projections were fused since `attach`, or a pass has a batch that does not fit the names.
         """
         if isinstance(names, str):
             raise CloraError(f"expected a list of names, found the text {names!r}; write [{names!r}]")
@@ -64,11 +64,18 @@ class AttachedLoRAs:
         with self._bank.route(slots, torch.tensor(ids, device=slots.scale.device)):
             yield
 
-    def _lora_and_strength(self, name: str | tuple[str, float]) -> tuple[int, float]:
+    def _lora_and_strength(self, entry: str | tuple[str, float]) -> tuple[int, float]:
         """Returns the number of a LoRA, and its strength."""
-        name, strength = (name, 1.0) if isinstance(name, str) else name
-        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-            raise CloraError(f'expected a strength as in ("{name}", 0.5), found {strength!r}; give a finite number')
+        match entry:
+            case str(name):
+                strength: Any = 1.0
+            case (str(name), strength):
+                pass
+            case _:
+                raise CloraError(
+                    f'expected a name, a pair as in ("snow", 0.5) or None for each sample, found {entry!r}'
+                )
+        check_strength(f"the strength of {name!r}", strength)
         return index_of(name, self.names), float(strength)
 
     def _routed(self, wanted: Sequence[tuple[int, float] | None]) -> tuple[Slots, list[int]]:
@@ -95,6 +102,7 @@ class AttachedLoRAs:
         running.scale = running.slots.scale
         for name in SCALED_BY:
             scale = (inputs.get(name) or {}).get("scale", 1.0)
+            check_strength(f"{name}['scale']", scale)
             if scale != 1.0:
                 running.scale = running.slots.scale * scale
 
@@ -142,3 +150,14 @@ def attach(
         for name, lora in adapters.items()
     }
     return AttachedLoRAs(transformer, states)
+
+
+def check_strength(what: str, value: Any) -> None:
+    """Refuses what is no strength of a LoRA.
+
+    Raises:
+        CloraError: it is not a number of at most `MAX_STRENGTH`, of either sign.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= MAX_STRENGTH:
+        raise CloraError(f"{what}: expected a number of at most {MAX_STRENGTH:.0f} of either sign, found {value!r}")

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from clora.collection.metadata import Collection, find_collection, from_metadata, read_collection
+from clora.collection.metadata import (
+    Collection,
+    check_digest,
+    find_collection,
+    from_metadata,
+    read_collection,
+)
 from clora.errors import CloraError, nearest
 from clora.lora.layers import check_called, shapes_beneath, uncompiled
 from clora.lora.load import lora_ranks
 from clora.lora.source import LoRASource, open_lora, weights_digest
 from clora.models import adapter_for
 
-NOT_TO_STATE = {"prompt", "negative_prompt", "image", "num_images_per_prompt", "latents", "generator", "output_type"}
-"""Arguments of a call that are the caller's, not a collection's."""
+NOT_TO_STATE = {"num_inference_steps", "max_sequence_length", "height", "width", "num_images_per_prompt"}
+"""Numbers of a call that are the caller's, or that a collection states elsewhere."""
+MOST = {int: 2**32, float: 100.0}
+"""The highest values of other numbers: an area in pixels, a guidance scale."""
 
 
 class Effects:
@@ -81,8 +90,8 @@ def call_arguments(collection: Collection) -> dict[str, Any]:
     """Returns the arguments that the collection's pipeline must be called with, as its ``__call__`` names them.
 
     Raises:
-        CloraError: the installed diffusers has no such pipeline, or the collection states an argument that its pipeline lacks
-            or that is not its to state.
+        CloraError: the installed diffusers has no such pipeline, or the collection states an argument that is not its to
+            state, or an absurd value.
     """
     sampling = collection.sampling
     arguments = {
@@ -92,11 +101,12 @@ def call_arguments(collection: Collection) -> dict[str, Any]:
         "width": sampling.size[1],
     }
     known = inspect.signature(pipeline_class(collection).__call__).parameters
-    for name in sampling.call:
-        if name not in known or name in arguments or name in NOT_TO_STATE:
+    for name, value in sampling.call.items():
+        default = known[name].default if name in known else None
+        if name in NOT_TO_STATE or type(default) not in MOST or not 0 <= value <= MOST[type(default)]:
             raise CloraError(
-                f"the collection states {name!r} for the calls of {collection.pipeline}; expected only what switches guidance off, "
-                "such as guidance_scale. Its metadata is damaged"
+                f"the collection states {name}={value} for the calls of {collection.pipeline}; expected only numbers such as "
+                "guidance_scale=1.0, which switches guidance off. Its metadata is damaged"
             )
     # Not every pipeline takes all of them: QwenImage21Pipeline has no max_sequence_length.
     return {name: value for name, value in arguments.items() if name in known} | sampling.call
@@ -132,16 +142,16 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
         effects = clora.apply(pipe, "my-collection")
         image = pipe(image=source, **effects["snow"]).images[0]
 
-    The collection that was applied last is active; applying an earlier one again switches back to it without loading.
-    ``pipe.unload_lora_weights()`` removes them all.
+    The collection that was applied last is active, and every other LoRA of the transformer is switched off; applying an
+    earlier one again switches back to it without loading. ``pipe.unload_lora_weights()`` removes them all.
 
     Args:
         pipeline: a diffusers pipeline of the collection's base model.
         path: as for `load_collection`.
 
     Raises:
-        CloraError: no such collection, one for another model, damaged metadata or weights, or projections of the transformer
-            are fused; the pipeline is left as it was.
+        CloraError: no such collection, one for another model, damaged metadata or weights, a transformer with fused
+            projections, with fused LoRAs or under `clora.attach`, or too little memory. The pipeline is left as it was.
     """
     source = open_lora(find_collection(path))
     collection = from_metadata(source.metadata, str(source.file))
@@ -153,8 +163,11 @@ def apply(pipeline: Any, path: str | Path) -> Effects:
     # All that can be wrong is found before the pipeline is touched.
     call_arguments(collection)
     scheduler = _scheduler(collection, source)
-    _check_weights(uncompiled(pipeline.transformer), source, collection.base_model)
-    _activate(pipeline, source, collection.base_model)
+    transformer = uncompiled(pipeline.transformer)
+    _check_transformer(transformer)
+    _check_weights(transformer, source, collection.base_model)
+    with _restored(transformer, source):
+        _activate(pipeline, transformer, source)
     pipeline.scheduler = scheduler
 
     def num_tokens(prompt: str) -> int:
@@ -183,6 +196,21 @@ def _scheduler(collection: Collection, source: LoRASource) -> Any:
     )
 
 
+def _check_transformer(transformer: Any) -> None:
+    """Refuses a transformer whose layers would pass over the collection's LoRA."""
+    for name, layer in transformer.named_modules():
+        if hasattr(layer, "routed_layer"):
+            raise CloraError(
+                f"the transformer is under clora.attach ({name}); call detach() of what clora.attach returned first"
+            )
+        # PEFT runs only the base's weight while another adapter is merged into it.
+        if getattr(layer, "merged", False):
+            raise CloraError(
+                f"the LoRAs {', '.join(layer.merged_adapters)} are fused into the transformer ({name}), and a collection has "
+                "no effect beside fused LoRAs; call pipe.unfuse_lora() first"
+            )
+
+
 def _check_weights(transformer: nn.Module, source: LoRASource, base_model: str) -> None:
     """Refuses a file that diffusers would load in part, or that would make noise; reads one module at a time."""
     if source.keys.format != "diffusers":
@@ -196,38 +224,60 @@ def _check_weights(transformer: nn.Module, source: LoRASource, base_model: str) 
     except CloraError as error:
         raise CloraError(f"{error}; expected {base_model}'s LoRA") from error
     check_called(transformer, sorted(modules))
+    check_digest(source)
 
 
-def _activate(pipeline: Any, source: LoRASource, base_model: str) -> None:
+def _activate(pipeline: Any, transformer: Any, source: LoRASource) -> None:
     """Loads the file as an adapter of its own, if it is not there yet, and switches all others off.
 
     Raises:
-        CloraError: not all of it could be loaded; the adapters are as they were.
+        ValueError: not all of it was loaded.
     """
-    transformer = uncompiled(pipeline.transformer)
     name = f"clora_{weights_digest(source.file)[:16]}"
+    if name not in getattr(transformer, "peft_config", {}):
+        if hasattr(pipeline, "load_lora_weights"):
+            pipeline.load_lora_weights(str(source.file), adapter_name=name)
+        else:  # LongCat-Image-Edit leaves that to its transformer
+            transformer.load_lora_adapter(str(source.file), prefix="transformer", adapter_name=name)
+    transformer.enable_lora()  # the user may have called disable_lora()
+    transformer.set_adapters([name])
+    expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
+    loaded = {
+        f"transformer.{module}"
+        for module, layer in _peft_layers(transformer).items()
+        if name in layer.lora_A and layer.scaling[name] == 1
+    }
+    if loaded != expected:
+        raise ValueError(f"the pipeline has taken {len(loaded)} of {len(expected)} modules")
+
+
+@contextmanager
+def _restored(transformer: Any, source: LoRASource) -> Iterator[None]:
+    """Restores the transformer's adapters, which of them are active and their strengths, if the block fails.
+
+    Raises:
+        CloraError: whatever the block raised.
+    """
     before = set(getattr(transformer, "peft_config", {}))
-    active = transformer.active_adapters() if before else []
+    states = [
+        (layer, list(layer.active_adapters), dict(layer.scaling), layer.disable_adapters)
+        for layer in _peft_layers(transformer).values()
+    ]
     try:
-        if name not in before:
-            if hasattr(pipeline, "load_lora_weights"):
-                pipeline.load_lora_weights(str(source.file), adapter_name=name)
-            else:  # LongCat-Image-Edit leaves that to its transformer
-                transformer.load_lora_adapter(str(source.file), prefix="transformer", adapter_name=name)
-        transformer.set_adapters([name])
-        expected = {key.removesuffix(".lora_A.weight") for key in source.shapes if key.endswith(".lora_A.weight")}
-        loaded = {
-            f"transformer.{module}"
-            for module, layer in transformer.named_modules()
-            if name in getattr(layer, "lora_A", {}) and layer.scaling[name] == 1
-        }
-        if loaded != expected:
-            raise ValueError(f"the pipeline has taken {len(loaded)} of {len(expected)} modules")
+        yield
     except Exception as error:  # of diffusers, PEFT and torch
-        if name not in before and name in getattr(transformer, "peft_config", {}):
+        for name in set(getattr(transformer, "peft_config", {})) - before:
             transformer.delete_adapters([name])
-        if before:
-            transformer.set_adapters(active)
-        else:
+        if not before:
             transformer.unload_lora()
-        raise CloraError(f"{source.file} does not fit the pipeline, expected {base_model}: {error}") from error
+        for layer, active, scaling, disabled in states:
+            layer.set_adapter(active)
+            layer.scaling.update(scaling)
+            layer.enable_adapters(not disabled)
+        reason = "out of memory" if isinstance(error, MemoryError) else str(error)
+        raise CloraError(f"{source.file} could not be loaded; the pipeline is as it was: {reason}") from error
+
+
+def _peft_layers(transformer: Any) -> dict[str, Any]:
+    """Returns the layers that PEFT has put LoRAs on."""
+    return {name: layer for name, layer in transformer.named_modules() if hasattr(layer, "lora_A")}

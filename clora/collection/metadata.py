@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
+from safetensors.torch import load_file
 
 from clora.collection.hub import download, is_repo_id
 from clora.errors import CloraError
 from clora.files import user_path
-from clora.lora.source import open_lora
+from clora.hashing import tensor_digest
+from clora.lora.shards import all_shards
+from clora.lora.source import LoRASource, open_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLES_FILE = "samples.png"
 # Every entry has this prefix: diffusers and sglang give meanings to others, such as lora_adapter_metadata and alpha.
 PREFIX = "clora."
+WEIGHTS_DIGEST = PREFIX + "weights_sha256"  # the `tensor_digest` of the weights, that of the file as it was written
 # Entries that hold plain text; all others hold JSON.
 _PLAIN = {"version", "pipeline", "base_model", "base_revision"}
 
@@ -159,3 +163,22 @@ def read_collection(path: str | Path) -> Collection:
     """
     source = open_lora(find_collection(path))
     return from_metadata(source.metadata, str(source.file))
+
+
+def check_digest(source: LoRASource) -> None:
+    """Refuses a collection whose weights are not those that it was written with; earlier versions stated no digest.
+
+    Raises:
+        CloraError: the digest of the weights is another one.
+    """
+    stated = source.metadata.get(WEIGHTS_DIGEST)
+    if stated is None:
+        return
+    tensors = {}
+    for shard in all_shards(source.file):
+        tensors |= load_file(shard)
+    if tensor_digest(tensors) != stated:
+        raise CloraError(
+            f"{source.file}: its weights are not those that its metadata states ({WEIGHTS_DIGEST}), so that the file was damaged or "
+            "changed after it was written; download or export it again"
+        )

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from clora.collection.card import CARD_MARK, model_card
 from clora.collection.metadata import (
     LORA_FILE,
-    PREFIX,
     SAMPLES_FILE,
+    WEIGHTS_DIGEST,
     CollectedEffect,
     Collection,
     Sampling,
@@ -35,7 +35,6 @@ from clora.version import __version__
 CARD_FILE = "README.md"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 COLLECTION_FILES = (CARD_FILE, LORA_FILE, SCHEDULER_FILE)
-WEIGHTS_DIGEST = PREFIX + "weights_sha256"  # in the file's metadata: the `tensor_digest` of its weights
 SHARED_SETTINGS = {"student", "sampler", "objective", "train", "seed"}  # without this machine's paths
 
 

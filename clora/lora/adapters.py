@@ -28,6 +28,8 @@ from clora.lora.state import LoRAModule
 
 # The longest weight of any family, FLUX.2's fused projection, has 3.4e8 values; a file may claim any product.
 _MAX_VALUES = 2**29
+# Values of real files are below 100.
+_MAX_VALUE = 1e6
 # Alpha is at most some hundred times the rank in real files.
 _MAX_SCALE = 1e4
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -72,8 +74,15 @@ class Adapter:
         return "magnitude" in self.parts
 
     def read(self) -> dict[str, Tensor]:
-        """Reads its tensors but alpha in fp32, by part. Raises CloraError for a value that is not finite."""
-        return self.source.read({part: key for part, key in self.parts.items() if part != "alpha"})
+        """Reads its tensors but alpha in fp32, by part. Raises CloraError for a value that is not finite, or absurd."""
+        tensors = self.source.read({part: key for part, key in self.parts.items() if part != "alpha"})
+        for part, tensor in tensors.items():
+            if (tensor.abs() > _MAX_VALUE).any():
+                raise CloraError(
+                    f"{self.source.file}: {self.parts[part]} holds values up to {tensor.abs().max():.1e}; expected at most "
+                    f"{_MAX_VALUE:.0e}. The training diverged, or the file is damaged: use an earlier checkpoint"
+                )
+        return tensors
 
     def changes_nothing(self, tensors: Mapping[str, Tensor], scale: float) -> bool:
         """Returns whether its product is zero, as of a training that never reached it; DoRA's depends on the base."""

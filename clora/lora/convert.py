@@ -35,8 +35,9 @@ DTYPES = {
 _STORED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8"}
 _SHOWN_MODULES = 20
 
-# Metadata that stays true in another format: clora's own and the licence. Ranks and alphas of trainers do not.
-_KEPT_METADATA = re.compile(r"clora\..*|(modelspec\.)?license")
+# Metadata that stays true in another format: clora's own but for the digest of the weights, and the licence. Ranks and
+# alphas of trainers do not.
+_KEPT_METADATA = re.compile(r"clora\.(?!weights_sha256$).*|(modelspec\.)?license")
 
 
 def convert_lora(

@@ -166,12 +166,10 @@ def updates(
         Module of the transformer to its update and that one's relative error, 0 where it is exact.
 
     Raises:
-        CloraError: a value is not finite, alpha is not known, or DoRA comes without its base.
+        CloraError: a value is not finite or absurd, alpha is not known, or DoRA comes without its base.
     """
     tensors = adapter.read()
     delta = change(adapter, tensors, find_strength(adapter).scale, MAX_RANK)
-    if not torch.isfinite(delta.lora_B if isinstance(delta, LoRAModule) else delta).all():
-        raise CloraError(f"{adapter.source.file}: {adapter.stem} with its alpha exceeds fp32; export the LoRA again")
     if adapter.is_dora:
         # The lengths of rows and columns depend on the whole weight, so DoRA is applied before a fused module is cut.
         dense = delta.lora_B.double() @ delta.lora_A.double() if isinstance(delta, LoRAModule) else delta

@@ -87,12 +87,23 @@ def test_strengths(loras, names, scale):
         assert torch.equal(outputs(KLEIN, transformer), full)
 
 
-@pytest.mark.parametrize("strength", ["0.5", None, math.nan, math.inf])
-def test_a_strength_that_is_no_number(loras, strength):
+@pytest.mark.parametrize("strength", ["0.5", None, True, math.nan, math.inf, 1e30, -1e30])
+def test_a_strength_that_is_no_number_or_an_absurd_one(loras, strength):
+    transformer = tiny_transformer(KLEIN)
+    bank = clora.attach(transformer, loras)
+    expected = "expected a number of at most 1000 of either sign, found"
+    with pytest.raises(CloraError, match=f"the strength of 'a': {expected}"), bank.route([("a", strength)]):
+        pass
+    with pytest.raises(CloraError, match=rf"joint_attention_kwargs\['scale'\]: {expected}"), bank.route(["a"]):
+        outputs(KLEIN, transformer, joint_attention_kwargs={"scale": strength})
+
+
+@pytest.mark.parametrize("entry", [3, True, (), ("a",), (None, 0.5), ("a", 0.5, 1), [["a"]], {"a": 0.5}])
+def test_an_entry_that_is_no_name(loras, entry):
     bank = clora.attach(tiny_transformer(KLEIN), loras)
     with (
-        pytest.raises(CloraError, match=r"expected a strength as in \(\"a\", 0.5\), found"),
-        bank.route([("a", strength)]),
+        pytest.raises(CloraError, match=r'expected a name, a pair as in \("snow", 0.5\) or None.*found'),
+        bank.route([entry]),
     ):
         pass
 

@@ -26,6 +26,13 @@ from clora.lora.save import save_lora
 from clora.testing import merge_lora, random_lora, tiny_pipeline
 
 SNOW, MOEBIUS = effect("snow", ("<snow> let it snow.",)), effect("moebius", ("<moebius> thin ink lines", "as a comic"))
+CALLS = {
+    "Flux2KleinPipeline": {"guidance_scale": 1.0},
+    "Flux2Pipeline": {"guidance_scale": 4.0},
+    "QwenImageEditPlusPipeline": {"true_cfg_scale": 1.0},
+    "QwenImageEditPipeline": {"true_cfg_scale": 1.0},
+    "FluxKontextPipeline": {"guidance_scale": 2.5, "max_area": 64 * 72},
+}
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def collection(tmp_path):
 
     def write(family, **values):
         student = random_lora(bare_pipeline(family).transformer, 4, 7)
-        described = describe(SNOW, MOEBIUS, pipeline=family, **values)
+        described = describe(SNOW, MOEBIUS, pipeline=family, **({"call": CALLS[family]} | values))
         return write_collection(student, described, tmp_path / family, torch.float32), student
 
     return write
@@ -63,15 +70,6 @@ def test_stock_load_lora_weights_is_the_same(collection, family, path):
     merged = run(family, merge_lora(pipeline.transformer, student))
     pipeline.load_lora_weights(str(folder if path == "folder" else folder / LORA_FILE))
     torch.testing.assert_close(run(family, pipeline.transformer), merged, rtol=0, atol=1e-5)
-
-
-CALLS = {
-    "Flux2KleinPipeline": {"guidance_scale": 1.0},
-    "Flux2Pipeline": {"guidance_scale": 4.0},
-    "QwenImageEditPlusPipeline": {"true_cfg_scale": 1.0},
-    "QwenImageEditPipeline": {"true_cfg_scale": 1.0},
-    "FluxKontextPipeline": {"guidance_scale": 2.5, "max_area": 64 * 72},
-}
 
 
 @pytest.mark.parametrize("family", CALLS)
@@ -180,13 +178,26 @@ def spoil(tensors):
     next(iter(tensors.values()))[0, 0] = torch.nan
 
 
+def blow_up(tensors):
+    next(iter(tensors.values()))[0, 0] = 1e30
+
+
 SPOILT = {
     "nan": (spoil, {}, "not finite|NaN"),
+    "an absurd weight": (blow_up, {}, r"values up to 1.0e\+30; expected at most 1e\+06"),
     "an absurd alpha": (None, {"alpha": 1e30}, "1e.30"),
     "an alpha of its own": (None, {"alpha": 8}, "taken 0 of"),
-    "steps of the caller": (None, {"sampling": {"call": {"num_inference_steps": 80}}}, "states 'num_inference_steps'"),
-    "many pictures": (None, {"sampling": {"call": {"num_images_per_prompt": 10**6}}}, "states 'num_images_per_prompt'"),
-    "an argument of no call": (None, {"sampling": {"call": {"guidance": 1.0}}}, "states 'guidance'"),
+    "steps of the caller": (None, {"sampling": {"call": {"num_inference_steps": 80}}}, "states num_inference_steps=80"),
+    "many pictures": (
+        None,
+        {"sampling": {"call": {"num_images_per_prompt": 10**6}}},
+        "states num_images_per_prompt=10",
+    ),
+    "an argument of no call": (None, {"sampling": {"call": {"guidance": 1.0}}}, "states guidance=1.0"),
+    "a flag": (None, {"sampling": {"call": {"return_dict": 0}}}, "states return_dict=0"),
+    "a prompt": (None, {"sampling": {"call": {"prompt": 1}}}, "states prompt=1"),
+    "absurd guidance": (None, {"sampling": {"call": {"guidance_scale": 1e30}}}, r"states guidance_scale=1e\+30"),
+    "negative guidance": (None, {"sampling": {"call": {"guidance_scale": -1}}}, "states guidance_scale=-1"),
     "no shift": (None, {"scheduler": {"shift": "much"}}, "the scheduler of its metadata cannot be used"),
     "no noise levels": (None, {"scheduler": {"shift": 1e999}}, "metadata is damaged|cannot be used"),
     "steps without end": (None, {"sampling": {"steps": 10**9}}, "metadata is damaged"),
@@ -238,7 +249,7 @@ def test_an_error_of_diffusers_itself_leaves_the_pipeline_as_it_was(collection, 
     before, names = run("Flux2KleinPipeline", pipeline.transformer), list(dict(pipeline.transformer.named_modules()))
     load = pipeline.load_lora_weights
     monkeypatch.setattr(pipeline, "load_lora_weights", lambda *a, **k: (load(*a, **k), 1 / 0))
-    with pytest.raises(CloraError, match="does not fit the pipeline, expected some/pipeline: division by zero"):
+    with pytest.raises(CloraError, match="could not be loaded; the pipeline is as it was: division by zero"):
         clora.apply(pipeline, folder)
     assert torch.equal(run("Flux2KleinPipeline", pipeline.transformer), before)
     assert list(dict(pipeline.transformer.named_modules())) == names

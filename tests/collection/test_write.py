@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from safetensors import safe_open
 
 from clora.bank.bank import AdapterBank
 from clora.collection.metadata import read_collection
-from clora.collection.write import LORA_FILE, is_finished, write_collection
+from clora.collection.write import LORA_FILE, write_collection
 from clora.data.generation import Generator
 from clora.data.images import load_image
 from clora.errors import CloraError
@@ -287,108 +286,6 @@ def test_the_tiny_pipeline_is_saved_whole(tiny_folder):
     ):
         assert torch.equal(a, b), name
     torch.testing.assert_close(loaded.encode_prompts([PROMPT]).embeds, fresh.encode_prompts([PROMPT]).embeds)
-
-
-def test_a_folder_that_cannot_be_written_stays_as_it_was(student, tmp_path, monkeypatch):
-    (tmp_path / "scheduler").write_text("a file where the folder should be")
-    with pytest.raises(CloraError, match="is a file"):
-        write_collection(student, describe(), tmp_path, torch.float32)
-    assert [file.name for file in tmp_path.iterdir()] == ["scheduler"]
-
-    folder = write_collection(student, describe(), tmp_path / "new", torch.float32)
-    before = contents(folder)
-    write_bytes = Path.write_bytes
-
-    def full(path, content):
-        if path.name == "scheduler_config.json":
-            raise OSError("no space left on device")
-        return write_bytes(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(CloraError, match="scheduler_config.json cannot be written: no space left"):
-        write_collection(student, describe(shift=2.0), folder, torch.float32)
-    assert contents(folder) == before
-
-
-def contents(folder):
-    """The bytes of all files of a folder by their names, hidden ones included."""
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def visible(folder):
-    return {name: content for name, content in contents(folder).items() if not name.startswith((".", "scheduler/."))}
-
-
-class Killed(BaseException):
-    """Stands for the death of the process: nothing after it runs."""
-
-
-def killed_at(monkeypatch, step, write):
-    """Runs a write of which only the first `step` changes of names happen; returns whether it died."""
-    done = 0
-
-    def counted(change):
-        def changed(*arguments, **keywords):
-            nonlocal done
-            if done == step:
-                raise Killed
-            done += 1
-            return change(*arguments, **keywords)
-
-        return changed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", counted(os.replace))
-        patch.setattr(Path, "unlink", counted(Path.unlink))
-        try:
-            write()
-        except Killed:
-            return True
-    return False
-
-
-def test_weights_never_stand_beside_the_files_of_another_collection(student, tmp_path, monkeypatch):
-    old, new = describe(shift=2.0), describe(effect("b", ("another prompt",)), shift=3.0)
-    wholes = [visible(write_collection(student, c, tmp_path / str(i), torch.float32)) for i, c in enumerate((old, new))]
-    wholes[0]["samples.png"] = b"a picture"
-    step, seen = 0, []
-    while True:
-        folder = write_collection(student, old, tmp_path / f"at {step}", torch.float32)
-        (folder / "samples.png").write_bytes(b"a picture")
-        is_dead = killed_at(monkeypatch, step, lambda f=folder: write_collection(student, new, f, torch.float32))
-        found = visible(folder)
-        assert LORA_FILE not in found or found in wholes, f"after {step} changes"
-        assert is_finished(folder, new) == (found == wholes[1])
-        seen.append(found)
-        if not is_dead:
-            break
-        # The next run completes it.
-        assert visible(write_collection(student, new, folder, torch.float32)) == wholes[1]
-        step += 1
-    assert wholes[0] in seen
-    assert seen[-1] == wholes[1]
-    assert step >= 5
-
-
-def test_equal_runs_give_equal_bytes(student, described, tmp_path):
-    folders = [write_collection(student, described, tmp_path / str(i), torch.float32) for i in range(6)]
-    assert all(contents(folder) == contents(folders[0]) for folder in folders)
-
-
-def test_a_collection_is_finished_by_its_contents(student, tmp_path):
-    described = describe()
-    folder = write_collection(student, described, tmp_path / "out", torch.bfloat16)
-    assert is_finished(folder, described)
-    assert not is_finished(folder, describe(shift=2.0))
-    for name, content in contents(folder).items():
-        for damaged in (content[: len(content) // 2], b"", content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]):
-            (folder / name).write_bytes(damaged)
-            # A person may edit the card.
-            assert not is_finished(folder, described) or (name == "README.md" and b"Distilled with clora" in damaged)
-        (folder / name).unlink()
-        assert not is_finished(folder, described)
-        (folder / name).write_bytes(content)
-    assert is_finished(folder, described)
 
 
 def test_the_scheduler_is_as_diffusers_saves_it(student, tmp_path):
