@@ -16,6 +16,13 @@ from clora.errors import CloraError
 TEMPLATES = Path(__file__).parent / "templates"
 """Files that ship with clora: the example config, everyday edits, the model card, the report."""
 
+_MAKE_ROOM = "make room there; the same command goes on with what is kept"
+_REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: "allow files of that size there (ulimit -f); the same command goes on with what is kept",
+}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -25,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     missing. The result is on the disk before it takes its name, so that a loss of power leaves the old or the new file.
 
     Raises:
-        CloraError: the block or the renaming raises OSError.
+        CloraError: the block or the renaming raises an error of the system (`system_error`).
     """
     folder = None
     try:
@@ -38,14 +45,30 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    except OSError as error:
-        remedy = "choose another output folder"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "make room there; the same command goes on with what is kept"
-        raise CloraError(f"{path} cannot be written: {error.strerror or error}; {remedy}") from error
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        remedy = _REMEDIES.get(found.errno, "choose another output folder")
+        raise CloraError(f"{path} cannot be written: {found.strerror or found}; {remedy}") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def system_error(error: Exception) -> OSError | None:
+    """Returns the system's error that an exception is or states: safetensors and tokenizers raise their own.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        None for errors that are not the system's.
+    """
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _flush(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from clora.errors import CloraError
 from clora.files import check_writable, remove_orphans, replacing, user_path, write_atomic
@@ -29,6 +30,13 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
             CloraError,
             "No space left on device; make room there; the same command",
         ),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            CloraError,
+            "a.txt cannot be written: No space left on device; make room there; the same command",
+        ),
+        (OSError(27, "File too large"), CloraError, "File too large; allow files of that size there"),
+        (SafetensorError("no such type"), SafetensorError, "no such type"),
         (OSError(13, "Permission denied"), CloraError, "Permission denied; choose another output folder"),
         (KeyError("other"), KeyError, "other"),
     ],

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clora.errors import CloraError
+from clora.files import system_error
 from clora.hashing import digest, file_digest, tensor_digest
 
 SAMPLE = 1024
@@ -42,13 +44,28 @@ def _fingerprint(component) -> str:
         parts = {k: _fingerprint(v) if hasattr(v, "save_pretrained") else v for k, v in vars(component).items()}
         plain = {k: v for k, v in parts.items() if isinstance(v, (str, int, float, list, dict))}
         return digest([type(component).__name__, plain])
+    try:
+        files = _saved(component)
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        raise CloraError(
+            f"{type(component).__name__} cannot be saved in the folder for temporary files, {tempfile.gettempdir()}: "
+            f"{found.strerror or found}; make room there, or set TMPDIR to another folder"
+        ) from error
+    return digest([type(component).__name__, files])
+
+
+def _saved(component) -> dict[str, object]:
+    """Returns the content of each file that a component saves: JSON values, or a hash."""
+    files = {}
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
-        files = {}
         for file in filter(Path.is_file, Path(folder).rglob("*")):
             saved = _lasting(json.loads(file.read_bytes())) if file.suffix == ".json" else file_digest(file)
             files[str(file.relative_to(folder))] = saved
-    return digest([type(component).__name__, files])
+    return files
 
 
 def _lasting(config: object) -> object:

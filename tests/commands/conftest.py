@@ -12,7 +12,7 @@ from clora.testing import random_lora, tiny_config
 EFFECTS = ("blueprint", "snow")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loras(adapter, tmp_path_factory):
     """Two teachers in different formats and of different ranks."""
     folder, transformer = tmp_path_factory.mktemp("loras"), adapter.pipeline.transformer
@@ -21,7 +21,7 @@ def loras(adapter, tmp_path_factory):
     return {"blueprint": folder / "blueprint.safetensors", "snow": folder / "snow"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"), 4)
 
