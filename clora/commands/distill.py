@@ -124,11 +124,13 @@ def _distill(
                 student = train_student(config, adapter, teachers, data, report, checkpoints, stop)
             write_collection(student, collection, output, transformer.dtype, repo_id)
         checkpoints.finish()
-        if config.data.cache is None:
-            # The folder is made to be shared: beside the collection only the last checkpoint stays, for more updates.
-            for folder in subfolders(output / CACHE):
-                shutil.rmtree(folder, ignore_errors=True)
-        _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
+        try:
+            _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
+        finally:
+            if config.data.cache is None:
+                # The folder is made to be shared: beside the collection only the last checkpoint stays, for more updates.
+                for folder in subfolders(output / CACHE):
+                    shutil.rmtree(folder, ignore_errors=True)
     elif destination is not None:
         name_repository(output, destination.repo_id, destination.samples)
     if destination is not None:

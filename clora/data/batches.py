@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clora.config.training import ObjectiveConfig
+from clora.data.tables import Latents, TextTable, select, stack
 from clora.devices import send, take
 from clora.models.conditioning import Conditioning, Text
 
@@ -32,8 +33,8 @@ class EffectSamples(NamedTuple):
     """
 
     name: str
-    sources: Tensor
-    targets: Tensor
+    sources: Latents
+    targets: Latents
     teacher_text: Tensor
     student_text: Tensor
     empty_text: Tensor
@@ -41,7 +42,7 @@ class EffectSamples(NamedTuple):
 
 @dataclass(frozen=True)
 class DistillData:
-    """Everything a distillation reads, encoded once, on the CPU; built by `of`.
+    """Everything a distillation reads, encoded once, on the CPU or in files; built by `of`.
 
     Prompts are rows of one table, ``text``: families whose prompts are encoded together with the image have a row per
     prompt and source, others one per prompt.
@@ -58,15 +59,15 @@ class DistillData:
     """
 
     effects: tuple[str, ...]
-    text: Text
-    sources: Tensor
-    targets: Tensor
+    text: Text | TextTable
+    sources: Latents
+    targets: Latents
     teacher_text: Tensor
     student_text: Tensor
     empty_text: Tensor
-    general_sources: Tensor
+    general_sources: Latents
     general_pairs: Tensor
-    general_targets: Tensor | None = None
+    general_targets: Latents | None = None
 
     def __post_init__(self) -> None:
         if self.general_targets is not None and len(self.general_targets) != len(self.general_pairs):
@@ -76,25 +77,27 @@ class DistillData:
     @classmethod
     def of(
         cls,
-        text: Text,
+        text: Text | TextTable,
         effects: Sequence[EffectSamples],
-        general_sources: Tensor,
+        general_sources: Latents,
         general_pairs: Tensor,
-        general_targets: Tensor | None = None,
+        general_targets: Latents | None = None,
     ) -> DistillData:
         """Stacks the effects; one with fewer samples or phrasings than others repeats its own in turn."""
         samples = torch.arange(max(len(effect.targets) for effect in effects))
         phrasings = torch.arange(max(len(effect.student_text) for effect in effects))
-        padded = []
-        for name, sources, targets, teacher, student, empty in effects:
+        latents, prompts = [], []
+        for _, sources, targets, teacher, student, empty in effects:
             # From [M] to the most samples of any effect, from [P, M] to the most phrasings too.
             count = len(targets)
             rows = samples % count
             student = student.expand(-1, count)[phrasings % len(student)][:, rows]
             teacher, empty = teacher.expand(count)[rows], empty.expand(count)[rows]
-            padded.append((name, sources[rows], targets[rows], teacher, student, empty))
-        names, *parts = zip(*padded, strict=True)
-        return cls(names, text, *map(torch.stack, parts), general_sources, general_pairs, general_targets)
+            latents.append((select(sources, rows), select(targets, rows)))
+            prompts.append((teacher, student, empty))
+        names = tuple(effect.name for effect in effects)
+        stacked = (*map(stack, zip(*latents, strict=True)), *map(torch.stack, zip(*prompts, strict=True)))
+        return cls(names, text, *stacked, general_sources, general_pairs, general_targets)
 
 
 def general_pair(pair: Tensor, num_sources: int, num_texts: int) -> tuple[Tensor, Tensor]:

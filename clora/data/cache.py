@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from clora.errors import CloraError
@@ -25,6 +25,8 @@ VERSION = 1
 Entry = Mapping[str, Tensor]
 Key = Mapping[str, object]
 """Everything that an entry is made from: JSON values, and hashes of large inputs."""
+Layout = tuple[tuple[str, torch.dtype, torch.Size], ...]
+"""Name, dtype and shape of each tensor of an entry, in order of the names."""
 Make = Callable[[list[range]], Iterable[Entry]]
 
 
@@ -32,24 +34,67 @@ class Cache:
     """A folder of entries.
 
     Args:
-        folder: created with the first entry; several runs may share it. None keeps nothing.
+        folder: created with the first entry; several runs may share it. None keeps entries in memory, for one run.
     """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
 
-    def entries(
-        self, kind: str, keys: Sequence[Key], chunks: Sequence[range], describe: Callable[[int], str], make: Make
-    ) -> list[Entry]:
-        """The entry of each key, read where the folder has it and made where it has not.
+    def entries(self, kind: str) -> Entries:
+        """Entries of one kind, which names their subfolder; none yet."""
+        return Entries(None if self.folder is None else self.folder / kind, kind)
+
+
+class Entries(Sequence[Entry]):
+    """Entries of a cache by position. Their tensors stay in their files, and are read whenever they are asked for.
+
+    `extend` reads every file whole and compares its hash; later only shapes and dtypes are compared.
+    """
+
+    def __init__(self, folder: Path | None, kind: str):
+        self._folder = folder
+        self._kind = kind
+        self._names: list[str] = []  # of each position; equal keys share one
+        self._layouts: dict[str, Layout] = {}
+        self._distinct: dict[Layout, Layout] = {}  # there are few, so that thousands of entries share them
+        self._in_memory: dict[str, Entry] = {}  # without a folder
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: int) -> Entry:  # type: ignore[override]
+        """Reads one entry. Raises CloraError if its file was removed or damaged after `extend`."""
+        name = self._names[i]
+        if self._folder is None:
+            return self._in_memory[name]
+        path = self._path(name)
+        try:
+            entry = load(path.read_bytes())
+            found = "other tensors" if _layout(entry) != self._layouts[name] else None
+        except OSError as error:
+            found = error.strerror or str(error)
+        except SafetensorError as error:
+            found = str(error)
+        if found is not None:
+            raise CloraError(
+                f"{path} is needed until the end of training and was removed or damaged meanwhile ({found}); start the same "
+                "command again: it makes the file again and goes on from the last checkpoint"
+            )
+        return entry
+
+    def layout(self, i: int) -> Layout:
+        """Names, dtypes and shapes of one entry; no file is read."""
+        return self._layouts[self._names[i]]
+
+    def extend(self, keys: Sequence[Key], chunks: Sequence[range], describe: Callable[[int], str], make: Make) -> None:
+        """Appends the entry of each key, read where the folder has it and made where it has not.
 
         A chunk is made whole, whatever is missing of it: entries that are computed in one batch round together, so that
         work that was interrupted ends with the bits of work that was not.
 
         Args:
-            kind: the name of a subfolder.
             keys: one for each entry; equal keys share one.
-            chunks: the positions that are computed together, in order; they cover all.
+            chunks: the positions among these keys that are computed together, in order; they cover all.
             describe: names the entry at a position, for messages.
             make: called with the chunks that have missing entries, unless all are found; yields the entries of all their
                 positions. What is missing is written at once: work that is interrupted keeps what it had.
@@ -58,32 +103,40 @@ class Cache:
             CloraError: an entry is not finite, or cannot be written.
         """
         # Reading comes first and whole, so that ``make`` knows all that it has to do.
-        names = [digest(key) for key in keys]
-        found: dict[str, Entry] = {}
-        for name, key in dict(zip(names, keys, strict=True)).items():
-            entry = self._read(kind, key)
-            if entry is not None and _is_finite(entry):
-                found[name] = entry
-        wanted = [chunk for chunk in chunks if any(names[i] not in found for i in chunk)]
+        names = [digest({"version": VERSION, "kind": self._kind, **key}) for key in keys]
+        for name in dict.fromkeys(names):
+            if name not in self._layouts:
+                entry = self._read(name)
+                if entry is not None and _is_finite(entry):
+                    self._keep(name, entry)
+        wanted = [chunk for chunk in chunks if any(names[i] not in self._layouts for i in chunk)]
         for i, entry in zip(chain(*wanted), make(wanted) if wanted else (), strict=True):
-            if names[i] not in found:
-                if not _is_finite(entry):
-                    raise CloraError(
-                        f"{describe(i)}: what the model makes of it has NaN or infinite values. Check the model's files and "
-                        "the LoRA, or try dtype: float32"
-                    )
-                self._write(kind, keys[i], entry)
-                found[names[i]] = entry
-        return [found[name] for name in names]
+            if names[i] in self._layouts:
+                continue
+            if not _is_finite(entry):
+                raise CloraError(
+                    f"{describe(i)}: what the model makes of it has NaN or infinite values. Check the model's files and "
+                    "the LoRA, or try dtype: float32"
+                )
+            self._write(names[i], keys[i], entry)
+            self._keep(names[i], entry)
+        self._names += names
 
-    def _read(self, kind: str, key: Key) -> Entry | None:
-        path = self._path(kind, key)
-        if path is None or not path.exists():
+    def _keep(self, name: str, entry: Entry) -> None:
+        """Notes what a whole entry looks like; its tensors are kept only where there is no folder."""
+        layout = _layout(entry)
+        self._layouts[name] = self._distinct.setdefault(layout, layout)
+        if self._folder is None:
+            self._in_memory[name] = entry
+
+    def _read(self, name: str) -> Entry | None:
+        if self._folder is None or not self._path(name).exists():
             return None
+        path = self._path(name)
         # Whatever the damage, a file cut short or another tool's, the entry is rebuilt.
         try:
             with safe_open(path, "pt") as file:
-                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                entry = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
                 header = file.metadata()
             if header["sha256"] == tensor_digest(entry):
                 return entry
@@ -92,20 +145,23 @@ class Cache:
         say(f"{path} is damaged; rebuilding it")
         return None
 
-    def _write(self, kind: str, key: Key, entry: Entry) -> None:
-        path = self._path(kind, key)
-        if path is not None:
+    def _write(self, name: str, key: Key, entry: Entry) -> None:
+        if self._folder is not None:
             header = {"key": canonical(key), "sha256": tensor_digest(entry)}
-            write_atomic(path, save({name: tensor.contiguous() for name, tensor in entry.items()}, header))
+            content = save({part: tensor.contiguous() for part, tensor in entry.items()}, header)
+            write_atomic(self._path(name), content)
 
-    def _path(self, kind: str, key: Key) -> Path | None:
-        name = digest({"version": VERSION, "kind": kind, **key})
-        return None if self.folder is None else self.folder / kind / f"{name}.safetensors"
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
 
 
 def chunked(count: int, at_once: int, start: int = 0) -> list[range]:
     """Splits ``count`` positions from ``start`` on into chunks of ``at_once``, the last perhaps shorter."""
     return [range(i, min(i + at_once, start + count)) for i in range(start, start + count, at_once)]
+
+
+def _layout(entry: Entry) -> Layout:
+    return tuple((part, entry[part].dtype, entry[part].shape) for part in sorted(entry))
 
 
 def _is_finite(entry: Entry) -> bool:

@@ -6,14 +6,16 @@ a pass of the transformer reads the result is `clora.models.conditioning`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clora.data.cache import Cache, Entry, Key, chunked
+from clora.data.cache import Cache, Entries, Entry, Key, chunked
 from clora.data.images import ImageFolder
+from clora.data.tables import LatentTable, TextTable
 from clora.devices import move
 from clora.hashing import digest, tensor_digest
 from clora.models import ModelAdapter
@@ -57,67 +59,83 @@ class Encoders:
             torch.cuda.empty_cache()
         self._homes = {}
 
-    def prompts(self, prompts: Sequence[str], pixels: Tensor | None) -> Text:
-        """Encoded prompts, with the images that they are about ``[N, 3, H, W]`` where the family encodes them together.
+    def prompts(self, prompts: Sequence[str], images: Sequence[Picture] | None) -> TextTable:
+        """Encoded prompts, with the images that they are about where the family encodes them together.
 
         Raises:
             CloraError: a prompt of too many tokens.
         """
-        images = [None] * len(prompts) if pixels is None else pixel_digests(pixels)
         limit = self.adapter.max_sequence_length
-        # The image is a part of a prompt's key only where the family encodes them together.
-        keys = [
-            {**self._key, "max_sequence_length": limit, "prompt": prompt, "image": image}
-            for prompt, image in zip(prompts, images, strict=True)
-        ]
 
-        def encode(rows: list[int]) -> Iterator[Entry]:
-            references = None if pixels is None else [pixels[rows]]
+        def key(i: int, image: str | None) -> Key:
+            # The image is a part of a prompt's key only where the family encodes them together.
+            return {**self._key, "max_sequence_length": limit, "prompt": prompts[i], "image": image}
+
+        def encode(rows: range, pixels: Tensor | None) -> Iterator[Entry]:
+            references = None if pixels is None else [pixels]
             return _text_entries(self.adapter.encode_prompts([prompts[i] for i in rows], references))
 
-        # An entry is one prompt, [L, D] and so on; `Text.cat` pads them to the longest.
-        rows = []
-        for entry in self._encode("prompts", keys, encode, lambda i: f"prompt {prompts[i]!r}", PROMPTS_AT_ONCE):
-            rows.append(Text(**{name: part[None] for name, part in entry.items()}))
-        return Text.cat(rows)
+        rows = range(len(prompts))
+        # An entry is one prompt, [L, D] and so on; the table pads them to the longest.
+        return TextTable(self._encode("prompts", rows, images, key, encode, lambda i: f"prompt {prompts[i]!r}"))
 
-    def sources(self, pixels: Tensor | ImageFolder, folder: str = "the pictures") -> Tensor:
+    def sources(self, pictures: Pictures, folder: str = "the pictures") -> LatentTable:
         """Encoded images to edit ``[N, S, C]``; messages name their folder."""
-        return self._images("sources", pixels, folder, lambda images: self.adapter.encode_sources([images])[0])
+        return self._images("sources", pictures, folder, lambda images: self.adapter.encode_sources([images])[0])
 
-    def results(self, pixels: Tensor | ImageFolder, folder: str = "the pictures") -> Tensor:
+    def results(self, pictures: Pictures, folder: str = "the pictures") -> LatentTable:
         """Encoded results ``[N, T, C]``; messages name their folder."""
-        return self._images("results", pixels, folder, self.adapter.encode_images)
+        return self._images("results", pictures, folder, self.adapter.encode_images)
 
-    def _images(
-        self, kind: str, pixels: Tensor | ImageFolder, folder: str, encode: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        keys = [{**self._key, "image": image} for image in pixel_digests(pixels)]
+    def _images(self, kind: str, pictures: Pictures, folder: str, encode: Callable[[Tensor], Tensor]) -> LatentTable:
+        def key(i: int, image: str | None) -> Key:
+            return {**self._key, "image": image}
 
-        def rows(indices: list[int]) -> Iterator[Entry]:
-            return ({"latents": row} for row in encode(pixels[indices]))
+        def entries(rows: range, pixels: Tensor | None) -> Iterator[Entry]:
+            return ({"latents": row} for row in encode(pixels))
 
         def describe(i: int) -> str:
             return f"picture {i + 1} of {folder}"
 
-        return torch.stack([entry["latents"] for entry in self._encode(kind, keys, rows, describe, IMAGES_AT_ONCE)])
+        rows = range(len(pictures.pixels))
+        images = [Picture(pictures, i) for i in rows]
+        return LatentTable([self._encode(kind, rows, images, key, entries, describe)])
 
     def _encode(
         self,
         kind: str,
-        keys: Sequence[Key],
-        encode: Callable[[list[int]], Iterator[Entry]],
+        rows: range,
+        images: Sequence[Picture] | None,
+        key: Callable[[int, str | None], Key],
+        encode: Callable[[range, Tensor | None], Iterator[Entry]],
         describe: Callable[[int], str],
-        at_once: int,
-    ) -> list[Entry]:
-        """Entries of the keys; ``encode(rows)`` yields those of some of them, called for ``at_once`` rows at a time."""
+    ) -> Entries:
+        """Entries of all rows, a chunk at a time; only the images of one chunk are in memory.
 
-        def make(chunks: list[range]) -> Iterator[Entry]:
-            self._bring()
-            for chunk in chunks:
-                yield from encode(list(chunk))
+        Args:
+            kind: of the entries.
+            rows: the numbers of the rows.
+            images: the image of each row, None where there are none.
+            key: of a row and the hash of its image.
+            encode: yields the entries of a chunk, of which it gets the pixels ``[N, 3, H, W]``.
+            describe: names a row, for messages.
+        """
+        entries = self.cache.entries(kind)
+        for chunk in chunked(len(rows), PROMPTS_AT_ONCE if kind == "prompts" else IMAGES_AT_ONCE):
+            shown = None if images is None else Decoded([images[i] for i in chunk])
+            digests = [None] * len(chunk) if shown is None else shown.digests()
 
-        return self.cache.entries(kind, keys, chunked(len(keys), at_once), describe, make)
+            def make(chunks: list[range], chunk: range = chunk, shown: Decoded | None = shown) -> Iterator[Entry]:
+                self._bring()
+                return encode(chunk, None if shown is None else shown.pixels())
+
+            entries.extend(
+                [key(i, image) for i, image in zip(chunk, digests, strict=True)],
+                [range(len(chunk))],
+                lambda i, chunk=chunk: describe(chunk[i]),
+                make,
+            )
+        return entries
 
     def _bring(self) -> None:
         """Moves the encoders to the device, unless they are there."""
@@ -127,11 +145,6 @@ class Encoders:
             if isinstance(part, nn.Module) and name not in OTHER_PARTS:
                 self._homes[name] = part.device
                 move(part, self.device)
-
-
-def pixel_digests(pixels: Iterable[Tensor]) -> list[str]:
-    """A hash of each image ``[3, H, W]``."""
-    return [tensor_digest({"pixels": image}) for image in pixels]
 
 
 def _text_entries(text: Text) -> Iterator[Entry]:
@@ -144,11 +157,55 @@ def _text_entries(text: Text) -> Iterator[Entry]:
         yield {name: part if name == "pooled" else part[:length] for name, part in parts.items()}
 
 
-class Pictures(NamedTuple):
-    """A set of images to edit: its name and pixels ``[N, 3, H, W]``, which may stay in their files."""
+@dataclass(frozen=True)
+class Pictures:
+    """A set of images to edit or to learn.
+
+    Attributes:
+        name: of the set.
+        pixels: ``[N, 3, H, W]``; they may stay in their files.
+        digests: hash of each image that was decoded so far (`Decoded`), by its position.
+    """
 
     name: str
     pixels: Tensor | ImageFolder
+    digests: dict[int, str] = field(default_factory=dict)
+
+
+class Picture(NamedTuple):
+    """An image of a set."""
+
+    pictures: Pictures
+    position: int
+
+
+class Decoded:
+    """Images of one chunk, each decoded when it is first needed, and once."""
+
+    def __init__(self, images: Sequence[Picture]):
+        self._images = images
+        self._pixels: dict[tuple[str, int], Tensor] = {}
+
+    def digests(self) -> list[str]:
+        """A hash of each image's pixels; those that are known need no decoding."""
+        found = []
+        for image in self._images:
+            known, position = image.pictures.digests, image.position
+            if position not in known:
+                known[position] = tensor_digest({"pixels": self._decode(image)})
+            found.append(known[position])
+        return found
+
+    def pixels(self) -> Tensor:
+        """All of them, ``[N, 3, H, W]``."""
+        return torch.stack([self._decode(image) for image in self._images])
+
+    def _decode(self, image: Picture) -> Tensor:
+        pictures, position = image
+        key = pictures.name, position
+        if key not in self._pixels:
+            self._pixels[key] = pictures.pixels[position]
+        return self._pixels[key]
 
 
 class PromptTable:
@@ -159,13 +216,14 @@ class PromptTable:
     Attributes:
         text_sees_image: `ModelAdapter.text_sees_image`.
         prompts: the prompt of each row.
+        images: the image of each row, where prompts are encoded together with it.
     """
 
     def __init__(self, text_sees_image: bool):
         self.prompts: list[str] = []
+        self.images: list[Picture] = []
         self.text_sees_image = text_sees_image
         self._rows: dict[tuple[object, ...], int] = {}
-        self._pixels: list[Tensor] = []
 
     def rows(self, prompt: str, pictures: Pictures, indices: Tensor) -> Tensor:
         """Rows of one prompt about some of the pictures, int64 like ``indices``; new ones are added."""
@@ -175,11 +233,10 @@ class PromptTable:
             if key not in self._rows:
                 self._rows[key] = len(self.prompts)
                 self.prompts.append(prompt)
-                if self.text_sees_image:
-                    self._pixels.append(pictures.pixels[index])
+                self.images.append(Picture(pictures, index))
             rows.append(self._rows[key])
         return torch.tensor(rows, dtype=torch.int64)
 
-    def encode(self, encoders: Encoders) -> Text:
+    def encode(self, encoders: Encoders) -> TextTable:
         """The encoded table. Raises CloraError for a prompt of too many tokens."""
-        return encoders.prompts(self.prompts, torch.stack(self._pixels) if self._pixels else None)
+        return encoders.prompts(self.prompts, self.images if self.text_sees_image else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -38,14 +38,9 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, rows: int | Sequence[int]) -> Tensor:
-        """One image ``[3, H, W]``, or some ``[N, 3, H, W]``."""
-        if isinstance(rows, int):
-            return load_image(self._files[rows], self._size)
-        return torch.stack([self[int(row)] for row in rows])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(self.__getitem__, range(len(self)))
+    def __getitem__(self, i: int) -> Tensor:
+        """Reads one image ``[3, H, W]``."""
+        return load_image(self._files[i], self._size)
 
 
 def load_images(folder: str | Path, size: tuple[int, int], limit: int | None = None) -> Tensor:

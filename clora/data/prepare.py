@@ -18,9 +18,10 @@ from torch import Tensor
 from clora.config.settings import DistillConfig, general_instructions
 from clora.data.batches import DistillData, EffectSamples, general_pair
 from clora.data.cache import Cache
-from clora.data.encoders import Encoders, Pictures, PromptTable, pixel_digests
+from clora.data.encoders import Encoders, Pictures, PromptTable
 from clora.data.images import ImageFolder, list_images
 from clora.data.rendering import CachedTargets, Samples
+from clora.data.tables import Latents, LatentTable, select, stack
 from clora.devices import move
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
@@ -85,16 +86,17 @@ def encode_data(
         shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
         # Images that several effects use are encoded once, under the name of their set.
-        latents = {shared.name: encoders.sources(shared.pixels, config.data.sources)}
+        latents = {shared.name: encoders.sources(shared, config.data.sources)}
         for name, effect in effects.items():
             if effect.pictures.name not in latents:
-                latents[name] = encoders.sources(effect.pictures.pixels, _folder(config, name))
-        sources = {name: latents[effect.pictures.name][effect.used] for name, effect in effects.items()}
+                latents[name] = encoders.sources(effect.pictures, _folder(config, name))
+        sources = {name: select(latents[effect.pictures.name], effect.used) for name, effect in effects.items()}
         # Given results are encoded as they are; what is missing here is rendered below.
-        targets = {}
+        targets: dict[str, Latents] = {}
         for effect in config.effects:
             if effect.targets is not None:
-                targets[effect.name] = encoders.results(read(effect.targets, None), effect.targets)
+                results = Pictures(effect.name, read(effect.targets, None))
+                targets[effect.name] = encoders.results(results, effect.targets)
     # The encoders have left the device: the transformer takes their place, first to render, then to train.
     if device is not None:
         move(adapter.pipeline.transformer, device)
@@ -236,36 +238,38 @@ def _rendered(
     renders: CachedTargets,
     teachers: Mapping[str, LoRAState],
     effects: Mapping[str, EffectRows],
-    sources: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+    sources: Mapping[str, Latents],
+) -> dict[str, Latents]:
     """Renders the targets ``[M, T, C]`` of these teachers, each of its effect's sources."""
     chosen = [effects[name] for name in teachers]
     samples = Samples.of_teachers(
-        torch.stack([sources[name] for name in teachers]),
+        stack([sources[name] for name in teachers]),
         torch.stack([effect.teacher for effect in chosen]),
         torch.stack([effect.empty for effect in chosen]),
         renders.config.seed,
     )
     images, names = [], []
     for name, effect in zip(teachers, chosen, strict=True):
-        images += pixel_digests(effect.pictures.pixels[i] for i in effect.used.tolist())
+        images += [effect.pictures.digests[i] for i in effect.used.tolist()]
         names += [f"picture {i + 1} of {_folder(renders.config, name)}" for i in effect.used.tolist()]
     # The renders come teacher by teacher: [E M, T, C], cut into one [M, T, C] for each.
     latents = renders.render("render targets", teachers, samples, images, names)
-    return dict(zip(teachers, latents.unflatten(0, (len(teachers), -1)), strict=True))
+    rows = torch.arange(len(latents)).view(len(teachers), -1)
+    return {name: select(latents, own) for name, own in zip(teachers, rows, strict=True)}
 
 
-def _general_targets(renders: CachedTargets, shared: Pictures, latents: Tensor, pairs: Tensor) -> Tensor | None:
+def _general_targets(
+    renders: CachedTargets, shared: Pictures, latents: LatentTable, pairs: Tensor
+) -> LatentTable | None:
     """The base's renders ``[Q, T, C]`` of the general pairs, where the config asks for them."""
     config = renders.config
     if not renders_general(config):
         return None
     source, prompt, empty = pairs.unbind(1)
-    samples = Samples.of_base(latents[source], prompt, empty, config.seed)
+    samples = Samples.of_base(select(latents, source), prompt, empty, config.seed)
     names = [f"picture {i + 1} of {config.data.sources}" for i in source.tolist()]
-    return renders.render(
-        "render general targets", {}, samples, pixel_digests(shared.pixels[i] for i in source.tolist()), names
-    )
+    images = [shared.digests[i] for i in source.tolist()]
+    return renders.render("render general targets", {}, samples, images, names)
 
 
 def _folder(config: DistillConfig, effect: str) -> str:

@@ -17,6 +17,7 @@ from clora.data.batches import GENERAL
 from clora.data.cache import Cache, Entry, chunked
 from clora.data.encoders import PromptTable
 from clora.data.generation import Generator, Report
+from clora.data.tables import Latents, LatentTable, TextTable, select
 from clora.hashing import digest, tensor_digest
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -39,14 +40,14 @@ class Samples(NamedTuple):
         seed: ``[N]`` int64 seeds of the noise.
     """
 
-    sources: Tensor
+    sources: Latents
     prompt: Tensor
     empty: Tensor
     teacher: Tensor
     seed: Tensor
 
     @staticmethod
-    def of_teachers(sources: Tensor, prompt: Tensor, empty: Tensor, seed: int) -> Samples:
+    def of_teachers(sources: Latents, prompt: Tensor, empty: Tensor, seed: int) -> Samples:
         """The samples of E teachers with M sources each, from ``[E, M, S, C]`` and ``[E, M]``, teacher by teacher."""
         teacher = torch.arange(len(prompt)).repeat_interleave(prompt.shape[1])
         return Samples(
@@ -54,14 +55,15 @@ class Samples(NamedTuple):
         )
 
     @staticmethod
-    def of_base(sources: Tensor, prompt: Tensor, empty: Tensor, seed: int) -> Samples:
+    def of_base(sources: Latents, prompt: Tensor, empty: Tensor, seed: int) -> Samples:
         """The base's samples of Q general pairs (`DistillData.general_pairs`), from ``[Q, S, C]`` and ``[Q]``."""
         seeds = seed + FIRST_GENERAL_SEED + torch.arange(len(prompt))
         return Samples(sources, prompt, empty, torch.full_like(prompt, GENERAL), seeds)
 
     def at(self, rows: Sequence[int] | slice) -> Samples:
         """Some of the samples."""
-        return Samples(*(part[rows] for part in self))
+        sources, *others = self
+        return Samples(select(sources, rows), *(part[rows] for part in others))
 
 
 def num_passes(config: DistillConfig, samples: int) -> int:
@@ -80,7 +82,7 @@ def render_targets(
     adapter: ModelAdapter,
     teachers: Mapping[str, LoRAState],
     samples: Samples,
-    text: Text,
+    text: Text | TextTable,
     config: DistillConfig,
     report: Report,
 ) -> Iterator[Tensor]:
@@ -101,7 +103,7 @@ def render_targets(
     def render(generator: Generator, batch: Samples, slots: Tensor) -> Tensor:
         return generator.euler(
             slots,
-            Conditioning(text[batch.prompt], batch.sources),
+            Conditioning(text[batch.prompt], batch.sources[:]),
             batch.seed.tolist(),
             config.sampler.teacher_steps,
             text[batch.empty],
@@ -159,7 +161,7 @@ class CachedTargets:
     config: DistillConfig
     adapter: ModelAdapter
     table: PromptTable
-    text: Text
+    text: TextTable
     cache: Cache
     components: Mapping[str, str]
 
@@ -170,14 +172,14 @@ class CachedTargets:
         samples: Samples,
         images: Sequence[str],
         names: Sequence[str],
-    ) -> Tensor:
+    ) -> LatentTable:
         """The latents of N samples.
 
         Args:
             title: of the stage that shows the progress.
             teachers: as in `render_targets`.
             samples: N pictures to render.
-            images: the hash of each sample's source (`clora.data.encoders.pixel_digests`).
+            images: the hash of each sample's source (`clora.data.encoders.Pictures`).
             names: the picture of each sample, for messages.
 
         Returns:
@@ -220,7 +222,9 @@ class CachedTargets:
 
         at_once = samples_at_once(self.config, TEACHERS_AT_ONCE if teachers else GENERAL_AT_ONCE)
         chunks = render_chunks(samples.teacher, at_once)
-        return torch.stack([entry["latents"] for entry in self.cache.entries("targets", keys, chunks, describe, make)])
+        targets = self.cache.entries("targets")
+        targets.extend(keys, chunks, describe, make)
+        return LatentTable([targets])
 
 
 def lora_digest(state: LoRAState) -> str:

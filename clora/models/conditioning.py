@@ -41,21 +41,25 @@ class Text:
         """Returns the same prompts on a device; the mask stays on the CPU."""
         return Text(send(self.embeds, device), self.mask, None if self.pooled is None else send(self.pooled, device))
 
+    def padded(self, length: int, masked: bool) -> Text:
+        """Returns the same prompts, padded with zeros to a length; with a mask, or with none where every token counts."""
+        padding = length - self.embeds.shape[1]
+        embeds = functional.pad(self.embeds, (0, 0, 0, padding)) if padding else self.embeds
+        if not masked:
+            return Text(embeds, None, self.pooled)
+        mask = torch.ones(self.embeds.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+        return Text(embeds, functional.pad(mask, (0, padding)), self.pooled)
+
     @staticmethod
     def cat(parts: Sequence[Text]) -> Text:
         """Joins all rows; shorter ones are padded with masked zeros."""
         length = max(part.embeds.shape[1] for part in parts)
         # Prompts that all have one length and no mask stay without: attention then needs none.
         masked = any(part.mask is not None or part.embeds.shape[1] < length for part in parts)
-        embeds = []
-        masks = []
-        for part in parts:
-            padding = length - part.embeds.shape[1]
-            mask = torch.ones(part.embeds.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
-            embeds.append(functional.pad(part.embeds, (0, 0, 0, padding)) if padding else part.embeds)
-            masks.append(functional.pad(mask, (0, padding)))
+        parts = [part.padded(length, masked) for part in parts]
+        mask = torch.cat([part.mask for part in parts]) if masked else None
         pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
-        return Text(torch.cat(embeds), torch.cat(masks) if masked else None, pooled)
+        return Text(torch.cat([part.embeds for part in parts]), mask, pooled)
 
 
 @dataclass(frozen=True)

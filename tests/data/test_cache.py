@@ -31,7 +31,9 @@ def refuse(missing):
 
 
 def entries(cache, kind, keys, make, at_once=1):
-    return cache.entries(kind, keys, chunked(len(keys), at_once), "entry {}".format, make)
+    found = cache.entries(kind)
+    found.extend(keys, chunked(len(keys), at_once), "entry {}".format, make)
+    return found
 
 
 def same(found):

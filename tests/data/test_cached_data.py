@@ -7,13 +7,16 @@ from dataclasses import fields
 import pytest
 import torch
 from helpers.pictures import write_images
+from safetensors.torch import save
 
 from clora.bank.bank import RoutedLinear
 from clora.data import encoders as encoders_module
-from clora.data.cache import Cache
-from clora.data.encoders import Encoders
+from clora.data.batches import BatchSampler
+from clora.data.cache import Cache, Entries
+from clora.data.encoders import Encoders, Picture, Pictures
 from clora.data.prepare import encode_data
 from clora.data.rendering import lora_digest
+from clora.data.tables import TextTable
 from clora.errors import CloraError
 from clora.models.conditioning import Text
 from clora.testing import random_lora, tiny_adapter, tiny_config, tiny_pipeline
@@ -67,9 +70,9 @@ def work(adapter, monkeypatch):
 
 
 def tensors(data):
-    return {f.name: getattr(data, f.name) for f in fields(data) if isinstance(getattr(data, f.name), torch.Tensor)} | {
-        "embeds": data.text.embeds
-    }
+    """All of it, with what is read from files."""
+    whole = {f.name: getattr(data, f.name) for f in fields(data) if f.name not in ("effects", "text")}
+    return {name: part[:] for name, part in whole.items() if part is not None} | {"embeds": data.text[:].embeds}
 
 
 def same(data, other):
@@ -171,15 +174,15 @@ def test_work_that_was_stopped_at_any_entry_ends_with_the_same_bits(encode, adap
     monkeypatch.setattr(encoders_module, "IMAGES_AT_ONCE", 3)
     sections = {"data": {"sources_per_effect": 4}, "train": {"forward_rows": 6}}
     plain = encode(Cache(None), **sections)
-    write, written = Cache._write, []
+    write, written = Entries._write, []
 
     def stopping(self, *entry):
         if len(written) == stop:
             raise KeyboardInterrupt
-        written.append(entry[0])
+        written.append(self._kind)
         write(self, *entry)
 
-    monkeypatch.setattr(Cache, "_write", stopping)
+    monkeypatch.setattr(Entries, "_write", stopping)
     stop = -1
     encode(Cache(tmp_path / "whole"), **sections)
     assert set(written) == {"prompts", "sources", "targets"}
@@ -190,6 +193,57 @@ def test_work_that_was_stopped_at_any_entry_ends_with_the_same_bits(encode, adap
             encode(Cache(tmp_path / str(last)), **sections)
         stop = -1
         assert same(encode(Cache(tmp_path / str(last)), **sections), plain), last
+
+
+def test_rows_are_read_from_files_and_equal_those_in_memory(encode, tmp_path, monkeypatch):
+    """Batches have the same bits; no tensor of the data is in memory, and no file is hashed again."""
+    kept, files = encode(Cache(None)), encode(Cache(tmp_path / "c"))
+    assert not any(part._in_memory for part in (*files.sources.parts, *files.targets.parts, files.text._entries))
+    monkeypatch.setattr("clora.data.cache.tensor_digest", None)
+    objective, drawn = tiny_config(EFFECTS).objective, []
+    for data in (kept, files):
+        sampler = BatchSampler(data, objective, 8, torch.Generator().manual_seed(0))
+        drawn.append([sampler.draw(update) for update in range(4)])
+    for ours, theirs in zip(*drawn, strict=True):
+        assert torch.equal(ours.target, theirs.target)
+        for name in ("student", "teacher", "uncond"):
+            one, other = getattr(ours, name), getattr(theirs, name)
+            assert torch.equal(one.source, other.source)
+            assert torch.equal(one.text.embeds, other.text.embeds)
+    assert kept.targets.shape == files.targets.shape == (2, 2, *kept.targets[0, 0].shape)
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "replaced"])
+def test_a_file_that_is_damaged_while_training_is_one_error_and_made_again(encode, tmp_path, damage):
+    data = encode(Cache(tmp_path / "c"))
+    before = data.targets[:]
+    for path in (tmp_path / "c" / "targets").iterdir():
+        if damage == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else save({"latents": torch.zeros(1, 1)}))
+    with pytest.raises(
+        CloraError, match=r"targets.*safetensors is needed until the end of training and was removed or"
+    ):
+        data.targets[1, 1]
+    assert torch.equal(encode(Cache(tmp_path / "c")).targets[:], before)
+
+
+def test_prompts_have_the_padding_and_masks_of_one_table(tmp_path):
+    """Whatever prompts are read at once: as all of them joined, of which rows are taken."""
+    lengths = (2, 5, 5, 3)
+    rows = [Text(torch.randn(1, length, 2), pooled=torch.randn(1, 3)) for length in lengths]
+    for chosen in ([0, 1, 2, 3], [1, 2]):
+        entries = Cache(tmp_path).entries("prompts")
+        made = [{"embeds": rows[i].embeds[0], "pooled": rows[i].pooled[0]} for i in chosen]
+        entries.extend([{"i": i} for i in chosen], [range(len(chosen))], str, lambda chunks, made=made: made)
+        joined, table = Text.cat([rows[i] for i in chosen]), TextTable(entries)
+        for some in (torch.tensor([1, 1]), torch.tensor([0]), slice(None)):
+            expected, found = joined[some], table[some]
+            assert torch.equal(found.embeds, expected.embeds)
+            assert torch.equal(found.pooled, expected.pooled)
+            assert (found.mask is None) == (expected.mask is None) == (len(chosen) == 2)
+            assert found.mask is None or torch.equal(found.mask, expected.mask)
 
 
 def test_values_that_are_not_finite_stop_at_the_first(encode, adapter, monkeypatch, tmp_path):
@@ -252,9 +306,10 @@ class Masked:
 def test_a_prompt_with_its_image_does_not_depend_on_those_beside_it(tmp_path):
     family, images = Masked(), torch.randn(3, 3, 4, 4)
     encoders = Encoders(family, Cache(tmp_path), None)
-    first = encoders.prompts(["long prompt", "a"], images[:2])
+    pictures = Pictures("", images)
+    first = encoders.prompts(["long prompt", "a"], [Picture(pictures, 0), Picture(pictures, 1)])[:]
     assert family.calls == 2
-    second = encoders.prompts(["a", "a", "abc"], images[[1, 2, 0]])
+    second = encoders.prompts(["a", "a", "abc"], [Picture(pictures, i) for i in (1, 2, 0)])[:]
     assert family.calls == 5, "the first was there; it is encoded again beside the others of its chunk, and not kept"
     assert first.embeds.shape == (2, 11, 2)
     assert second.embeds.shape == (3, 3, 2), "not as long as the prompt that it was once encoded beside"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from helpers.pictures import write_images
 
 from clora.commands.plan.needs import rendering_rows
+from clora.data import images as images_module
 from clora.data.encoders import Pictures, PromptTable
-from clora.data.images import ImageFolder
 from clora.data.prepare import count_data, encode_data, pairs_note
 from clora.data.rendering import Samples, render_targets
 from clora.testing import merge_lora, random_data, random_teachers, tiny_config
@@ -105,32 +107,32 @@ def test_prompts_are_rows_of_one_table(adapter, tmp_path):
 
     students = embedded("make it a", "turn it", "add", "brighten", "keep", "brighten")
     for m in range(2):
-        torch.testing.assert_close(data.text.embeds[data.student_text[..., m].flatten()], students)
-        torch.testing.assert_close(data.text.embeds[data.teacher_text[:, m]], embedded("make it", "make it"))
-        torch.testing.assert_close(data.text.embeds[data.empty_text[:, m]], embedded("", ""))
+        torch.testing.assert_close(data.text[data.student_text[..., m].flatten()].embeds, students)
+        torch.testing.assert_close(data.text[data.teacher_text[:, m]].embeds, embedded("make it", "make it"))
+        torch.testing.assert_close(data.text[data.empty_text[:, m]].embeds, embedded("", ""))
     source, instruction, empty = data.general_pairs.unbind(1)
     assert sorted(zip(source.tolist(), instruction.tolist(), strict=True)) == sorted(
         (s, row) for s in range(2) for row in set(instruction.tolist())
     )
     assert len(data.text) == len({"make it", "make it a", "turn it", "add", "brighten", "keep", "a picture", ""})
-    torch.testing.assert_close(data.text.embeds[instruction[:1]], embedded("turn it"))
+    torch.testing.assert_close(data.text[instruction[:1]].embeds, embedded("turn it"))
     assert (empty == data.empty_text[0, 0]).all()
 
 
 def test_a_prompt_that_is_encoded_with_its_image_has_a_row_for_each():
     class Encoding:
-        def prompts(self, prompts, pixels):
-            self.asked = (prompts, pixels)
+        def prompts(self, *asked):
+            self.asked = asked
 
     encoders, pixels = Encoding(), torch.randn(3, 3, 4, 4)
     table, pictures = PromptTable(text_sees_image=True), Pictures("some", pixels)
+    others = Pictures("others", pixels)
     first = table.rows("p", pictures, torch.tensor([2, 0, 2]))
     assert first.tolist() == [0, 1, 0]
     assert table.rows("q", pictures, torch.tensor([0])).tolist() == [2]
-    assert table.rows("p", pictures._replace(name="others"), torch.tensor([2])).tolist() == [3]
+    assert table.rows("p", others, torch.tensor([2])).tolist() == [3]
     table.encode(encoders)
-    assert encoders.asked[0] == ["p", "p", "q", "p"]
-    assert torch.equal(encoders.asked[1], pixels[[2, 0, 0, 2]])
+    assert encoders.asked == (["p", "p", "q", "p"], [(pictures, 2), (pictures, 0), (pictures, 0), (others, 2)])
     assert table.prompts[1:3] == ["p", "q"]
 
 
@@ -140,14 +142,22 @@ def test_pictures_are_read_a_chunk_at_a_time(adapter, tmp_path, monkeypatch):
     teachers = {"a": random_teachers(adapter.pipeline.transformer, 1).popitem()[1]}
     whole = encode_data(config, adapter, teachers)
     monkeypatch.setattr("clora.data.encoders.IMAGES_AT_ONCE", 2)
-    read, rows = ImageFolder.__getitem__, []
-    monkeypatch.setattr(
-        ImageFolder, "__getitem__", lambda self, i: rows.append(1 if isinstance(i, int) else len(i)) or read(self, i)
-    )
+    read, alive = images_module.load_image, []
+    most = 0
+
+    def load(file, size):
+        nonlocal most
+        pixels = read(file, size)
+        alive.append(weakref.ref(pixels))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return pixels
+
+    monkeypatch.setattr(images_module, "load_image", load)
     data = encode_data(config, adapter, teachers)
-    assert max(rows) == 2
+    assert len(alive) == 9, "each is decoded once"
+    assert most <= 2 * 2, "those of a chunk, and of the one before"
     assert len(data.general_sources) == 9
-    torch.testing.assert_close(data.general_sources, whole.general_sources)
+    torch.testing.assert_close(data.general_sources[:], whole.general_sources[:])
 
 
 @pytest.mark.parametrize("stated", [None, 5])

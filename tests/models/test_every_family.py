@@ -15,7 +15,7 @@ from helpers.host_waits import DEVICE, host_waits
 from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.data.cache import Cache
-from clora.data.encoders import Encoders
+from clora.data.encoders import Encoders, Picture, Pictures
 from clora.data.generation import Generator
 from clora.data.rendering import Samples, render_targets
 from clora.models import adapter_for, common
@@ -72,16 +72,17 @@ def velocity(adapter, conditioning):
 
 def test_encodings_that_are_read_again_give_the_same_velocity(adapter, pictures, conditioning, monkeypatch, tmp_path):
     """Also where the prompts come from different batches: first two of them, then all three."""
-    seen = pictures if adapter.text_sees_image else None
+    images = Pictures("", pictures)
+    seen = [Picture(images, i) for i in range(len(pictures))] if adapter.text_sees_image else None
     before = component_fingerprints(adapter.pipeline)
     Encoders(adapter, Cache(tmp_path), None).prompts(PROMPTS[:2], None if seen is None else seen[:2])
     Encoders(adapter, Cache(tmp_path), None).prompts(PROMPTS, seen)
-    first = Encoders(adapter, Cache(tmp_path), None).sources(pictures)
+    first = Encoders(adapter, Cache(tmp_path), None).sources(images)[:]
     assert component_fingerprints(adapter.pipeline) == before
     for name in ("encode_prompts", "encode_sources"):
         monkeypatch.setattr(adapter, name, None)
     encoders = Encoders(adapter, Cache(tmp_path), None)
-    text, sources = encoders.prompts(PROMPTS, seen), encoders.sources(pictures)
+    text, sources = encoders.prompts(PROMPTS, seen)[:], encoders.sources(images)[:]
     assert torch.equal(sources, first)
     with torch.no_grad():
         expected = velocity(adapter, conditioning)

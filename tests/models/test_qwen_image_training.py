@@ -101,6 +101,7 @@ def make_config(folder, teachers, **settings):
         save_lora(state, folder / f"{name}.safetensors")
         effects.append({"name": name, "lora": str(folder / f"{name}.safetensors"), "prompt": f"make it {name}"})
     data = {"sources": str(folder / "images"), "size": SIZE, "sources_per_effect": 2, "general_targets": 3}
+    data["cache"] = str(folder / "cache")  # to be read after the run
     return tiny_config(effects, output=str(folder / "out"), data=data, **settings)
 
 
@@ -113,8 +114,9 @@ def check_data(data, adapter, config):
     assert len({int(row) for _, _, row in used}) == len(used)
     for prompt, i, row in used:
         expected = adapter.encode_prompts([prompt], [images[i : i + 1]]).embeds[0]
-        torch.testing.assert_close(data.text.embeds[row][: len(expected)], expected)
-        assert int(data.text.mask[row].sum()) == len(expected)
+        text = data.text[row[None]]
+        torch.testing.assert_close(text.embeds[0, : len(expected)], expected)
+        assert int(text.mask.sum()) == len(expected)
     assert data.sources.shape[2:] == (4 * 8, 16)
     assert data.targets.shape == (2, 2, 4 * 6, 16)
     assert data.general_targets.shape == (3, 4 * 6, 16)

@@ -64,7 +64,8 @@ def run(folder, dtype, tmp_path, monkeypatch):
         loras.append(str(tmp_path / f"{seed}.safetensors"))
         save_lora(random_lora(tiny_pipeline().transformer, 2, seed), loras[-1])
     effects = [{"name": f"e{i}", "lora": lora, "prompt": f"make it {i}"} for i, lora in enumerate(loras)]
-    data = {"sources": str(images), "sources_per_effect": 2, "general_targets": 3}
+    cache = str(tmp_path / "cache")  # to be read after the run
+    data = {"sources": str(images), "sources_per_effect": 2, "general_targets": 3, "cache": cache}
     config = tiny_config(effects, pipeline=str(folder), output=str(out), data=data, dtype=dtype)
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_student", train_student)
@@ -76,10 +77,10 @@ def run(folder, dtype, tmp_path, monkeypatch):
 def test_encoding_rendering_training_and_export(tiny_folder, tmp_path, monkeypatch):
     reports, data, weights = run(tiny_folder, "bfloat16", tmp_path, monkeypatch)
     expected, exact, exact_weights = run(tiny_folder, "float32", tmp_path, monkeypatch)
-    assert data.text.embeds.dtype == BF16
-    assert data.targets.dtype == data.general_targets.dtype == BF16, "as the transformer gives them"
+    assert data.text[:].embeds.dtype == BF16
+    assert data.targets[:].dtype == data.general_targets[:].dtype == BF16, "as the transformer gives them"
     for name in ("sources", "targets", "general_targets"):
-        found, whole = getattr(data, name).float(), getattr(exact, name)
+        found, whole = getattr(data, name)[:].float(), getattr(exact, name)[:]
         assert (found - whole).norm() < 0.05 * whole.norm(), name
         assert not torch.equal(found, whole)
     assert len(reports) == 2

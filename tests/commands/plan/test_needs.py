@@ -24,6 +24,7 @@ from clora.commands.plan.needs import (
     slot_bytes,
 )
 from clora.data.prepare import count_data, encode_data
+from clora.hashing import digest
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.load import read_lora
 from clora.models.loading import load_pipeline, with_guidance
@@ -159,7 +160,7 @@ def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
     config = with_guidance(config, adapter)
     shapes = linear_shapes(adapter.pipeline.transformer)
     data = encode_data(config, adapter, {e.name: read_lora(e.lora, shapes) for e in config.effects})
-    different = [data.text.embeds, data.targets, data.general_sources, data.general_targets]
+    different = [data.text[:].embeds, data.targets[:], data.general_sources[:], data.general_targets[:]]
     assert planned == sum(4 * t.numel() for t in different)
 
 
@@ -177,11 +178,14 @@ def test_the_count_is_of_what_a_run_reads(job, tmp_path, adapter, monkeypatch, t
     config = job(effects, data={"held_out": 1, "sources_per_effect": 5})
     seen = {"sources": 0, "prompts": 0, "targets": 0}
 
-    def entries(cache, kind, keys, *how):
-        seen[kind] = seen.get(kind, 0) + len(keys)
-        return [{"embeds" if kind == "prompts" else "latents": torch.zeros(1, 1)}] * len(keys)
+    def extend(entries, keys, *how):
+        seen[entries._kind] = seen.get(entries._kind, 0) + len(keys)
+        entry = {"embeds" if entries._kind == "prompts" else "latents": torch.zeros(1, 1)}
+        for key in keys:
+            entries._names.append(digest(key))
+            entries._keep(entries._names[-1], entry)
 
-    monkeypatch.setattr("clora.data.cache.Cache.entries", entries)
+    monkeypatch.setattr("clora.data.cache.Entries.extend", extend)
     monkeypatch.setattr(type(adapter), "text_sees_image", text_sees_image)
     encode_data(
         config, adapter, {effect.name: random_lora(tiny_pipeline().transformer, 2, 0) for effect in config.effects}
