@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from clora.errors import CloraError
@@ -111,7 +113,10 @@ def upload(folder: Path, destination: Destination, files: Sequence[str]) -> str:
     from huggingface_hub import HfApi
 
     api, repo_id = HfApi(), destination.repo_id
-    later = f"hf upload {repo_id} {folder} --include {' '.join(files)}{' --private' if destination.private else ''}"
+    # Of several names after one --include, hf takes the second as another argument.
+    included = chain.from_iterable(("--include", file) for file in files)
+    private = ["--private"] if destination.private else []
+    later = shlex.join(["hf", "upload", repo_id, str(folder), *included, *private])
     with _failing(f"{folder} is complete, but it could not be uploaded (later: {later})"):
         api.create_repo(repo_id, exist_ok=True, private=destination.private)
         _refuse_public(destination)

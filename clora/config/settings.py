@@ -148,7 +148,7 @@ class SamplerConfig(FrozenModel):
 
     Attributes:
         steps: passes of the student.
-        shift: time shift of both schedules.
+        shift: time shift of the student's schedule, and of the noise levels of training. Teachers render by the pipeline's own.
         teacher_steps: steps of a teacher that renders targets.
         guidance: guidance w of the teachers that score, by a second pass with the empty prompt; 0 for none (pipelines
             call w + 1 the guidance scale, or the true CFG scale). None for the family's default: the paper's 4 for

@@ -160,8 +160,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values, clear = np.asarray(image), image.info.get("transparency")
     if not np.isfinite(values).all():
         raise ValueError("its values are not all finite")
-    # TIFF has floats up to 1 as well as up to 255; integers here have 16 bits.
-    white = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
+    most = values.max()
+    if most > 65535:
+        raise ValueError(f"its values go up to {most:.6g}, expected at most 65535")
+    # TIFF has floats up to 1, which resizing may have passed a little, as well as up to 255; integers have 16 bits.
+    white = 65535 if image.mode != "F" or most > 256 else 255 if most > 2 else 1
     grey = Image.fromarray((values.astype(np.float32) * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

@@ -268,6 +268,12 @@ def _refuse_unknown(source: LoRASource, table: Mapping[str, tuple[Route, ...]], 
 
 def _no_layer(stems: Sequence[str], unknown: Sequence[str], table: Collection[str], layers: Iterable[str]) -> str:
     """Returns what is wrong with a file none of whose modules is one of the model."""
+    if not stems:
+        return (
+            f"no key names a LoRA's matrix. Found for example {_listed(unknown, 3)}; expected names that end in "
+            ".lora_A.weight and .lora_B.weight, or as another program of docs/models.md writes them. Choose the LoRA's file, "
+            "or rename the tensors"
+        )
     if prefix := _unknown_prefix(stems, table):
         return (
             f"all names are layers of the model but for their beginning {prefix!r}, which may stand for another part of a "
@@ -281,9 +287,8 @@ def _no_layer(stems: Sequence[str], unknown: Sequence[str], table: Collection[st
 
 def _unknown_prefix(stems: Sequence[str], table: Collection[str]) -> str | None:
     """Returns the beginning that makes layers of the model of all names once it is removed; None where there is none."""
-    first = stems[0] if stems else ""
-    for end in (i + 1 for i, letter in enumerate(first) if letter in "._/"):
-        start = first[:end]
+    for end in (i + 1 for i, letter in enumerate(stems[0]) if letter in "._/"):
+        start = stems[0][:end]
         if all(stem.startswith(start) and stem.removeprefix(start) in table for stem in stems):
             return start
     return None

@@ -171,9 +171,9 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _ignored(file: Path, keys: Mapping[str, object], patterns: Sequence[str]) -> tuple[str, ...]:
-    """Returns the tensor names that patterns leave out."""
+    """Returns the tensor names that patterns leave out; one text is one pattern."""
     ignored: set[str] = set()
-    for pattern in patterns:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         found = [key for key in keys if fnmatchcase(key, f"{pattern}*")]
         if not found:
             raise CloraError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,12 +128,14 @@ def _component(folder: Path, library: str | None, name: str | None, dtype: torch
 
 
 def torchvision_command(torch_version: str) -> str:
-    """Returns the command that installs torchvision beside an installed torch, which stays as it is.
+    """Returns the command that installs torchvision beside an installed torch, which stays as it is; advice for other builds.
 
     Args:
         torch_version: ``torch.__version__``, such as ``2.13.0+cpu``.
     """
     release, _, build = torch_version.partition("+")
+    if build and not re.fullmatch(r"cpu|xpu|cu\d+|rocm[\d.]+", build) or not re.fullmatch(r"[\d.]+", release):
+        return f"install the torchvision that was built with torch {torch_version}, from where this torch came"
     # pip chooses the torchvision that requires this torch; of PyTorch's own builds, such as +cpu, the one of the same build.
     index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
     return f"pip install torch=={release} torchvision{index}"

@@ -20,7 +20,7 @@ def test_quotes_in_a_prompt_do_not_break_the_card():
 
 def test_a_prompt_with_table_marks_stays_in_its_cell():
     local = model_card(describe(base_model="a local Flux2KleinPipeline (folder x)"))
-    assert "effect LoRAs for a local Flux2KleinPipeline (folder x)." in local
+    assert "effect LoRA for a local Flux2KleinPipeline (folder x)." in local
     assert 'from_pretrained("path/to/the/base/model", ' in local, "what is no hub id cannot be loaded"
     assert "from_pretrained('some/pipeline', " in model_card(describe())
     card = model_card(describe(effect("a|b", ("one | two\nthree",))))
@@ -48,7 +48,7 @@ def test_text_from_files_is_shown_and_does_nothing(text):
     assert front["instance_prompt"] == front["widget"][0]["text"] == text
     assert front["license"] == "other"
     body = card.split("\n---\n")[-1]
-    assert body.startswith("# 1 effects and 8-step sampling in one LoRA\n")
+    assert body.startswith("# 1 effect and 8-step sampling in one LoRA\n")
     assert not re.search(r"^#+ Mine", body, re.M)
     code = body.split("```python")[1].split("\n```\n")[0]
     assert {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)} >= {text}
@@ -105,6 +105,27 @@ def test_the_card_calls_each_pipeline_by_its_own_names(pipeline, call):
     assert all(f"{name}={value}," in code for name, value in call.items())
     assert "pipe.load_lora_weights('me/collection')" in code
     assert ("guidance_scale" in code) == ("Flux" in pipeline)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "lightx2v", "diffsynth"),
+    [
+        ("Flux2KleinPipeline", True, "bare"),
+        ("FluxKontextPipeline", False, "as it is"),
+        ("LongCatImageEditPipeline", True, ""),
+    ],
+)
+def test_the_card_names_only_files_of_the_table_of_programs(pipeline, lightx2v, diffsynth):
+    """docs/models.md."""
+    import diffusers
+
+    if not hasattr(diffusers, pipeline):
+        pytest.skip(f"this diffusers has no {pipeline}")
+    (others,) = re.findall(r"^\*\*Others\*\*.*?\n\n", model_card(describe(pipeline=pipeline)), re.M | re.S)
+    assert "`--format peft` for sglang" in others
+    assert ("`--format bare` for LightX2V" in others) == lightx2v
+    assert ("DiffSynth" in others) == bool(diffsynth)
+    assert diffsynth in others
 
 
 @pytest.mark.parametrize(

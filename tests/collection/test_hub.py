@@ -97,8 +97,12 @@ def test_a_public_repository_is_no_private_one(hub, tmp_path):
 
 def test_the_error_of_an_upload_states_that_nothing_is_lost(hub, tmp_path):
     hub.error = OSError("no connection")
-    with pytest.raises(CloraError, match=f"is complete, but.*later: hf upload me/x {tmp_path} --include a.: no conn"):
-        upload(tmp_path, Destination("me/x"), ["a"])
+    folder = tmp_path / "my collection"
+    with pytest.raises(CloraError, match=f"{folder} is complete, but.*no connection") as failed:
+        upload(folder, Destination("me/x", private=True), ["a", "b c"])
+    # hf takes one name after each --include.
+    expected = f"later: hf upload me/x '{folder}' --include a --include 'b c' --private)"
+    assert expected in str(failed.value)
 
 
 def test_ids_with_an_owner():

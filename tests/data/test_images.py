@@ -126,6 +126,13 @@ def test_grey_floats_and_the_transparent_grey_of_a_png(tmp_path):
         if name == "clear.png":
             expected[0, 0] = 1
         torch.testing.assert_close(load_image(tmp_path / name, (4, 4))[0], expected, rtol=0, atol=1 / 127)
+    for white, most in ((1, 1.02), (255, 255.5)):  # resizing passes the ends a little
+        Image.fromarray(ramp * most).save(tmp_path / "over.tif")
+        expected = torch.from_numpy(ramp * (most / white)).clamp(0, 1).mul(2).sub(1)
+        torch.testing.assert_close(load_image(tmp_path / "over.tif", (4, 4))[0], expected, rtol=0, atol=1 / 127)
+    Image.fromarray((ramp * 2**30).astype(np.int32)).save(tmp_path / "bits.tif")
+    with pytest.raises(CloraError, match=r"bits\.tif is a damaged image \(its values go up to 1\.07374e\+09, expected"):
+        load_image(tmp_path / "bits.tif", (4, 4))
     ramp[0, 0] = np.nan
     Image.fromarray(ramp).save(tmp_path / "nan.tif")
     with pytest.raises(CloraError, match=r"nan\.tif is a damaged image \(its values are not all finite\)"):

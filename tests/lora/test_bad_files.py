@@ -25,7 +25,10 @@ BAD_TENSORS = {
         },
         ["another architecture", "down_blocks.0", "expected modules like"],
     ),
-    "no_lora_at_all": ({"model.weight": torch.ones(2)}, ["another architecture", "model.weight"]),
+    "no_lora_at_all": (
+        {"model.weight": torch.ones(2)},
+        ["no key names a LoRA's matrix", "model.weight", ".lora_A.weight"],
+    ),
     "unknown_key": (good() | {"surprise": torch.ones(2)}, ["1 unknown key(s)", "surprise"]),
     "unknown_module": (
         good() | {f"{STEM}x.lora_A.weight": torch.ones(4, 16), f"{STEM}x.lora_B.weight": torch.ones(16, 4)},

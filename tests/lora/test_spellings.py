@@ -88,6 +88,14 @@ def test_another_beginning_is_named_and_never_guessed(tmp_path, shapes):
     assert "another architecture" not in str(error.value)
 
 
+def test_another_end_of_the_names_is_no_other_architecture(tmp_path, shapes):
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{layer}.lora_{part}": torch.ones(4, 4) for part in "AB"}, tmp_path / "a.safetensors")
+    with pytest.raises(CloraError, match=r"names that end in \.lora_A\.weight") as error:
+        read_lora(tmp_path, shapes)
+    assert "another architecture" not in str(error.value)
+
+
 def test_original_names_in_the_prefix_of_peft(tmp_path, shapes):
     """diffusers and sglang read them with alpha = rank; PEFT's own names need its config."""
     save_file(pair("base_model.model.double_blocks.0.img_attn.proj"), tmp_path / "any.safetensors")
@@ -115,6 +123,8 @@ def test_keys_are_left_out_by_name(tmp_path, shapes):
     assert (info["ignored"], info["problems"], info["unsupported"]) == (sorted(foreign), [], {})
     with pytest.raises(CloraError, match="no tensor's name begins with 'lora_ta'"):
         read_lora(tmp_path, shapes, ignore=["lora_ta"])
+    with pytest.raises(CloraError, match="no tensor's name begins with 'transforms'"):
+        read_lora(tmp_path, shapes, ignore="transforms")  # one text is one pattern
     with pytest.raises(CloraError, match="no tensors but ignored ones"):
         read_lora(tmp_path, shapes, ignore=["*"])
 

@@ -118,6 +118,13 @@ def test_torchvision_of_the_same_release_and_build(version, command):
     assert wanted.contains(version)
 
 
+@pytest.mark.parametrize("version", ["2.13.0a0+git1f2e3d4", "2.9.0a0+50eac811a6.nv25.09", "2.15.0.dev20261101+cu130"])
+def test_no_command_is_made_up_for_a_torch_that_no_release_index_has(version):
+    advice = torchvision_command(version)
+    assert version in advice
+    assert "pip install" not in advice
+
+
 def test_a_processor_without_torchvision_states_what_to_install(job, tmp_path, tiny_folder, monkeypatch):
     def needs_torchvision(folder):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
