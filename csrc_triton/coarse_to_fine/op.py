@@ -52,7 +52,8 @@ def unsupported(
         return "velocity or x is fp64, which the eager reference computes in"
     tensors = {"x": x, "sigma": sigma, "kind": kind, "weight": weight, "anchor_target": anchor_target}
     if scores is not None:
-        tensors |= {f"scores.{name}": tensor for name, tensor in scores._asdict().items()}
+        # Not _asdict, which the graph of torch 2.8 breaks at.
+        tensors |= {f"scores.{name}": tensor for name, tensor in zip(Scores._fields, scores, strict=True)}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != velocity.device:
             return f"{name} is on {tensor.device}, velocity on {velocity.device}"

@@ -225,6 +225,8 @@ def test_a_refused_collection_leaves_the_pipeline_as_it_was(collection, tmp_path
             "transformer.r": 4,
             "transformer.lora_alpha": values.pop("alpha"),
             "transformer.target_modules": ["to_q"],
+            "transformer.rank_pattern": {},
+            "transformer.alpha_pattern": {},
         }
         metadata["lora_adapter_metadata"] = json.dumps(adapter)
     for section, found in values.items():

@@ -81,7 +81,11 @@ def found(tmp_path_factory):
 
 @pytest.fixture
 def code_of(found):
-    return lambda *combination: found("few" if combination in FEW else "rest")["code"]["/".join(combination)]
+    def of(*combination):
+        code, name = found("few" if combination in FEW else "rest")["code"], "/".join(combination)
+        return code[name] if name in code else pytest.skip(f"this Triton lacks the linker of {combination[2]}")
+
+    return of
 
 
 def those(**wanted):
@@ -161,6 +165,8 @@ def compiled_kernels(combinations):
 
     found = {}
     for shape, name, target in combinations:
+        if not triton_compiler.has_tools(target):
+            continue
         machine = Machine(SHARED_MEMORY[target], descriptors=target in ("sm_90", "sm_100"))
         launch.machine_of = lambda device, machine=machine: machine
         launch.wrap_triton = recorder = triton_compiler.Recorder()
@@ -210,8 +216,18 @@ def facts(triton_compiler, compiled):
         "fp64": re.findall(r"\w+\.f64|v_\w+_f64", code),
         "products": {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in (*TENSOR_CORES.values(),)},
         "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.\w+\.shared", code)),
-        "first_moves": dict(re.findall(r"tt\.addptr %(p_[a-z]+\d?), .*: !tt\.ptr<\w+>, (\w+)", compiled.asm["ttir"])),
+        "first_moves": first_moves(compiled),
     }
+
+
+def first_moves(compiled):
+    """{pointer argument: type of its offset}. Arguments are told by position: Triton 3.4 does not keep their names."""
+    ttir, signature = compiled.asm["ttir"], compiled.src.signature
+    names = [name for name, kind in signature.items() if kind != "constexpr"]
+    arguments = re.findall(r"%(\w+): ", re.search(r"tt\.func public .*", ttir)[0])
+    name_of = dict(zip(arguments, names, strict=True))
+    moves = re.findall(r"tt\.addptr %(\w+), .*: !tt\.ptr<\w+>, (\w+)", ttir)
+    return {name_of[pointer]: offset for pointer, offset in moves if pointer in name_of}
 
 
 def traced_graphs():

@@ -80,9 +80,9 @@ def test_tensor_descriptors(monkeypatch, dtype):
     """The loop that Hopper takes, over tails in every direction; wherever rows are not aligned it takes pointers."""
     monkeypatch.setattr(launch, "machine_of", lambda device: Machine(232448, descriptors=True))
     seen = launches(monkeypatch)
-    assert_as_accurate_as_eager(ours("fused"), make(Case(70, 40, 72, 3, 20, [2, -1, 0]), dtype))
+    assert_as_accurate_as_eager(ours("fused"), make(Case(70, 48, 80, 3, 20, [2, -1, 0]), dtype))
     assert [options["DESCRIPTORS"] for name, options in seen if name == "linear_kernel"] == [True, True]
-    assert_as_accurate_as_eager(ours("fused"), make(Case(9, 41, 72, 3, 20, [2, -1, 0]), dtype))
+    assert_as_accurate_as_eager(ours("fused"), make(Case(9, 41, 80, 3, 20, [2, -1, 0]), dtype))
     assert [options["DESCRIPTORS"] for name, options in seen if name == "linear_kernel"][2:] == [False, False]
 
 

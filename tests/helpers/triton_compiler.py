@@ -36,6 +36,15 @@ TARGETS = {
 }
 
 
+def has_tools(target: str) -> bool:
+    """Whether Triton can compile for one of `TARGETS`: 3.4 takes AMD's linker from an installed ROCm."""
+    find = getattr(triton.compiler.make_backend(TARGETS[target]), "path_to_rocm_lld", None)
+    try:
+        return find is None or bool(find())
+    except Exception:  # what it raises
+        return False
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch: `args` and `options` as the launch function passed them."""

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from helpers.lora_cases import TRANSFORMERS, Random, assert_changes, product, write
+from helpers.versions import since_diffusers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -358,6 +359,7 @@ def test_peft_dora_without_magnitudes_is_refused(tmp_path):
     assert "has no magnitude" in inspect(tmp_path)["problems"][0]
 
 
+@since_diffusers("0.42", "the first that reads LoKr")
 def test_diffusers_agrees_on_lokr(tmp_path, models):
     """It fuses q, k and v of the model first, since it does not cut a Kronecker product."""
     from diffusers import Flux2Pipeline

@@ -94,8 +94,8 @@ def test_peft_weights_without_an_alpha_are_refused(tmp_path, shapes):
 
 def test_diffusers_metadata(tmp_path, shapes, diffusers_output, applied_output):
     lora_A, lora_B = matrices()
-    values = {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.target_modules": [MODULE]}
-    metadata = {"lora_adapter_metadata": json.dumps(values)}
+    values = {"r": RANK, "lora_alpha": 6, "target_modules": [MODULE], "rank_pattern": {}, "alpha_pattern": {}}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in values.items()})}
     path = save(tmp_path / "a.safetensors", f"transformer.{MODULE}", lora_A, lora_B, metadata=metadata)
     state = read_lora(path, shapes)
     assert torch.equal(state.modules[MODULE].delta(), (lora_B * 1.5) @ lora_A)
