@@ -305,3 +305,10 @@ def test_a_resumed_run_has_only_the_time_that_was_left(adapter, tmp_path, monkey
         trainer.fit(lambda update, values: seen.append(values["progress"]), Checkpoints(tmp_path))
     assert seen == sorted(seen)
     assert len(seen) <= 14, "both parts together take the minute, five seconds an update, and the one that was lost"
+
+
+def test_both_optimizers_have_their_settings(adapter):
+    rates = {"learning_rate": 0.1, "critic_learning_rate": 0.2, "weight_decay": 0.3}
+    with make_trainer(adapter, train={"updates": 1, **rates}) as trainer:
+        groups = [optimizer.param_groups[0] for optimizer in trainer.optimizers.values()]
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0.3)]
