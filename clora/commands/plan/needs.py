@@ -195,7 +195,7 @@ def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
     Args:
         facts: of the pipeline and its teachers.
         config: the settings.
-        encoded: values of the encoded pictures and prompts, which are in the host's memory too.
+        encoded: values of the encoded pictures, prompts and targets.
     """
     values = trained_values(facts, config.student.rank)
     # Student and critic, each with its optimizer, and the student's average.
@@ -203,5 +203,5 @@ def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
     return {
         "collection": values * facts.dtype.itemsize,
         "checkpoint while it trains": values * states,
-        "encoded while it trains, in memory too": encoded * facts.dtype.itemsize,
+        "encoded while it trains": encoded * facts.dtype.itemsize,
     }

@@ -155,7 +155,7 @@ def test_pictures_that_are_held_out_are_not_rendered(job):
 def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
     """Its values, counted in the data that a run would train on; a prompt given twice has one row."""
     config = job(data={"general_targets": 3, "general_instructions": ("make it brighter", "keep the red circle")})
-    planned = make_plan(config)["disk"]["encoded while it trains, in memory too"]
+    planned = make_plan(config)["disk"]["encoded while it trains"]
     adapter = tiny_adapter(load_pipeline(str(tiny_folder), "cpu"))
     config = with_guidance(config, adapter)
     shapes = linear_shapes(adapter.pipeline.transformer)
