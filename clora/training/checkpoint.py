@@ -80,6 +80,16 @@ def load_values(path: Path) -> dict[str, Any]:
     return _read(path)[1]
 
 
+def stated_values(path: Path) -> dict[str, Any]:
+    """Returns the JSON values in the header of a file of `save_state`, which is not verified; none of a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            values = json.loads((file.metadata() or {})["values"])
+    except (OSError, SafetensorError, LookupError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _restore(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor], name: str) -> None:
     """Restores an optimizer, which has a state of every parameter or has made no step."""
     state: dict[int, dict[str, Tensor | int]] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clora.errors import CloraError
+from clora.training.divergence import LARGEST_CHANGE, LARGEST_RISE, LossLevels
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class StepCheck:
         values: numbers for the report, ``[]`` each.
         nonfinite: ``[R]`` bool: rows whose loss is not finite.
         gradient_norm: ``[]`` norm of the gradient of all parameters.
+        change: ``[]`` `relative_change` of the LoRA after the step.
         strength: ``[R]``, largest for the row that most likely spoiled a gradient.
         strongest: describes that row, for the message.
         source: describes where row r comes from.
@@ -29,9 +31,15 @@ class StepCheck:
     values: Mapping[str, Tensor]
     nonfinite: Tensor
     gradient_norm: Tensor
+    change: Tensor
     strength: Tensor
     strongest: str
     source: Callable[[int], str]
+
+    @property
+    def strongest_source(self) -> str:
+        """Describes the row that most likely spoiled the step; waits for the device."""
+        return f"the {self.strongest} comes from {self.source(int(self.strength.nan_to_num(torch.inf).argmax()))}"
 
 
 def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
@@ -41,12 +49,12 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
         The numbers of all steps; of two with the same name the later one's.
 
     Raises:
-        CloraError: a loss or a gradient is not finite; describes the first such step.
+        CloraError: a loss or a gradient is not finite, or the weights have exploded; describes the first such step.
     """
-    # Two flags and then the numbers of each step, in one tensor: reading it is the only wait.
+    # Two flags, the change and then the numbers of each step, in one tensor: reading it is the only wait.
     found = []
     for check in checks:
-        found += [check.nonfinite.any(), ~torch.isfinite(check.gradient_norm), *check.values.values()]
+        found += [check.nonfinite.any(), ~torch.isfinite(check.gradient_norm), check.change, *check.values.values()]
     read = iter(torch.stack(found).tolist())
     values = {}
     for check in checks:
@@ -56,10 +64,26 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
                 f"{check.step}'s loss is not finite ({source}); lower the learning rates, or check this effect's teacher"
             )
         if next(read):
-            source = check.source(int(check.strength.nan_to_num(torch.inf).argmax()))
             raise CloraError(
-                f"{check.step}'s gradient is not finite; the {check.strongest} comes from {source}; lower its learning "
-                "rate"
+                f"{check.step}'s gradient is not finite; {check.strongest_source}; lower its learning rate"
+            )
+        change = next(read)
+        if not change <= LARGEST_CHANGE:
+            raise CloraError(
+                f"{check.step}'s weights have exploded: they change the base by {change:.3g} times its own size, expected "
+                f"at most {LARGEST_CHANGE:g}; {check.strongest_source}; lower its learning rate"
             )
         values |= {name: next(read) for name in check.values}
     return values
+
+
+def raise_explosion(checks: Sequence[StepCheck], levels: LossLevels) -> None:
+    """Raises CloraError if a loss of these steps has risen far above its lowest level."""
+    rises = levels.rises()
+    for check in checks:
+        for term in check.values:
+            if rises.get(term, 0.0) > LARGEST_RISE:
+                raise CloraError(
+                    f"{check.step}'s loss has exploded: its term {term} is {rises[term]:.3g} times its lowest level; "
+                    f"{check.strongest_source}; lower the learning rates"
+                )

@@ -11,7 +11,7 @@ from clora.config.reading import REMOVED
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.progress import say
-from clora.training.checkpoint import DamagedCheckpoint, load_values
+from clora.training.checkpoint import DamagedCheckpoint, load_values, stated_values
 
 # Settings that a resumed run may change: they bound its length and its memory, choose among what it kept, or name where
 # files are.
@@ -84,11 +84,32 @@ class Checkpoints:
         return self.folder / f"{update:08d}.safetensors"
 
     def prune(self, update: int) -> None:
-        """Removes all but the newest files up to an update; later ones are damaged, and were passed over."""
+        """Removes all but the newest files up to an update; later ones are damaged, and were passed over.
+
+        The newest calm one stays too: in a slow explosion all the others may be from within it.
+        """
         files = self.files()
         later = [file for file in files if file != self.earlier and int(file.stem) > update]
-        for file in [*later, *files[len(later) :][self.keep :]]:
+        earlier = files[len(later) :]
+        calm = next((file for file in earlier if _is_calm(file)), None)
+        for file in [*later, *earlier[self.keep :]]:
+            if file != calm:
+                file.unlink(missing_ok=True)
+
+    def go_back(self) -> str:
+        """Removes the files that a diverged run wrote when it was no longer calm; returns how to go on."""
+        for file in self.files():
+            if _is_calm(file):
+                update = stated_values(file)["update"]
+                return (
+                    f"The checkpoint of update {update} is kept: with lower rates the same command goes on from there"
+                )
             file.unlink(missing_ok=True)
+        if self._start is not None and self._start[0] == self.finished:
+            return (
+                f"With lower rates the same command goes on from update {self._start[1]}, the end of the finished run"
+            )
+        return "No checkpoint is from before it: with lower rates the same command begins the training anew"
 
     def finish(self) -> None:
         """Keeps the newest file as that of a finished run and removes the others."""
@@ -127,6 +148,12 @@ class Checkpoints:
         except CloraError:
             return None
         return (self.finished, values["update"]) if values["update"] <= config.train.updates else None
+
+
+def _is_calm(file: Path) -> bool:
+    """Reports a checkpoint that a diverged run may go back to; earlier versions did not record it."""
+    values = stated_values(file)
+    return bool(values) and values.get("calm", True) is True
 
 
 def resumable_settings(config: DistillConfig) -> dict[str, Any]:

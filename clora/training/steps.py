@@ -29,6 +29,7 @@ from clora.flow.sampling import guided, simulate_to_step
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
+from clora.training.divergence import base_size, relative_change
 from clora.training.faults import StepCheck
 from clora.training.rows import Part, StudentRows, kinds, slices
 
@@ -79,6 +80,7 @@ class TrainingSteps:
         self.optimizers = optimizers
         self.generator = generator
         self.scorers = bank.slots()
+        self._base_size = base_size(bank.transformer, self.student)
         self.dtype = adapter.latent_dtype
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
 
@@ -108,6 +110,7 @@ class TrainingSteps:
             values,
             nonfinite=torch.cat([terms["nonfinite"] for terms in parts]),
             gradient_norm=norm,
+            change=self.change(self.student),
             strength=torch.cat([terms["gradient_norm"] for terms in parts]),
             strongest="strongest",
             source=partial(self._source, rows.effect, rows.kind),
@@ -153,6 +156,7 @@ class TrainingSteps:
             {"critic": losses.mean()},
             nonfinite=~torch.isfinite(losses),
             gradient_norm=norm,
+            change=self.change(self.critic),
             strength=losses,
             strongest="largest loss",
             source=partial(self._source, batch.effect, None),
@@ -261,6 +265,10 @@ class TrainingSteps:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # else student and critic would hold theirs at the same time
         return norm
+
+    def change(self, slots: Slots) -> Tensor:
+        """Returns the size ``[]`` of the student's or the critic's change of the base (`relative_change`)."""
+        return relative_change(slots, self._base_size)
 
     def _source(self, effects: Tensor, kinds: Tensor | None, row: int) -> str:
         """Effect and term of a row, for messages."""

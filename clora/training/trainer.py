@@ -6,7 +6,7 @@ Source: docs/method.md section 4.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,13 @@ from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.config.settings import DistillConfig
 from clora.data.batches import BatchSampler, DistillData
-from clora.errors import about
+from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.stopping import StopRequest
 from clora.training.checkpoint import DamagedCheckpoint, load_state, save_state
-from clora.training.faults import StepCheck, raise_first
+from clora.training.divergence import CALM_CHANGE, CALM_RISE, SOON, LossLevels
+from clora.training.faults import StepCheck, raise_explosion, raise_first
 from clora.training.optimizers import make_average, make_optimizer
 from clora.training.resume import Checkpoints, check_resumable, check_same, resumable_settings
 from clora.training.schedules import LearningRates
@@ -73,6 +74,7 @@ class DistillTrainer:
         self.sampler = BatchSampler(data, config.objective, train.batch_size, self.generator, device)
         self.steps = TrainingSteps(config, adapter, bank, data.effects, self._trained, self.optimizers, self.generator)
         self.anchor_share = config.anchor_share
+        self.levels = LossLevels(config.objective.weights)
         self.update = 0
         self.seconds = 0.0
         self.matching = False
@@ -88,7 +90,8 @@ class DistillTrainer:
             stop: looked at after every update; a checkpoint is written before the run stops.
 
         Raises:
-            CloraError: a loss or gradient is not finite; names update, effect and term.
+            CloraError: a loss or gradient is not finite, or a loss or the weights explode; names update, effect and term,
+                and the checkpoint from before, which is kept.
             KeyboardInterrupt, Stopped: as `StopRequest.stop`.
         """
         train = self.config.train
@@ -101,8 +104,13 @@ class DistillTrainer:
         with stop.gently(), recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
             while (progress := self._progress()) < 1:
                 self._set_learning_rates(progress)
-                with about(f"update {self.update + 1}"):
-                    values = raise_first(self._iterate(progress))
+                try:
+                    with about(f"update {self.update + 1}"):
+                        values = self._checked(self._iterate(progress))
+                except CloraError as error:
+                    if checkpoints is None:
+                        raise
+                    raise CloraError(f"{error}. {checkpoints.go_back()}") from error
                 if self.average is not None:
                     self.average.step(self.student.parameters())
                 self.update += 1
@@ -113,6 +121,19 @@ class DistillTrainer:
                 if stop.is_requested:
                     stop.stop()
         self._keep(checkpoints)  # what follows may fail, for example on a full disk
+
+    def _checked(self, checks: Sequence[StepCheck]) -> dict[str, float]:
+        """Reads an update's steps, before anything is made or kept of them."""
+        values = raise_first(checks)
+        self.levels.add(values)
+        raise_explosion(checks, self.levels)
+        return values
+
+    def _is_calm(self) -> bool:
+        """Reports a state that may be gone back to: nothing is near to where a run is stopped."""
+        changes = [float(self.steps.change(slots)) for slots in self._trained.values()]
+        rises = self.levels.rises(SOON).values()
+        return max(changes) <= CALM_CHANGE and max(rises, default=0.0) <= CALM_RISE
 
     def _keep(self, checkpoints: Checkpoints | None) -> None:
         """Writes a checkpoint, unless the run has that of this update."""
@@ -173,6 +194,8 @@ class DistillTrainer:
             "update": self.update,
             "seconds": self.seconds,
             "matching": self.matching,
+            "calm": self._is_calm(),
+            "levels": self.levels.state(),
             "config": resumable_settings(self.config),
             "inputs": dict(inputs or {}),
         }
@@ -191,6 +214,7 @@ class DistillTrainer:
         self.update = values["update"]
         self.seconds = float(values["seconds"])
         self.matching = values["matching"]
+        self.levels.load_state(values.get("levels", {}))
         self._check_complete(path, tensors)
         with torch.no_grad():
             for name, own in self._tensors().items():

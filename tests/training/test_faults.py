@@ -14,7 +14,9 @@ def check(step, nonfinite=(), norm=1.0, **values):
     flags = torch.tensor([row in nonfinite for row in range(3)])
     tensors = {name: torch.tensor(value) for name, value in values.items()}
     strength = torch.tensor([0.5, 2.0, 1.0])
-    return StepCheck(step, tensors, flags, torch.tensor(norm), strength, "strongest", lambda row: f"row {row}")
+    return StepCheck(
+        step, tensors, flags, torch.tensor(norm), torch.tensor(0.0), strength, "strongest", lambda row: f"row {row}"
+    )
 
 
 def test_the_numbers_of_all_steps_are_read():
@@ -29,7 +31,7 @@ def test_they_are_read_in_one_go(monkeypatch):
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or tolist(tensor))
     raise_first([check("critic", critic=1.0), check("student", loss=3.0)])
-    assert reads == [(6,)]
+    assert reads == [(8,)]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_broken_checkpoint_is_refused(adapter, tmp_path, content):
 def finite_step(values):
     """The check of a step that went well."""
     row = torch.zeros(1)
-    return StepCheck("a step", values, row > 0, row[0], row, "strongest", str)
+    return StepCheck("a step", values, row > 0, row[0], row[0], row, "strongest", str)
 
 
 def test_no_critic_is_trained_where_nothing_is_scored(adapter):
