@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 from helpers.fault_runs import Fault
-from helpers.written import Written, assert_all_whole
+from helpers.written import Written, assert_all_whole, phases
+
+from clora.collection.write import SCHEDULER_FILE
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are killed as on POSIX")
-PHASES = ("encoding", "rendering", "training", "exporting")
+PHASES = ("encoding", "rendering", "training", "exporting", "ending")
 
 
 def kill(place, is_torn):
@@ -63,3 +66,21 @@ def test_a_run_killed_again_and_again_goes_on(job, whole, seed):
         assert job.run(kill(chance.randrange(20, 60), is_torn=True))[0] == -signal.SIGKILL
         assert_all_whole(job.output)
     assert_goes_on(job, whole)
+
+
+@pytest.mark.slow
+def test_a_collection_is_replaced_whole(job, whole):
+    """A run of another schedule, over a finished collection, dies at places of its export."""
+    settings = {"sampler__shift": 2.0}
+    shutil.copytree(whole[2], job.output)
+    undisturbed = job.start(**settings)
+    assert undisturbed.end() == 0, undisturbed.said
+    expected, places = Written.read(job.output), phases(undisturbed.places)["exporting"]
+    assert expected.files[SCHEDULER_FILE] != whole[0].files[SCHEDULER_FILE]
+    for place in random.Random(0).sample(places, 8):
+        shutil.rmtree(job.output)
+        shutil.copytree(whole[2], job.output)
+        assert job.run(kill(place, is_torn=True), **settings)[0] == -signal.SIGKILL
+        assert_all_whole(job.output)
+        assert job.run(**settings)[0] == 0
+        assert Written.read(job.output) == expected
