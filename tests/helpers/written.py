@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from clora.collection.metadata import LORA_FILE, read_collection
+from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, read_collection
 from clora.collection.write import SCHEDULER_FILE, WEIGHTS_DIGEST, _scheduler_text
 from clora.commands.distill import CACHE, FINISHED
 from clora.hashing import tensor_digest
@@ -19,11 +19,11 @@ from clora.training.checkpoint import load_values
 # The first place of each phase is the first that has this in its path.
 BEGINNINGS = {
     "starting": "",
-    "encoding": "/prompts",
-    "rendering": "/targets",
-    "training": "/checkpoints",
+    "encoding": "/prompts/",
+    "rendering": "/targets/",
+    "training": "/checkpoints/",
     "exporting": f"out/.{LORA_FILE}",
-    "ending": FINISHED,
+    "ending": f"out/.{SAMPLES_FILE}",
 }
 
 
