@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,8 @@ CALM_CHANGE = 1.0
 LARGEST_RISE = 10.0
 """Bound of a loss against its lowest level. At rates that learn the studio's rise by up to 1.5."""
 CALM_RISE = 3.0
-"""A checkpoint with a larger rise may be from within an explosion."""
+"""A checkpoint with a larger rise may be from within an explosion. So is a run whose flow matching has risen so far and is
+worse than predicting nothing: the normalisations of a ruined transformer keep its loss near 2, whatever its lowest level."""
 WINDOW = 50
 """The readings whose median is the level of a loss: one batch says little. Medians of 25 readings with a lognormal spread of
 1.5, as of single samples, differ by more than `LARGEST_RISE` within 3000."""
@@ -69,14 +71,14 @@ class LossLevels:
     """
 
     def __init__(self, weights: ObjectiveWeights):
+        # The loss of flow matching that predicts nothing is above 1, the noise's variance.
+        self._nothing = {"anchor": weights.trajectory_anchoring, "critic": 1.0}
         # A level below these counts as these. Distribution matching is relative to the distance from the teacher's picture
-        # and may begin near 0, where student and critic begin as the teacher. Flow matching that predicts nothing has a
-        # loss above 1, the noise's variance.
+        # and may begin near 0, where student and critic begin as the teacher.
         self._floors = {
             "dmd_bs": weights.backward_simulation,
             "dmd_ts": weights.target_simulation,
-            "anchor": 0.1 * weights.trajectory_anchoring,
-            "critic": 0.1,
+            **{term: 0.1 * loss for term, loss in self._nothing.items()},
         }
         self._recent: dict[str, deque[float]] = {term: deque(maxlen=WINDOW) for term in self._floors}
         self._lowest: dict[str, float] = {}
@@ -95,6 +97,14 @@ class LossLevels:
         return {
             term: median(list(self._recent[term])[-readings:]) / max(lowest, self._floors[term])
             for term, lowest in self._lowest.items()
+        }
+
+    def exploded(self) -> dict[str, float]:
+        """Returns the rises of the terms that have exploded."""
+        return {
+            term: rise
+            for term, rise in self.rises().items()
+            if rise > LARGEST_RISE or (rise > CALM_RISE and median(self._recent[term]) > self._nothing.get(term, inf))
         }
 
     def state(self) -> dict[str, Any]:

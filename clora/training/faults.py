@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clora.errors import CloraError
-from clora.training.divergence import LARGEST_CHANGE, LARGEST_RISE, LossLevels
+from clora.training.divergence import LARGEST_CHANGE, LossLevels
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
 
 def raise_explosion(checks: Sequence[StepCheck], levels: LossLevels) -> None:
     """Raises CloraError if a loss of these steps has risen far above its lowest level."""
-    rises = levels.rises()
+    rises = levels.exploded()
     for check in checks:
         for term in check.values:
-            if rises.get(term, 0.0) > LARGEST_RISE:
+            if term in rises:
                 raise CloraError(
                     f"{check.step}'s loss has exploded: its term {term} is {rises[term]:.3g} times its lowest level; "
                     f"{check.strongest_source}; lower the learning rates"
