@@ -15,6 +15,8 @@ from clora.errors import CloraError
 
 TEMPLATES = Path(__file__).parent / "templates"
 """Files that ship with clora: the example config, everyday edits, the model card, the report."""
+MAX_TEXT = 64_000_000
+"""Bytes of a text file; what people write and what describes the largest model are smaller."""
 
 _MAKE_ROOM = "make room there; the same command goes on with what is kept"
 _REMEDIES = {
@@ -137,6 +139,9 @@ def read_text(path: Path, expected: str) -> str:
         CloraError: it is missing, a folder, not UTF-8, or cannot be read.
     """
     try:
+        check_regular(path, expected)
+        if path.stat().st_size > MAX_TEXT:
+            raise CloraError(f"{path}: expected {expected}, found {path.stat().st_size} bytes; name another file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise CloraError(f"{path} does not exist; expected {expected}. Check the path") from error
@@ -147,6 +152,17 @@ def read_text(path: Path, expected: str) -> str:
     except OSError as error:
         found = "a folder; name the file in it" if path.is_dir() else f"{error.strerror}; make the file readable"
         raise CloraError(f"{path}: expected {expected}, found {found}") from error
+
+
+def check_regular(path: Path, expected: str) -> None:
+    """Refuses a device, whose content may have no end, and a pipe, which is waited for; what is missing passes.
+
+    Raises:
+        CloraError: the path is neither a file nor a folder.
+        OSError: it cannot be looked at.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CloraError(f"{path}: expected {expected}, found a device or a pipe; name a file")
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -189,6 +205,15 @@ def user_path(path: str | Path) -> Path:
     if "\0" in str(path):
         raise CloraError(f"expected a path, found {str(path)!r} with a zero byte in it")
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        os.lstat(found)
     except RuntimeError as error:
         raise CloraError(f"{path}: {error}; write the path in full") from error
+    except UnicodeEncodeError as error:
+        raise CloraError(f"expected a path, found {str(path)!r}, which is no text") from error
+    except OSError as error:  # of a path that is missing, which may be right, or that no system takes
+        if error.errno == errno.ENAMETOOLONG:
+            raise CloraError(
+                f"expected a path, found a name of {len(str(path))} characters, {str(path)[:60]}..."
+            ) from error
+    return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+import clora
+from clora.config.reading import read_tree
 from clora.errors import CloraError
-from clora.files import check_writable, remove_orphans, replacing, user_path, write_atomic
+from clora.files import check_writable, read_text, remove_orphans, replacing, user_path, write_atomic
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -129,3 +132,19 @@ def test_paths_of_users():
         user_path("a\0b")
     with pytest.raises(CloraError, match="write the path in full"):
         user_path("~nobody_of_this_name/a")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "\ud800"])
+def test_a_path_that_no_system_has(name):
+    for read in (clora.load_collection, clora.inspect, read_tree):
+        with pytest.raises(CloraError, match="expected a path, found"):
+            read(name)
+
+
+def test_devices_and_pipes_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in ("/dev/zero", tmp_path / "pipe.safetensors"):
+        with pytest.raises(CloraError, match="found a device or a pipe"):
+            read_text(Path(path), "a text file")
+    with pytest.raises(CloraError, match="found a device or a pipe"):
+        clora.inspect(tmp_path / "pipe.safetensors")

@@ -192,7 +192,7 @@ def _scheduler(collection: Collection, source: LoRASource) -> Any:
     except Exception as error:  # a class made from a damaged config raises whatever it meets
         reason = str(error)
     raise CloraError(
-        f"{source.file}: the scheduler of its metadata cannot be used ({reason}); expected a flow-matching one"
+        f"{source.file}: the scheduler of its metadata cannot be used ({reason[:1000]}); expected a flow-matching one"
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 from safetensors.torch import load_file
 
 from clora.collection.hub import download, is_repo_id
+from clora.config.fields import Pixels, Steps, Tokens
 from clora.errors import CloraError
 from clora.files import user_path
 from clora.hashing import tensor_digest
@@ -30,7 +31,6 @@ WEIGHTS_DIGEST = PREFIX + "weights_sha256"  # the `tensor_digest` of the weights
 _PLAIN = {"version", "pipeline", "base_model", "base_revision"}
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Pixels = Annotated[int, Field(ge=1, le=65536)]
 
 
 class CollectedEffect(BaseModel, frozen=True):
@@ -64,10 +64,10 @@ class Sampling(BaseModel, frozen=True):
         call: other arguments that this family's pipeline needs, such as the scale that switches guidance off.
     """
 
-    steps: Annotated[int, Field(ge=1, le=1000)]
+    steps: Steps
     shift: Number
     size: tuple[Pixels, Pixels]
-    max_sequence_length: Annotated[int, Field(ge=1, le=1_000_000)]
+    max_sequence_length: Tokens
     call: dict[str, int | Number] = {}
 
 
@@ -131,7 +131,7 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Collection:
         return Collection.model_validate(values)
     # ValueError of JSON that is none, and of integers with thousands of digits.
     except (ValidationError, ValueError, RecursionError) as error:
-        raise CloraError(f"{where}: the collection's metadata is damaged: {error}") from error
+        raise CloraError(f"{where}: the collection's metadata is damaged: {str(error)[:1000]}") from error
 
 
 def find_collection(path: str | Path) -> Path:

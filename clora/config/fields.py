@@ -10,10 +10,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from clora.files import user_path
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+# What is beyond a bound is a slip of the pen, and would end in an overflow or without memory hours later.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+Few = Annotated[int, Field(ge=1, le=10_000)]
+"""Rows of a batch, or texts that are written for one effect."""
+Rank = Annotated[int, Field(ge=1, le=16_384)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Pixels = Annotated[int, Field(ge=1, le=65_536)]
+Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
+Shift = Annotated[float, Field(ge=1e-3, le=1000)]
+"""Beyond these all noise levels round to 0 or 1."""
 Rate = Annotated[float, Field(gt=0, le=1000)]
 """A learning rate; a larger one is a slip of the pen, and its steps would overflow."""
 Share = Annotated[float, Field(ge=0, le=1)]

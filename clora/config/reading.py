@@ -23,15 +23,23 @@ REMOVED = {
 
 MAX_BYTES = 4_000_000
 """A larger file is no config."""
+MAX_DEPTH = 30
+"""Levels of a file; one of a thousand levels takes long to read, and no config has ten."""
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which reads ``1e-4`` as a number and refuses a repeated key or part."""
+    """YAML's safe loader, which reads ``1e-4`` as a number and refuses a repeated key or part, or endless levels."""
+
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"expected at most {MAX_DEPTH} levels", problem_mark=mark)
         node = super().compose_node(parent, index)
+        self._depth -= 1
         # A few lines of lists of aliases of lists of aliases are gigabytes.
         if is_alias and isinstance(node, yaml.CollectionNode):
             raise yaml.MarkedYAMLError(
@@ -81,7 +89,7 @@ def _parse(text: str, where: str) -> Any:
         raise CloraError(f"{where}: expected YAML, which is plain text, found {found}; is it another file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CloraError(f"{where}: not valid YAML: {error}") from error
-    except (KeyError, AttributeError, TypeError) as error:  # YAML's readers of !!bool, !!timestamp and !!omap
+    except (LookupError, AttributeError, TypeError) as error:  # YAML's readers of !!bool, !!int, !!timestamp and !!omap
         raise CloraError(f"{where}: a value does not fit its !! tag; remove the tag") from error
 
 
@@ -180,10 +188,12 @@ def _problems(model: type[BaseModel], error: ValidationError, where: str, overri
             continue
         problem, kind, found = _describe(model, detail)
         expected.setdefault((_origin(detail, where, overrides) + problem, found), []).append(kind)
-    return [
+    problems = [
         f"{problem}: expected {' or '.join(kinds)}, found {found}" if found else problem
         for (problem, found), kinds in expected.items()
     ]
+    # A text of the file may be as long as the file.
+    return [problem if len(problem) <= 2000 else f"{problem[:2000]}..." for problem in problems]
 
 
 def _origin(detail: Mapping[str, Any], where: str, overrides: Sequence[str]) -> str:
@@ -264,4 +274,5 @@ def _shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if value is None or isinstance(value, dict):
         return _kind(value)
-    return f"{value!r} ({_kind(value)})"
+    found = repr(value)
+    return f"{found if len(found) <= 200 else f'{found[:200]}...'} ({_kind(value)})"

@@ -18,16 +18,21 @@ from pydantic import Field, ValidationInfo, model_validator
 from clora.config.everyday import everyday_instructions
 from clora.config.fields import (
     Count,
+    Few,
     FrozenModel,
     NonEmpty,
     NotNegative,
     PathOrHubId,
     PathOrTexts,
     PathText,
+    Pixels,
     Positive,
-    PositiveFloat,
+    Rank,
     Reading,
     Share,
+    Shift,
+    Steps,
+    Tokens,
     as_written,
 )
 from clora.config.presets import merged, read_preset
@@ -119,8 +124,8 @@ class DataConfig(FrozenModel):
     """
 
     sources: PathText
-    size: tuple[Positive, Positive]
-    max_sequence_length: Positive = 512
+    size: tuple[Pixels, Pixels]
+    max_sequence_length: Tokens = 512
     general_instructions: PathOrTexts | None = None
     held_out: Count = 0
     sources_per_effect: Positive = 20
@@ -138,7 +143,7 @@ class StudentConfig(FrozenModel):
         targets: suffixes of the names of the layers to adapt; None for all linear layers of the blocks.
     """
 
-    rank: Positive
+    rank: Rank
     init: Literal["zero", "merge"] = "zero"
     targets: tuple[NonEmpty, ...] | None = None
 
@@ -161,9 +166,9 @@ class SamplerConfig(FrozenModel):
             family has a guidance embedding; None for that of a stock call.
     """
 
-    steps: Positive = 8
-    shift: PositiveFloat = 3.0
-    teacher_steps: Positive = 40
+    steps: Steps = 8
+    shift: Shift = 3.0
+    teacher_steps: Steps = 40
     guidance: NotNegative | None = None
     teacher_guidance: NotNegative | Literal["stock"] = Field(
         default_factory=lambda data: "stock" if data["guidance"] is None else data["guidance"]
@@ -197,9 +202,9 @@ class PromptsConfig(FrozenModel):
 
     file: PathText | None = None
     writer: PathOrHubId = "auto"
-    paraphrases: Positive = 4
-    triggers: Positive = 8
-    general: Positive = 96
+    paraphrases: Few = 4
+    triggers: Few = 8
+    general: Few = 96
 
 
 class DistillConfig(FrozenModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from clora.config.fields import Count, FrozenModel, NotNegative, Positive, PositiveFloat, Rate, Share
+from clora.config.fields import Count, Few, FrozenModel, NotNegative, Positive, PositiveFloat, Rate, Share
 
 
 class ObjectiveWeights(FrozenModel):
@@ -96,7 +96,7 @@ class TrainConfig(FrozenModel):
     anchor_share: Share = 0.0
     anchor_learning_rate: Rate | None = None
     critic_ratio: Positive = 5
-    batch_size: Positive = 8
+    batch_size: Few = 8
     optimizer: Literal["adamw", "muon"] = "adamw"
     optimizer_bits: Literal[32, 8] = 32
     learning_rate: Rate = 1e-4

@@ -82,7 +82,7 @@ class AdapterConfig:
                 use_dora=bool(values.get("use_dora")),
             )
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise CloraError(f"{where}: r, alpha and their patterns must be numbers ({error})") from error
+            raise CloraError(f"{where}: r, alpha and their patterns must be numbers ({str(error)[:200]})") from error
 
     def scale(self, alpha: float, rank: int) -> float:
         """Returns the factor on the update: alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
@@ -116,11 +116,13 @@ def find_config(file: Path, keys: Iterable[str], metadata: Mapping[str, str]) ->
 def _refuse_other_adapters(values: Mapping[str, Any], where: str) -> None:
     kind = values.get("peft_type") or "LORA"
     if kind not in _KINDS:
-        raise CloraError(f"{where} describes {kind}, which is not supported; expected one of {', '.join(_KINDS)}")
+        raise CloraError(
+            f"{where} describes {str(kind)[:80]}, which is not supported; expected one of {', '.join(_KINDS)}"
+        )
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_REPLACES_BASE):
         raise CloraError(
-            f"{where}: with init_lora_weights = {start!r} the update is relative to a base that PEFT changed, so the "
+            f"{where}: with init_lora_weights = {start[:80]!r} the update is relative to a base that PEFT changed, so the "
             "file by itself does not determine it; convert it with PEFT's path_initial_model_for_weight_conversion"
         )
     other = [name for name in _OTHER_UPDATES if values.get(name)]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clora.errors import CloraError
-from clora.files import user_path
+from clora.files import read_text, user_path
 
 PROJECTIONS = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
 """Layers of an attention that diffusers can fuse."""
@@ -117,7 +117,7 @@ def pipeline_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
     """
     file = user_path(folder) / "transformer" / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file, "a transformer's config"))
         kind = getattr(importlib.import_module("diffusers"), config["_class_name"])
         # Without memory for the weights: a transformer of 20 billion parameters has its shapes at once.
         with torch.device("meta"):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clora.errors import CloraError, nearest
-from clora.files import user_path
+from clora.files import check_regular, user_path
 from clora.hashing import digest, file_digest
 from clora.lora.adapter_config import PEFT_WEIGHTS, AdapterConfig, find_config
 from clora.lora.families import is_original_only
@@ -145,6 +145,7 @@ def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
     shapes = {}
     dtypes = {}
     try:
+        check_regular(file, "a safetensors file")
         if file.stat().st_size == 0:
             raise CloraError(f"{file} is empty (0 bytes); expected a safetensors file. Download or export it again")
         with safe_open(file, framework="pt") as opened:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clora.errors import CloraError
+from clora.files import read_text
 from clora.progress import quiet_libraries
 
 LIBRARIES = ("diffusers", "transformers", None)
@@ -65,7 +66,12 @@ def skeleton(path: str, dtype: torch.dtype) -> Any:
         for name, value in index.items():
             if not name.startswith("_"):
                 parts[name] = _component(folder / name, *value, dtype, mode) if isinstance(value, list) else value
-        return pipeline_class(**parts)
+        try:
+            return pipeline_class(**parts)
+        except Exception as error:  # parts that are missing, or of another kind
+            raise CloraError(
+                f"pipeline {path!r}: its model_index.json does not fit {pipeline_class.__name__}: {error}"
+            ) from error
 
 
 def check_processors(path: str) -> None:
@@ -87,8 +93,11 @@ def check_processors(path: str) -> None:
 def _read_index(path: str, folder: Path) -> tuple[dict[str, Any], Any]:
     """Returns a pipeline's model_index.json, and the class that it names."""
     try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
-        pipeline_class = getattr(importlib.import_module("diffusers"), index["_class_name"])
+        index = json.loads(read_text(folder / "model_index.json", "the index of a pipeline"))
+        diffusers = importlib.import_module("diffusers")
+        pipeline_class = getattr(diffusers, index["_class_name"])
+        if not issubclass(pipeline_class, diffusers.DiffusionPipeline):
+            raise TypeError(f"{index['_class_name']} is no pipeline")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CloraError(
             f"pipeline {path!r} is not a diffusers pipeline that this version knows ({folder / 'model_index.json'}: "
@@ -96,7 +105,9 @@ def _read_index(path: str, folder: Path) -> tuple[dict[str, Any], Any]:
         ) from error
     for name, value in index.items():
         # diffusers imports what stands here, whatever it does when it is imported.
-        if isinstance(value, list) and (len(value) != 2 or value[0] not in LIBRARIES):
+        if isinstance(value, list) and (
+            len(value) != 2 or value[0] not in LIBRARIES or not isinstance(value[1], str | None)
+        ):
             raise CloraError(
                 f"pipeline {path!r}: {folder / 'model_index.json'}: {name}: expected a class of diffusers or transformers, found "
                 f"{value}; other code is never imported"

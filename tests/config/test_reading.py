@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from clora.config.everyday import everyday_instructions, everyday_topics
 from clora.config.prompts_file import make_trigger
+from clora.config.reading import _model_in
 from clora.config.settings import DistillConfig, general_instructions, load_config
 from clora.errors import CloraError
 from clora.testing import tiny_config
@@ -383,3 +384,81 @@ def test_keys_to_ignore_change_the_record_only_where_there_are_some(tmp_path):
     assert "ignore" not in recorded["null"]
     assert recorded["null"] == recorded["[]"]
     assert recorded["[lora_te]"] == recorded["null"] | {"ignore": ["lora_te"]}
+
+
+NUMBERS = [
+    "data.size.0",
+    "data.max_sequence_length",
+    "data.held_out",
+    "data.sources_per_effect",
+    "data.general_targets",
+    "data.general_pairs",
+    "effects.0.max_error",
+    "student.rank",
+    "sampler.steps",
+    "sampler.shift",
+    "sampler.teacher_steps",
+    "sampler.guidance",
+    "sampler.teacher_guidance",
+    "sampler.guidance_embedding",
+    "prompts.paraphrases",
+    "prompts.triggers",
+    "prompts.general",
+    "seed",
+    "objective.switch_probability",
+    "objective.switch_every",
+    "objective.weights.backward_simulation",
+    "train.updates",
+    "train.anchor_share",
+    "train.anchor_learning_rate",
+    "train.critic_ratio",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.critic_learning_rate",
+    "train.warmup_updates",
+    "train.weight_decay",
+    "train.ema_decay",
+    "train.clip",
+    "train.gradient_rows",
+    "train.forward_rows",
+    "train.teacher_memory_gb",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.minutes",
+    "train.stop_after",
+]
+
+
+@pytest.mark.parametrize("value", [10**30, 1e308, -1, float("inf"), float("nan")])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_an_absurd_number_is_one_problem_of_its_key(load, key, value):
+    text = {"inf": ".inf", "nan": ".nan"}.get(str(value), str(value))
+    with pytest.raises(CloraError, match=re.escape(key)) as raised:
+        load(f"{key}={text}")
+    assert "\n" not in str(raised.value)
+
+
+def test_every_number_of_a_config_is_tested():
+    def numbers(model, prefix=""):
+        for name, field in model.model_fields.items():
+            inner = _model_in(field.annotation)
+            if inner is not None:
+                yield from numbers(inner, f"{prefix}{name}.{'0.' if 'tuple' in str(field.annotation) else ''}")
+            elif re.search(r"\b(int|float)\b", f"{field.annotation}") and "Literal[32" not in str(field.annotation):
+                yield f"{prefix}{name}"
+
+    tested = {key.removesuffix(".0") for key in NUMBERS}
+    assert {key for key in numbers(DistillConfig) if "weights" not in key} <= tested
+
+
+def test_levels_without_end(load):
+    for text in ("a: " + "[" * 10**5, "- " * 10**5, "a: " + "{a: " * 40):
+        with pytest.raises(CloraError, match="at most 30 levels"):
+            load(text=text)
+
+
+def test_a_long_value_is_shown_in_part(load):
+    for key in ("device", "train.updates", "effects.0.name", "x"):
+        with pytest.raises(CloraError) as raised:
+            load(f"{key}={'x' * 10**5}", f"effects.1.name={'x' * 10**5}")
+        assert len(str(raised.value)) < 5000
