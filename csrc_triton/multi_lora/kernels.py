@@ -94,6 +94,7 @@ def shrink_kernel(
     T, row_tiles, s_xb, s_xt, s_fe0, s_fr0, s_fe1, s_fr1, s_fe2, s_fr2, s_fc,
     C: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     LOW_R: tl.constexpr, LOW_OFFSET: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every rank of several factors begins at a multiple of 16 bytes
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Projects the rows of each sample to the ranks of its adapter, of up to three factors in one pass over x.
@@ -117,6 +118,8 @@ def shrink_kernel(
         p_factor = tl.where(o_r < R0, p_factor, p_factor1 + i_e * s_fe1 + (o_r - R0) * s_fr1)
     if R2 > 0:
         p_factor = tl.where(o_r < R0 + R1, p_factor, p_factor2 + i_e * s_fe2 + (o_r - R0 - R1) * s_fr2)
+    if ALIGNED:  # Triton 3.9 does not see it through tl.where: it would copy 4 bytes at a time, and spill
+        p_factor = tl.multiple_of(p_factor, 16)
     i_t = (i_tile % row_tiles).to(tl.int64) * BLOCK_M
     _shrink_rows(
         p_x + i_b * s_xb + i_t * s_xt, s_xt, p_factor, s_fc, tl.load(p_scale + i_e),

@@ -56,7 +56,8 @@ def shrink(x: Tensor, factors: Sequence[Tensor], scale: Tensor, ids: Tensor, low
         _launch(
             shrink_kernel, num_samples * row_tiles * triton.cdiv(sum(ranks), tiles["BLOCK_R"]),
             x, low, *group, scale, ids, tokens, row_tiles, x.stride(0), x.stride(1), *strides, group[0].stride(2),
-            C=int(channels), R0=r0, R1=r1, R2=r2, LOW_R=int(low.shape[2]), LOW_OFFSET=offset, **tiles,
+            C=int(channels), R0=r0, R1=r1, R2=r2, LOW_R=int(low.shape[2]), LOW_OFFSET=offset,
+            ALIGNED=len(ranks) > 1 and _aligned(*group), **tiles,
         )  # fmt: skip
         offset += sum(ranks)
 
@@ -192,7 +193,7 @@ def _of_one_layout(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Tests whether all rows begin at multiples of 16 bytes; others a descriptor would misread without an error."""
+    """Tests whether all rows begin at multiples of 16 bytes; descriptors and hints would misread others without an error."""
     for tensor in tensors:
         outer = tensor.stride()[:-1]
         starts = [elements * tensor.element_size() for elements in (tensor.storage_offset(), *outer)]
