@@ -43,12 +43,18 @@ class StopRequest:
 
     @contextmanager
     def gently(self) -> Iterator[None]:
-        """Lets the block run on after a request, which it looks for itself; a Ctrl-C after that stops it at once."""
+        """Lets the block run to its end after a request, which stops the run then; a second Ctrl-C stops it at once.
+
+        Raises:
+            KeyboardInterrupt, Stopped: as `stop`, after the block.
+        """
         self._is_gentle = True
         try:
             yield
         finally:
             self._is_gentle = False
+        if self.is_requested:
+            self.stop()
 
     def stop(self) -> NoReturn:
         """Ends the run.

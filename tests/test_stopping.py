@@ -31,24 +31,28 @@ def test_a_signal_stops_at_once_or_after_the_step(number):
             send(number)
         assert code_of(raised) == NUMBERS[number]
     with stop_requests(None) as stop:
-        with stop.gently():
+        done = []
+        with pytest.raises((KeyboardInterrupt, Stopped)) as raised, stop.gently():
             assert not stop.is_requested
             send(number)
             assert stop.is_requested
             if number != signal.SIGINT:
                 send(number)  # schedulers repeat theirs
-        with pytest.raises((KeyboardInterrupt, Stopped)) as raised:
-            stop.stop()
+            done.append(number)
+        assert done == [number]
         assert code_of(raised) == NUMBERS[number]
     assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("first", NUMBERS)
 def test_ctrl_c_after_a_request_stops_at_once(first):
-    with stop_requests(None) as stop, stop.gently():
+    passed = []
+    with stop_requests(None) as stop, pytest.raises(KeyboardInterrupt), stop.gently():
         send(first)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
+        passed.append(1)
+        send(signal.SIGINT)
+        passed.append(2)
+    assert passed == [1]
 
 
 def test_an_ignored_signal_stays_ignored():
@@ -63,11 +67,9 @@ def test_an_ignored_signal_stays_ignored():
 
 def test_the_time_limit():
     with stop_requests(0.05) as stop:
-        with stop.gently():
+        with pytest.raises(Stopped) as raised, stop.gently():
             time.sleep(0.1)
             assert stop.is_requested
-        with pytest.raises(Stopped) as raised:
-            stop.stop()
         assert raised.value.code == 75
     with pytest.raises(Stopped), stop_requests(0.05):
         time.sleep(5)

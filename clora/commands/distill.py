@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,12 @@ def _distill(
         finished=output / FINISHED,
     )
     is_done = is_finished(output, collection)
+    if is_done and checkpoints.has_own(config):
+        # The run was stopped between its collection and its end. Without samples it goes on from its last checkpoint,
+        # which is the trained one, and writes the same collection.
+        is_done = (output / SAMPLES_FILE).exists()
+        if is_done:
+            _tidy_up(output, config, checkpoints)
     _announce(output, config, checkpoints, is_done)
     if destination is not None:
         say(_upload_notice(destination))
@@ -123,19 +129,25 @@ def _distill(
             with training_bar(f"distil into {output.name}", config.train) as report:
                 student = train_student(config, adapter, teachers, data, report, checkpoints, stop)
             write_collection(student, collection, output, transformer.dtype, repo_id)
-        checkpoints.finish()
-        try:
             _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
-        finally:
-            if config.data.cache is None:
-                # The folder is made to be shared: beside the collection only the last checkpoint stays, for more updates.
-                for folder in subfolders(output / CACHE):
-                    shutil.rmtree(folder, ignore_errors=True)
+        _tidy_up(output, config, checkpoints)
     elif destination is not None:
         name_repository(output, destination.repo_id, destination.samples)
     if destination is not None:
         _upload_verified(output, collection, destination)
     return output
+
+
+def _tidy_up(output: Path, config: DistillConfig, checkpoints: Checkpoints) -> None:
+    """Leaves, beside the collection, only the last checkpoint, for more updates: the folder is made to be shared.
+
+    The checkpoints go last. While the folder has them, the next run completes what a stopped one has left.
+    """
+    if config.data.cache is None:
+        for folder in subfolders(output / CACHE):
+            if folder != checkpoints.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+    checkpoints.finish()
 
 
 def _upload_notice(destination: Destination) -> str:
@@ -254,6 +266,8 @@ def remove_run_orphans(output: Path) -> None:
     for folder in (output, output / "scheduler"):
         remove_orphans(folder, rf"README\.md|{LORA_FILE}|{SAMPLES_FILE}|scheduler_config\.json|{EARLIER_CHECKPOINT}")
     remove_orphans(output / CHECKPOINT, r"\d+\.safetensors")
+    with suppress(OSError):  # not empty, or not there
+        (output / CHECKPOINT).rmdir()
     remove_cache_orphans(output / CACHE)
 
 

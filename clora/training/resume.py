@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Checkpoints:
         self.earlier = earlier
         self.finished = finished
         self._start: tuple[Path, int] | None = None
+        self._continued: tuple[Path, int] | None = None  # the finished run's
+        self._passed_over: set[Path] = set()
 
     def files(self) -> list[Path]:
         """Returns the files of this run, or of one that was stopped in its place, the newest first."""
@@ -66,8 +68,8 @@ class Checkpoints:
         return [*found, self.earlier] if self.earlier is not None and self.earlier.exists() else found
 
     def last_update(self) -> int | None:
-        """Returns the update of the newest file in the folder."""
-        return max((int(file.stem) for file in self.files() if file != self.earlier), default=None)
+        """Returns the update that the next run goes on from: of the file that this one verified or wrote last."""
+        return None if self._start is None else self._start[1]
 
     def start(self, config: DistillConfig) -> tuple[Path, int] | None:
         """Finds the file to continue, and its update: the newest that is whole. Reports what it passes over.
@@ -79,15 +81,44 @@ class Checkpoints:
             self._start = self._find(config)
         return self._start
 
+    def resume(self, config: DistillConfig, load: Callable[[Path], None]) -> None:
+        """Loads the file to continue, if there is one; of the folder's, one that ``load`` finds damaged is passed over.
+
+        Raises:
+            CloraError: as `start`.
+        """
+        while (found := self.start(config)) is not None:
+            try:
+                return load(found[0])
+            except DamagedCheckpoint as error:
+                if found[0] == self.finished:  # what was loaded of it is no beginning
+                    raise
+                say(f"{error}")
+                self._passed_over.add(found[0])
+                self._start = None
+
+    def has(self, update: int) -> bool:
+        """Reports whether the folder's newest file is that of an update, verified or written here."""
+        return self._start == (self.path(update), update)
+
+    def has_own(self, config: DistillConfig) -> bool:
+        """Reports whether the folder holds files that a run of this config would continue."""
+        try:
+            found = self.start(config) if self.files() else None
+        except CloraError:
+            return False
+        return found is not None
+
     def path(self, update: int) -> Path:
         """Returns the file of an update."""
         return self.folder / f"{update:08d}.safetensors"
 
-    def prune(self, update: int) -> None:
-        """Removes all but the newest files up to an update; later ones are damaged, and were passed over.
+    def wrote(self, update: int) -> None:
+        """Takes note of a new file, and removes all but the newest up to it; later ones are damaged.
 
         The newest calm one stays too: in a slow explosion all the others may be from within it.
         """
+        self._start = (self.path(update), update)
         files = self.files()
         later = [file for file in files if file != self.earlier and int(file.stem) > update]
         earlier = files[len(later) :]
@@ -101,11 +132,13 @@ class Checkpoints:
         for file in self.files():
             if _is_calm(file):
                 update = stated_values(file)["update"]
+                self._start = (file, update)
                 return (
                     f"The checkpoint of update {update} is kept: with lower rates the same command goes on from there"
                 )
             file.unlink(missing_ok=True)
-        if self._start is not None and self._start[0] == self.finished:
+        self._start = self._continued
+        if self._start is not None:
             return (
                 f"With lower rates the same command goes on from update {self._start[1]}, the end of the finished run"
             )
@@ -114,22 +147,26 @@ class Checkpoints:
     def finish(self) -> None:
         """Keeps the newest file as that of a finished run and removes the others."""
         files = self.files()
-        if files and self.finished is not None:
-            files.pop(0).replace(self.finished)
-        for file in files:
+        # It goes last: while it is there, the next run knows that this one has not ended.
+        for file in files[1:]:
             file.unlink(missing_ok=True)
+        if files and self.finished is not None:
+            files[0].replace(self.finished)
         with suppress(OSError):
             self.folder.rmdir()
 
     def _find(self, config: DistillConfig) -> tuple[Path, int] | None:
         files = self.files()
         for file in files:
+            if file in self._passed_over:
+                continue
             try:
                 values = load_values(file)
+                notes = check_resumable(file, values, config, self.inputs)
             except DamagedCheckpoint as error:
                 say(f"{error}")
                 continue
-            for note in check_resumable(file, values, config, self.inputs):
+            for note in notes:
                 say(note)
             return file, values["update"]
         if files:
@@ -139,15 +176,19 @@ class Checkpoints:
         return self._find_finished(config)
 
     def _find_finished(self, config: DistillConfig) -> tuple[Path, int] | None:
-        """The finished run's file, unless it was another run, a longer one, or is damaged: then nothing is lost."""
+        """The finished run's file, unless it was another run, a longer one, or is damaged; its collection is whole."""
         if self.finished is None or not self.finished.exists():
             return None
         try:
             values = load_values(self.finished)
-            check_resumable(self.finished, values, config, self.inputs)
-        except CloraError:
+            notes = check_resumable(self.finished, values, config, self.inputs)
+        except CloraError as error:
+            say(f"training begins anew, and not where the finished run has ended: {error}")
             return None
-        return (self.finished, values["update"]) if values["update"] <= config.train.updates else None
+        for note in notes:
+            say(note)
+        self._continued = (self.finished, values["update"])
+        return self._continued
 
 
 def _is_calm(file: Path) -> bool:
@@ -177,6 +218,15 @@ def check_resumable(
         if not isinstance(values.get(name), kind):
             raise DamagedCheckpoint(path, f"its value {name!r} is {values.get(name)!r}")
     current = resumable_settings(config)
+    for section, found in current.items():
+        if isinstance(found, Mapping) and not isinstance(values["config"].get(section), Mapping):
+            raise DamagedCheckpoint(path, f"its settings of {section} are {values['config'].get(section)!r}")
+    if values["update"] > config.train.updates:
+        raise CloraError(
+            f"checkpoint {path} has made {values['update']} updates, more than train.updates: {config.train.updates}; set "
+            f"that to {values['update']} to end the run there, higher to go on, or remove the checkpoint to start from "
+            "the beginning"
+        )
     written, notes = _with_lower_rates(values["config"], current, values["update"])
     check_same(written, current, path)
     if "inputs" in values:
@@ -193,25 +243,22 @@ def _with_lower_rates(
     written: Mapping[str, Any], current: Mapping[str, Any], update: int
 ) -> tuple[dict[str, Any], list[str]]:
     """A checkpoint's settings with the current learning rates where these are lower, and what was lowered."""
-    train, notes = written.get("train"), []
-    if not isinstance(train, Mapping):
-        return dict(written), notes
-    train = dict(train)
+    train, accepted, notes = written["train"], {}, []
     for name in RATES:
         # Without a rate of its own anchoring has the other one.
         before, now = (t.get(name) or t.get("learning_rate") for t in (train, current["train"]))
         if isinstance(before, (int, float)) and now < before:
             notes.append(f"train.{name} is {now:g} from update {update} on; it was {before:g}")
         if isinstance(before, (int, float)) and now <= before:
-            train[name] = current["train"].get(name)
-    return {**written, "train": train}, notes
+            accepted[name] = current["train"].get(name)
+    return {**written, "train": {**train, **accepted}}, notes
 
 
 def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
     """Raises CloraError unless a checkpoint was written with the current values."""
     for key, reason in REMOVED.items():
         section, _, name = key.partition(".")
-        if name in (written.get(section) or {}) and name not in current.get(section, {}):
+        if name in written.get(section, {}) and name not in current.get(section, {}):
             raise CloraError(
                 f"checkpoint {path} was written by an earlier version with {key}, which was removed, since {reason}; "
                 "continue it with that version, or remove it to start from the beginning"

@@ -78,7 +78,6 @@ class DistillTrainer:
         self.update = 0
         self.seconds = 0.0
         self.matching = False
-        self.kept: int | None = None  # the update of the newest checkpoint
 
     def fit(self, report: Report, checkpoints: Checkpoints | None = None, stop: StopRequest | None = None) -> None:
         """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
@@ -87,7 +86,7 @@ class DistillTrainer:
             report: called after every student update.
             checkpoints: the newest is resumed from, one is written every ``train.checkpoint_every`` updates and at the
                 end.
-            stop: looked at after every update; a checkpoint is written before the run stops.
+            stop: looked at after every update, the last one too; a checkpoint is written before the run stops.
 
         Raises:
             CloraError: a loss or gradient is not finite, or a loss or the weights explode; names update, effect and term,
@@ -95,10 +94,8 @@ class DistillTrainer:
             KeyboardInterrupt, Stopped: as `StopRequest.stop`.
         """
         train = self.config.train
-        if checkpoints is not None and (found := checkpoints.start(self.config)) is not None:
-            self.load(found[0], checkpoints.inputs)
-            if found[0] == checkpoints.path(self.update):
-                self.kept = self.update
+        if checkpoints is not None:
+            checkpoints.resume(self.config, lambda file: self.load(file, checkpoints.inputs))
         start = time.monotonic() - self.seconds
         stop = stop or StopRequest()
         with stop.gently(), recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
@@ -116,11 +113,11 @@ class DistillTrainer:
                 self.update += 1
                 self.seconds = time.monotonic() - start
                 report(self.update, values)
-                if self.update % train.checkpoint_every == 0 or stop.is_requested:
+                if self.update % train.checkpoint_every == 0:
                     self._keep(checkpoints)
                 if stop.is_requested:
-                    stop.stop()
-        self._keep(checkpoints)  # what follows may fail, for example on a full disk
+                    break
+            self._keep(checkpoints)  # what follows may fail, for example on a full disk
 
     def _checked(self, checks: Sequence[StepCheck]) -> dict[str, float]:
         """Reads an update's steps, before anything is made or kept of them."""
@@ -137,10 +134,9 @@ class DistillTrainer:
 
     def _keep(self, checkpoints: Checkpoints | None) -> None:
         """Writes a checkpoint, unless the run has that of this update."""
-        if checkpoints is not None and self.kept != self.update:
+        if checkpoints is not None and not checkpoints.has(self.update):
             self.save(checkpoints.path(self.update), checkpoints.inputs)
-            checkpoints.prune(self.update)
-            self.kept = self.update
+            checkpoints.wrote(self.update)
 
     def _progress(self) -> float:
         """The share of the run that is done, by updates or by time, whichever is more."""

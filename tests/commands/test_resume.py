@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from clora.errors import CloraError
 from clora.hashing import digest
 from clora.models.fingerprint import component_fingerprints
 from clora.testing import tiny_pipeline
+from clora.training import resume
 from clora.training.checkpoint import save_state
 from clora.training.resume import FREE_TO_CHANGE, Checkpoints
 from clora.training.trainer import DistillTrainer
@@ -117,7 +119,7 @@ def earlier_checkpoint(make_config, tmp_path):
         config, file = make_config(objective=objective), tmp_path / "c.safetensors"
         written = as_before(config.model_dump(mode="json", exclude={"output": True, "device": True, **FREE_TO_CHANGE}))
         written["sampler"]["integer_timesteps"] = integer_timesteps
-        values = {"config": written, "update": 7, "seconds": 0.0, "matching": False, "teachers": {}}
+        values = {"config": written, "update": 1, "seconds": 0.0, "matching": False, "teachers": {}}
         save_state(file, {}, {}, torch.Generator(), values)
         return file, config
 
@@ -130,7 +132,7 @@ def start(file, config):
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(earlier_checkpoint, capsys):
     file, config = earlier_checkpoint(target_simulation=False)
-    assert start(file, config) == (file, 7)
+    assert start(file, config) == (file, 1)
     assert "earlier version, which did not record pictures" in capsys.readouterr().err
     objective = config.objective.model_copy(update={"weighting": "per_sample"})
     with pytest.raises(CloraError, match=r"objective\.weighting differ"):
@@ -331,6 +333,100 @@ def test_a_finished_run_goes_on_with_more_updates(make_config, capsys):
     shutil.rmtree(make_config().output)
     whole = load_file(run(updates=3) / LORA_FILE)
     assert all(torch.equal(lengthened[key], whole[key]) for key in whole)
+
+
+def stopped_before_samples(patch):
+    patch.setattr(engine, "draw_samples", interrupt)
+
+
+def stopped_in_the_caches(patch):
+    patch.setattr(engine, "shutil", SimpleNamespace(rmtree=interrupt))
+
+
+def stopped_before_the_checkpoints(patch):
+    patch.setattr(Checkpoints, "finish", interrupt)
+
+
+def stopped_at_the_last_rename(patch):
+    patch.setattr(resume.Path, "replace", interrupt)
+
+
+def stopped_at_the_last_removal(patch):
+    rmdir = resume.Path.rmdir
+    patch.setattr(resume.Path, "rmdir", lambda path: interrupt() if path.name == "checkpoints" else rmdir(path))
+
+
+ENDS = (
+    stopped_before_samples,
+    stopped_in_the_caches,
+    stopped_before_the_checkpoints,
+    stopped_at_the_last_rename,
+    stopped_at_the_last_removal,
+)
+
+
+@pytest.mark.parametrize("stop", ENDS)
+def test_the_next_run_completes_what_is_left_to_do(make_config, monkeypatch, tmp_path, stop):
+    config = make_config(train={"updates": 2, "checkpoint_every": 1})
+    distill(config.model_copy(update={"output": str(tmp_path / "whole")}))
+    with monkeypatch.context() as patch:
+        stop(patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    monkeypatch.setattr(DistillTrainer, "_iterate", None)  # nothing is trained
+    monkeypatch.setattr(targets_module, "render_targets", None)
+    distill(config)
+
+    def found(folder):
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    whole, completed = found(tmp_path / "whole"), found(tmp_path / "out")
+    checkpoint = engine.FINISHED  # states how long the training took
+    assert completed.pop(checkpoint) and whole.pop(checkpoint)
+    assert completed == whole
+    assert [path.name for path in (tmp_path / "out" / engine.CACHE).iterdir()] == ["finished.safetensors"]
+
+
+def test_a_finished_collection_leaves_another_run_s_checkpoints_in_place(finished, monkeypatch, tmp_path, capsys):
+    config, trained = finished
+    longer = config.train.model_copy(update={"updates": 4, "checkpoint_every": 1, "weight_decay": 0.5})
+    with monkeypatch.context() as patch:
+        stop_at(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config.model_copy(update={"train": longer}))
+    before = files_of(tmp_path / "out")
+    distill(config)
+    assert "nothing is trained" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == before
+    assert len(trained) == 1
+
+
+def damaged_end(config, file):
+    file.write_bytes(file.read_bytes()[:-8])
+    return config
+
+
+def other_seed(config, file):
+    return config.model_copy(update={"seed": 5})
+
+
+def fewer_updates(config, file):
+    return config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
+
+
+ANEW = {damaged_end: "is damaged", other_seed: "another run (seed differ)", fewer_updates: "more than train.updates: 1"}
+
+
+@pytest.mark.parametrize("change", ANEW)
+def test_why_a_finished_run_is_not_continued_is_said(make_config, tmp_path, capsys, change):
+    config = make_config()
+    distill(config)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"updates": 3})})
+    capsys.readouterr()
+    distill(change(longer, tmp_path / "out" / engine.FINISHED))
+    said = capsys.readouterr().err
+    assert "training begins anew, and not where the finished run has ended: checkpoint" in said
+    assert ANEW[change] in said
 
 
 def test_pictures_that_change_while_they_are_read_are_noticed(make_config, monkeypatch, tmp_path):

@@ -56,6 +56,32 @@ def test_a_signal_ends_the_update_and_loses_nothing(config, monkeypatch, capsys,
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("moment", ["_iterate", "_progress"])
+def test_a_signal_in_the_last_update_stops_the_run_which_is_then_completed(
+    config, monkeypatch, capsys, tmp_path, number, moment
+):
+    """The training is over; its export waits for the next run, as the exit code says."""
+    method = getattr(DistillTrainer, moment)
+
+    def signalled(trainer, *progress):
+        # The progress is looked at once more after the last update.
+        if trainer.update == (2 if moment == "_iterate" else 3):
+            os.kill(os.getpid(), number)
+        return method(trainer, *progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, moment, signalled)
+        with pytest.raises((KeyboardInterrupt, Stopped)) as raised:
+            distill(config)
+    assert raised.type is KeyboardInterrupt or raised.value.code == CODES[number]
+    assert "the same command goes on from update 3" in capsys.readouterr().err
+    assert not (tmp_path / "out" / LORA_FILE).exists()
+    monkeypatch.setattr(DistillTrainer, "_iterate", None)
+    distill(config)
+    assert weights(tmp_path / "out")
+
+
 def test_a_signal_stops_rendering_at_once_and_keeps_what_is_rendered(config, monkeypatch, capsys, tmp_path):
     render = rendering.render_targets
 

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clora.errors import CloraError
+from clora.hashing import digest, tensor_digest
+from clora.testing import tiny_config
 from clora.training.checkpoint import DamagedCheckpoint, load_values
 from clora.training.resume import Checkpoints
 from clora.training.steps import CRITIC, STUDENT
@@ -83,12 +85,13 @@ def test_without_a_whole_file_nothing_is_trained(adapter, written):
         trainer.fit(ignore, Checkpoints(folder))
 
 
-def rewrite(file, change):
-    """Changes tensors and values of a file as an earlier version would have written it, without a hash."""
+def rewrite(file, change, hashed=True):
+    """Changes tensors and values of a file, with the hash of what it has then, or without one."""
     with safe_open(file, "pt") as opened:
         flat, values = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(opened.metadata()["values"])  # noqa: SIM118
-    values = change(flat, values)
-    save_file(flat, file, {"values": json.dumps(values)})
+    text = json.dumps(change(flat, values))
+    digests = {"sha256": digest([text, tensor_digest(flat)])} if hashed else {}
+    save_file(flat, file, {"values": text, **digests})
 
 
 def without(prefix):
@@ -138,7 +141,80 @@ def test_what_is_missing_or_odd_is_one_clear_error(adapter, written, change):
     for update in (3, 4):
         rewrite(Checkpoints(folder).path(update), change)
     with make_trainer(adapter, train={**TRAIN, "updates": 5}) as trainer:
-        with pytest.raises(CloraError, match="checkpoint.* remove "):
+        with pytest.raises(CloraError, match="none of the checkpoints .* is whole; remove"):
+            trainer.fit(ignore, Checkpoints(folder))
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD.keys())
+def test_the_one_before_is_continued_whatever_the_newest_lacks(adapter, written, capsys, change):
+    folder, expected = written
+    rewrite(Checkpoints(folder).path(4), change)
+    checkpoints = Checkpoints(folder)
+    with make_trainer(adapter, train=TRAIN) as trainer:
+        trainer.fit(ignore, checkpoints)
+        assert not changed(trainer, expected)
+    assert capsys.readouterr().err.count("00000004.safetensors is damaged") == 1
+    assert load_values(checkpoints.path(4))["update"] == 4, "it is written anew"
+
+
+def test_a_file_of_this_version_has_a_hash(adapter, written):
+    folder, _ = written
+    for update in (3, 4):
+        rewrite(Checkpoints(folder).path(update), lambda flat, values: values, hashed=False)
+    with make_trainer(adapter, train=TRAIN) as trainer, pytest.raises(CloraError, match="none .* is whole"):
+        trainer.fit(ignore, Checkpoints(folder))
+    for update in (3, 4):  # one of an earlier version
+        rewrite(Checkpoints(folder).path(update), lambda flat, values: without_key(values, "inputs"), hashed=False)
+    with make_trainer(adapter, train=TRAIN) as trainer:
+        trainer.fit(ignore, Checkpoints(folder))
+        assert trainer.update == 4
+
+
+def without_key(values, key):
+    return {k: v for k, v in values.items() if k != key}
+
+
+def test_the_update_that_is_named_to_the_user_is_of_a_file_that_was_verified(written):
+    folder, _ = written
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.last_update() is None
+    checkpoints.path(4).write_bytes(b"")
+    checkpoints.start(tiny_config([f"effect_{i}" for i in range(3)], train=TRAIN))
+    assert checkpoints.last_update() == 3
+
+
+def test_more_updates_than_are_asked_for_are_refused(adapter, written):
+    """The collection would state fewer than its student has made."""
+    folder, _ = written
+    with make_trainer(adapter, train={**TRAIN, "updates": 2}) as trainer:
+        with pytest.raises(CloraError, match=r"has made 4 updates, more than train\.updates: 2; set that to 4"):
+            trainer.fit(ignore, Checkpoints(folder))
+
+
+RATES = {
+    "both": ({"learning_rate": 1e-4, "anchor_learning_rate": 5e-4}, ["learning_rate", "anchor_learning_rate"]),
+    "the anchoring": ({"anchor_learning_rate": 5e-4}, ["anchor_learning_rate"]),
+    "all but anchoring's": ({"learning_rate": 1e-4, "anchor_learning_rate": 1e-2}, ["learning_rate"]),
+    "the critic's": ({"critic_learning_rate": 1e-5}, ["critic_learning_rate"]),
+}
+
+
+@pytest.mark.parametrize(("rates", "named"), RATES.values(), ids=RATES.keys())
+def test_each_rate_is_compared_with_what_it_was(adapter, written, capsys, rates, named):
+    folder, _ = written
+    with make_trainer(adapter, train={**TRAIN, "updates": 5, **rates}) as trainer:
+        trainer.fit(ignore, Checkpoints(folder))
+    said = capsys.readouterr().err
+    lowered = [
+        name for name in ("learning_rate", "anchor_learning_rate", "critic_learning_rate") if f"train.{name} is" in said
+    ]
+    assert lowered == named
+
+
+def test_a_rate_of_anchoring_that_rises_is_refused(adapter, written):
+    folder, _ = written
+    with make_trainer(adapter, train={**TRAIN, "learning_rate": 1e-3, "anchor_learning_rate": 2e-2}) as trainer:
+        with pytest.raises(CloraError, match=r"train\.anchor_learning_rate differ"):
             trainer.fit(ignore, Checkpoints(folder))
 
 
