@@ -32,7 +32,7 @@ def test_a_signal_stops_at_once_or_after_the_step(number):
         assert code_of(raised) == NUMBERS[number]
     with stop_requests(None) as stop:
         done = []
-        with pytest.raises((KeyboardInterrupt, Stopped)) as raised, stop.gently():
+        with pytest.raises((KeyboardInterrupt, Stopped)) as raised, stop.gently():  # noqa: PT012
             assert not stop.is_requested
             send(number)
             assert stop.is_requested
@@ -47,7 +47,7 @@ def test_a_signal_stops_at_once_or_after_the_step(number):
 @pytest.mark.parametrize("first", NUMBERS)
 def test_ctrl_c_after_a_request_stops_at_once(first):
     passed = []
-    with stop_requests(None) as stop, pytest.raises(KeyboardInterrupt), stop.gently():
+    with stop_requests(None) as stop, pytest.raises(KeyboardInterrupt), stop.gently():  # noqa: PT012
         send(first)
         passed.append(1)
         send(signal.SIGINT)
@@ -67,7 +67,7 @@ def test_an_ignored_signal_stays_ignored():
 
 def test_the_time_limit():
     with stop_requests(0.05) as stop:
-        with pytest.raises(Stopped) as raised, stop.gently():
+        with pytest.raises(Stopped) as raised, stop.gently():  # noqa: PT012
             time.sleep(0.1)
             assert stop.is_requested
         assert raised.value.code == 75

@@ -340,7 +340,7 @@ def stopped_before_samples(patch):
 
 
 def stopped_in_the_caches(patch):
-    patch.setattr(engine, "shutil", SimpleNamespace(rmtree=interrupt))
+    patch.setattr(engine, "shutil", SimpleNamespace(rmtree=lambda folder, **settings: interrupt()))
 
 
 def stopped_before_the_checkpoints(patch):
@@ -353,7 +353,9 @@ def stopped_at_the_last_rename(patch):
 
 def stopped_at_the_last_removal(patch):
     rmdir = resume.Path.rmdir
-    patch.setattr(resume.Path, "rmdir", lambda path: interrupt() if path.name == "checkpoints" else rmdir(path))
+    patch.setattr(
+        resume.Path, "rmdir", lambda path: interrupt() if path.match("*/checkpoints") and path.exists() else rmdir(path)
+    )
 
 
 ENDS = (
@@ -382,7 +384,8 @@ def test_the_next_run_completes_what_is_left_to_do(make_config, monkeypatch, tmp
 
     whole, completed = found(tmp_path / "whole"), found(tmp_path / "out")
     checkpoint = engine.FINISHED  # states how long the training took
-    assert completed.pop(checkpoint) and whole.pop(checkpoint)
+    assert completed.pop(checkpoint)
+    assert whole.pop(checkpoint)
     assert completed == whole
     assert [path.name for path in (tmp_path / "out" / engine.CACHE).iterdir()] == ["finished.safetensors"]
 
