@@ -15,7 +15,7 @@ from helpers.written import Written, assert_all_whole, phases
 from clora.collection.write import SCHEDULER_FILE
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are killed as on POSIX")
-PHASES = ("encoding", "rendering", "training", "exporting")
+PHASES = ("encoding", "rendering", "training", "exporting", "ending")
 
 
 def kill(place, is_torn):
