@@ -115,12 +115,22 @@ def test_a_folder_without_permission(tmp_path, monkeypatch, what):
         check_writable(tmp_path / "a") if what == "output" else load_images(tmp_path / "a", (4, 4))
 
 
+def write_png_of_16_bits(path, values, clear):
+    """Grey or colours; `clear` stands for transparent. Pillow 10.1 writes neither."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    values = values.astype(">u2")
+    header = struct.pack(">IIBBBBB", *values.shape[1::-1], 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    parts = (b"IHDR", header), (b"tRNS", np.array(clear, ">u2").tobytes()), (b"IDAT", rows), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
 def test_grey_floats_and_the_transparent_grey_of_a_png(tmp_path):
     """Floats up to 1 or up to 255; the grey that stands for transparent is white."""
     ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     Image.fromarray(ramp).save(tmp_path / "one.tif")
     Image.fromarray(ramp * 255).save(tmp_path / "bytes.tif")
-    Image.fromarray((ramp * 65535).round().astype(np.uint16)).save(tmp_path / "clear.png", transparency=0)
+    write_png_of_16_bits(tmp_path / "clear.png", (ramp * 65535).round(), 0)
     for name in ("one.tif", "bytes.tif", "clear.png"):
         expected = torch.from_numpy(ramp).mul(2).sub(1)
         if name == "clear.png":
@@ -140,17 +150,9 @@ def test_grey_floats_and_the_transparent_grey_of_a_png(tmp_path):
 
 
 def test_the_transparent_colour_of_16_bits(tmp_path):
-    colours = np.zeros((4, 4, 3), dtype=">u2")
+    colours = np.zeros((4, 4, 3))
     colours[:2] = 0x8000, 0x1200, 0xFFFF
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-    clear = chunk(b"tRNS", struct.pack(">HHH", 0x8000, 0x1200, 0xFFFF))
-    rows = b"".join(b"\0" + row.tobytes() for row in colours)
-    pixels = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + clear + pixels)
+    write_png_of_16_bits(tmp_path / "a.png", colours, [0x8000, 0x1200, 0xFFFF])
     image = load_image(tmp_path / "a.png", (4, 4))
     assert (image[:, :2] == 1).all()
     assert (image[:, 2:] == -1).all()
