@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from clora.config.fields import as_written
@@ -16,6 +15,7 @@ from clora.data.rendering import lora_digest
 from clora.hashing import digest, file_digest
 from clora.lora.state import LoRAState
 from clora.models.fingerprint import component_fingerprints
+from clora.training.resume import lora_input, picture_input
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def trained_on(config: DistillConfig, inputs: Inputs, teachers: Mapping[str, LoR
     named = {}
     for folder, count in _pictures_used(config).items():
         for name, hashed in list(inputs.pictures[folder].items())[:count]:
-            named[f"picture {Path(folder) / name}"] = hashed
+            named[picture_input(folder, name)] = hashed
     if config.objective.dual_stream:
         named["the list of general instructions"] = digest(inputs.instructions)
     for name, teacher in teachers.items():
-        named[f"the LoRA of effect {name!r}"] = lora_digest(teacher)
+        named[lora_input(name)] = lora_digest(teacher)
     return named | {f"the base model's {part}": hashed for part, hashed in inputs.components.items()}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from clora.config.fields import as_written
 from clora.config.reading import REMOVED
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
@@ -228,9 +229,13 @@ def check_resumable(
             "the beginning"
         )
     written, notes = _with_lower_rates(values["config"], current, values["update"])
-    check_same(written, current, path)
+    added = _added_effects(written, current)
+    check_same({**written, "effects": [*written["effects"], *added]} if added else written, current, path)
+    if added:
+        notes.append(_added_note(path, values, [effect["name"] for effect in added], config))
     if "inputs" in values:
-        _check_inputs(values["inputs"], inputs, path)
+        before = written["effects"] if isinstance(written.get("effects"), Sequence) else ()
+        _check_inputs(values["inputs"], _without_those_of(added, before, inputs, config), path)
     else:
         notes.append(
             f"checkpoint {path} was written by an earlier version, which did not record pictures, instructions and the "
@@ -254,6 +259,63 @@ def _with_lower_rates(
     return {**written, "train": {**train, **accepted}}, notes
 
 
+def _added_effects(written: Mapping[str, Any], current: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The effects that the config has after all those of the checkpoint; none where it does not begin with them."""
+    before, now = written.get("effects"), current["effects"]
+    return now[len(before) :] if isinstance(before, list) and before and now[: len(before)] == before else []
+
+
+def _added_note(path: Path, values: Mapping[str, Any], names: Sequence[str], config: DistillConfig) -> str:
+    """Tells that a run goes on with more effects. Raises CloraError where no update is left to learn them, or is known."""
+    listed, train = ", ".join(names), config.train
+    if "inputs" not in values:
+        raise CloraError(
+            f"checkpoint {path} was written by an earlier version, to which no effect can be added ({listed}); choose "
+            "another output"
+        )
+    for setting, passed, limit in (
+        ("train.updates", values["update"], train.updates),
+        ("train.minutes", values["seconds"] / 60, train.minutes),
+    ):
+        if limit is not None and passed >= limit:
+            raise CloraError(
+                f"effects: {listed} would be added to a run that has ended; set {setting} above {passed:g}, by as much as "
+                "they are to be trained"
+            )
+    return (
+        f"{listed} joins the effects from update {values['update']} on, without a phase of anchoring"
+        if values["matching"]
+        else f"{listed} joins the effects from update {values['update']} on"
+    )
+
+
+def _without_those_of(
+    added: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, str],
+    config: DistillConfig,
+) -> dict[str, str]:
+    """The inputs but for those that only added effects have: their LoRAs, and pictures of folders of their own."""
+    earlier = {as_written(config.data.sources)} | {e[key] for e in before for key in ("sources", "targets")}
+    folders = {e[key] for e in added for key in ("sources", "targets")} - earlier - {None}
+    loras = {lora_input(effect["name"]) for effect in added}
+    return {
+        name: hashed
+        for name, hashed in inputs.items()
+        if name not in loras and not any(name == picture_input(folder, Path(name).name) for folder in folders)
+    }
+
+
+def lora_input(effect: str) -> str:
+    """Returns the name of an effect's LoRA among a run's inputs."""
+    return f"the LoRA of effect {effect!r}"
+
+
+def picture_input(folder: str, name: str) -> str:
+    """Returns the name of a picture among a run's inputs."""
+    return f"picture {Path(folder) / name}"
+
+
 def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
     """Raises CloraError unless a checkpoint was written with the current values."""
     for key, reason in REMOVED.items():
@@ -270,7 +332,8 @@ def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Pat
     if changed:
         raise CloraError(
             f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
-            "restore the old settings and files to continue it, or remove it to start from the beginning"
+            "restore the old settings and files to continue it (effects may be added after the others), or remove it to "
+            "start from the beginning"
         )
 
 

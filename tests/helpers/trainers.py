@@ -65,3 +65,15 @@ def slots(trainer):
     """Copies of student and critic as they are trained, and the teachers, by name."""
     teachers = {name: trainer.bank.state(name) for name in trainer.data.effects}
     return {STUDENT: trainer.student.state(STUDENT), CRITIC: trainer.critic.state(CRITIC), **teachers}
+
+
+def stop_at(update, monkeypatch):
+    """Lets a run be interrupted as it begins an update."""
+    iterate = DistillTrainer._iterate
+
+    def stopping(trainer, progress):
+        if trainer.update == update:
+            raise KeyboardInterrupt
+        return iterate(trainer, progress)
+
+    monkeypatch.setattr(DistillTrainer, "_iterate", stopping)
