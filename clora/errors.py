@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -33,6 +33,12 @@ def about(setting: str) -> Iterator[None]:
         yield
     except CloraError as error:
         raise CloraError(f"{setting}: {error}") from error
+
+
+def listed(problems: Sequence[str], limit: int = 40) -> str:
+    """Returns the number of problems and the first of them, one on each line."""
+    rest = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "\n  ".join([f"{len(problems)} problems", *problems[:limit], *rest])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from clora.config.settings import DistillConfig, general_instructions
 from clora.data.images import check_image, list_images
 from clora.data.prepare import check_pairs, num_shared
 from clora.devices import find_device
-from clora.errors import CloraError, about
+from clora.errors import CloraError, about, listed
 from clora.files import user_path
 from clora.flow.objective import target_simulation_steps
 from clora.lora.load import lora_ranks
@@ -40,7 +40,7 @@ class Problems(list[str]):
         if len(self) == 1:
             raise CloraError(self[0])
         if self:
-            raise CloraError("\n  ".join([f"{len(self)} problems", *self]))
+            raise CloraError(listed(self))
 
 
 def find_file_problems(config: DistillConfig) -> Problems:

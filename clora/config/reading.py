@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from clora.config.fields import Reading, UserPath
-from clora.errors import CloraError, nearest
+from clora.errors import CloraError, listed, nearest
 from clora.files import read_text, user_path
 
 REMOVED = {
@@ -160,7 +160,7 @@ def validate(
         context: the folder of paths, and whether the prompts file has been read; None for other files than configs.
 
     Raises:
-        CloraError: every problem, one on each line.
+        CloraError: every problem, one on each line, up to 40.
     """
     try:
         # Strict Python input would refuse a list for a tuple; strict JSON does not.
@@ -172,10 +172,8 @@ def validate(
     if len(problems) == 1:
         raise CloraError(problems[0])
     if all(problem.startswith(f"{where}: ") for problem in problems):
-        lines = [f"{where}: {len(problems)} problems", *(problem.removeprefix(f"{where}: ") for problem in problems)]
-    else:
-        lines = [f"{len(problems)} problems", *problems]
-    raise CloraError("\n  ".join(lines))
+        raise CloraError(f"{where}: {listed([problem.removeprefix(f'{where}: ') for problem in problems])}")
+    raise CloraError(listed(problems))
 
 
 def _problems(model: type[BaseModel], error: ValidationError, where: str, overrides: Sequence[str]) -> list[str]:

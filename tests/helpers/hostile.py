@@ -113,21 +113,24 @@ def damaged(draw, data: bytes) -> bytes:
 
 @contextmanager
 def bounded(seconds: float = 10, megabytes: int = 2000) -> Iterator[None]:
-    """Raises TimeoutError or MemoryError where the block takes more, beyond what the process has already."""
+    """Raises TimeoutError or MemoryError where the block takes more, beyond what the process has already.
+
+    Time is the process's own: other work on the machine does not count.
+    """
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"longer than {seconds} seconds")
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGPROF, stop)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
