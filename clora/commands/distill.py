@@ -111,7 +111,7 @@ def _distill(
         finished=output / FINISHED,
     )
     is_done = is_finished(output, collection)
-    if is_done and checkpoints.has_own(config):
+    if is_done and checkpoints.has_end(config):
         # The run was stopped between its collection and its end. Without samples it goes on from its last checkpoint,
         # which is the trained one, and writes the same collection.
         is_done = (output / SAMPLES_FILE).exists()

@@ -113,7 +113,10 @@ class LossLevels:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the levels; those of a checkpoint of an earlier version begin anew."""
-        for term, (recent, lowest) in state.items():
-            self._recent[term].extend(recent)
+        self._lowest = {}
+        for term, recent in self._recent.items():
+            readings, lowest = state.get(term, ((), None))
+            recent.clear()  # of a checkpoint that was found damaged while it was loaded
+            recent.extend(readings)
             if lowest is not None:
                 self._lowest[term] = lowest

@@ -61,7 +61,7 @@ class Checkpoints:
         self.finished = finished
         self._start: tuple[Path, int] | None = None
         self._continued: tuple[Path, int] | None = None  # the finished run's
-        self._passed_over: set[Path] = set()
+        self._damaged: set[Path] = set()
 
     def files(self) -> list[Path]:
         """Returns the files of this run, or of one that was stopped in its place, the newest first."""
@@ -95,20 +95,24 @@ class Checkpoints:
                 if found[0] == self.finished:  # what was loaded of it is no beginning
                     raise
                 say(f"{error}")
-                self._passed_over.add(found[0])
+                self._damaged.add(found[0])
                 self._start = None
 
     def has(self, update: int) -> bool:
         """Reports whether the folder's newest file is that of an update, verified or written here."""
         return self._start == (self.path(update), update)
 
-    def has_own(self, config: DistillConfig) -> bool:
-        """Reports whether the folder holds files that a run of this config would continue."""
+    def has_end(self, config: DistillConfig) -> bool:
+        """Reports whether the folder holds the last checkpoint of a run of this config; of another run it may hold others."""
         try:
             found = self.start(config) if self.files() else None
         except CloraError:
             return False
-        return found is not None
+        if found is None:
+            return False
+        minutes = config.train.minutes
+        is_late = minutes is not None and stated_values(found[0])["seconds"] >= 60 * minutes
+        return found[1] == config.train.updates or is_late
 
     def path(self, update: int) -> Path:
         """Returns the file of an update."""
@@ -120,6 +124,7 @@ class Checkpoints:
         The newest calm one stays too: in a slow explosion all the others may be from within it.
         """
         self._start = (self.path(update), update)
+        self._damaged.discard(self.path(update))
         files = self.files()
         later = [file for file in files if file != self.earlier and int(file.stem) > update]
         earlier = files[len(later) :]
@@ -129,9 +134,9 @@ class Checkpoints:
                 file.unlink(missing_ok=True)
 
     def go_back(self) -> str:
-        """Removes the files that a diverged run wrote when it was no longer calm; returns how to go on."""
+        """Removes the damaged files, and those that a diverged run wrote when it was no longer calm; returns how to go on."""
         for file in self.files():
-            if _is_calm(file):
+            if file not in self._damaged and _is_calm(file):
                 update = stated_values(file)["update"]
                 self._start = (file, update)
                 return (
@@ -159,13 +164,14 @@ class Checkpoints:
     def _find(self, config: DistillConfig) -> tuple[Path, int] | None:
         files = self.files()
         for file in files:
-            if file in self._passed_over:
+            if file in self._damaged:
                 continue
             try:
                 values = load_values(file)
                 notes = check_resumable(file, values, config, self.inputs)
             except DamagedCheckpoint as error:
                 say(f"{error}")
+                self._damaged.add(file)
                 continue
             for note in notes:
                 say(note)

@@ -101,13 +101,8 @@ class DistillTrainer:
         with stop.gently(), recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
             while (progress := self._progress()) < 1:
                 self._set_learning_rates(progress)
-                try:
-                    with about(f"update {self.update + 1}"):
-                        values = self._checked(self._iterate(progress))
-                except CloraError as error:
-                    if checkpoints is None:
-                        raise
-                    raise CloraError(f"{error}. {checkpoints.go_back()}") from error
+                with about(f"update {self.update + 1}"):
+                    values = self._checked(self._iterate(progress), checkpoints)
                 if self.average is not None:
                     self.average.step(self.student.parameters())
                 self.update += 1
@@ -119,11 +114,16 @@ class DistillTrainer:
                     break
             self._keep(checkpoints)  # what follows may fail, for example on a full disk
 
-    def _checked(self, checks: Sequence[StepCheck]) -> dict[str, float]:
-        """Reads an update's steps, before anything is made or kept of them."""
-        values = raise_first(checks)
-        self.levels.add(values)
-        raise_explosion(checks, self.levels)
+    def _checked(self, checks: Sequence[StepCheck], checkpoints: Checkpoints | None) -> dict[str, float]:
+        """Reads an update's steps, before anything is made or kept of them; a run that has diverged goes back."""
+        try:
+            values = raise_first(checks)
+            self.levels.add(values)
+            raise_explosion(checks, self.levels)
+        except CloraError as error:
+            if checkpoints is None:
+                raise
+            raise CloraError(f"{error}. {checkpoints.go_back()}") from error
         return values
 
     def _is_calm(self) -> bool:

@@ -241,3 +241,42 @@ def test_other_inputs_are_named(adapter, tmp_path):
         with make_trainer(adapter, train=TRAIN) as trainer:
             with pytest.raises(CloraError, match=r"other inputs:\n  picture [bc]\.png (has changed|is gone|is new)\n"):
                 trainer.fit(ignore, Checkpoints(tmp_path, inputs=found))
+
+
+@pytest.mark.parametrize(
+    ("train", "is_end"), [({}, True), ({"updates": 9}, False), ({"updates": 9, "minutes": 1e-9}, True)]
+)
+def test_an_end_is_the_checkpoint_of_all_updates_or_of_all_minutes(written, train, is_end):
+    """A longer run's, that another was stopped in, must not take the place of a finished run's last one."""
+    config = tiny_config([f"effect_{i}" for i in range(3)], train={**TRAIN, **train})
+    assert Checkpoints(written[0]).has_end(config) == is_end
+
+
+def test_only_divergence_goes_back(adapter, written, monkeypatch):
+    """A file that is missing while batches are read says nothing about the checkpoints, whatever their losses."""
+    folder, _ = written
+    rewrite(Checkpoints(folder).path(4), value("calm", False))
+    with make_trainer(adapter, train={**TRAIN, "updates": 5}) as trainer:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.sampler, "draw", missing_file)
+            with pytest.raises(CloraError) as caught:
+                trainer.fit(ignore, Checkpoints(folder))
+        assert str(caught.value) == "update 5: a file was removed"
+        trainer.fit(ignore, Checkpoints(folder))
+        assert trainer.update == 5
+
+
+def missing_file(update):
+    raise CloraError("a file was removed")
+
+
+def test_a_run_that_diverges_does_not_go_back_to_a_damaged_file(adapter, written):
+    folder, _ = written
+    rewrite(Checkpoints(folder).path(4), lambda flat, values: without_key(values, "update"))
+    run = Checkpoints(folder)
+    with make_trainer(adapter, train=TRAIN) as trainer:
+        trainer.steps.change = lambda slots: torch.tensor(99.0)
+        with pytest.raises(CloraError, match=r"update 4: .* exploded.* The checkpoint of update 3 is kept"):
+            trainer.fit(ignore, run)
+    assert run.last_update() == 3
+    assert [file.name for file in run.files()] == ["00000003.safetensors"]

@@ -95,6 +95,8 @@ def test_levels_are_those_of_an_uninterrupted_run_after_a_resume():
         for value in readings[stop:]:
             resumed.add({"anchor": value})
         assert resumed.rises() == fed(readings).rises()
+        resumed.load_state(fed(readings[:stop]).state())
+        assert resumed.state() == fed(readings[:stop]).state(), "what was loaded before leaves nothing"
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
