@@ -189,12 +189,12 @@ def check_collection(metadata, folder):
     pipeline, scheduler = tiny_pipeline_of_the_process(), tiny_pipeline_of_the_process().scheduler
     path = folder / "fuzzed.safetensors"
     save_file(load_file(folder / "collection" / LORA_FILE), path, metadata)
+    model_card(clora.load_collection(path).collection)
     try:
-        effects = clora.load_collection(path)
         clora.apply(pipeline, path)
-        model_card(effects.collection)
     except CloraError:
-        assert pipeline.scheduler is scheduler or getattr(pipeline.transformer, "peft_config", None)
+        assert pipeline.scheduler is scheduler
+        assert not getattr(pipeline.transformer, "peft_config", None)
         raise
     finally:
         pipeline.unload_lora_weights()

@@ -54,7 +54,8 @@ class AttachedLoRAs:
 
         Raises:
             CloraError: a name is unknown (the message suggests the nearest), a strength is no number or an absurd one, a
-                single text or anything else but names is given, projections were fused since `attach`, or a pass has a batch that does not fit the names.
+                single text or anything else but names is given, projections were fused since `attach`, or a pass has a
+                batch that does not fit the names.
         """
         if isinstance(names, str):
             raise CloraError(f"expected a list of names, found the text {names!r}; write [{names!r}]")

@@ -265,7 +265,7 @@ def _restored(transformer: Any, source: LoRASource) -> Iterator[None]:
     ]
     try:
         yield
-    except Exception as error:  # of diffusers, PEFT and torch
+    except BaseException as error:  # of diffusers, PEFT and torch, and Ctrl-C
         for name in set(getattr(transformer, "peft_config", {})) - before:
             transformer.delete_adapters([name])
         if not before:
@@ -274,6 +274,8 @@ def _restored(transformer: Any, source: LoRASource) -> Iterator[None]:
             layer.set_adapter(active)
             layer.scaling.update(scaling)
             layer.enable_adapters(not disabled)
+        if not isinstance(error, Exception):
+            raise
         reason = "out of memory" if isinstance(error, MemoryError) else str(error)
         raise CloraError(f"{source.file} could not be loaded; the pipeline is as it was: {reason}") from error
 

@@ -157,8 +157,8 @@ def _scheduler_text(collection: Collection) -> str:
 def is_finished(folder: Path, collection: Collection) -> bool:
     """Returns whether a folder holds this collection as it was written, by any version of clora.
 
-    Compared are the description, the values of all weights with the hash beside them (earlier versions stated none), and the scheduler. Of the card, which a
-    person may edit, only clora's mark is looked for.
+    Compared are the description, the values of all weights with the hash beside them (earlier versions stated none), and
+    the scheduler. Of the card, which a person may edit, only clora's mark is looked for.
     """
     try:
         source = open_lora(folder / LORA_FILE)
@@ -189,9 +189,11 @@ def add_samples(folder: Path, samples: bytes, hub_id: str | None = None, shown: 
     Raises:
         CloraError: no collection exists there, or a file cannot be written.
     """
-    collection = read_collection(folder)
-    write_atomic(folder / SAMPLES_FILE, samples)
-    write_atomic(folder / "README.md", model_card(collection, hub_id, has_samples=shown))
+    card = model_card(read_collection(folder), hub_id, has_samples=shown)
+    # The card gets its name first: a run that dies between the two has no samples, and the next one adds both.
+    with replacing(folder / SAMPLES_FILE) as file:
+        file.write_bytes(samples)
+        write_atomic(folder / CARD_FILE, card)
 
 
 def name_repository(folder: Path, hub_id: str, shown: bool) -> None:

@@ -69,6 +69,15 @@ def test_a_refused_collection_leaves_strengths_and_switches(folder, pipeline, mo
     assert pipeline.get_active_adapters() == ["mine"]
 
 
+def test_ctrl_c_leaves_the_pipeline_as_it_was(folder, pipeline, monkeypatch):
+    before = run(KLEIN, pipeline.transformer)
+    failing(pipeline, monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        clora.apply(pipeline, folder)
+    assert torch.equal(run(KLEIN, pipeline.transformer), before)
+    assert set(pipeline.transformer.peft_config) == {"mine", "other"}
+
+
 def test_several_active_ones_stay_active(folder, pipeline, monkeypatch):
     pipeline.set_adapters(["mine", "other"], [0.5, -0.25])
     before = run(KLEIN, pipeline.transformer)

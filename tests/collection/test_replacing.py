@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.collection_cases import describe, effect
 
-from clora.collection.write import LORA_FILE, is_finished, write_collection
+from clora.collection.write import LORA_FILE, add_samples, is_finished, write_collection
 from clora.errors import CloraError
 from clora.testing import random_lora, tiny_pipeline
 
@@ -98,6 +98,17 @@ def test_weights_never_stand_beside_the_files_of_another_collection(student, tmp
     assert wholes[0] in seen
     assert seen[-1] == wholes[1]
     assert step >= 5
+
+
+def test_samples_never_stand_without_a_card_that_shows_them(student, tmp_path, monkeypatch):
+    """The next run takes samples as the sign that nothing is left to do."""
+    folder, step = write_collection(student, describe(), tmp_path, torch.float32), 0
+    while killed_at(monkeypatch, step, lambda: add_samples(folder, b"a picture")):
+        assert not (folder / "samples.png").exists()
+        step += 1
+    assert step == 2
+    assert (folder / "samples.png").read_bytes() == b"a picture"
+    assert "samples.png" in (folder / "README.md").read_text()
 
 
 def test_equal_runs_give_equal_bytes(student, tmp_path):
