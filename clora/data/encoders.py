@@ -17,6 +17,7 @@ from clora.data.cache import Cache, Entries, Entry, Key, chunked
 from clora.data.images import ImageFolder
 from clora.data.tables import LatentTable, TextTable
 from clora.devices import move
+from clora.errors import CloraError
 from clora.hashing import digest, tensor_digest
 from clora.models import ModelAdapter
 from clora.models.conditioning import Text
@@ -188,13 +189,10 @@ class Decoded:
 
     def digests(self) -> list[str]:
         """A hash of each image's pixels; those that are known need no decoding."""
-        found = []
         for image in self._images:
-            known, position = image.pictures.digests, image.position
-            if position not in known:
-                known[position] = tensor_digest({"pixels": self._decode(image)})
-            found.append(known[position])
-        return found
+            if image.position not in image.pictures.digests:
+                self._decode(image)
+        return [image.pictures.digests[image.position] for image in self._images]
 
     def pixels(self) -> Tensor:
         """All of them, ``[N, 3, H, W]``."""
@@ -205,6 +203,13 @@ class Decoded:
         key = pictures.name, position
         if key not in self._pixels:
             self._pixels[key] = pictures.pixels[position]
+            found = tensor_digest({"pixels": self._pixels[key]})
+            # An entry of other pixels under the known hash would be believed by every later run.
+            if pictures.digests.setdefault(position, found) != found:
+                raise CloraError(
+                    f"picture {position + 1} of {pictures.name or 'data.sources'} has changed while pictures were read; start "
+                    "the same command again"
+                )
         return self._pixels[key]
 
 

@@ -63,11 +63,10 @@ def select(latents: Latents, rows: Tensor | Sequence[int] | slice) -> Latents:
 
 
 def stack(latents: Sequence[Latents]) -> Latents:
-    """Stacks tensors, or tables, of which no row is read, along a new first dimension."""
-    tensors = [each for each in latents if isinstance(each, Tensor)]
-    if len(tensors) == len(latents):
-        return torch.stack(tensors)
+    """Stacks tables, of which no row is read, along a new first dimension; or tensors, beside which tables are read."""
     tables = [each for each in latents if isinstance(each, LatentTable)]
+    if len(tables) < len(latents):
+        return torch.stack([each[:] for each in latents])
     parts: list[Entries] = []
     index = []
     for table in tables:

@@ -13,7 +13,7 @@ from clora.bank.bank import RoutedLinear
 from clora.data import encoders as encoders_module
 from clora.data.batches import BatchSampler
 from clora.data.cache import Cache, Entries
-from clora.data.encoders import Encoders, Picture, Pictures
+from clora.data.encoders import Decoded, Encoders, Picture, Pictures
 from clora.data.prepare import encode_data
 from clora.data.rendering import lora_digest
 from clora.data.tables import TextTable
@@ -351,3 +351,15 @@ def test_a_model_that_cannot_move_stays():
     model.is_loaded_in_8bit = False
     encoders_module.move(model, torch.device("meta"))
     assert model.weight.device.type == "meta"
+
+
+def test_a_picture_that_changes_between_two_parts_is_never_kept_under_the_hash_of_before():
+    pictures = Pictures("snow", torch.zeros(2, 3, 4, 4))
+    first = Decoded([Picture(pictures, 0), Picture(pictures, 1)])
+    digests = first.digests()
+    assert torch.equal(first.pixels(), pictures.pixels)
+    pictures.pixels[1] = 1.0
+    later = Decoded([Picture(pictures, 0), Picture(pictures, 1)])
+    assert later.digests() == digests, "of pictures that are known nothing is decoded"
+    with pytest.raises(CloraError, match="picture 2 of snow has changed while pictures were read"):
+        later.pixels()
