@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,9 +81,10 @@ def _check_schedule(config: DistillConfig) -> None:
 def _check_apart(config: DistillConfig) -> None:
     """A collection must not be written among the pictures or the files of a LoRA or the pipeline."""
     # A folder above or inside the output folder keeps its files, and `list_images` passes over subfolders.
-    output = user_path(config.output).resolve()
+    # Not Path.resolve, which raises for a link to itself before Python 3.13.
+    output = os.path.realpath(user_path(config.output))
     for setting, path in {**named_files(config.model_dump()), "pipeline": config.pipeline}.items():
-        if user_path(path).resolve() == output:
+        if os.path.realpath(user_path(path)) == output:
             raise CloraError(
                 f"output: expected a folder of its own, found that of {setting}, {path}; name another folder"
             )

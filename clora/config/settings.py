@@ -76,8 +76,11 @@ class EffectConfig(FrozenModel):
     prompt: NonEmpty
     max_error: Share = 0.01
     ignore: tuple[NonEmpty, ...] = ()
-    trigger: NonEmpty = Field(default_factory=lambda data: make_trigger(data["name"]))
-    student_prompts: tuple[NonEmpty, ...] = Field(default_factory=lambda data: (f"{data['trigger']} {data['prompt']}",))
+    # Pydantic before 2.14 asks for these defaults even where what they are made of is missing, which it reports.
+    trigger: NonEmpty = Field(default_factory=lambda data: make_trigger(data.get("name", "missing")))
+    student_prompts: tuple[NonEmpty, ...] = Field(
+        default_factory=lambda data: (f"{data.get('trigger')} {data.get('prompt')}",)
+    )
     sources: PathText | None = None
     targets: PathText | None = None
 

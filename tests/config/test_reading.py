@@ -209,6 +209,21 @@ def test_every_problem_is_listed(load):
         assert sum(problem.startswith(f"  {path}: ") for problem in problems) == 1
 
 
+def test_missing_values_that_others_are_made_of_are_listed(load):
+    """A trigger is made of the name, a student's prompt of the prompt: their absence is not an error of its own."""
+    with pytest.raises(CloraError) as caught:
+        load(
+            text=TEXT.replace("name: snow fall, ", "").replace(
+                "prompt: draw it, trigger: <c>, student_prompts: [<c> one, <c> two]", "ignore: []"
+            )
+        )
+    _, *problems = str(caught.value).splitlines()
+    assert [problem.split("; ")[0].strip() for problem in problems] == [
+        "effects.0.name: missing",
+        "effects.1.prompt: missing",
+    ]
+
+
 @pytest.mark.parametrize(
     ("overrides", "heading"),
     [
