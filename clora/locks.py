@@ -35,9 +35,9 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     try:
         with _held(path) as file:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with suppress(OSError):  # on a full disk others do not learn who holds it
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             try:
                 yield
             finally:

@@ -15,6 +15,10 @@ from clora.locks import LOCK, locked, shared
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are killed as on POSIX")
 HOLD = "import sys, time, pathlib; from clora.locks import *\nwith {lock}: print('held', flush=True); time.sleep(60)"
 
+LOCKED = (
+    "import sys, pathlib; from clora.locks import *\nwith locked(pathlib.Path(sys.argv[1])): print('held', flush=True)"
+)
+
 
 @pytest.fixture
 def start():
@@ -54,6 +58,14 @@ def test_an_error_leaves_no_folder(tmp_path):
     with pytest.raises(CloraError, match="wrong layers"):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_locks_all_the_same(tmp_path):
+    """Whatever is written next says that it is full."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    done = subprocess.run([sys.executable, "-c", limit + LOCKED, tmp_path / "out"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):

@@ -51,7 +51,7 @@ def _fingerprint(component) -> str:
         if found is None:
             raise
         raise CloraError(
-            f"{type(component).__name__} cannot be saved in the folder for temporary files, {tempfile.gettempdir()}: "
+            f"{type(component).__name__} cannot be saved in {tempfile.tempdir or 'any folder'} for temporary files: "
             f"{found.strerror or found}; make room there, or set TMPDIR to another folder"
         ) from error
     return digest([type(component).__name__, files])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from clora.errors import CloraError
 from clora.models.fingerprint import SAMPLE, _fingerprint, component_fingerprints
 from clora.models.loading import load_pipeline
 from clora.testing import tiny_pipeline
@@ -122,3 +125,16 @@ def test_quantised_weights_count_by_what_they_consist_of(pipeline):
         pipeline.transformer.proj_out.weight = torch.nn.Parameter(weight, requires_grad=False)
         found.append(component_fingerprints(pipeline)["transformer"])
     assert found[0] == found[1] != found[2]
+
+
+def test_no_folder_for_temporary_files_is_one_clear_error(monkeypatch):
+    """On a full disk Python finds none, and raises an error of its own whenever it is asked for one."""
+
+    def full():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", full)
+    with pytest.raises(CloraError, match="cannot be saved in any folder .* set TMPDIR to another folder"):
+        component_fingerprints(pipeline)
