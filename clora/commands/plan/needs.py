@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,11 +198,13 @@ def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
         config: the settings.
         encoded: values of the encoded pictures, prompts and targets.
     """
-    values = trained_values(facts, config.student.rank)
+    values, train = trained_values(facts, config.student.rank), config.train
     # Student and critic, each with its optimizer, and the student's average.
-    states = num_kept(config.train) * MASTER + state_bytes(config.train)
+    states = num_kept(train) * MASTER + state_bytes(train)
+    # A new one is written before the oldest is removed.
+    checkpoints = min(train.keep_checkpoints + 1, math.ceil(train.updates / train.checkpoint_every))
     return {
         "collection": values * facts.dtype.itemsize,
-        "checkpoint while it trains": values * states,
+        "checkpoints while it trains": values * states * checkpoints,
         "encoded while it trains": encoded * facts.dtype.itemsize,
     }

@@ -16,6 +16,7 @@ from clora.commands.plan.cost import PassCost
 from clora.commands.plan.make import make_plan
 from clora.commands.plan.needs import (
     Facts,
+    disk,
     forward_passes,
     memory,
     num_slots,
@@ -35,6 +36,7 @@ from clora.testing import (
     tiny_config,
     tiny_pipeline,
 )
+from clora.training.resume import Checkpoints
 
 RANK = 4
 
@@ -162,6 +164,27 @@ def test_what_is_encoded_is_what_a_run_encodes(job, tiny_folder):
     data = encode_data(config, adapter, {e.name: read_lora(e.lora, shapes) for e in config.effects})
     different = [data.text[:].embeds, data.targets[:], data.general_sources[:], data.general_targets[:]]
     assert planned == sum(4 * t.numel() for t in different)
+
+
+@pytest.mark.parametrize(("updates", "keep"), [(4, 1), (4, 2), (2, 3)])
+def test_checkpoints_are_counted_with_the_one_that_is_written(adapter, tmp_path, monkeypatch, updates, keep):
+    train = {"updates": updates, "checkpoint_every": 1, "keep_checkpoints": keep}
+    most, remove = 0, Checkpoints.wrote
+
+    def wrote(checkpoints, update):
+        nonlocal most
+        most = max(most, sum(file.stat().st_size for file in checkpoints.files()))
+        remove(checkpoints, update)
+
+    monkeypatch.setattr(Checkpoints, "wrote", wrote)
+    with make_trainer(adapter, train=train) as trainer:
+        trainer.fit(lambda *_: None, Checkpoints(tmp_path, keep))
+        facts = facts_of(
+            adapter.pipeline.transformer, {name: trainer.bank.state(name) for name in trainer.data.effects}
+        )
+        planned = disk(facts, trainer.config, 0)["checkpoints while it trains"]
+    # Of a tiny model names and the generator's state are a part of the file.
+    assert planned < most < planned + 60_000 * min(keep + 1, updates)
 
 
 @pytest.mark.parametrize("text_sees_image", [False, True])
