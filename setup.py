@@ -24,7 +24,7 @@ REQUIRES = [
     "safetensors>=0.8",  # as diffusers 0.39 needs
     "tokenizers>=0.22.1",
     "torch>=2.8",  # the first release for triton 3.4
-    "transformers>=5.0",  # the studio's text encoder and tokenizer were saved by 5
+    "transformers>=5.1",  # 5.0 does not tie the weights of a model without memory, of which `clora plan` counts the bytes
     'triton>=3.4; platform_system == "Linux"',  # tensor descriptors; elsewhere everything runs eager
     "typer>=0.24",
 ]
