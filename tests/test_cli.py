@@ -212,7 +212,7 @@ def test_a_preset_is_stated_and_used(run, engine, tmp_path):
     file.write_text(CONFIG.format(out=tmp_path / "out"))
     code, out, err = run("distill", file, "--preset", "paper", "train.updates=5")
     assert (code, out) == (0, "collection: /studio\n")
-    assert "preset paper sets data.sources_per_effect=20" in err
+    assert "preset paper sets\n  data.sources_per_effect=20" in err
     assert "train.updates=5 instead of 5000" in err
     assert calls[0][0].train.weight_decay == 0.01
     assert "preset: expected clora or paper" in run("plan", file, "--preset", "mine")[2]

@@ -59,6 +59,10 @@ class AttachedLoRAs:
         """
         if isinstance(names, str):
             raise CloraError(f"expected a list of names, found the text {names!r}; write [{names!r}]")
+        if not len(names):
+            raise CloraError(
+                "expected a name for each sample of the batch, found none; None runs one with only the base"
+            )
         check_called(self._bank.transformer, self._layers)
         wanted = [None if name is None else self._lora_and_strength(name) for name in names]
         slots, ids = self._routed(wanted)

@@ -26,7 +26,7 @@ Shift = Annotated[float, Field(ge=1e-3, le=1000)]
 Rate = Annotated[float, Field(gt=0, le=1000)]
 """A learning rate; a larger one is a slip of the pen, and its steps would overflow."""
 Share = Annotated[float, Field(ge=0, le=1)]
-NonEmpty = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
 class FrozenModel(BaseModel):

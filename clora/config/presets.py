@@ -44,8 +44,8 @@ def describe_preset(name: str, config: DistillConfig) -> str:
             kept.append(f"{key}={_shown(value)}")
         else:
             replaced.append(f"{key}={_shown(found)} instead of {_shown(value)}")
-    text = f"preset {name} sets {', '.join(kept)}"
-    return f"{text}; your own settings are {', '.join(replaced)}" if replaced else text
+    lines = [f"preset {name} sets", *kept, *(["your own settings are", *replaced] if replaced else [])]
+    return "\n".join(line if line in (lines[0], "your own settings are") else f"  {line}" for line in lines)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -123,6 +123,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node[entry]
 
 
+def fill_empty_sections(model: type[BaseModel], tree: dict[str, Any]) -> None:
+    """Makes sections of a tree that state nothing (``train:``) sections without keys, whose settings are the defaults."""
+    for name, field in model.model_fields.items():
+        if name in tree and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if tree[name] is None:
+                tree[name] = {}
+            elif isinstance(tree[name], dict):
+                fill_empty_sections(field.annotation, tree[name])
+
+
 def named_files(tree: Mapping[str, Any], folder: Path = Path()) -> dict[str, str]:
     """Returns the LoRA files and folders of pictures in a config's tree, by setting, such as ``effects.0.lora``.
 

@@ -37,7 +37,7 @@ from clora.config.fields import (
 )
 from clora.config.presets import merged, read_preset
 from clora.config.prompts_file import fill_prompts, make_trigger, read_prompts
-from clora.config.reading import apply_overrides, named_files, read_tree, validate
+from clora.config.reading import apply_overrides, fill_empty_sections, named_files, read_tree, validate
 from clora.config.training import ObjectiveConfig, TrainConfig
 from clora.errors import CloraError, about, check_device_name
 from clora.files import read_text, user_path
@@ -329,6 +329,7 @@ def load_config(
     """
     overrides = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     tree = read_tree(path)
+    fill_empty_sections(DistillConfig, tree)
     if preset is not None:
         tree = merged(read_preset(preset), tree)
     apply_overrides(tree, overrides)

@@ -124,4 +124,10 @@ class TrainConfig(FrozenModel):
             raise ValueError(
                 f"warmup_updates: expected fewer than updates, {self.updates}, found {self.warmup_updates}"
             )
+        # A step of AdamW multiplies the weights by 1 - rate * decay.
+        rate = max(self.learning_rate, self.anchor_learning_rate or 0.0, self.critic_learning_rate)
+        if rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay: expected below {1 / rate:g}, 1 / the highest learning rate, found {self.weight_decay:g}"
+            )
         return self

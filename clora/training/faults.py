@@ -24,6 +24,7 @@ class StepCheck:
         change: ``[]`` `relative_change` of the LoRA after the step.
         strength: ``[R]``, largest for the row that most likely spoiled a gradient.
         strongest: describes that row, for the message.
+        rates: settings of its learning rate.
         source: describes where row r comes from.
     """
 
@@ -34,6 +35,7 @@ class StepCheck:
     change: Tensor
     strength: Tensor
     strongest: str
+    rates: str
     source: Callable[[int], str]
 
     @property
@@ -64,14 +66,12 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
                 f"{check.step}'s loss is not finite ({source}); lower the learning rates, or check this effect's teacher"
             )
         if next(read):
-            raise CloraError(
-                f"{check.step}'s gradient is not finite; {check.strongest_source}; lower its learning rate"
-            )
+            raise CloraError(f"{check.step}'s gradient is not finite; {check.strongest_source}; lower {check.rates}")
         change = next(read)
         if not change <= LARGEST_CHANGE:
             raise CloraError(
                 f"{check.step}'s weights have exploded: they change the base by {change:.3g} times its own size, expected "
-                f"at most {LARGEST_CHANGE:g}; {check.strongest_source}; lower its learning rate"
+                f"at most {LARGEST_CHANGE:g}; {check.strongest_source}; lower {check.rates}"
             )
         values |= {name: next(read) for name in check.values}
     return values

@@ -35,6 +35,23 @@ FREE_TO_CHANGE = {
 RATES = ("learning_rate", "anchor_learning_rate", "critic_learning_rate")
 
 
+class OtherRun(CloraError):
+    """A checkpoint that was written with other settings or on other inputs.
+
+    Args:
+        reason: what differs.
+        advice: how to continue it nevertheless.
+    """
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+
+
+class NoUpdateLeft(CloraError):
+    """Effects were added to a run that has ended."""
+
+
 class Checkpoints:
     """The newest checkpoints of a run, a file for each, named by its update.
 
@@ -60,6 +77,7 @@ class Checkpoints:
         self.earlier = earlier
         self.finished = finished
         self._start: tuple[Path, int] | None = None
+        self._searched = False
         self._continued: tuple[Path, int] | None = None  # the finished run's
         self._damaged: set[Path] = set()
 
@@ -78,8 +96,9 @@ class Checkpoints:
         Raises:
             CloraError: it was written with other settings or inputs, or none is whole.
         """
-        if self._start is None:
+        if self._start is None and not self._searched:
             self._start = self._find(config)
+            self._searched = True  # what it reports is said once
         return self._start
 
     def resume(self, config: DistillConfig, load: Callable[[Path], None]) -> None:
@@ -96,7 +115,7 @@ class Checkpoints:
                     raise
                 say(f"{error}")
                 self._damaged.add(found[0])
-                self._start = None
+                self._start, self._searched = None, False
 
     def has(self, update: int) -> bool:
         """Reports whether the folder's newest file is that of an update, verified or written here."""
@@ -189,8 +208,11 @@ class Checkpoints:
         try:
             values = load_values(self.finished)
             notes = check_resumable(self.finished, values, config, self.inputs)
+        except NoUpdateLeft:
+            raise
         except CloraError as error:
-            say(f"training begins anew, and not where the finished run has ended: {error}")
+            reason = error.reason if isinstance(error, OtherRun) else error
+            say(f"training begins anew, and not where the finished run has ended: {reason}")
             return None
         for note in notes:
             say(note)
@@ -272,7 +294,12 @@ def _added_effects(written: Mapping[str, Any], current: Mapping[str, Any]) -> li
 
 
 def _added_note(path: Path, values: Mapping[str, Any], names: Sequence[str], config: DistillConfig) -> str:
-    """Tells that a run goes on with more effects. Raises CloraError where no update is left to learn them, or is known."""
+    """Tells that a run goes on with more effects.
+
+    Raises:
+        NoUpdateLeft: the run has ended, so that they would not be learned.
+        CloraError: an earlier version's checkpoint, which does not tell whether the other inputs are the same.
+    """
     listed, train = ", ".join(names), config.train
     if "inputs" not in values:
         raise CloraError(
@@ -284,9 +311,9 @@ def _added_note(path: Path, values: Mapping[str, Any], names: Sequence[str], con
         ("train.minutes", values["seconds"] / 60, train.minutes),
     ):
         if limit is not None and passed >= limit:
-            raise CloraError(
+            raise NoUpdateLeft(
                 f"effects: {listed} would be added to a run that has ended; set {setting} above {passed:g}, by as much as "
-                "they are to be trained"
+                f"they are to be trained, or remove {path} to train all effects from the beginning"
             )
     return (
         f"{listed} joins the effects from update {values['update']} on, without a phase of anchoring"
@@ -336,18 +363,24 @@ def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Pat
         if written.get(key) != current[key]:
             changed += _named(key, written.get(key), current[key])
     if changed:
-        raise CloraError(
-            f"checkpoint {path} was written by another run ({', '.join(changed)} differ); "
-            "restore the old settings and files to continue it (effects may be added after the others), or remove it to "
-            "start from the beginning"
+        raise OtherRun(
+            f"checkpoint {path} was written by another run ({'; '.join(changed)})",
+            "restore the old settings and files to continue it (effects may be added after the others, learning rates "
+            "lowered), or remove it to start from the beginning",
         )
 
 
 def _named(key: str, written: Any, current: Any) -> Iterable[str]:
     """The settings of a section that differ."""
-    if not (isinstance(written, Mapping) and isinstance(current, Mapping)):
-        return [key]
-    return [f"{key}.{k}" for k in sorted({*written, *current}) if written.get(k) != current.get(k)]
+    if isinstance(written, Mapping) and isinstance(current, Mapping):
+        for k in sorted({*written, *current}):
+            if written.get(k) != current.get(k):
+                yield from _named(f"{key}.{k}", written.get(k), current.get(k))
+    elif isinstance(written, (list, Mapping)) or isinstance(current, (list, Mapping)):
+        yield f"other {key}"
+    else:
+        was, now = ("unset" if value is None else repr(value) for value in (written, current))
+        yield f"{key} was {was}, is {now}"
 
 
 def _check_inputs(written: Any, current: Mapping[str, str], path: Path) -> None:
@@ -364,7 +397,7 @@ def _check_inputs(written: Any, current: Mapping[str, str], path: Path) -> None:
             changes.append(f"{name} has changed")
     if changes:
         shown = "\n  ".join([*changes[:10], *([f"and {len(changes) - 10} more"] if len(changes) > 10 else [])])
-        raise CloraError(
-            f"checkpoint {path} was trained on other inputs:\n  {shown}\nRestore them to continue it, or remove it to "
-            "start from the beginning"
+        raise OtherRun(
+            f"checkpoint {path} was trained on other inputs:\n  {shown}\n",
+            "restore them to continue it, or remove it to start from the beginning",
         )

@@ -113,6 +113,7 @@ class TrainingSteps:
             change=self.change(self.student),
             strength=torch.cat([terms["gradient_norm"] for terms in parts]),
             strongest="strongest",
+            rates="train.learning_rate, or train.anchor_learning_rate while it anchors",
             source=partial(self._source, rows.effect, rows.kind),
         )
 
@@ -159,6 +160,7 @@ class TrainingSteps:
             change=self.change(self.critic),
             strength=losses,
             strongest="largest loss",
+            rates="train.critic_learning_rate",
             source=partial(self._source, batch.effect, None),
         )
 

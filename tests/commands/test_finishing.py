@@ -132,7 +132,11 @@ def fewer_updates(config, file):
     return config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
 
 
-ANEW = {damaged_end: "is damaged", other_seed: "another run (seed differ)", fewer_updates: "more than train.updates: 1"}
+ANEW = {
+    damaged_end: "is damaged",
+    other_seed: "another run (seed was 0",
+    fewer_updates: "more than train.updates: 1",
+}
 
 
 @pytest.mark.parametrize("change", ANEW)

@@ -86,6 +86,18 @@ def test_a_stopped_run_goes_on_with_one_more_effect(make, monkeypatch, capsys):
     assert "resuming at update 2" in capsys.readouterr().err
 
 
+def test_an_effect_is_not_added_to_a_run_that_has_ended(make, capsys):
+    """Neither unlearned, nor by training all the others again without being asked."""
+    folder = distill(make(1, 2))
+    before = (folder / LORA_FILE).read_bytes()
+    finished = folder / engine.FINISHED
+    with pytest.raises(CloraError, match=r"set train.updates above 2.*, or remove .*finished.safetensors to train all"):
+        distill(make(2, 2))
+    assert (folder / LORA_FILE).read_bytes() == before
+    finished.unlink()
+    assert len(read_collection(distill(make(2, 2))).effects) == 2
+
+
 def test_effects_are_only_added_after_the_others_and_with_updates_to_learn_them(make, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(2, patch)
@@ -94,7 +106,7 @@ def test_effects_are_only_added_after_the_others_and_with_updates_to_learn_them(
     monkeypatch.setattr(engine, "encode_data", None)
     both = make(2, 3)
     for effects in (both.effects[::-1], both.effects[:1], both.effects[1:]):
-        with pytest.raises(CloraError, match=r"another run \(effects differ\).*effects may be added after the others"):
+        with pytest.raises(CloraError, match=r"another run \(other effects\).*effects may be added after the others"):
             distill(both.model_copy(update={"effects": effects}))
     third = both.effects[1].model_copy(update={"name": "third"})
     with pytest.raises(CloraError, match=r"third would be added to a run that has ended; set train.updates above 2"):

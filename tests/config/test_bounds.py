@@ -146,3 +146,9 @@ def test_of_a_thousand_problems_the_first_are_shown(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 42
     assert re.fullmatch(r"  and 9\d\d more", lines[-1])
+
+
+def test_weight_decay_that_would_turn_weights_over(load):
+    with pytest.raises(CloraError, match="weight_decay: expected below 100, 1 / the highest learning rate, found 100"):
+        load("train.learning_rate=0.01", "train.critic_learning_rate=0.001", "train.weight_decay=100")
+    assert load("train.learning_rate=0.01", "train.weight_decay=99").train.weight_decay == 99

@@ -373,3 +373,16 @@ def test_keys_to_ignore_change_the_record_only_where_there_are_some(tmp_path):
     assert "ignore" not in recorded["null"]
     assert recorded["null"] == recorded["[]"]
     assert recorded["[lora_te]"] == recorded["null"] | {"ignore": ["lora_te"]}
+
+
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_a_section_that_states_nothing_has_the_defaults(load, tmp_path, preset):
+    load()
+    expected = load_config(tmp_path / "c.yaml", preset=preset)
+    load(text=f"{TEXT}sampler:\nobjective:\n  weights:\nprompts:\n")
+    assert load_config(tmp_path / "c.yaml", preset=preset) == expected
+
+
+def test_a_section_without_a_needed_key(load):
+    with pytest.raises(CloraError, match="data.sources: .*missing"):
+        load(text=TEXT[: TEXT.index("data:")] + "data:\n")

@@ -214,7 +214,7 @@ def test_each_rate_is_compared_with_what_it_was(adapter, written, capsys, rates,
 def test_a_rate_of_anchoring_that_rises_is_refused(adapter, written):
     folder, _ = written
     with make_trainer(adapter, train={**TRAIN, "learning_rate": 1e-3, "anchor_learning_rate": 2e-2}) as trainer:
-        with pytest.raises(CloraError, match=r"train\.anchor_learning_rate differ"):
+        with pytest.raises(CloraError, match=r"train\.anchor_learning_rate was"):
             trainer.fit(ignore, Checkpoints(folder))
 
 
@@ -225,7 +225,7 @@ def test_learning_rates_may_be_lowered(adapter, written, capsys):
         trainer.fit(ignore, Checkpoints(folder))
     assert "train.learning_rate is 0.001 from update 4 on; it was 0.01" in capsys.readouterr().err
     with make_trainer(adapter, train={**TRAIN, "updates": 6}) as trainer:
-        with pytest.raises(CloraError, match=r"train\.learning_rate differ"):
+        with pytest.raises(CloraError, match=r"train\.learning_rate was"):
             trainer.fit(ignore, Checkpoints(folder))
 
 

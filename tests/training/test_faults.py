@@ -15,7 +15,15 @@ def check(step, nonfinite=(), norm=1.0, **values):
     tensors = {name: torch.tensor(value) for name, value in values.items()}
     strength = torch.tensor([0.5, 2.0, 1.0])
     return StepCheck(
-        step, tensors, flags, torch.tensor(norm), torch.tensor(0.0), strength, "strongest", lambda row: f"row {row}"
+        step,
+        tensors,
+        flags,
+        torch.tensor(norm),
+        torch.tensor(0.0),
+        strength,
+        "strongest",
+        "its rate",
+        lambda row: f"row {row}",
     )
 
 
