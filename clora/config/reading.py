@@ -65,6 +65,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+# No setting is a date or a set: 2001-01-01 is a name, and a tag for one is refused.
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+for _tag in (_TIMESTAMP, *(f"tag:yaml.org,2002:{kind}" for kind in ("binary", "omap", "pairs", "set"))):
+    _Loader.add_constructor(_tag, _Loader.construct_undefined)
+
+
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file. Raises CloraError for one that is missing, unreadable, malformed or no mapping."""
     path = user_path(path)

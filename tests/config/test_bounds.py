@@ -152,3 +152,18 @@ def test_weight_decay_that_would_turn_weights_over(load):
     with pytest.raises(CloraError, match="weight_decay: expected below 100, 1 / the highest learning rate, found 100"):
         load("train.learning_rate=0.01", "train.critic_learning_rate=0.001", "train.weight_decay=100")
     assert load("train.learning_rate=0.01", "train.weight_decay=99").train.weight_decay == 99
+
+
+def test_a_date_is_a_name(load, tmp_path):
+    """Also where the prompts file is of another name, with which it is compared."""
+    text = TEXT.replace("name: snow fall", "name: 2001-01-01")
+    assert load(text=text).effects[0].name == "2001-01-01"
+    (tmp_path / "p.yaml").write_text("effects: [{name: other, trigger: <o>, student_prompts: [<o> one]}]")
+    with pytest.raises(CloraError, match="the config has no effect 'other'"):
+        load(text=f"{text}prompts: {{file: p.yaml}}\n")
+
+
+@pytest.mark.parametrize("value", ["!!timestamp 2001-01-01", "!!binary eA==", "!!set {a: }", "!!omap [a: 1]"])
+def test_tags_of_other_kinds_are_refused(load, value):
+    with pytest.raises(CloraError, match="not valid YAML|does not fit its !! tag"):
+        load(text=TEXT.replace("name: snow fall", f"name: {value}"))
