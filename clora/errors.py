@@ -7,13 +7,19 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+MAX_MESSAGE = 10_000
+
 
 class CloraError(ValueError):
     """A mistake in the user's input, with a message that is enough to mend it.
 
     The message names the expected, the found (file, key, shape) and the remedy. The command line prints it without a
-    traceback.
+    traceback. Of one that is too long for a person, since a file's name or value is, the middle is left out.
     """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1000]} ... {text[-1000:]}")
 
 
 def check_device_name(device: str) -> None:
