@@ -69,5 +69,5 @@ def test_a_resumed_base_equals_an_uninterrupted_one_bitwise(pool, tmp_path, monk
 
 def test_a_checkpoint_of_another_recipe_is_refused(pool, tmp_path, monkeypatch):
     train(pool, tmp_path, 4, monkeypatch)
-    with pytest.raises(CloraError, match=r"another run \(updates differ\)"):
+    with pytest.raises(CloraError, match=r"another run \(updates was \d+, is \d+\)"):
         train(pool, tmp_path, 5, monkeypatch)
