@@ -84,7 +84,7 @@ class StopRequest:
 def stop_requests(seconds: float | None) -> Iterator[StopRequest]:
     """Turns signals and a time limit into a request, and restores the signals' handlers at the end.
 
-    Signals that are ignored stay so, as under nohup. Outside the main thread, which alone has handlers, no signal is
+    Signals that are ignored stay so, as under nohup. Outside the main thread, the only one that has handlers, no signal is
     noticed, and the time limit only by who asks.
 
     Args:

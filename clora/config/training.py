@@ -131,3 +131,8 @@ class TrainConfig(FrozenModel):
                 f"weight_decay: expected below {1 / rate:g}, 1 / the highest learning rate, found {self.weight_decay:g}"
             )
         return self
+
+    def progress(self, update: int, seconds: float) -> float:
+        """Returns the share of the run that is done, by updates or by time, whichever is more."""
+        passed = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return max(update / self.updates, passed)

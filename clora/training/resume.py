@@ -98,7 +98,7 @@ class Checkpoints:
         """
         if self._start is None and not self._searched:
             self._start = self._find(config)
-            self._searched = True  # what it reports is said once
+            self._searched = True  # it reports once
         return self._start
 
     def resume(self, config: DistillConfig, load: Callable[[Path], None]) -> None:
@@ -129,9 +129,7 @@ class Checkpoints:
             return False
         if found is None:
             return False
-        minutes = config.train.minutes
-        is_late = minutes is not None and stated_values(found[0])["seconds"] >= 60 * minutes
-        return found[1] == config.train.updates or is_late
+        return config.train.progress(found[1], stated_values(found[0])["seconds"]) >= 1
 
     def path(self, update: int) -> Path:
         """Returns the file of an update."""
@@ -294,32 +292,25 @@ def _added_effects(written: Mapping[str, Any], current: Mapping[str, Any]) -> li
 
 
 def _added_note(path: Path, values: Mapping[str, Any], names: Sequence[str], config: DistillConfig) -> str:
-    """Tells that a run goes on with more effects.
+    """Returns the note that a run goes on with more effects.
 
     Raises:
         NoUpdateLeft: the run has ended, so that they would not be learned.
-        CloraError: an earlier version's checkpoint, which does not tell whether the other inputs are the same.
+        CloraError: an earlier version's checkpoint, which does not state whether the other inputs are the same.
     """
-    listed, train = ", ".join(names), config.train
+    listed, update = ", ".join(names), values["update"]
     if "inputs" not in values:
         raise CloraError(
             f"checkpoint {path} was written by an earlier version, to which no effect can be added ({listed}); choose "
             "another output"
         )
-    for setting, passed, limit in (
-        ("train.updates", values["update"], train.updates),
-        ("train.minutes", values["seconds"] / 60, train.minutes),
-    ):
-        if limit is not None and passed >= limit:
-            raise NoUpdateLeft(
-                f"effects: {listed} would be added to a run that has ended; set {setting} above {passed:g}, by as much as "
-                f"they are to be trained, or remove {path} to train all effects from the beginning"
-            )
-    return (
-        f"{listed} joins the effects from update {values['update']} on, without a phase of anchoring"
-        if values["matching"]
-        else f"{listed} joins the effects from update {values['update']} on"
-    )
+    if config.train.progress(update, values["seconds"]) >= 1:
+        minutes = f", train.minutes above {values['seconds'] / 60:.3g}" if config.train.minutes is not None else ""
+        raise NoUpdateLeft(
+            f"effects: {listed} would be added to a run that has ended; set train.updates above {update}{minutes}, by as "
+            f"much as they are to be trained, or remove {path} to train all effects from the beginning"
+        )
+    return f"new from update {update} on: {listed}" + (", without a phase of anchoring" if values["matching"] else "")
 
 
 def _without_those_of(

@@ -139,10 +139,8 @@ class DistillTrainer:
             checkpoints.wrote(self.update)
 
     def _progress(self) -> float:
-        """The share of the run that is done, by updates or by time, whichever is more."""
-        train = self.config.train
-        passed = 0.0 if train.minutes is None else self.seconds / (60 * train.minutes)
-        return max(self.update / train.updates, passed)
+        """The share of the run that is done."""
+        return self.config.train.progress(self.update, self.seconds)
 
     def _iterate(self, progress: float) -> list[StepCheck]:
         """One student update and the critic updates that precede it; nothing is read from the device."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers.pictures import write_images
 
+from clora.commands import distill as engine
+from clora.commands.distill import distill
 from clora.lora.families import FLUX2
 from clora.lora.save import save_lora
 from clora.testing import random_lora, tiny_config
@@ -36,3 +38,12 @@ def make_config(tiny_folder, loras, images, tmp_path):
         return tiny_config(effects, **{**defaults, **sections})
 
     return make
+
+
+@pytest.fixture
+def finished(make_config, monkeypatch):
+    """A config whose collection is finished, and the list of the configs that are trained from then on."""
+    config, trained, train = make_config(), [], engine.train_student
+    distill(config)
+    monkeypatch.setattr(engine, "train_student", lambda config, *rest: trained.append(config) or train(config, *rest))
+    return config, trained

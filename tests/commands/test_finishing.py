@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.trainers import stop_at
+from helpers.written import files_of
 from safetensors.torch import load_file
 
 from clora.collection.write import LORA_FILE
@@ -21,19 +22,6 @@ from clora.training.trainer import DistillTrainer
 
 def interrupt(*arguments):
     raise KeyboardInterrupt
-
-
-@pytest.fixture
-def finished(make_config, monkeypatch):
-    """A config whose collection is finished, and the list of the configs that are trained from then on."""
-    config, trained, train = make_config(), [], engine.train_student
-    distill(config)
-    monkeypatch.setattr(engine, "train_student", lambda config, *rest: trained.append(config) or train(config, *rest))
-    return config, trained
-
-
-def files_of(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_finished_run_goes_on_with_more_updates(make_config, capsys):

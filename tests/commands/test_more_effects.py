@@ -62,7 +62,7 @@ def test_a_finished_run_learns_one_more_effect(make, tmp_path, monkeypatch, caps
     folder = distill(make(2, 6, pictures))
     said = capsys.readouterr().err
     assert "going on at update 2, where the finished run" in said
-    assert "snow joins the effects from update 2 on, without a phase of anchoring" in said
+    assert "new from update 2 on: snow, without a phase of anchoring" in said
     assert [effect.name for effect in read_collection(folder).effects] == ["blueprint", "snow"]
     assert seen[0] | seen[1] <= {2, 3, 4, 5}
     assert seen[1]

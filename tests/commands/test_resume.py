@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.pictures import write_images
 from helpers.trainers import stop_at
+from helpers.written import files_of
 from safetensors.torch import load_file, save_file
 
 from clora.collection.write import LORA_FILE
@@ -52,19 +53,6 @@ def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_confi
     assert "resuming at update 2 of" in capsys.readouterr().err
     distill(config.model_copy(update={"seed": 1}))
     assert "finished collection of other settings or inputs, which this run replaces" in capsys.readouterr().err
-
-
-@pytest.fixture
-def finished(make_config, monkeypatch):
-    """A config whose collection is finished, and the list of the configs that are trained from then on."""
-    config, trained, train = make_config(), [], engine.train_student
-    distill(config)
-    monkeypatch.setattr(engine, "train_student", lambda config, *rest: trained.append(config) or train(config, *rest))
-    return config, trained
-
-
-def files_of(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_finished_collection_is_not_trained_again(finished, tmp_path, capsys):

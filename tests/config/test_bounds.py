@@ -6,33 +6,11 @@ import json
 import re
 
 import pytest
+from helpers.configs import TEXT
 
 from clora.config.reading import _model_in
 from clora.config.settings import DistillConfig, load_config
 from clora.errors import CloraError
-
-TEXT = """
-pipeline: base
-output: out
-effects:
-  - {name: snow fall, lora: a.safetensors, prompt: make it snow}
-  - {name: comic, lora: b, prompt: draw it, trigger: <c>, student_prompts: [<c> one, <c> two]}
-data: {sources: photos, size: [64, 96], general_instructions: [brighten it]}
-student: {rank: 8}
-train: {updates: 10, learning_rate: 1e-3}
-"""
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Returns load(*overrides, text=TEXT)."""
-
-    def run(*overrides, text=TEXT):
-        path = tmp_path / "c.yaml"
-        path.write_text(text)
-        return load_config(path, overrides)
-
-    return run
 
 
 def test_many_digits_are_read_at_once(load):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from helpers.configs import TEXT
 from pydantic import ValidationError
 
 from clora.config.everyday import everyday_instructions, everyday_topics
@@ -17,32 +18,9 @@ from clora.config.settings import DistillConfig, general_instructions, load_conf
 from clora.errors import CloraError
 from clora.testing import tiny_config
 
-TEXT = """
-pipeline: base
-output: out
-effects:
-  - {name: snow fall, lora: a.safetensors, prompt: make it snow}
-  - {name: comic, lora: b, prompt: draw it, trigger: <c>, student_prompts: [<c> one, <c> two]}
-data: {sources: photos, size: [64, 96], general_instructions: [brighten it]}
-student: {rank: 8}
-train: {updates: 10, learning_rate: 1e-3}
-"""
-
 
 def test_the_signature_of_a_config_names_its_validators():
     assert "lambda" not in str(inspect.signature(DistillConfig))
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Returns load(*overrides, text=TEXT)."""
-
-    def run(*overrides, text=TEXT):
-        path = tmp_path / "c.yaml"
-        path.write_text(text)
-        return load_config(path, overrides)
-
-    return run
 
 
 def test_defaults_and_values(load):

@@ -27,6 +27,11 @@ BEGINNINGS = {
 }
 
 
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """Returns the bytes of every file in a folder."""
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def phases(places: Sequence[str]) -> dict[str, range]:
     """Splits the places of an undisturbed run into those of its phases."""
     starts = [next(i for i, place in enumerate(places) if part in place) for part in BEGINNINGS.values()]
