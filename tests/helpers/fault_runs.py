@@ -40,6 +40,7 @@ class Fault:
             of a write.
         waits: True if the run waits there until it is told to go on (`Run.go_on`).
         largest: the largest file that it may write, in bytes.
+        within: only places with this in their path count.
     """
 
     place: int | None = None
@@ -47,6 +48,7 @@ class Fault:
     is_torn: bool = False
     waits: bool = False
     largest: int | None = None
+    within: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,11 @@ class Hook:
         is_read = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if is_read or not path.startswith(self.folder):
             return
-        place, self.count = self.count, self.count + 1
         if self.fault == Fault():
             os.write(self.places, f"{event} {path.removeprefix(self.folder)}\n".encode())
+        if self.fault.within not in path:
+            return
+        place, self.count = self.count, self.count + 1
         if place == self.fault.place:
             self._strike()
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from helpers.fault_runs import Fault
-from helpers.written import Written
+from helpers.written import BEGINNINGS, Written
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="files stay open as on POSIX")
 
@@ -31,10 +31,11 @@ def test_one_output(job, whole, settings):
 def test_one_cache(job, whole, tmp_path, phase):
     """One run waits in the middle of its writing while another makes all entries, and one is killed there."""
     cache = job.folder / "kept"
-    place = random.Random(phase).choice(whole[1][phase])
-    first = job.start(Fault(place, waits=True), "first", data__cache=cache)
+    chance = random.Random(phase)
+    first = job.start(Fault(chance.choice(whole[1][phase][:10]), waits=True), "first", data__cache=cache)
     first.wait_for_its_place()
-    assert job.run(Fault(place, (signal.SIGKILL,)), "second", data__cache=cache)[0] == -signal.SIGKILL
+    killed = Fault(chance.randrange(8), (signal.SIGKILL,), within=BEGINNINGS[phase])
+    assert job.run(killed, "second", data__cache=cache)[0] == -signal.SIGKILL
     for output in ("second", "out"):
         code, said = job.run(output=output, data__cache=cache)
         assert code == 0, said
