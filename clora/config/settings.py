@@ -282,6 +282,16 @@ class DistillConfig(FrozenModel):
         anchored = objective.trajectory_anchoring and objective.weights.trajectory_anchoring > 0
         return self.train.anchor_share if anchored else 0.0
 
+    @property
+    def shares_prediction(self) -> bool:
+        """Reports whether one pass of the student serves its last critic's update and its own.
+
+        Its graph waits while the critic learns: the rows of both must fit ``train.gradient_rows``.
+        """
+        train = self.train
+        has_room = train.gradient_rows is None or 2 * train.batch_size <= train.gradient_rows
+        return self.objective.backward_simulation and has_room
+
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> DistillConfig:
         check_device_name(self.device)

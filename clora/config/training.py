@@ -77,8 +77,9 @@ class TrainConfig(FrozenModel):
         ema_decay: of a moving average of the student's factors; None for no average.
         export: ``student`` or ``ema``, its average, goes into the collection; by default the average if there is one.
         clip: largest norm of a gradient.
-        gradient_rows: most rows of one pass with gradients, to bound memory; an update adds up as many passes as it
-            needs. A sample is up to three rows of the student's and one of the critic's. None for no bound.
+        gradient_rows: most rows whose gradient is prepared at once, to bound memory; an update adds up as many passes as
+            it needs. A sample is up to three rows of the student's and one of the critic's. Below two rows for each
+            sample, the student predicts once more for its critic. None for no bound.
         forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
             Both change the result in its last digits, since other batches round differently.
         teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers. The others wait in the host's memory

@@ -16,7 +16,7 @@ from clora.bank.bank import AdapterBank
 from clora.bank.slots import Slots
 from clora.config.settings import DistillConfig
 from clora.data.batches import Batch
-from clora.devices import send
+from clora.devices import send, take
 from clora.flow.matching import add_noise, sample_sigma, student_schedule, velocity_to_x0
 from clora.flow.objective import (
     critic_loss,
@@ -91,16 +91,30 @@ class TrainingSteps:
             critic.copy_(student)
         self.bank.write(CRITIC, self.critic)
 
-    def student_step(self, batch: Batch, rollout: Rollout | None = None) -> StepCheck:
+    def predict(self, batch: Batch, rollout: Rollout) -> Tensor | None:
+        """Returns the student's velocity ``[B, T, C]`` on its rollout with its graph, which both steps take; or None.
+
+        The critic models the predictions there, and the student's own step begins with the same rows: it has not changed
+        in between. None where that step has no such rows, or where the graph has no room beside the critic's.
+        """
+        if not self.config.shares_prediction:
+            return None
+        x, sigma = rollout
+        return self._velocity(self.student, 0, x, sigma, batch.student)
+
+    def student_step(self, batch: Batch, rollout: Rollout | None = None, predicted: Tensor | None = None) -> StepCheck:
         """One update of the student by the coarse-to-fine objective (method.md section 4c).
 
         Args:
             batch: the samples.
             rollout: from `simulate` of this batch; None for trajectory anchoring only.
+            predicted: from `predict` of these; its graph is used up.
         """
         rows = self._student_rows(batch, rollout)
-        # One part after the other, so that only its activations are in memory; the gradients add up.
-        parts = [self._learn(part) for part in rows.split(self.config.train.gradient_rows)]
+        # One part after the other, so that only its activations are in memory; the gradients add up. What is predicted
+        # are the first rows of the first part.
+        first, *others = rows.split(self.config.train.gradient_rows)
+        parts = [self._learn(first, predicted), *(self._learn(part) for part in others)]
         norm = self._step(self.optimizers[STUDENT], self.student)
         values = {}
         for name in ("dmd_bs", "dmd_ts", "anchor", "loss"):
@@ -117,9 +131,13 @@ class TrainingSteps:
             source=partial(self._source, rows.effect, rows.kind),
         )
 
-    def _learn(self, rows: StudentRows) -> dict[str, Tensor]:
-        """Adds the gradient of some of an update's rows; returns the terms of their loss."""
-        velocity = self._velocity(self.student, 0, rows.x, rows.sigma, rows.conditioning)
+    def _learn(self, rows: StudentRows, predicted: Tensor | None = None) -> dict[str, Tensor]:
+        """Adds the gradient of some of an update's rows, the first of them predicted; returns the terms of their loss."""
+        rest = slice(0 if predicted is None else len(predicted), len(rows.x))
+        velocities = [] if predicted is None else [predicted]
+        if rest.start < rest.stop:
+            velocities.append(self._velocity(self.student, 0, rows.x[rest], rows.sigma[rest], rows.conditioning[rest]))
+        velocity = torch.cat(velocities)
         loss, terms = coarse_to_fine_loss(
             velocity,
             rows.x,
@@ -134,11 +152,18 @@ class TrainingSteps:
         velocity.backward(terms.pop("velocity_gradient"))
         return terms | {"loss": loss.detach()}
 
-    def critic_step(self, batch: Batch, rollout: Rollout) -> StepCheck:
-        """One update of the critic by flow matching on fresh student samples (method.md section 4d)."""
+    def critic_step(self, batch: Batch, rollout: Rollout, predicted: Tensor | None = None) -> StepCheck:
+        """One update of the critic by flow matching on fresh student samples (method.md section 4d).
+
+        Args:
+            batch: the samples.
+            rollout: from `simulate` of this batch.
+            predicted: from `predict` of these; None to compute it here, without gradient.
+        """
         x, sigma = rollout
         with torch.no_grad():
-            x0 = velocity_to_x0(x.float(), self._velocity(self.student, 0, x, sigma, batch.student), sigma)
+            velocity = self._velocity(self.student, 0, x, sigma, batch.student) if predicted is None else predicted
+            x0 = velocity_to_x0(x.float(), velocity, sigma)
         noise = self._noise(x0)
         sigma = sample_sigma(len(x0), self.config.sampler.shift, self.generator)
         x = add_noise(x0, noise, sigma)
@@ -245,11 +270,15 @@ class TrainingSteps:
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """A pass over the bank's LoRAs, in parts of ``train.forward_rows`` and of as many teachers as fit at once."""
-        velocities = []
-        for c in self.bank.chunks(ids, self.config.train.forward_rows or len(ids)):
-            with self.bank.placed(ids[c]) as slots:
-                velocities.append(self._velocity(self.scorers, slots, x[c], sigma[c], conditioning[c]))
-        return torch.cat(velocities)
+        # Sorted, so that the rows of a LoRA are neighbours: they are one product, and it is copied to the device once.
+        order = torch.argsort(ids, stable=True)
+        velocities = torch.empty_like(x)
+        for c in self.bank.chunks(ids[order], self.config.train.forward_rows or len(ids)):
+            rows = order[c]
+            with self.bank.placed(ids[rows]) as slots:
+                velocity = self._velocity(self.scorers, slots, take(x, rows), sigma[rows], conditioning[rows])
+            velocities[send(rows, x.device)] = velocity
+        return velocities
 
     def _velocity(
         self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning

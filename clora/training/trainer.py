@@ -153,14 +153,18 @@ class DistillTrainer:
         if not self._has_critic:
             return [self.steps.student_step(self.sampler.draw(self.update))]
         checks = []
-        for i in range(ratio):
+        for i in range(ratio - 1):
             batch = self.sampler.draw(self.update * ratio + i)
-            if i == ratio - 1:  # the student's batch: its teachers arrive while the student samples
-                self.bank.fetch(teacher_ids(batch.effect))
-            rollout = self.steps.simulate(batch)
-            checks.append(self.steps.critic_step(batch, rollout))
-        # The student has not changed since the last rollout, so that its own step takes it: a simulation is saved.
-        return [*checks, self.steps.student_step(batch, rollout)]
+            checks.append(self.steps.critic_step(batch, self.steps.simulate(batch)))
+        # The student's batch: its teachers arrive while the student samples.
+        batch = self.sampler.draw(self.update * ratio + ratio - 1)
+        self.bank.fetch(teacher_ids(batch.effect))
+        rollout = self.steps.simulate(batch)
+        # The student does not change before its own step, which takes the last critic's rollout and what it predicted
+        # there: a simulation and a pass are saved.
+        predicted = self.steps.predict(batch, rollout)
+        checks.append(self.steps.critic_step(batch, rollout, predicted))
+        return [*checks, self.steps.student_step(batch, rollout, predicted)]
 
     def _is_anchoring(self, progress: float) -> bool:
         """Reports whether the run is in its first phase, which does not come back where a run is lengthened."""

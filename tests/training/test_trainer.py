@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.trainers import changed, make_trainer, mixed_batch, plain_velocity, rolled, slots
 
+from clora.bank.recompute import recomputed_blocks
 from clora.data.batches import GENERAL
 from clora.flow.matching import time_shift
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION
@@ -132,6 +134,53 @@ def test_an_update_in_several_passes_has_the_same_gradients(adapter, limit, gene
     assert parts == pytest.approx(values, rel=1e-5)
     for expected, gradient in zip(whole, added, strict=True):
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("limit", "shared"), [(None, True), (12, True), (11, False)])
+def test_one_pass_of_the_student_serves_both_steps_where_it_fits(adapter, limit, shared, checkpointing):
+    """Losses and gradients are those of two passes; the rows whose graphs are held at once stay within the bound."""
+    found = []
+    for ways in ("two passes", "as it is"):
+        train = {"gradient_rows": limit, "batch_size": 6}
+        with make_trainer(adapter, train=train, objective={"dual_stream": False}) as trainer:
+            sizes, gradients = [], []
+
+            def keep(optimizer, slots, gradients=gradients, step=trainer.steps._step):
+                gradients.extend(p.grad.clone() for p in slots.parameters())
+                return step(optimizer, slots)
+
+            def count(module, args, kwargs, sizes=sizes):
+                sizes.append((len(kwargs["hidden_states"]), torch.is_grad_enabled()))
+
+            trainer.steps._step = keep
+            batch, rollout = rolled(trainer)
+            hook = adapter.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
+            with recomputed_blocks(trainer.bank) if checkpointing else nullcontext():
+                predicted = None if ways == "two passes" else trainer.steps.predict(batch, rollout)
+                critic = trainer.steps.critic_step(batch, rollout, predicted)
+                checks = [critic, trainer.steps.student_step(batch, rollout, predicted)]
+            hook.remove()
+            found.append((raise_first(checks), gradients, sizes))
+    (values, expected, two), (shared_values, added, one) = found
+    assert shared_values == pytest.approx(values, rel=1e-5)
+    for whole, gradient in zip(expected, added, strict=True):
+        assert (gradient - whole).norm() <= 1e-5 * whole.norm()
+    num_rows = [sum(size for size, _ in sizes) for sizes in (two, one)]
+    assert num_rows[0] - num_rows[1] == 6 * shared
+    if shared:
+        assert one[:2] == [(6, True), (6, True)], "the prediction, then the critic's pass"
+
+
+def test_the_rows_of_a_lora_are_scored_side_by_side(adapter):
+    with make_trainer(adapter) as trainer:
+        rows, routed = trainer.steps._student_rows(*rolled(trainer)), []
+        real = trainer.steps._velocity
+        trainer.steps._velocity = lambda slots, ids, *rest: routed.append(ids) or real(slots, ids, *rest)
+        trainer.steps._score(rows, torch.zeros_like(rows.x))
+    (ids,) = routed
+    assert torch.equal(ids, ids.sort().values)
+    assert len(ids.unique()) > 3, "draw another seed"
 
 
 def expected_loss(trainer, rows, velocity, scores, weighting, num_samples):

@@ -265,7 +265,7 @@ def test_the_critic_starts_from_the_anchored_student(adapter, monkeypatch):
     with make_trainer(adapter, train=train) as trainer:
         equal = []
 
-        def compare(batch, rollout):
+        def compare(*args):
             pairs = zip(trainer.critic.parameters(), trainer.student.parameters(), strict=True)
             equal.append(all(torch.equal(critic, student) for critic, student in pairs))
             return finite_step({})

@@ -71,7 +71,7 @@ def weight_bytes(module: torch.nn.Module, folder: Path) -> int:
 
 
 def rows_with_gradient(config: DistillConfig) -> int:
-    """Most rows of one pass with gradient: a student update whose samples are all of the effect stream."""
+    """Most rows whose graphs are kept at once: a student update whose samples are all of the effect stream."""
     objective = config.objective
     parts = (objective.backward_simulation, objective.target_simulation, objective.trajectory_anchoring)
     # Each part of the loss that is on adds a row of each sample (docs/method.md section 4).
@@ -120,6 +120,8 @@ def forward_passes(config: DistillConfig) -> float:
     # A critic update: the simulation up to a random step, the student's prediction there, the critic's own pass.
     simulated = (config.sampler.steps - 1) / 2
     critic = train.critic_ratio * train.batch_size * (simulated + 1 + learning)
+    if config.shares_prediction:
+        critic -= train.batch_size
     return critic + learning * (scored + anchored) + scored * config.sampler.rows_per_scored_sample
 
 
