@@ -36,7 +36,7 @@ def _shrink_rows(
             m_c = i_c + o_c < C
             b_x = tl.load(p_block, mask=m_c[None, :], other=0)
             b_factor = tl.load(p_factor, mask=m_c[:, None] & m_r[None, :], other=0)
-        b_low = tl.dot(b_x, b_factor.to(b_x.dtype), b_low, input_precision="ieee")
+        b_low = tl.dot(b_x, b_factor, b_low, input_precision="ieee")
         p_block += BLOCK_C
         p_factor += BLOCK_C * s_fc
     b_low = (b_low * scale.to(tl.float32)).to(p_low.dtype.element_ty)
@@ -81,7 +81,7 @@ def _add_low_rank(
         b_low = tl.load(p_low + o_m[:, None] * LOW_R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0)
         p_block = p_factor + o_n[None, :] * s_fn + o_r[:, None] * s_fr
         b_factor = tl.load(p_block, mask=m_r[:, None] & m_n[None, :], other=0)
-        b_sum = tl.dot(b_low, b_factor.to(b_low.dtype), b_sum, input_precision="ieee")
+        b_sum = tl.dot(b_low, b_factor, b_sum, input_precision="ieee")
     return b_sum
 
 
@@ -157,6 +157,15 @@ def expand_add_kernel(
     tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
+@triton.jit
+def _place(tile, all_row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row tile and column tile: GROUP row tiles at a time, so that the weight tiles they share stay in L2."""
+    i_group = tile // (GROUP * column_tiles)
+    in_group = tl.minimum(all_row_tiles - i_group * GROUP, GROUP)
+    in_tiles = tile % (GROUP * column_tiles)
+    return i_group * GROUP + in_tiles % in_group, in_tiles // in_group
+
+
 @triton.jit(do_not_specialize=["row_tiles", "all_row_tiles"])
 def linear_kernel(
     p_x,  # [B, T, C], unit stride of C
@@ -166,7 +175,7 @@ def linear_kernel(
     p_low, p_factor, p_ids,  # as in expand_add_kernel
     T, row_tiles, all_row_tiles, s_xb, s_xt, s_fe, s_fn, s_fr,
     C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, LOW_R: tl.constexpr, LOW_OFFSET: tl.constexpr,
-    WEIGHT_CN: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    WEIGHT_CN: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The base layer with the low-rank part added before it is rounded.
@@ -180,11 +189,8 @@ def linear_kernel(
     shared memory, and a test of the adapter there would keep the loop from being pipelined.
     """
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    # GROUP row tiles at a time, so that the weight tiles they share stay in L2.
-    i_group = tl.program_id(0) // (GROUP * column_tiles)
-    in_group = tl.minimum(all_row_tiles - i_group * GROUP, GROUP)
-    i_tile = i_group * GROUP + tl.program_id(0) % (GROUP * column_tiles) % in_group
-    i_n = tl.program_id(0) % (GROUP * column_tiles) // in_group * BLOCK_N
+    i_tile, i_column = _place(tl.program_id(0), all_row_tiles, column_tiles, GROUP)
+    i_n = i_column * BLOCK_N
     i_b = (i_tile // row_tiles).to(tl.int64)
     i_t = i_tile % row_tiles * BLOCK_M
     o_m, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -195,36 +201,25 @@ def linear_kernel(
         b_y = tl.load(p_y, mask=m_m[:, None] & m_n[None, :], other=0).to(tl.float32)
     else:
         b_y = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
-    if DESCRIPTORS:  # they read zeros past the sample's last row and past C and N
-        d_x = tl.make_tensor_descriptor(p_x, [T, C], [s_xt, 1], [BLOCK_M, BLOCK_C])
-        if WEIGHT_CN:
-            d_weight = tl.make_tensor_descriptor(p_weight, [C, N], [N, 1], [BLOCK_C, BLOCK_N])
-        else:
-            d_weight = tl.make_tensor_descriptor(p_weight, [N, C], [C, 1], [BLOCK_N, BLOCK_C])
-        for i_c in range(0, C, BLOCK_C):
-            b_x = d_x.load([i_t, i_c])
-            b_weight = d_weight.load([i_c, i_n]) if WEIGHT_CN else tl.trans(d_weight.load([i_n, i_c]))
-            b_y = tl.dot(b_x, b_weight, b_y, input_precision="ieee")
+    # Rows past the sample's end repeat its last one, as in _shrink_rows.
+    o_c = tl.arange(0, BLOCK_C)
+    p_block = p_x + i_t.to(tl.int64) * s_xt + tl.minimum(o_m, T - 1 - i_t)[:, None] * s_xt + o_c[None, :]
+    if WEIGHT_CN:
+        p_weight = p_weight + i_n + o_c[:, None] * N + o_n[None, :]
     else:
-        # Rows past the sample's end repeat its last one, as in _shrink_rows.
-        o_c = tl.arange(0, BLOCK_C)
-        p_block = p_x + i_t.to(tl.int64) * s_xt + tl.minimum(o_m, T - 1 - i_t)[:, None] * s_xt + o_c[None, :]
-        if WEIGHT_CN:
-            p_weight = p_weight + i_n + o_c[:, None] * N + o_n[None, :]
+        p_weight = p_weight + i_n.to(tl.int64) * C + o_n[None, :] * C + o_c[:, None]
+    for i_c in range(0, C, BLOCK_C):
+        if C % BLOCK_C == 0:
+            b_x = tl.load(p_block)
         else:
-            p_weight = p_weight + i_n.to(tl.int64) * C + o_n[None, :] * C + o_c[:, None]
-        for i_c in range(0, C, BLOCK_C):
-            if C % BLOCK_C == 0:
-                b_x = tl.load(p_block)
-            else:
-                b_x = tl.load(p_block, mask=i_c + o_c[None, :] < C, other=0)
-            if C % BLOCK_C == 0 and N % BLOCK_N == 0:
-                b_weight = tl.load(p_weight)
-            else:
-                b_weight = tl.load(p_weight, mask=(i_c + o_c[:, None] < C) & m_n[None, :], other=0)
-            b_y = tl.dot(b_x, b_weight, b_y, input_precision="ieee")
-            p_block += BLOCK_C
-            p_weight += BLOCK_C * N if WEIGHT_CN else BLOCK_C
+            b_x = tl.load(p_block, mask=i_c + o_c[None, :] < C, other=0)
+        if C % BLOCK_C == 0 and N % BLOCK_N == 0:
+            b_weight = tl.load(p_weight)
+        else:
+            b_weight = tl.load(p_weight, mask=(i_c + o_c[:, None] < C) & m_n[None, :], other=0)
+        b_y = tl.dot(b_x, b_weight, b_y, input_precision="ieee")
+        p_block += BLOCK_C
+        p_weight += BLOCK_C * N if WEIGHT_CN else BLOCK_C
     # The low-rank part, on the fp32 sums of the base: [BLOCK_M, R] @ [R, BLOCK_N].
     i_e = tl.load(p_ids + i_b).to(tl.int64)
     if i_e >= 0:
@@ -234,6 +229,80 @@ def linear_kernel(
     if HAS_BIAS:
         b_y += tl.load(p_bias + i_n + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
     tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("B", "E", "T", "C", "N", "R", "low_r", "low_offset", "row_tiles", "all_row_tiles"),
+        *("s_xb", "s_xt", "s_fe", "s_fo"),
+    ]
+)
+def fused_kernel(
+    p_x,  # [B, T, C], unit stride of C
+    p_weight,  # [N, C], or [C, N] where WEIGHT_CN; contiguous
+    p_bias,  # [N], or anything without HAS_BIAS
+    p_y,  # [B, T, N] contiguous
+    p_low,  # [B, T, low_r]
+    p_factor,  # [E, N, R], or [E, R, N] where FACTOR_RN; unit stride of the last
+    p_ids,
+    B, E, T, C, N, R, low_r, low_offset, row_tiles, all_row_tiles, s_xb, s_xt, s_fe, s_fo,
+    WEIGHT_CN: tl.constexpr, FACTOR_RN: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`linear_kernel` by hardware copies (TMA): as many programs as multiprocessors, each takes one tile after the other.
+
+    Every row begins at a multiple of 16 bytes. Tensor maps are made once per program; their copies read zeros and write
+    nothing past the last token of a sample and past C, N and R. No number of a shape is compiled in: shapes share a kernel.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    d_x = tl.make_tensor_descriptor(p_x, [B, T, C], [s_xb, s_xt, 1], [1, BLOCK_M, BLOCK_C])
+    if WEIGHT_CN:
+        d_weight = tl.make_tensor_descriptor(p_weight, [C, N], [N, 1], [BLOCK_C, BLOCK_N])
+    else:
+        d_weight = tl.make_tensor_descriptor(p_weight, [N, C], [C, 1], [BLOCK_N, BLOCK_C])
+    d_low = tl.make_tensor_descriptor(
+        p_low + low_offset, [B, T, R], [T.to(tl.int64) * low_r, low_r, 1], [1, BLOCK_M, BLOCK_R]
+    )
+    if FACTOR_RN:
+        d_factor = tl.make_tensor_descriptor(p_factor, [E, R, N], [s_fe, s_fo, 1], [1, BLOCK_R, BLOCK_N])
+    else:
+        d_factor = tl.make_tensor_descriptor(p_factor, [E, N, R], [s_fe, s_fo, 1], [1, BLOCK_N, BLOCK_R])
+    d_y = tl.make_tensor_descriptor(p_y, [B, T, N], [T.to(tl.int64) * N, N, 1], [1, BLOCK_M, HALF])
+    column_tiles = (N + BLOCK_N - 1) // BLOCK_N
+    for tile in tl.range(tl.program_id(0), all_row_tiles * column_tiles, tl.num_programs(0)):
+        i_tile, i_column = _place(tile, all_row_tiles, column_tiles, GROUP)
+        i_b = i_tile // row_tiles
+        i_t = i_tile % row_tiles * BLOCK_M
+        i_n = i_column * BLOCK_N
+        # The id and the bias are on their way while the channels are summed.
+        i_e = tl.load(p_ids + i_b).to(tl.int32)
+        ranks = tl.where(i_e >= 0, R, 0)
+        if HAS_BIAS:
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            b_bias = tl.load(p_bias + o_n, mask=o_n < N, other=0)
+        b_y = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
+        for i_c in range(0, C, BLOCK_C):
+            b_x = d_x.load([i_b, i_t, i_c]).reshape(BLOCK_M, BLOCK_C)
+            b_weight = d_weight.load([i_c, i_n]) if WEIGHT_CN else tl.trans(d_weight.load([i_n, i_c]))
+            b_y = tl.dot(b_x, b_weight, b_y, input_precision="ieee")
+        # The low-rank part, on the fp32 sums of the base, through the shared memory of the loop above.
+        for i_r in range(0, ranks, BLOCK_R):
+            b_low = d_low.load([i_b, i_t, i_r]).reshape(BLOCK_M, BLOCK_R)
+            if FACTOR_RN:
+                b_factor = d_factor.load([i_e, i_r, i_n]).reshape(BLOCK_R, BLOCK_N)
+            else:
+                b_factor = tl.trans(d_factor.load([i_e, i_n, i_r]).reshape(BLOCK_N, BLOCK_R))
+            b_y = tl.dot(b_low, b_factor, b_y, input_precision="ieee")
+        if HAS_BIAS:
+            b_y += b_bias.to(tl.float32)[None, :]
+        # In two halves of N: a whole tile would take shared memory of a pipeline stage.
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b_y, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+        if ADD:
+            b_left += d_y.load([i_b, i_t, i_n]).reshape(BLOCK_M, HALF).to(tl.float32)
+        d_y.store([i_b, i_t, i_n], b_left.to(p_y.dtype.element_ty).reshape(1, BLOCK_M, HALF))
+        if ADD:
+            b_right += d_y.load([i_b, i_t, i_n + HALF]).reshape(BLOCK_M, HALF).to(tl.float32)
+        d_y.store([i_b, i_t, i_n + HALF], b_right.to(p_y.dtype.element_ty).reshape(1, BLOCK_M, HALF))
 
 
 @triton.jit(do_not_specialize=["chunks"])

@@ -1,7 +1,7 @@
 """Launches of the multi-adapter linear layer's kernels: grids, workspaces, tiles. No value is read on the host.
 
-Shapes are as in `reference.py`. ``low`` is `[B, T, sum of ranks]`: the ranks of the projections that share an input stand
-side by side, and `offset` is where one begins. Rows of base samples in it are never written nor read.
+Shapes are as in `reference.py`; factors are of x's dtype. ``low`` is `[B, T, sum of ranks]`: the ranks of the projections
+that share an input stand side by side, and `offset` is where one begins. Rows of base samples in it are never written nor read.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from csrc_triton.multi_lora.kernels import (
     expand_add_kernel,
+    fused_kernel,
     gradients_kernel,
     linear_kernel,
     reduce_kernel,
@@ -19,6 +20,7 @@ from csrc_triton.multi_lora.kernels import (
 )
 from csrc_triton.multi_lora.tiles import (
     expand_tiles,
+    fused_tiles,
     gradient_tiles,
     linear_tiles,
     machine_of,
@@ -42,11 +44,11 @@ def shrink(x: Tensor, factors: Sequence[Tensor], scale: Tensor, ids: Tensor, low
     x = _unit_stride(x)
     num_samples, tokens, channels = x.shape
     for first in range(0, len(factors), MAX_SHARED):
-        group = _of_one_layout(factors[first : first + MAX_SHARED])
+        group = list(factors[first : first + MAX_SHARED])
+        if len(group) > 1:  # the kernel takes one stride of channels
+            group = [_unit_stride(factor) for factor in group]
         ranks = [int(factor.shape[1]) for factor in group]
-        tiles = shrink_tiles(
-            machine_of(x.device), tokens, int(channels), sum(ranks), x.element_size(), group[0].element_size()
-        )
+        tiles = shrink_tiles(machine_of(x.device), tokens, int(channels), sum(ranks), x.element_size())
         row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
         # The kernel takes three factors; those of rank 0 are not read.
         missing = MAX_SHARED - len(group)
@@ -99,22 +101,32 @@ def linear(
     if not transposed:
         weight = weight.contiguous()
     num_samples, tokens, channels = x.shape
-    outputs = int(weight.shape[0])
+    (adapters, outputs, rank), ranks = factor.shape, low.shape[2]
     out = x.new_empty(num_samples, tokens, outputs) if y is None else y
     machine = machine_of(x.device)
-    if machine.descriptors and not _aligned(x, weight.mT if transposed else weight):
-        machine = machine._replace(descriptors=False)
-    tiles = linear_tiles(machine, tokens, outputs, int(channels), int(factor.shape[2]), x.element_size())
-    if tiles["DESCRIPTORS"]:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    modes = {"WEIGHT_CN": transposed, "HAS_BIAS": bias is not None, "ADD": y is not None}
+    of_rows = (int(outputs), int(channels), int(rank), x.element_size())
+    arguments = (x, weight, weight if bias is None else bias, out, low, factor, ids)
+    if machine.descriptors and _aligned(x, weight, out, low, factor, first=offset):
+        by_rank = factor.stride(1) == 1  # memory holds it as [E, R, N]
+        tiles = fused_tiles(machine, tokens, *of_rows)
+        row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
+        all_row_tiles = num_samples * row_tiles
+        triton.set_allocator(_descriptor_memory)
+        _launch(
+            fused_kernel, min(machine.multiprocessors, all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"])),
+            *arguments, num_samples, adapters, tokens, channels, outputs, rank, ranks, offset, row_tiles, all_row_tiles,
+            x.stride(0), x.stride(1), factor.stride(0), factor.stride(2 if by_rank else 1),
+            FACTOR_RN=by_rank, **modes, **tiles,
+        )  # fmt: skip
+        return out
+    tiles = linear_tiles(machine, tokens, *of_rows)
     row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
     all_row_tiles = num_samples * row_tiles
     _launch(
         linear_kernel, all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"]),
-        x, weight, weight if bias is None else bias, out, low, factor, ids,
-        tokens, row_tiles, all_row_tiles, x.stride(0), x.stride(1), *factor.stride(),
-        C=int(channels), N=outputs, R=int(factor.shape[2]), LOW_R=int(low.shape[2]), LOW_OFFSET=offset,
-        WEIGHT_CN=transposed, HAS_BIAS=bias is not None, ADD=y is not None, **tiles,
+        *arguments, tokens, row_tiles, all_row_tiles, x.stride(0), x.stride(1), *factor.stride(),
+        C=int(channels), N=int(outputs), R=int(rank), LOW_R=int(ranks), LOW_OFFSET=offset, **modes, **tiles,
     )  # fmt: skip
     return out
 
@@ -135,8 +147,7 @@ def gradients(
     """
     x = _unit_stride(x)
     num_samples, tokens, channels = x.shape
-    factor_bytes = (low_in if shrunk is None else shrunk[0]).element_size()
-    tiles = gradient_tiles(machine_of(x.device), tokens, int(channels), rank, x.element_size(), factor_bytes)
+    tiles = gradient_tiles(machine_of(x.device), tokens, int(channels), rank, x.element_size())
     chunks = triton.cdiv(tokens, tiles["CHUNK"])
     partial = x.new_empty((num_samples, chunks, channels, rank), dtype=torch.float32)
     # Without shrunk these three are neither read nor written.
@@ -174,6 +185,11 @@ def reduce(partial: Tensor, offset: int, out: Tensor, ids: Tensor, transposed: b
     return out
 
 
+def _descriptor_memory(size: int, alignment: int, stream) -> Tensor:
+    """Memory in which a kernel makes its tensor maps."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _launch(kernel, programs: int, *arguments, **constants) -> None:
     """Launches a kernel on a grid of programs, which may be empty."""
     if programs:
@@ -184,19 +200,18 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _of_one_layout(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors with one dtype and one stride of channels, which the kernel shares among them."""
-    if len(factors) == 1:
-        return list(factors)
-    dtype = factors[0].dtype if len({factor.dtype for factor in factors}) == 1 else torch.float32
-    return [_unit_stride(factor.to(dtype)) for factor in factors]
+def _aligned(*tensors: Tensor, first: int = 0) -> bool:
+    """Tests whether all rows begin at multiples of 16 bytes; descriptors and hints would misread others without an error.
 
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Tests whether all rows begin at multiples of 16 bytes; descriptors and hints would misread others without an error."""
+    Args:
+        tensors: of which one stride is 1: that within a row.
+        first: an element at which rows may begin, too.
+    """
     for tensor in tensors:
-        outer = tensor.stride()[:-1]
-        starts = [elements * tensor.element_size() for elements in (tensor.storage_offset(), *outer)]
-        if 0 in outer or any(start % 16 for start in starts):
+        strides = list(tensor.stride())
+        if 1 not in strides or 0 in strides:
+            return False
+        strides.remove(1)
+        if any(elements * tensor.element_size() % 16 for elements in (first, tensor.storage_offset(), *strides)):
             return False
     return True

@@ -204,10 +204,11 @@ def _layers_of(weights, biases, has_bias, lora_A, lora_B) -> list[Layer]:
 
 def _forward(x, y, layers: list[Layer], scale, ids, design: str | None) -> list[Tensor]:
     """The layers' outputs, then the ranks' rows `[B, T, sum of ranks]`, which the gradient of lora_B needs."""
-    lora_A = [layer.lora_A for layer in layers]
-    *offsets, ranks = _offsets(lora_A)
     outputs = []
     with torch.cuda.device_of(x):
+        layers = [_in_dtype(layer, x.dtype) for layer in layers]
+        lora_A = [layer.lora_A for layer in layers]
+        *offsets, ranks = _offsets(lora_A)
         # One pass over x for the ranks of all layers, then each layer's base with its expansion on top.
         low = x.new_empty(*x.shape[:2], ranks)
         shrink(x, lora_A, scale, ids, low)
@@ -221,6 +222,11 @@ def _forward(x, y, layers: list[Layer], scale, ids, design: str | None) -> list[
                 outputs.append(y.clone(memory_format=torch.contiguous_format))  # the base may keep y for its gradient
             expand_add(outputs[-1], low, offset, layer.lora_B, ids)
     return [*outputs, low]
+
+
+def _in_dtype(layer, dtype: torch.dtype):
+    """The layer with its factors rounded once per call: in the kernels every tile would round them again."""
+    return layer._replace(lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype))
 
 
 @kernel_op("clora::multi_lora_linears")
@@ -257,17 +263,19 @@ def _backward(
     upstream = layers[0].grad
     grad_x, grad_A, grad_B = [], [], []
     with torch.cuda.device_of(scale):
+        rounded = [_in_dtype(layer, upstream.dtype) for layer in layers]
         # back = scale dy lora_B, of which the gradients of x and of every lora_A are made.
         back = upstream.new_empty(*upstream.shape[:2], ranks) if needs_x or x is not None else None
-        for dy, _, _, lora_B, offset in layers:  # one pass over each dy, for back and the gradient of lora_B
+        # One pass over each dy, for back and the gradient of lora_B, which has the dtype of lora_B itself.
+        for (dy, _, _, factor, offset), layer in zip(rounded, layers, strict=True):
             if low is None:
-                shrink(dy, [lora_B.mT], scale, ids, back, offset)
+                shrink(dy, [factor.mT], scale, ids, back, offset)
             else:
-                shrunk = None if back is None else (lora_B.mT, scale, back)
-                partial = gradients(dy, low, lora_B.shape[2], ids, offset, shrunk)
-                grad_B.append(reduce(partial, 0, lora_B.new_empty(lora_B.shape), ids))
+                shrunk = None if back is None else (factor.mT, scale, back)
+                partial = gradients(dy, low, factor.shape[2], ids, offset, shrunk)
+                grad_B.append(reduce(partial, 0, layer.lora_B.new_empty(factor.shape), ids))
         if needs_x:
-            grad_x = [_grad_x(layers, back, ids, design)]
+            grad_x = [_grad_x(rounded, back, ids, design)]
         if x is not None:  # one pass over x for all layers
             partial = gradients(x, back, ranks, ids)
             for _, _, lora_A, _, offset in layers:

@@ -19,6 +19,8 @@ HOPPER = 200_000
 """Bytes of shared memory of which every GPU since Hopper has more."""
 RESERVED = 16384
 """Bytes of shared memory left to the compiler, for values that change their layout."""
+DESCRIPTORS = 2048
+"""Bytes of shared memory in which a kernel makes its tensor maps, and for its barriers."""
 
 
 class Machine(NamedTuple):
@@ -27,13 +29,15 @@ class Machine(NamedTuple):
     Attributes:
         shared_memory: bytes that one program may use.
         descriptors: tensor descriptors become hardware copies (TMA: sm_90 and later).
+        multiprocessors: programs of a persistent kernel.
     """
 
     shared_memory: int
     descriptors: bool
+    multiprocessors: int
 
 
-INTERPRETER = Machine(shared_memory=232448, descriptors=False)
+INTERPRETER = Machine(shared_memory=232448, descriptors=False, multiprocessors=4)
 Tiles = dict[str, int | bool]
 
 
@@ -43,9 +47,10 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
+    multiprocessors = properties.multi_processor_count
     if torch.version.hip is not None:
-        return Machine(properties.shared_memory_per_block, descriptors=False)
-    return Machine(properties.shared_memory_per_block_optin, descriptors=properties.major >= 9)
+        return Machine(properties.shared_memory_per_block, False, multiprocessors)
+    return Machine(properties.shared_memory_per_block_optin, properties.major >= 9, multiprocessors)
 
 
 def up_to(limit: int, size: int) -> int:
@@ -67,14 +72,14 @@ def rank_block(rank: int) -> int:
     return min(MAX_BLOCK_R, MAX_BLOCK_R // 2, key=lambda block: -(-rank // block) * block)
 
 
-def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int, factor_bytes: int) -> Tiles:
+def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int) -> Tiles:
     """Tiles of `shrink_kernel`: 64 rows, the least that wgmma takes, and as many channels in flight as fit."""
     block_r = rank_block(rank)
     block_m = up_to(32 if x_bytes == 4 and block_r > 128 else 64, tokens)
-    per_channel = block_m * x_bytes + block_r * factor_bytes
+    per_channel = (block_m + block_r) * x_bytes
     # Rows that do not begin at 16 bytes are loaded element by element, through registers: fewer channels then.
     limit = 128 if x_bytes == 2 and channels % 16 == 0 else 32
-    stages, block_c = _stages(machine, per_channel, block_r * x_bytes, up_to(limit, channels))
+    stages, block_c = _stages(machine, per_channel, up_to(limit, channels))
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
 
 
@@ -85,6 +90,22 @@ def expand_tiles(machine: Machine, tokens: int, outputs: int, rank: int, x_bytes
     block_r = up_to(largest if x_bytes == 2 else 16, rank)
     block_m, block_n = up_to(64, tokens), up_to(128 if x_bytes == 2 else 64, outputs)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
+
+
+def fused_tiles(machine: Machine, tokens: int, outputs: int, channels: int, rank: int, x_bytes: int) -> Tiles:
+    """Tiles of `fused_kernel`: as many stages of both operands as fit beside half a tile of y."""
+    limits = (128, 256, 64) if x_bytes == 2 else (64, 64, 16)  # fp32 has no tensor cores: all of it stands in registers
+    block_m, block_n, block_c = map(up_to, limits, (tokens, outputs, channels))
+    free = machine.shared_memory - DESCRIPTORS - block_m * block_n // 2 * x_bytes
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+        "BLOCK_R": up_to(LINEAR_BLOCK_R if x_bytes == 2 else 16, rank),
+        "GROUP": 8,
+        "num_warps": 8 if block_m * block_n > 128 * 64 else 4,
+        "num_stages": min(4, free // ((block_m + block_n) * block_c * x_bytes)),
+    }
 
 
 def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, rank: int, x_bytes: int) -> Tiles:
@@ -99,21 +120,20 @@ def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, ran
         "BLOCK_C": block_c,
         "BLOCK_R": up_to(LINEAR_BLOCK_R if x_bytes == 2 else 16, rank),
         "GROUP": 8,
-        "DESCRIPTORS": machine.descriptors,
         "num_warps": 8 if block_m * block_n > 128 * 64 else 4,
         "num_stages": stages,
     }
 
 
-def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int, factor_bytes: int) -> Tiles:
+def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int) -> Tiles:
     """Tiles of `gradients_kernel`; a chunk's partials are 4 rank / CHUNK of the bytes of its 16-bit rows."""
-    shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes, factor_bytes)
+    shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes)
     block_r = shrink["BLOCK_R"]
     # On sm_80 sums of 128 x 128 (rank 128) spilled, and so did 64 rows a step at rank 64.
     large = x_bytes == 2 and machine.shared_memory > HOPPER
     block_c = up_to(128 if large and block_r < MAX_BLOCK_R else 64, channels)
     per_row = (block_c + block_r) * x_bytes
-    stages, block_t = _stages(machine, per_row, 0, up_to(64 if large else 32, tokens))
+    stages, block_t = _stages(machine, per_row, up_to(64 if large else 32, tokens))
     return {
         "CHUNK": up_to(1024, tokens),
         "BLOCK_M": shrink["BLOCK_M"],
@@ -139,16 +159,14 @@ def _linear_limits(machine: Machine, x_bytes: int, aligned: bool) -> tuple[int, 
         return 64, 64, 16
     if not aligned:
         return 64, 128, 32
-    if machine.shared_memory > HOPPER:
-        return 128, 256, 64
     return 128, 128, 64 if machine.shared_memory > 100_000 else 32
 
 
-def _stages(machine: Machine, per_channel: int, extra_per_channel: int, largest: int) -> tuple[int, int]:
+def _stages(machine: Machine, per_channel: int, largest: int) -> tuple[int, int]:
     """Pipeline stages and the largest block of channels that fit: at least three stages where any block allows it."""
     blocks = [block for block in (128, 64, 32, 16) if block <= largest]
     for most in ((4, 3), (2,)):
         for block, stages in product(blocks, most):
-            if (stages * per_channel + extra_per_channel) * block <= machine.shared_memory - RESERVED:
+            if stages * per_channel * block <= machine.shared_memory - RESERVED:
                 return stages, block
     return 1, 16

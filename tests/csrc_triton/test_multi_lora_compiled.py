@@ -29,7 +29,7 @@ SAMPLES, TOKENS, ADAPTERS = 16, 8192, 8
 
 
 class Shape(NamedTuple):
-    """A layer; its factors are fp32, as the bank keeps them."""
+    """A layer; its factors are of the dtype of x, their gradients fp32."""
 
     inputs: int
     outputs: int
@@ -122,9 +122,22 @@ def test_fp32_is_not_rounded_to_tf32(code_of, combination):
 
 
 @those(shape=("square", "up", "down", "large"), name=("linear", "grad_x"))
-def test_the_base_product_reads_by_tma_on_hopper_and_later(code_of, combination):
+def test_the_base_product_reads_and_writes_by_tma_on_hopper_and_later(code_of, combination):
+    """Both halves of y too, and nothing of x, the weight, the ranks or y by pointers."""
     code = code_of(*combination)
-    assert (code["tma_loads"] > 0) == (combination[2] in ("sm_90", "sm_100"))
+    if combination[2] in ("sm_90", "sm_100"):
+        assert code["tma_loads"] > 0
+        assert code["tma_stores"] == 2
+        assert not code["copies"]
+        assert not code["stores"]
+    else:
+        assert code["tma_loads"] == code["tma_stores"] == 0
+
+
+@those(shape=("square", "up", "down", "large"), name=("linear", "grad_x"), target=("sm_90",))
+def test_a_product_is_in_flight_while_the_next_operands_are_awaited(code_of, combination):
+    """Of the channels and of the ranks; and in each loop the last one is awaited once, behind it."""
+    assert sorted(code_of(*combination)["in_flight"]) == [0, 0, 1, 1]
 
 
 @those(name=("shrink", "shrink_qkv"), target=("sm_90",), shape=("square", "large"))
@@ -135,8 +148,8 @@ def test_aligned_rows_are_copied_16_bytes_at_a_time(code_of, combination):
 
 @those(name=("linear", "grad_x"), target=("sm_90",), shape=("square", "large"))
 def test_the_rank_takes_no_shared_memory_of_the_base_product(code_of, combination):
-    """Three stages of 128 x 64 and 256 x 64 bf16, and barriers: at every rank the same."""
-    assert code_of(*combination)["shared"] <= 3 * (128 + 256) * 64 * 2 + 64
+    """Four stages of 128 x 64 and 256 x 64 bf16, half a tile of y, tensor maps and barriers: at every rank the same."""
+    assert code_of(*combination)["shared"] <= (4 * (128 + 256) * 64 + 128 * 128) * 2 + 1024
 
 
 @those(name=("shrink", "grad_B"), target=("sm_90",), shape=("up",))
@@ -147,11 +160,19 @@ def test_four_programs_of_a_small_rank_share_the_registers(code_of, combination)
 
 @those(target=("sm_90",), shape=("square", "large"))
 def test_first_elements_are_addressed_in_64_bits(code_of, combination):
-    """The first move of every pointer is an i64, but of two that stay within one bias or one list of ids."""
+    """The first move of every pointer is an i64, but of those that stay within one bias, one list of ids, one row of ranks."""
     moves = code_of(*combination)["first_moves"]
     assert moves
+    short = {("linear", "p_bias"), ("linear", "p_ids"), ("grad_x", "p_ids"), ("reduce", "p_ids")}
+    short |= {("linear", "p_low"), ("grad_x", "p_low")}  # to the layer's first rank; tensor maps address the rest
     for pointer, offset in moves.items():
-        assert offset == "i64" or (combination[1], pointer) in {("linear", "p_bias"), ("reduce", "p_ids")}, moves
+        assert offset == "i64" or (combination[1], pointer) in short, moves
+
+
+@pytest.mark.slow
+def test_shapes_share_the_compiled_fused_kernel(code_of):
+    """Only the dtype, the tiles and the layouts are compiled in."""
+    assert len({code_of(shape, "linear", "sm_90")["hash"] for shape in ("square", "down", "large")}) == 1
 
 
 def test_torch_compile_sees_the_kernels_and_what_they_write(found):
@@ -173,7 +194,7 @@ def compiled_kernels(combinations):
     for shape, name, target in combinations:
         if not triton_compiler.has_tools(target):
             continue
-        machine = Machine(SHARED_MEMORY[target], descriptors=target in ("sm_90", "sm_100"))
+        machine = Machine(SHARED_MEMORY[target], target in ("sm_90", "sm_100"), multiprocessors=132)
         launch.machine_of = lambda device, machine=machine: machine
         launch.wrap_triton = recorder = triton_compiler.Recorder()
         launches_of(launch, SHAPES[shape])[name]()
@@ -189,7 +210,7 @@ def launches_of(launch, shape: Shape):
     empty = lambda *sizes, dtype=dtype: torch.empty(sizes, dtype=dtype, device="meta")  # noqa: E731
     rows = lambda width: empty(SAMPLES, TOKENS, width)  # noqa: E731
     x, dy, low, low_qkv, weight, bias = rows(k), rows(n), rows(r), rows(3 * r), empty(n, k), empty(n)
-    a, b = empty(ADAPTERS, r, k, dtype=torch.float32), empty(ADAPTERS, n, r, dtype=torch.float32)
+    a, b = empty(ADAPTERS, r, k), empty(ADAPTERS, n, r)
     scale, ids = empty(ADAPTERS, dtype=torch.float32), empty(SAMPLES, dtype=torch.int64)
     partial = empty(SAMPLES, 8, k, 3 * r, dtype=torch.float32)
     return {
@@ -200,7 +221,7 @@ def launches_of(launch, shape: Shape):
         "grad_x": lambda: launch.linear(dy, weight.mT, None, low_qkv, r, a.mT, ids, y=rows(k)),
         "grad_B": lambda: launch.gradients(dy, low, r, ids, 0, (b.mT, scale, low)),
         "grad_A_qkv": lambda: launch.gradients(x, low_qkv, 3 * r, ids),
-        "reduce": lambda: launch.reduce(partial, r, a, ids, transposed=True),
+        "reduce": lambda: launch.reduce(partial, r, a.float(), ids, transposed=True),
     }
 
 
@@ -215,6 +236,7 @@ def facts(triton_compiler, compiled):
         with tempfile.TemporaryDirectory() as folder:
             registers, spilled, shared = vars(triton_compiler.resources(compiled, Path(folder))).values()
     return {
+        "hash": compiled.hash,
         "spilled": spilled,
         "shared": shared,
         "registers": registers,
@@ -222,6 +244,10 @@ def facts(triton_compiler, compiled):
         "fp64": re.findall(r"\w+\.f64|v_\w+_f64", code),
         "products": {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in (*TENSOR_CORES.values(),)},
         "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.\w+\.shared", code)),
+        "tma_stores": len(re.findall(r"cp\.async\.bulk\.tensor\.\w+\.global", code)),
+        "in_flight": [int(count) for count in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", code)],
+        "copies": len(re.findall(r"cp\.async\.c[ag]\.", code)),
+        "stores": len(re.findall(r"\bst\.global", code)),
         "narrow_copies": len(re.findall(r"cp\.async\.ca\.shared\.global .*, 0x4", code)),
         "first_moves": first_moves(compiled),
     }
@@ -247,7 +273,7 @@ def traced_graphs():
     from csrc_triton.multi_lora.tiles import Machine
 
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: TARGETS["sm_90"]))
-    launch.machine_of = lambda device: Machine(SHARED_MEMORY["sm_90"], descriptors=True)
+    launch.machine_of = lambda device: Machine(SHARED_MEMORY["sm_90"], True, 132)
     op.unsupported = lambda *arguments: None  # the tensors are on the CPU
     graphs = []
 

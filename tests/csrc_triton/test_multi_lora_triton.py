@@ -27,10 +27,9 @@ from helpers.linear_cases import (
     upstream_of,
 )
 
-from csrc_triton.multi_lora import launch
 from csrc_triton.multi_lora.op import multi_lora_linear_triton, multi_lora_linears
 from csrc_triton.multi_lora.reference import multi_lora_linear
-from csrc_triton.multi_lora.tiles import Machine, rank_block
+from csrc_triton.multi_lora.tiles import rank_block
 from csrc_triton.registration import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -73,17 +72,6 @@ def test_any_shape(data):
     case = Case(size(80), size(50), size(80), adapters, size(40), ids)
     arguments = make(case, data.draw(st.sampled_from(DTYPES)), bias=data.draw(st.booleans()))
     assert_as_accurate_as_eager(ours(data.draw(st.sampled_from(["fused", "split"]))), arguments)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensor_descriptors(monkeypatch, dtype):
-    """The loop that Hopper takes, over tails in every direction; wherever rows are not aligned it takes pointers."""
-    monkeypatch.setattr(launch, "machine_of", lambda device: Machine(232448, descriptors=True))
-    seen = launches(monkeypatch)
-    assert_as_accurate_as_eager(ours("fused"), make(Case(70, 48, 80, 3, 20, [2, -1, 0]), dtype))
-    assert [options["DESCRIPTORS"] for name, options in seen if name == "linear_kernel"] == [True, True]
-    assert_as_accurate_as_eager(ours("fused"), make(Case(9, 41, 80, 3, 20, [2, -1, 0]), dtype))
-    assert [options["DESCRIPTORS"] for name, options in seen if name == "linear_kernel"][2:] == [False, False]
 
 
 # The backward pass: no more than is needed.

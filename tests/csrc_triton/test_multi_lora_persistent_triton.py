@@ -1,0 +1,109 @@
+"""The persistent kernel of design "fused", which GPUs with hardware copies (TMA) take wherever rows are aligned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from helpers.linear_cases import (
+    DTYPES,
+    Case,
+    assert_as_accurate_as_eager,
+    assert_same,
+    launches,
+    make,
+    ours,
+    results,
+    upstream_of,
+)
+
+from csrc_triton.multi_lora import launch
+from csrc_triton.multi_lora.op import multi_lora_linears
+from csrc_triton.multi_lora.reference import multi_lora_linear
+from csrc_triton.multi_lora.tiles import Machine
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+CASES = {
+    "tails": Case(70, 48, 80, 3, 32, [2, -1, 0, 0, 1]),  # of tokens, inputs, outputs and ranks
+    "several_rank_blocks": Case(5, 32, 48, 2, 208, [1, 0]),
+    "several_groups": Case(1100, 16, 80, 2, 16, [1, -1]),  # more than 8 row tiles
+    "several_column_tiles": Case(20, 32, 528, 2, 16, [-1, 1]),
+    "one_token": Case(1, 32, 16, 2, 16, [1, -1, 0]),
+}
+
+
+@pytest.fixture(autouse=True)
+def programs(monkeypatch):
+    """Sets the number of programs: 3 at first, fewer than there are tiles."""
+
+    def set_number(number):
+        monkeypatch.setattr(launch, "machine_of", lambda device: Machine(232448, True, number))
+
+    set_number(3)
+    return set_number
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_as_accurate_as_eager(monkeypatch, name, dtype):
+    seen = launches(monkeypatch)
+    assert_as_accurate_as_eager(ours("fused"), make(CASES[name], dtype))
+    kernels = [kernel for kernel, _ in seen]
+    assert kernels.count("fused_kernel") == 2, "y and dx"
+    assert "linear_kernel" not in kernels
+
+
+@pytest.mark.parametrize("change", [{"inputs": 44}, {"outputs": 84}, {"rank": 20}], ids=str)
+def test_rows_that_are_not_aligned_take_pointers(monkeypatch, change):
+    seen = launches(monkeypatch)
+    assert_as_accurate_as_eager(ours("fused"), make(CASES["tails"]._replace(**change), torch.float16))
+    assert not [kernel for kernel, _ in seen if kernel == "fused_kernel"]
+
+
+def test_the_number_of_programs_changes_no_bit(programs):
+    arguments, found = make(CASES["several_groups"]), []
+    upstream = upstream_of(arguments)
+    for number in (1, 5, 1000):
+        programs(number)
+        found.append(results(ours("fused"), arguments, upstream))
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+def test_a_sample_by_itself_equals_it_in_a_mixed_batch():
+    arguments = make(CASES["tails"])
+    upstream = upstream_of(arguments)
+    batch = results(ours("fused"), arguments, upstream, "x")
+    for b in range(len(arguments[0])):
+        alone = [arguments[0][b : b + 1], *arguments[1:6], arguments[6][b : b + 1]]
+        assert_same(
+            results(ours("fused"), alone, upstream[b : b + 1], "x"), {name: t[b : b + 1] for name, t in batch.items()}
+        )
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_base_rows_are_the_base_layer_beside_poisoned_adapters(poison):
+    arguments = make(CASES["tails"])
+    upstream, base = upstream_of(arguments), arguments[6] < 0
+    without = results(ours("fused"), [*arguments[:6], torch.full_like(arguments[6], -1)], upstream)
+    for factor in arguments[3:6]:
+        factor.fill_(poison)
+    found = results(ours("fused"), arguments, upstream)
+    for name in ("y", "x"):
+        assert torch.equal(found[name][base], without[name][base])
+        assert not torch.isfinite(found[name][~base]).any()
+
+
+def test_neighbours_in_the_ranks_rows_do_not_leak():
+    """q, k and v share rows of ranks: NaN of one layer must not meet the zeros past the ranks of another."""
+    x, weight, bias, a, b, scale, ids = make(CASES["tails"])
+    poisoned = torch.full_like(a, torch.nan)
+    layers = [(weight, bias, a, b), (weight, None, poisoned, b), (weight, bias, a, b)]
+    first, second, third = multi_lora_linears(x, layers, scale, ids, "fused")
+    expected = multi_lora_linear(x, weight, bias, a, b, scale, ids)
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(first, third)
+    assert torch.isnan(second[ids >= 0]).all()
