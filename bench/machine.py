@@ -24,6 +24,8 @@ NOT_SOURCES = (
     "bench/goals.py",
     "bench/report.py",
     "bench/run.py",
+    "bench/serving.py",
+    "bench/step",
     "csrc_triton/multi_lora/designs.json",
 )
 """In those folders, but without influence on a measurement: results may be committed and judged between two runs. From the
@@ -55,6 +57,31 @@ def describe(device: torch.device, stopwatch: Stopwatch) -> dict:
         "peft": _version("peft"),
         "roof": measure_roof(device, stopwatch),
     }
+
+
+def describe_host() -> dict:
+    """Everything about this machine that a record of a CPU keeps."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": _version("diffusers"),
+        "peft": _version("peft"),
+    }
+
+
+def _processor() -> str:
+    """The processor's name and the widest instructions that torch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def measure_roof(device: torch.device, stopwatch: Stopwatch) -> dict[str, float]:

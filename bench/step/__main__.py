@@ -1,0 +1,7 @@
+"""`python -m bench.step` is `python -m bench.step.run`."""
+
+import sys
+
+from bench.step.run import main
+
+sys.exit(main())
