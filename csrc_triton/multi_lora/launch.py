@@ -28,6 +28,7 @@ from csrc_triton.multi_lora.tiles import (
     shrink_tiles,
 )
 from csrc_triton.registration import wrap_triton
+from csrc_triton.replay import do, launch
 
 MAX_SHARED = 3
 """Projections whose ranks one shrink computes in one pass over their input."""
@@ -99,10 +100,10 @@ def linear(
     x = _unit_stride(x)
     transposed = weight.mT.is_contiguous() and not weight.is_contiguous()  # memory holds it as [C, N]
     if not transposed:
-        weight = weight.contiguous()
+        weight = do(Tensor.contiguous, weight)
     num_samples, tokens, channels = x.shape
     (adapters, outputs, rank), ranks = factor.shape, low.shape[2]
-    out = x.new_empty(num_samples, tokens, outputs) if y is None else y
+    out = do(Tensor.new_empty, x, (num_samples, tokens, outputs)) if y is None else y
     machine = machine_of(x.device)
     modes = {"WEIGHT_CN": transposed, "HAS_BIAS": bias is not None, "ADD": y is not None}
     of_rows = (int(outputs), int(channels), int(rank), x.element_size())
@@ -112,7 +113,7 @@ def linear(
         tiles = fused_tiles(machine, tokens, *of_rows)
         row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
         all_row_tiles = num_samples * row_tiles
-        triton.set_allocator(_descriptor_memory)
+        do(triton.set_allocator, _descriptor_memory)
         _launch(
             fused_kernel, min(machine.multiprocessors, all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"])),
             *arguments, num_samples, adapters, tokens, channels, outputs, rank, ranks, offset, row_tiles, all_row_tiles,
@@ -149,7 +150,7 @@ def gradients(
     num_samples, tokens, channels = x.shape
     tiles = gradient_tiles(machine_of(x.device), tokens, int(channels), rank, x.element_size())
     chunks = triton.cdiv(tokens, tiles["CHUNK"])
-    partial = x.new_empty((num_samples, chunks, channels, rank), dtype=torch.float32)
+    partial = do(Tensor.new_empty, x, (num_samples, chunks, channels, rank), dtype=torch.float32)
     # Without shrunk these three are neither read nor written.
     factor, scale, low = (low_in, ids, partial) if shrunk is None else shrunk
     # A program takes a block of channels for the partial sums, or a tile of rows for the shrink.
@@ -193,11 +194,11 @@ def _descriptor_memory(size: int, alignment: int, stream) -> Tensor:
 def _launch(kernel, programs: int, *arguments, **constants) -> None:
     """Launches a kernel on a grid of programs, which may be empty."""
     if programs:
-        wrap_triton(kernel)[(programs,)](*arguments, **constants)
+        launch(kernel, programs, arguments, constants, wrap_triton)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else do(Tensor.contiguous, x)
 
 
 def _aligned(*tensors: Tensor, first: int = 0) -> bool:

@@ -6,22 +6,19 @@ less. `multi_lora_add_triton` is a layer without a weight: its base was computed
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd.function import once_differentiable
 
+from csrc_triton.multi_lora.checks import unsupported, unsupported_add
 from csrc_triton.multi_lora.designs import DESIGNS, design_of
 from csrc_triton.multi_lora.launch import expand_add, gradients, linear, reduce, shrink
-from csrc_triton.multi_lora.reference import check_add_shapes, check_shapes
-from csrc_triton.registration import INTERPRETED, is_traced, kernel_op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK = 256
+from csrc_triton.registration import is_traced, kernel_op
+from csrc_triton.replay import do, replayed
 
 
 class Layer(NamedTuple):
@@ -132,62 +129,15 @@ def multi_lora_add_triton(
     return _call(x, y, [Layer(None, None, lora_A, lora_B)], scale, adapter_ids, None)[0]
 
 
-def unsupported(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter_ids: Tensor
-) -> str | None:
-    """The reason why the kernels cannot compute a call of `multi_lora_linear_triton`, or None.
-
-    Raises:
-        ValueError: a shape or the dtype of the ids is not as the reference takes it.
-    """
-    check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
-    return _gap(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scale=scale, ids=adapter_ids)
-
-
-def unsupported_add(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter_ids: Tensor
-) -> str | None:
-    """The reason why the kernels cannot compute a call of `multi_lora_add_triton`, or None.
-
-    Raises:
-        ValueError: a shape or the dtype of the ids is not as the reference takes it.
-    """
-    check_add_shapes(y, x, lora_A, lora_B, scale, adapter_ids)
-    return _gap(x, y=y, lora_A=lora_A, lora_B=lora_B, scale=scale, ids=adapter_ids)
-
-
-def _gap(x: Tensor, **arguments: Tensor | None) -> str | None:
-    """The reason why the kernels cannot compute with these arguments, whose shapes are right, or None."""
-    given = {name: tensor for name, tensor in arguments.items() if tensor is not None}
-    for name, tensor in given.items():
-        if tensor.device != x.device:
-            return f"{name} is on {tensor.device}, x on {x.device}"
-    if x.device.type != "cuda" and not INTERPRETED:
-        return f"x is on {x.device}, and Triton's interpreter is off"
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bf16 wrongly"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
-    for name, tensor in {"x": x, "lora_A": given["lora_A"], "lora_B": given["lora_B"]}.items():
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}, expected one of {[str(dtype) for dtype in DTYPES]}"
-    for name in ("weight", "bias", "y"):
-        if name in given and given[name].dtype != x.dtype:
-            return f"{name} is {given[name].dtype}, x {x.dtype}"
-    if (rank := given["lora_A"].shape[1]) > MAX_RANK:
-        return f"rank {rank} is above {MAX_RANK}"
-    trained = [name for name in ("weight", "bias", "scale") if name in given and given[name].requires_grad]
-    if trained and torch.is_grad_enabled():
-        return f"{' and '.join(trained)} require gradients: expected frozen ones"
-    return None
-
-
 def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence[Tensor]:
     """The outputs of layers, all with adapters and ranks; y is the base of the only layer if that has no weight."""
     lora_A = [layer.lora_A for layer in layers]
     lora_B = [layer.lora_B for layer in layers]
     if not is_traced(x):
-        return _Untraced.apply(x, y, layers, scale, ids, design, *lora_A, *lora_B)
+        parts = [tensor for layer in layers for tensor in layer]
+        if _is_differentiated(x, y, *lora_A, *lora_B):
+            return _Untraced.apply(design, x, y, scale, ids, *parts)
+        return replayed(_forward, (x, y, scale, ids, *parts), design=design)[:-1]
     # The operator takes lists of tensors, without None.
     weights = [layer.weight for layer in layers if layer.weight is not None]
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -202,31 +152,49 @@ def _layers_of(weights, biases, has_bias, lora_A, lora_B) -> list[Layer]:
     return [Layer(*parts) for parts in zip(weights or [None] * len(biases), biases, lora_A, lora_B, strict=True)]
 
 
-def _forward(x, y, layers: list[Layer], scale, ids, design: str | None) -> list[Tensor]:
-    """The layers' outputs, then the ranks' rows `[B, T, sum of ranks]`, which the gradient of lora_B needs."""
+def _layers(parts: Sequence[Tensor | None]) -> list[Layer]:
+    """The layers whose parts stand one after the other."""
+    return [Layer(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    """Detects calls that autograd must know of, backward or forward."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _forward(x, y, scale, ids, *parts: Tensor | None, design: str | None) -> list[Tensor]:
+    """The layers' outputs, then the ranks' rows `[B, T, sum of ranks]`, which the gradient of lora_B needs.
+
+    Args:
+        parts: those of each `Layer`.
+    """
+    layers = [_in_dtype(layer, x.dtype) for layer in _layers(parts)]
+    lora_A = [layer.lora_A for layer in layers]
+    *offsets, ranks = _offsets(lora_A)
     outputs = []
-    with torch.cuda.device_of(x):
-        layers = [_in_dtype(layer, x.dtype) for layer in layers]
-        lora_A = [layer.lora_A for layer in layers]
-        *offsets, ranks = _offsets(lora_A)
-        # One pass over x for the ranks of all layers, then each layer's base with its expansion on top.
-        low = x.new_empty(*x.shape[:2], ranks)
-        shrink(x, lora_A, scale, ids, low)
-        for layer, offset in zip(layers, offsets, strict=True):
-            if y is None and design_of(x, layer.weight, layer.lora_A, design) == "fused":
-                outputs.append(linear(x, layer.weight, layer.bias, low, offset, layer.lora_B, ids))
-                continue
-            if y is None:
-                outputs.append(F.linear(x, layer.weight, layer.bias).contiguous())
-            else:
-                outputs.append(y.clone(memory_format=torch.contiguous_format))  # the base may keep y for its gradient
-            expand_add(outputs[-1], low, offset, layer.lora_B, ids)
+    # One pass over x for the ranks of all layers, then each layer's base with its expansion on top.
+    low = do(Tensor.new_empty, x, *x.shape[:2], ranks)
+    shrink(x, lora_A, scale, ids, low)
+    for layer, offset in zip(layers, offsets, strict=True):
+        if y is None and design_of(x, layer.weight, layer.lora_A, design) == "fused":
+            outputs.append(linear(x, layer.weight, layer.bias, low, offset, layer.lora_B, ids))
+            continue
+        if y is None:
+            base = do(Tensor.contiguous, do(F.linear, x, layer.weight, layer.bias))
+        else:
+            base = do(Tensor.clone, y, memory_format=torch.contiguous_format)  # the base may keep y for its gradient
+        expand_add(base, low, offset, layer.lora_B, ids)
+        outputs.append(base)
     return [*outputs, low]
 
 
 def _in_dtype(layer, dtype: torch.dtype):
     """The layer with its factors rounded once per call: in the kernels every tile would round them again."""
-    return layer._replace(lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype))
+    if layer.lora_A.dtype == layer.lora_B.dtype == dtype:
+        return layer
+    return layer._replace(lora_A=do(Tensor.to, layer.lora_A, dtype), lora_B=do(Tensor.to, layer.lora_B, dtype))
 
 
 @kernel_op("clora::multi_lora_linears")
@@ -242,7 +210,9 @@ def forward_op(
     ids: Tensor,
     design: str | None,
 ) -> list[Tensor]:
-    return _forward(x, y, _layers_of(weights, biases, has_bias, lora_A, lora_B), scale, ids, design)
+    parts = [tensor for layer in _layers_of(weights, biases, has_bias, lora_A, lora_B) for tensor in layer]
+    with torch.cuda.device_of(x):
+        return _forward(x, y, scale, ids, *parts, design=design)
 
 
 @forward_op.register_fake
@@ -252,34 +222,37 @@ def _(x, y, weights, biases, has_bias, lora_A, lora_B, scale, ids, design) -> li
 
 
 def _backward(
-    layers: list[Upstream], x, low, ranks: int, scale, ids, needs_x: bool, design: str | None
+    scale, ids, x, low, *parts: Tensor | None, offsets: Sequence[int], ranks: int, needs_x: bool, design: str | None
 ) -> list[Tensor]:
     """Gradients of x, of each lora_A and of each lora_B, in this order and only those that are needed.
 
     Args:
         x, low: the input and the ranks' rows; None where no lora_A or no lora_B, respectively, needs a gradient.
+        parts: the tensors of each `Upstream`.
+        offsets: theirs.
         ranks: width of low.
     """
+    layers = [Upstream(*parts[4 * i : 4 * i + 4], offset) for i, offset in enumerate(offsets)]
     upstream = layers[0].grad
     grad_x, grad_A, grad_B = [], [], []
-    with torch.cuda.device_of(scale):
-        rounded = [_in_dtype(layer, upstream.dtype) for layer in layers]
-        # back = scale dy lora_B, of which the gradients of x and of every lora_A are made.
-        back = upstream.new_empty(*upstream.shape[:2], ranks) if needs_x or x is not None else None
-        # One pass over each dy, for back and the gradient of lora_B, which has the dtype of lora_B itself.
-        for (dy, _, _, factor, offset), layer in zip(rounded, layers, strict=True):
-            if low is None:
-                shrink(dy, [factor.mT], scale, ids, back, offset)
-            else:
-                shrunk = None if back is None else (factor.mT, scale, back)
-                partial = gradients(dy, low, factor.shape[2], ids, offset, shrunk)
-                grad_B.append(reduce(partial, 0, layer.lora_B.new_empty(factor.shape), ids))
-        if needs_x:
-            grad_x = [_grad_x(rounded, back, ids, design)]
-        if x is not None:  # one pass over x for all layers
-            partial = gradients(x, back, ranks, ids)
-            for _, _, lora_A, _, offset in layers:
-                grad_A.append(reduce(partial, offset, lora_A.new_empty(lora_A.shape), ids, transposed=True))
+    rounded = [_in_dtype(layer, upstream.dtype) for layer in layers]
+    # back = scale dy lora_B, of which the gradients of x and of every lora_A are made.
+    back = do(Tensor.new_empty, upstream, (*upstream.shape[:2], ranks)) if needs_x or x is not None else None
+    # One pass over each dy, for back and the gradient of lora_B, which has the dtype of lora_B itself.
+    for (dy, _, _, factor, offset), layer in zip(rounded, layers, strict=True):
+        if low is None:
+            shrink(dy, [factor.mT], scale, ids, back, offset)
+        else:
+            shrunk = None if back is None else (factor.mT, scale, back)
+            partial = gradients(dy, low, factor.shape[2], ids, offset, shrunk)
+            grad_B.append(reduce(partial, 0, do(Tensor.new_empty, layer.lora_B, factor.shape), ids))
+    if needs_x:
+        grad_x = [_grad_x(rounded, back, ids, design)]
+    if x is not None:  # one pass over x for all layers
+        partial = gradients(x, back, ranks, ids)
+        for _, _, lora_A, _, offset in layers:
+            out = do(Tensor.new_empty, lora_A, lora_A.shape)
+            grad_A.append(reduce(partial, offset, out, ids, transposed=True))
     return [*grad_x, *grad_A, *grad_B]
 
 
@@ -291,13 +264,17 @@ def _grad_x(layers: list[Upstream], back: Tensor, ids, design: str | None) -> Te
             total = linear(dy, weight.mT, None, back, offset, lora_A.mT, ids, total)
             continue
         if weight is None:
-            total = dy.new_zeros(*dy.shape[:2], lora_A.shape[2])
+            total = do(Tensor.new_zeros, dy, (*dy.shape[:2], lora_A.shape[2]))
         elif total is None:
-            total = (dy @ weight).contiguous()
+            total = do(Tensor.contiguous, do(torch.matmul, dy, weight))
         else:
-            total.view(-1, weight.shape[1]).addmm_(dy.reshape(-1, weight.shape[0]), weight)
+            do(_add_product, total, dy, weight)
         expand_add(total, back, offset, lora_A.mT, ids)
     return total
+
+
+def _add_product(total: Tensor, dy: Tensor, weight: Tensor) -> None:
+    total.view(-1, weight.shape[1]).addmm_(dy.reshape(-1, weight.shape[0]), weight)
 
 
 @kernel_op("clora::multi_lora_linears_backward")
@@ -315,8 +292,10 @@ def backward_op(
     needs_x: bool,
     design: str | None,
 ) -> list[Tensor]:
-    parts = zip(upstream, weights or [None] * len(upstream), lora_A, lora_B, offsets, strict=True)
-    return _backward([Upstream(*each) for each in parts], x, low, ranks, scale, ids, needs_x, design)
+    columns = zip(upstream, weights or [None] * len(upstream), lora_A, lora_B, strict=True)
+    parts = chain.from_iterable(columns)
+    with torch.cuda.device_of(scale):
+        return _backward(scale, ids, x, low, *parts, offsets=offsets, ranks=ranks, needs_x=needs_x, design=design)
 
 
 @backward_op.register_fake
@@ -327,23 +306,21 @@ def _(upstream, x, low, weights, lora_A, lora_B, offsets, ranks, scale, ids, nee
 
 
 class _Untraced(torch.autograd.Function):
-    """`forward_op` without the dispatcher, whose lists of tensors take most of the host's time of a call.
-
-    The factors of the layers are given once more, one by one: autograd does not look into lists.
-    """
+    """`forward_op` without the dispatcher, whose lists of tensors take most of the host's time of a call."""
 
     @staticmethod
-    def forward(ctx, x, y, layers, scale, ids, design, *factors):
-        with set_wrap_triton_enabled(False):
-            *outputs, low = _forward(x, y, layers, scale, ids, design)
-        _save(ctx, x, y, layers, low, scale, ids, design)
+    def forward(ctx, design, *tensors):
+        *outputs, low = replayed(_forward, tensors, design=design)
+        x, y, scale, ids, *parts = tensors
+        _save(ctx, x, y, _layers(parts), low, scale, ids, design)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         dx, dy, dA, dB = _gradients(ctx, upstream)
-        return dx, dy, None, None, None, None, *dA, *dB
+        of_layers = chain.from_iterable((None, None, a, b) for a, b in zip(dA, dB, strict=True))
+        return None, dx, dy, None, None, *of_layers
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -388,8 +365,10 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
         weights = [weight for weight in weights if weight is not None]
         found = backward_op(grads, x, low, weights, lora_A, lora_B, starts, ranks, scale, ids, ctx.needs_x, ctx.design)
     else:
-        with set_wrap_triton_enabled(False):
-            found = _backward(layers, x, low, ranks, scale, ids, ctx.needs_x, ctx.design)
+        parts = chain.from_iterable(layer[:4] for layer in layers)
+        starts = tuple(layer.offset for layer in layers)
+        tensors = (scale, ids, x, low, *parts)
+        found = replayed(_backward, tensors, offsets=starts, ranks=ranks, needs_x=ctx.needs_x, design=ctx.design)
     remaining = iter(found)
     dx = next(remaining) if ctx.needs_x else None
     for i in used if x is not None else ():

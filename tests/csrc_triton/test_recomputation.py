@@ -13,6 +13,7 @@ from clora.bank.bank import AdapterBank
 from clora.bank.recompute import recomputed_blocks
 from clora.models.conditioning import Conditioning, Text
 from clora.testing import random_lora, tiny_adapter, tiny_pipeline
+from csrc_triton import replay
 from csrc_triton.multi_lora import launch
 from csrc_triton.registration import INTERPRETED
 
@@ -24,6 +25,7 @@ MODULES = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.t
 def launched(monkeypatch):
     """The names of the kernels that were launched."""
     names, wrap = [], launch.wrap_triton
+    monkeypatch.setattr(replay, "enabled", False)
     monkeypatch.setattr(launch, "wrap_triton", lambda kernel: names.append(kernel.__name__) or wrap(kernel))
     return names
 

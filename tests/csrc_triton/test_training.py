@@ -17,6 +17,7 @@ from clora.bank.bank import AdapterBank
 from clora.models.conditioning import Conditioning
 from clora.testing import random_teachers, tiny_adapter, tiny_pipeline
 from clora.training.faults import raise_first
+from csrc_triton import replay
 from csrc_triton.coarse_to_fine import launch as loss_launch
 from csrc_triton.multi_lora import launch as linear_launch
 from csrc_triton.registration import INTERPRETED
@@ -44,6 +45,7 @@ def train(adapter, monkeypatch, backend):
 def count_launches(monkeypatch) -> Counter:
     """Counts launches by kernel from now on."""
     launched = Counter()
+    monkeypatch.setattr(replay, "enabled", False)
     for module in (linear_launch, loss_launch):
         monkeypatch.setattr(module, "wrap_triton", counting(module.wrap_triton, launched))
     return launched

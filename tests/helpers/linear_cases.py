@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from csrc_triton import replay
 from csrc_triton.multi_lora import launch
 from csrc_triton.multi_lora.op import multi_lora_linear_triton
 from csrc_triton.multi_lora.reference import multi_lora_linear
@@ -137,5 +138,6 @@ def launches(monkeypatch):
 
             return call
 
+    monkeypatch.setattr(replay, "enabled", False)
     monkeypatch.setattr(launch, "wrap_triton", Seen)
     return seen
