@@ -152,7 +152,7 @@ def ours(inputs: StackInputs) -> Call:
     model = inputs.model()
     bank = AdapterBank(model, loras, dtype=torch.float32)
     slots = bank.slots()
-    ids = inputs.adapter_ids()
+    ids = inputs.ids
 
     def call() -> Outputs:
         with bank.route(slots, ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,11 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from clora.bank.bank import AdapterBank, BankBytes
-from clora.bank.slots import Slots, index_of
+from clora.bank.slots import Slots, Stack, index_of
 from clora.errors import CloraError
 from clora.lora.algebra import MAX_ERROR
 from clora.lora.layers import check_called, transformer_of
@@ -45,7 +45,7 @@ class AttachedLoRAs:
         """Inside, sample i of the transformer's batch runs with LoRA ``names[i]``; for None, with only the base.
 
         ``("snow", 0.5)`` is LoRA ``snow`` at half strength. The pipeline's own scale (``attention_kwargs={"scale": 0.5}``)
-        multiplies all strengths. A LoRA at several strengths in one batch is copied for each of them while the block lasts.
+        multiplies all strengths.
 
         A single name is for the whole batch. Otherwise the names are those of the batch's samples, in its order:
 
@@ -65,8 +65,7 @@ class AttachedLoRAs:
             )
         check_called(self._bank.transformer, self._layers)
         wanted = [None if name is None else self._lora_and_strength(name) for name in names]
-        slots, ids = self._routed(wanted)
-        with self._bank.route(slots, torch.tensor(ids, device=slots.scale.device)):
+        with self._bank.route(*self._routed(wanted)):
             yield
 
     def _lora_and_strength(self, entry: str | tuple[str, float]) -> tuple[int, float]:
@@ -86,17 +85,18 @@ class AttachedLoRAs:
     def _routed(self, wanted: Sequence[tuple[int, float] | None]) -> tuple[Slots, list[int]]:
         """Returns slots with the strengths of a batch, and the slot of each sample."""
         pairs = list(dict.fromkeys(pair for pair in wanted if pair is not None))
-        strengths = dict(pairs)
-        all_slots = self._slots
-        scale = all_slots.scale.clone()
-        if len(strengths) == len(pairs):  # every LoRA has one strength
-            for lora, strength in pairs:
-                scale[lora] = strength
-            return replace(all_slots, scale=scale), [-1 if pair is None else pair[0] for pair in wanted]
-        rows = [lora for lora, _ in pairs]
-        factors = {module: (a[rows], b[rows]) for module, (a, b) in all_slots.factors.items()}
-        scale = scale.new_tensor([strength for _, strength in pairs])
-        slots = Slots(tuple(self.names[row] for row in rows), factors, scale)
+        # Strengths are the scales of a stack. A LoRA's second strength is the scale of a second stack of the same factors.
+        stacks: dict[tuple[int, int], Stack] = {}
+        places = {}
+        strengths: Counter[int] = Counter()
+        for slot, (lora, strength) in enumerate(pairs):
+            stack, row = self._slots.places[lora]
+            key = (stack, strengths[lora])
+            strengths[lora] += 1
+            own = self._slots.stacks[stack]
+            stacks.setdefault(key, replace(own, scale=own.scale.clone())).scale[row] = strength
+            places[slot] = (list(stacks).index(key), row)
+        slots = Slots(tuple(self.names[lora] for lora, _ in pairs), tuple(stacks.values()), places)
         return slots, [-1 if pair is None else pairs.index(pair) for pair in wanted]
 
     def _take_scale(self, transformer: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
@@ -104,12 +104,12 @@ class AttachedLoRAs:
         running = self._bank.running
         if running is None:
             return
-        running.scale = running.slots.scale
+        strength = 1.0
         for name in SCALED_BY:
             scale = (inputs.get(name) or {}).get("scale", 1.0)
             check_strength(f"{name}['scale']", scale)
-            if scale != 1.0:
-                running.scale = running.slots.scale * scale
+            strength = scale if scale != 1.0 else strength
+        running.strengthen(strength)
 
     def bytes(self) -> BankBytes:
         """Returns the memory of the LoRAs."""

@@ -1,4 +1,4 @@
-"""The bank: student, critic and teachers as slots of one stack of low-rank deltas on one frozen transformer.
+"""The bank: student, critic and teachers as slots of low-rank deltas on one frozen transformer.
 
 Which sample uses which slot is a value, the `RoutedPass` that `AdapterBank.route` opens; nothing is switched, copied or
 merged between passes. See docs/method.md section 2.
@@ -8,26 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clora.bank.pages import Pages, host_factors, module_ranks
+from clora.bank.pages import Pages, host_factors
 from clora.bank.routing import RoutedPass, shared_inputs
 from clora.bank.slots import (
     Factors,
     Slots,
+    Stack,
     bytes_of,
     copied_state,
-    empty_slots,
+    empty_stack,
     factors_of,
     fill,
     index_of,
+    module_ranks,
     ranks_of,
     slot_dtype,
     squared_norm,
+    stacked,
 )
 from clora.errors import CloraError, nearest
 from clora.lora.layers import linear_shapes
@@ -78,17 +82,18 @@ class AdapterBank:
     ::
 
         with AdapterBank(transformer, {"snow": snow, "ink": ink}) as bank:
-            with bank.route(bank.slots(), torch.tensor([1, 0, -1])):  # ink, snow, only the base
+            with bank.route(bank.slots(), [1, 0, -1]):  # ink, snow, only the base
                 ...  # a pass of the transformer on a batch of three samples
 
     Args:
         transformer: the linear layers that the states name are wrapped in place.
-        states: slot name to LoRA. Ranks and modules may differ: shorter ranks are padded with zeros and a module that
-            a LoRA lacks is zero there, so nothing of another slot can leak.
+        states: slot name to LoRA. Ranks and modules may differ: LoRAs of the same modules and nearly the same ranks share
+            a stack (`stacked`), in which shorter ranks are padded with zeros.
         dtype: of the slots; None for the transformer's compute dtype.
         pages: None gives every LoRA a slot. With a number, LoRAs after the first ``fixed`` stay on the host. They take
-            turns in this number of slots on the device, after the slots of the fixed ones; see `placed`.
-        fixed: with pages, the number of LoRAs that keep their slot.
+            turns in this number of slots on the device, each as large as the largest of them; see `placed`.
+        fixed: the number of LoRAs at the start that keep their slot and share no stack with the others, with pages and
+            without: a batch is then computed in the same parts.
 
     Raises:
         CloraError: no state is given, or one names a linear layer that the transformer does not have.
@@ -105,7 +110,8 @@ class AdapterBank:
     ):
         if not states:
             raise CloraError("expected at least one LoRA for the bank, found none")
-        ranks = module_ranks([ranks_of(state) for state in states.values()])
+        loras = [ranks_of(state) for state in states.values()]
+        ranks = module_ranks(loras)
         linear = linear_shapes(transformer)
         for module in sorted(set(ranks) - set(linear)):
             raise CloraError(f"the transformer has no linear layer {module!r}{nearest(module, linear)}")
@@ -113,20 +119,35 @@ class AdapterBank:
         self.names = tuple(states)
         self.dtype = dtype or slot_dtype(transformer)
         self.running: RoutedPass | None = None
+        self._ranks = dict(zip(self.names, loras, strict=True))
         self._layers: dict[str, nn.Linear] = {module: transformer.get_submodule(module) for module in ranks}
         self._groups = shared_inputs({module: layer.in_features for module, layer in self._layers.items()})
-
-        # One stack: a slot for each LoRA that stays on the device, then the pages, in which the others take turns.
-        resident = self.names if pages is None else self.names[:fixed]
-        self._resident = len(resident)
-        names = (*resident, *(f"page {i}" for i in range(pages or 0)))
-        self._all = empty_slots(self._layers, ranks, names, self.dtype)
-        for name in resident:
+        self._resident = len(states) if pages is None else fixed
+        paged = range(self._resident, len(states))
+        pool = empty_stack(self._layers, module_ranks([loras[i] for i in paged]), pages or 0, self.dtype)
+        stacks: list[Stack] = []
+        places: dict[int, tuple[int, int]] = {}
+        # Each stack of LoRAs that stay on the device is memory of its own. To paged ones the pages look like a stack of
+        # their layers and ranks, so that nothing is multiplied that they do not have.
+        self._paged_in: dict[int, int] = {}
+        for members in stacked(loras, fixed):
+            ranks = module_ranks([loras[i] for i in members])
+            if members[0] < self._resident:
+                places |= {lora: (len(stacks), row) for row, lora in enumerate(members)}
+                stacks.append(empty_stack(self._layers, ranks, len(members), self.dtype))
+            else:
+                self._paged_in |= dict.fromkeys(members, len(stacks))
+                stacks.append(pool.cut(ranks))
+        self._all = Slots(self.names, tuple(stacks), places)
+        for name in self.names[: self._resident]:
             fill(self._all.slot(name), factors_of(states[name]))
-        page_stacks = {m: (a[self._resident :], b[self._resident :]) for m, (a, b) in self._all.factors.items()}
-        pinned = self._all.scale.is_cuda
-        on_host = [host_factors(factors_of(states[n]), self.dtype, pinned) for n in self.names[self._resident :]]
-        self._pages = Pages(page_stacks, on_host)
+        self._device = pool.scale.device
+        on_host = [
+            host_factors(factors_of(states[self.names[i]]), self.dtype, self._device.type == "cuda") for i in paged
+        ]
+        self._pages = Pages([stacks[self._paged_in[i]] for i in paged], on_host, pages or 0, self._device)
+        own = [stack for i, stack in enumerate(stacks) if i not in self._paged_in.values()]
+        self._bytes = BankBytes(sum(bytes_of(stack.factors) for stack in [*own, pool]), sum(map(bytes_of, on_host)))
 
         for module, layer in self._layers.items():
             transformer.set_submodule(module, RoutedLinear(layer, module, self))
@@ -137,26 +158,34 @@ class AdapterBank:
     def __exit__(self, *error: object) -> None:
         self.detach()
 
-    def slots(self, names: Sequence[str] | None = None, rank: int | None = None, trainable: bool = False) -> Slots:
-        """Returns a range of neighbouring slots (default: all), views cut to ``rank`` that take gradients or not.
+    def slots(self, names: Sequence[str] | None = None, trainable: bool = False) -> Slots:
+        """Returns a range of neighbouring slots (default: all), views that take gradients or not.
 
         Raises:
             CloraError: a name is unknown, or the names are not neighbours in the bank's order.
-            ValueError: slots of 16 bits were to be trained.
+            ValueError: slots of 16 bits were to be trained, or LoRAs that share pages were asked for.
         """
         if trainable and self.dtype.itemsize < 4:
             raise ValueError(f"slots of {self.dtype} cannot be trained: build the bank with dtype=torch.float32")
-        names = tuple(self._all.names if names is None else names)
-        first = index_of(names[0], self._all.names)
-        if self._all.names[first : first + len(names)] != names:
-            raise CloraError(f"expected neighbouring slots of {list(self._all.names)}, found {list(names)}")
-        # Views, not copies: the steps of an optimizer change the slots themselves.
-        rows = slice(first, first + len(names))
-        factors = {
-            module: (a[rows, :rank].requires_grad_(trainable), b[rows, :, :rank].requires_grad_(trainable))
-            for module, (a, b) in self._all.factors.items()
-        }
-        return Slots(names, factors, self._all.scale[rows])
+        names = tuple(self.names[: self._resident] if names is None else names)
+        first = index_of(names[0], self.names)
+        if self.names[first : first + len(names)] != names:
+            raise CloraError(f"expected neighbouring slots of {list(self.names)}, found {list(names)}")
+        if first + len(names) > self._resident:
+            raise ValueError(f"expected LoRAs with slots of their own, found {list(names)}: see `placed`")
+        # Views, not copies: the steps of an optimizer change the slots themselves. A stack's rows are in the bank's
+        # order, so that neighbouring slots are neighbours there too.
+        rows: dict[int, list[int]] = {}
+        places = {}
+        for slot in range(len(names)):
+            stack, row = self._all.places[first + slot]
+            rows.setdefault(stack, []).append(row)
+            places[slot] = (list(rows).index(stack), len(rows[stack]) - 1)
+        stacks = tuple(self._all.stacks[i].rows(slice(own[0], own[-1] + 1)) for i, own in rows.items())
+        slots = Slots(names, stacks, places)
+        for factor in slots.parameters():
+            factor.requires_grad_(trainable)
+        return slots
 
     def trained(self, name: str, state: LoRAState) -> Slots:
         """Returns a LoRA that takes gradients, in fp32 on storage of its own: the kernels round it as they read it.
@@ -166,9 +195,9 @@ class AdapterBank:
         """
         for module in state.modules:
             index_of(module, tuple(self._layers), "module")
-        layers = {module: self._layers[module] for module in state.modules}
-        slots = empty_slots(layers, ranks_of(state), (name,), torch.float32)
-        fill(slots.slot(name), factors_of(state))
+        stack = empty_stack(self._layers, ranks_of(state), 1, torch.float32)
+        fill(stack.row(0), factors_of(state))
+        slots = Slots((name,), (stack,), {0: (0, 0)})
         for factor in slots.parameters():
             factor.requires_grad_()
         return slots
@@ -178,19 +207,35 @@ class AdapterBank:
         fill(self._all.slot(name), slots.slot(name))
 
     @contextmanager
-    def route(self, slots: Slots, adapter_ids: Tensor) -> Iterator[None]:
-        """Inside, sample b of the transformer runs on slot ``adapter_ids[b]`` of ``slots``; -1 is only the base."""
+    def route(self, slots: Slots, adapter_ids: Tensor | Sequence[int]) -> Iterator[None]:
+        """Inside, sample b of the transformer runs on slot ``adapter_ids[b]`` of ``slots``; -1 is only the base.
+
+        Args:
+            slots: from `slots`, `trained` or `placed`.
+            adapter_ids: ``[B]``, on the CPU: which samples share a LoRA is decided there. A tensor elsewhere is read,
+                which makes the host wait.
+
+        Raises:
+            CloraError: a routed pass is running on this bank.
+        """
         if self.running is not None:
             raise CloraError("a routed pass is already running on this bank; end it before the next bank.route(...)")
-        self.running = RoutedPass(slots, adapter_ids, self._layers, self._groups, slots.scale)
+        ids = adapter_ids.tolist() if isinstance(adapter_ids, Tensor) else adapter_ids
+        with self.resumed(RoutedPass.of(slots, ids, self._layers, self._groups, self._device)):
+            yield
+
+    @contextmanager
+    def resumed(self, routed: RoutedPass) -> Iterator[None]:
+        """Inside, the transformer runs as in another pass."""
+        before, self.running = self.running, replace(routed, waiting={})
         try:
             yield
         finally:
-            self.running = None
+            self.running = before
 
     @contextmanager
-    def placed(self, ids: Tensor) -> Iterator[Tensor]:
-        """Yields each LoRA's slot number ``[B]``; no other LoRA takes these slots until the block ends.
+    def placed(self, ids: Tensor) -> Iterator[Slots]:
+        """Yields slots that count as ``names`` does and have the LoRAs ``ids``, which no other takes until the block ends.
 
         `chunks` splits batches that need too many.
 
@@ -198,9 +243,9 @@ class AdapterBank:
             ids: on the CPU, index into ``names`` or -1 for only the base.
         """
         with self._pages.held(self._paged(ids)) as page_of:
-            # LoRAs and slots have the same numbers up to the first page; from there on, pages count from zero.
-            slot_of = {lora + self._resident: page + self._resident for lora, page in page_of.items()}
-            yield torch.tensor([slot_of.get(i, i) for i in ids.tolist()], dtype=ids.dtype)
+            loras = {page_lora + self._resident: page for page_lora, page in page_of.items()}
+            pages = {lora: (self._paged_in[lora], page) for lora, page in loras.items()}
+            yield replace(self._all, places={**self._all.places, **pages})
 
     def fetch(self, ids: Tensor) -> None:
         """Begins to copy the LoRAs ``ids`` (as in `placed`) to the device, as far as there are pages to spare."""
@@ -220,22 +265,25 @@ class AdapterBank:
         """Returns the distinct paged LoRAs among ``ids``, as `Pages` counts them."""
         return [i - self._resident for i in dict.fromkeys(ids.tolist()) if i >= self._resident]
 
-    def state(self, name: str, rank: int | None = None) -> LoRAState:
-        """Copies one LoRA as it is stored, its factors cut to ``rank``."""
-        return copied_state(self._stored(name), rank)
+    def state(self, name: str) -> LoRAState:
+        """Copies one LoRA as it is stored, in its own layers and ranks."""
+        return copied_state(self._stored(name))
 
     def squared_norms(self) -> dict[str, float]:
         """Returns the sum of the squares of each LoRA's factors as they are stored."""
         return {name: squared_norm(self._stored(name)) for name in self.names}
 
     def _stored(self, name: str) -> Mapping[str, Factors]:
-        """Returns a LoRA's slot, or its copy on the host."""
+        """Returns a LoRA's slot without the padding, or its copy on the host."""
         i = index_of(name, self.names)
-        return self._all.slot(name) if i < self._resident else self._pages.loras[i - self._resident]
+        if i >= self._resident:
+            return self._pages.loras[i - self._resident]
+        slot = self._all.slot(name)
+        return {m: (slot[m][0][:rank], slot[m][1][:, :rank]) for m, rank in self._ranks[name].items()}
 
     def bytes(self) -> BankBytes:
         """Returns the memory of all factors."""
-        return BankBytes(bytes_of(self._all.factors), sum(bytes_of(lora) for lora in self._pages.loras))
+        return self._bytes
 
     def detach(self) -> None:
         """Restores the transformer's own layers exactly."""

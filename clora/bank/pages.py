@@ -1,4 +1,4 @@
-"""Pages: many LoRAs on the host, a few of them in slots of a device's stack, the least recently used replaced first."""
+"""Pages: many LoRAs on the host, a few of them on the device, the least recently used replaced first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from clora.bank.slots import Factors, fill, ranks_of, slot_dtype
+from clora.bank.slots import Factors, Stack, fill, module_ranks, ranks_of, slot_dtype, stacked
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
@@ -17,33 +17,44 @@ MIN_PAGES = 2
 """One in use and one being copied."""
 
 
-def page_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: torch.dtype) -> int:
-    """Returns the bytes of one slot of a bank.
+def stack_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], dtype: torch.dtype) -> int:
+    """Returns the bytes of one LoRA of a stack.
 
     Args:
         shapes: module path to ``(out, in)`` (`clora.lora.layers.linear_shapes`).
-        ranks: of each module that any LoRA changes, the highest rank among them (`module_ranks`).
-        dtype: of the slots.
+        ranks: of the stack's modules.
+        dtype: of the factors.
     """
     return sum(sum(shapes[module]) * rank for module, rank in ranks.items()) * dtype.itemsize
 
 
-def module_ranks(loras: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Returns the highest rank of each module, from the module's rank in every LoRA (`ranks_of`)."""
-    ranks: dict[str, int] = {}
-    for lora in loras:
-        for module, rank in lora.items():
-            ranks[module] = max(rank, ranks.get(module, 0))
-    return ranks
+def resident_bytes(
+    shapes: Mapping[str, tuple[int, int]], loras: Sequence[Mapping[str, int]], dtype: torch.dtype
+) -> int:
+    """Returns the bytes of LoRAs that all stay on the device.
+
+    Args:
+        shapes, dtype: as in `stack_bytes`.
+        loras: the module's rank in every LoRA (`ranks_of`).
+    """
+    total = 0
+    for members in stacked(loras):
+        ranks = module_ranks([loras[i] for i in members])
+        total += len(members) * stack_bytes(shapes, ranks, dtype)
+    return total
 
 
-def pages_that_fit(budget_gb: float | None, one: int, count: int) -> int | None:
+def pages_that_fit(
+    budget_gb: float | None,
+    shapes: Mapping[str, tuple[int, int]],
+    loras: Sequence[Mapping[str, int]],
+    dtype: torch.dtype,
+) -> int | None:
     """Returns the number of device pages under a budget.
 
     Args:
         budget_gb: ``train.teacher_memory_gb``.
-        one: bytes of a page (`page_bytes`).
-        count: the teachers.
+        shapes, loras, dtype: as in `resident_bytes`, of the teachers.
 
     Returns:
         The pages; None if every teacher has a slot of its own.
@@ -51,8 +62,10 @@ def pages_that_fit(budget_gb: float | None, one: int, count: int) -> int | None:
     Raises:
         CloraError: the budget holds fewer than two teachers.
     """
-    if budget_gb is None or count * one <= budget_gb * 1e9:
+    if budget_gb is None or resident_bytes(shapes, loras, dtype) <= budget_gb * 1e9:
         return None
+    # A page holds any of them in turn, so it has the highest rank of each module.
+    one = stack_bytes(shapes, module_ranks(loras), dtype)
     pages = int(budget_gb * 1e9 // one)
     if pages < MIN_PAGES:
         raise CloraError(
@@ -62,24 +75,19 @@ def pages_that_fit(budget_gb: float | None, one: int, count: int) -> int | None:
     return pages
 
 
-def teacher_pages(
-    budget_gb: float | None, transformer: nn.Module, states: Sequence[LoRAState], count: int | None = None
-) -> int | None:
+def teacher_pages(budget_gb: float | None, transformer: nn.Module, teachers: Sequence[LoRAState]) -> int | None:
     """Returns the ``pages`` of a bank under a budget, as `pages_that_fit`.
 
     Args:
         budget_gb: ``train.teacher_memory_gb``.
         transformer: carries the bank.
-        states: every LoRA of the bank; the highest ranks among them are those of a slot.
-        count: the teachers among them; all by default.
+        teachers: of the bank.
 
     Raises:
         CloraError: the budget holds fewer than two teachers.
     """
-    # A page holds any of the LoRAs in turn, so it has the highest rank of each module.
-    ranks = module_ranks([ranks_of(state) for state in states])
-    one = page_bytes(linear_shapes(transformer), ranks, slot_dtype(transformer))
-    return pages_that_fit(budget_gb, one, len(states) if count is None else count)
+    ranks = [ranks_of(state) for state in teachers]
+    return pages_that_fit(budget_gb, linear_shapes(transformer), ranks, slot_dtype(transformer))
 
 
 def host_factors(factors: Mapping[str, Factors], dtype: torch.dtype, pinned: bool) -> dict[str, Factors]:
@@ -99,17 +107,20 @@ class Pages:
     pass still reads the page. A pass waits for the copies when it asks for its pages. The host waits for neither.
 
     Args:
-        stacks: per module the device's pages ``(A [P, R, K], B [P, N, R])``.
+        views: for each LoRA the device's P pages as it sees them: a stack of its own layers and ranks.
         loras: the LoRAs, each from `host_factors`.
+        count: P.
+        device: that of the pages.
     """
 
-    def __init__(self, stacks: Mapping[str, Factors], loras: Sequence[Mapping[str, Factors]]):
+    def __init__(
+        self, views: Sequence[Stack], loras: Sequence[Mapping[str, Factors]], count: int, device: torch.device
+    ):
         self.loras = loras
-        self._stacks = stacks
-        first = next(iter(stacks.values()))[0]
-        self.count = len(first)
-        self._device = first.device
-        self._stream = torch.cuda.Stream(first.device) if first.is_cuda else None
+        self.count = count
+        self._views = views
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if count and device.type == "cuda" else None
         # LoRA to page. The order is that of use, the least recently used first: a dict keeps the order of insertion.
         self._page: dict[int, int] = {}
         self._held: set[int] = set()
@@ -123,7 +134,7 @@ class Pages:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for lora, page in zip(missing, self._free(len(missing), {*wanted, *self._held}), strict=False):
-                fill({module: (a[page], b[page]) for module, (a, b) in self._stacks.items()}, self.loras[lora])
+                fill(self._views[lora].row(page), self.loras[lora])
                 self._page[lora] = page
         for lora in wanted:
             if lora in self._page:

@@ -32,7 +32,7 @@ def recomputed_blocks(bank: AdapterBank) -> Iterator[None]:
             block,
             *inputs,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), bank.route(running.slots, running.adapter_ids)),
+            context_fn=lambda: (nullcontext(), bank.resumed(running)),
         )
 
     bank.transformer.enable_gradient_checkpointing(run)

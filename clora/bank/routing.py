@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clora.bank.slots import Slots
+from clora.bank.slots import Factors, Slots
+from clora.devices import send
 from clora.errors import CloraError
 from clora.ops import multi_lora_add, multi_lora_linears
 
@@ -22,6 +25,35 @@ SHARED_INPUTS = (
 
 
 @dataclass(eq=False)
+class RoutedStack:
+    """A stack in a pass.
+
+    Attributes:
+        factors: as in `clora.bank.slots.Stack`.
+        given: ``[E]`` the stack's own scale.
+        scale: ``[E]`` that the changes of its LoRAs are multiplied by.
+        ids: ``[B]`` row of each sample's LoRA, on the device; -1 where it is of another stack or only the base.
+    """
+
+    factors: Mapping[str, Factors]
+    given: Tensor
+    scale: Tensor
+    ids: Tensor
+
+
+class Part(NamedTuple):
+    """Neighbouring rows of a layer's input that the op computes in one call.
+
+    Attributes:
+        rows: None for all.
+        stacks: whose LoRAs these rows use, at most one outside of a compiled graph; with the rows' ids.
+    """
+
+    rows: slice | None
+    stacks: Sequence[tuple[RoutedStack, Tensor]]
+
+
+@dataclass(eq=False)
 class RoutedPass:
     """One pass of the transformer: the slot of each sample, and the outputs that were computed before their layer's turn.
 
@@ -30,20 +62,51 @@ class RoutedPass:
     output; the others' wait until their layers are called.
 
     Attributes:
-        slots: the slots that the ids count.
-        adapter_ids: ``[B]`` on the transformer's device, -1 for only the base.
+        num_samples: B.
+        samples: stack and row of each, on the host; one with only the base stands in its neighbour's stack, with row -1.
+        stacks: those that the samples use.
         layers: module to the frozen layer.
         groups: module to the modules of its group, itself among them (`shared_inputs`).
-        scale: ``[E]`` that every slot's change is multiplied by; by default the slots' own.
         waiting: module to the tensor that it was computed from and its output.
+        parts: of the rows of a layer's input, by their number.
     """
 
-    slots: Slots
-    adapter_ids: Tensor
+    num_samples: int
+    samples: Sequence[tuple[int, int]]
+    stacks: Sequence[RoutedStack]
     layers: Mapping[str, nn.Linear]
     groups: Mapping[str, tuple[str, ...]]
-    scale: Tensor
     waiting: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    parts: dict[int, Sequence[Part]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        slots: Slots,
+        ids: Sequence[int],
+        layers: Mapping[str, nn.Linear],
+        groups: Mapping[str, tuple[str, ...]],
+        device: torch.device,
+    ) -> RoutedPass:
+        """Makes the pass of samples with these slots, -1 for only the base; sends the ids to the device, once."""
+        places = [slots.places[i] if i >= 0 else (-1, -1) for i in ids]
+        used = [i for i in dict.fromkeys(stack for stack, _ in places) if i >= 0]
+        rows = [[row if stack == i else -1 for stack, row in places] for i in used]
+        on_device = send(torch.tensor(rows, dtype=torch.int64), device)
+        stacks = []
+        for own, i in zip(on_device, used, strict=True):
+            stack = slots.stacks[i]
+            stacks.append(RoutedStack(stack.factors, stack.scale, stack.scale, own))
+        samples = []
+        neighbour = 0
+        for stack, row in places:
+            neighbour = used.index(stack) if stack >= 0 else neighbour
+            samples.append((neighbour, row))
+        return RoutedPass(len(ids), samples, stacks, layers, groups)
+
+    def strengthen(self, strength: float) -> None:
+        """Multiplies the scales that the slots came with; a strength of before no longer counts."""
+        for stack in self.stacks:
+            stack.scale = stack.given * strength if strength != 1.0 else stack.given
 
     def output(self, module: str, x: Tensor) -> Tensor:
         """Returns a layer's output ``[B, T, N]`` of ``x [B, T, K]``, or ``[B, N]`` of ``[B, K]``."""
@@ -64,30 +127,59 @@ class RoutedPass:
 
     def _compute(self, modules: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
         """Returns the outputs of layers that all read x: ``W x + bias + B_e (A_e x)`` with each sample's slot e."""
-        factors = {module: self.slots.factors[module] for module in modules if module in self.slots.factors}
-        # The ops take tokens, [B, T, K]. One vector for each sample, as of the time step, is one token.
-        tokens = x if x.ndim == 3 else x.unsqueeze(1)
-        ids = ids_of_rows(self.adapter_ids, x, modules[0])
-        outputs = {}
-
-        # Plain layers: base and low-rank part of all of them in one call of the op.
-        fused = [module for module in factors if is_plain(self.layers[module], x)]
-        if fused:
-            projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in fused]
-            together = multi_lora_linears(tokens, projections, self.scale, ids)
-            for module, y in zip(fused, together, strict=True):
-                outputs[module] = y if x.ndim == 3 else y.squeeze(1)
-
+        parts = self._parts(x, modules)
         # Quantised or hooked layers are called as they are, and the low-rank part is added to what they return.
-        for module in modules:
-            if module in outputs:
-                continue
-            y = outputs[module] = self.layers[module](x)
-            if module in factors:
-                base = y if x.ndim == 3 else y.unsqueeze(1)
-                added = multi_lora_add(base, tokens, *factors[module], self.scale, ids)
-                outputs[module] = added.reshape(y.shape)
-        return outputs
+        called = {module: self.layers[module](x) for module in modules if not is_plain(self.layers[module], x)}
+        # The ops take tokens, [B, T, K]. One vector for each sample, as of the time step, is one token.
+        one_token = x.ndim == 2
+        if one_token:
+            x = x.unsqueeze(1)
+            called = {module: y.unsqueeze(1) for module, y in called.items()}
+        pieces: dict[str, list[Tensor]] = {module: [] for module in modules}
+        for part in parts:
+            own = x if part.rows is None else x[part.rows]
+            outputs = {module: y if part.rows is None else y[part.rows] for module, y in called.items()}
+            for stack, ids in part.stacks:
+                self._add(outputs, modules, own, stack, ids)
+            for module in modules:
+                pieces[module].append(outputs[module] if module in outputs else self.layers[module](own))
+        whole = {module: own[0] if len(own) == 1 else torch.cat(own) for module, own in pieces.items()}
+        return {module: y.squeeze(1) for module, y in whole.items()} if one_token else whole
+
+    def _add(self, outputs: dict[str, Tensor], modules, x, stack: RoutedStack, ids: Tensor) -> None:
+        """Adds a stack's low-rank part to the outputs of layers; those without an output yet get theirs with the base."""
+        factors = {module: stack.factors[module] for module in modules if module in stack.factors}
+        later = [module for module in factors if module not in outputs]
+        for module in factors:
+            if module not in later:
+                outputs[module] = multi_lora_add(outputs[module], x, *factors[module], stack.scale, ids)
+        if later:
+            projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in later]
+            together = multi_lora_linears(x, projections, stack.scale, ids)
+            outputs.update(zip(later, together, strict=True))
+
+    def _parts(self, x: Tensor, modules: tuple[str, ...]) -> Sequence[Part]:
+        """Returns the parts of these layers' input."""
+        repeats = repeats_of(self.num_samples, x, modules[0])
+        if not any(module in stack.factors for stack in self.stacks for module in modules):
+            return [Part(None, [])]
+        if torch.compiler.is_compiling():
+            # Which rows use which stack is a value, so that a graph fits other batches. Each stack is added to all rows.
+            return [Part(None, [(stack, stack.ids.repeat(repeats)) for stack in self.stacks])]
+        if len(x) not in self.parts:
+            self.parts[len(x)] = self._split(repeats)
+        return self.parts[len(x)]
+
+    def _split(self, repeats: int) -> list[Part]:
+        """Splits rows where the stack changes."""
+        parts = []
+        start = 0
+        for i, samples in groupby([*self.samples] * repeats, key=lambda sample: sample[0]):
+            stop = start + len(list(samples))
+            rows = slice(start, stop)
+            parts.append(Part(rows, [(self.stacks[i], self.stacks[i].ids.repeat(repeats)[rows])]))
+            start = stop
+        return parts if len(parts) > 1 else [Part(None, parts[0].stacks)]
 
 
 def shared_inputs(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
@@ -102,20 +194,20 @@ def shared_inputs(in_features: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     return groups
 
 
-def ids_of_rows(adapter_ids: Tensor, x: Tensor, module: str) -> Tensor:
-    """Returns the ids ``[R]`` of the R rows of a layer's input.
+def repeats_of(num_samples: int, x: Tensor, module: str) -> int:
+    """Returns how often the samples stand among the R rows of a layer's input, one after the other.
 
-    A layer of one vector per sample ``[B, K]`` may see the batch twice, one after the other: a modulation that is also
-    computed for timestep 0.
+    A layer of one vector per sample ``[B, 1, K]`` may see the batch twice, one after the other: a modulation that is also
+    computed for timestep 0. A single sample may be several rows.
 
     Raises:
         CloraError: there are more or fewer rows of tokens than samples. In which order they belong to the samples is
             unknown: several pictures of a prompt are neighbours, negative prompts follow all prompts. Or the rows are not
             samples, as in embedders that read the tokens of all samples at once.
     """
-    num_samples, num_rows = len(adapter_ids), len(x)
+    num_rows = len(x)
     if num_samples == 1 or num_rows == num_samples or (x.ndim == 2 and num_rows == 2 * num_samples):
-        return adapter_ids.repeat(num_rows // num_samples)
+        return num_rows // num_samples
     if x.ndim == 3 and num_rows % num_samples == 0:
         raise CloraError(
             f"{num_samples} adapters are routed, but the batch has {num_rows} samples; give one name for each, in the order of "

@@ -1,8 +1,8 @@
-"""Slots: LoRAs of one dtype side by side, as a routed pass multiplies with them."""
+"""Slots: LoRAs of one dtype in stacks, each of nearly equal ranks, as a routed pass multiplies with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,34 +16,90 @@ from clora.lora.state import LoRAModule, LoRAState
 Factors = tuple[Tensor, Tensor]
 """``(lora_A, lora_B)`` of a layer with K inputs and N outputs: ``[R, K], [N, R]``, or of E slots ``[E, R, K], [E, N, R]``."""
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+RANK_STEP = 16
+"""Ranks that are equal when rounded up to this share a stack: the kernels multiply with blocks of 16 ranks or more."""
 
 
 @dataclass(frozen=True, eq=False)
-class Slots:
-    """Slots of one dtype, as the factors that a pass multiplies with.
+class Stack:
+    """LoRAs of the same layers and nearly the same ranks side by side: shorter ranks are padded with zeros.
 
     Attributes:
-        names: the slots, in order.
         factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; a module without an entry has only the base.
         scale: ones ``[E]``; the states' own scales are in their factors.
     """
 
-    names: tuple[str, ...]
     factors: Mapping[str, Factors]
     scale: Tensor
 
+    def row(self, row: int) -> dict[str, Factors]:
+        """Returns the factors of one LoRA, ``(A [R, K], B [N, R])``, as views."""
+        return {module: (a[row], b[row]) for module, (a, b) in self.factors.items()}
+
+    def cut(self, ranks: Mapping[str, int]) -> Stack:
+        """Returns views of these layers' first ranks."""
+        factors = {module: self.factors[module] for module in ranks}
+        return Stack({m: (a[:, : ranks[m]], b[:, :, : ranks[m]]) for m, (a, b) in factors.items()}, self.scale)
+
+    def rows(self, rows: slice | list[int]) -> Stack:
+        """Returns some of the LoRAs: views for a slice, copies for a list."""
+        return Stack({module: (a[rows], b[rows]) for module, (a, b) in self.factors.items()}, self.scale[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Slots as a routed pass counts them: each is a row of a stack.
+
+    A LoRA costs products of its own rank and in its own layers only, whatever other LoRAs a bank holds.
+
+    Attributes:
+        names: the slots, in order.
+        stacks: their factors.
+        places: stack and row of each slot; without those of LoRAs that are not on the device.
+    """
+
+    names: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    places: Mapping[int, tuple[int, int]]
+
     def parameters(self) -> list[Tensor]:
         """Returns the factors as a flat list, for an optimizer."""
-        return list(chain.from_iterable(self.factors.values()))
+        return [factor for stack in self.stacks for factor in chain.from_iterable(stack.factors.values())]
 
     def slot(self, name: str) -> dict[str, Factors]:
         """Returns the factors of one slot, ``(A [R, K], B [N, R])``, as views."""
-        i = index_of(name, self.names)
-        return {module: (a[i], b[i]) for module, (a, b) in self.factors.items()}
+        stack, row = self.places[index_of(name, self.names)]
+        return self.stacks[stack].row(row)
 
     def state(self, name: str) -> LoRAState:
         """Copies one slot as a LoRA."""
         return copied_state(self.slot(name))
+
+
+def module_ranks(loras: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the highest rank of each module, from the module's rank in every LoRA (`ranks_of`)."""
+    ranks: dict[str, int] = {}
+    for lora in loras:
+        for module, rank in lora.items():
+            ranks[module] = max(rank, ranks.get(module, 0))
+    return ranks
+
+
+def stacked(loras: Sequence[Mapping[str, int]], fixed: int = 0) -> list[list[int]]:
+    """Groups LoRAs of the same layers and nearly the same ranks (`RANK_STEP`).
+
+    Args:
+        loras: the module's rank in every LoRA (`ranks_of`).
+        fixed: LoRAs at the start that share no stack with the others.
+
+    Returns:
+        The numbers of each stack's LoRAs.
+    """
+    stacks: dict[object, list[int]] = {}
+    for i, ranks in enumerate(loras):
+        rounded = {module: -(-rank // RANK_STEP) for module, rank in ranks.items()}
+        stacks.setdefault((i < fixed, frozenset(rounded.items())), []).append(i)
+    return list(stacks.values())
 
 
 def slot_dtype(transformer: nn.Module) -> torch.dtype:
@@ -52,18 +108,23 @@ def slot_dtype(transformer: nn.Module) -> torch.dtype:
     return dtype if dtype in SLOT_DTYPES else torch.float32
 
 
-def empty_slots(
-    layers: Mapping[str, nn.Linear], ranks: Mapping[str, int], names: tuple[str, ...], dtype: torch.dtype
-) -> Slots:
-    """Makes slots of zeros, on the device of each layer."""
+def empty_stack(layers: Mapping[str, nn.Linear], ranks: Mapping[str, int], count: int, dtype: torch.dtype) -> Stack:
+    """Makes a stack of ``count`` LoRAs of zeros, on the device of each layer.
+
+    Args:
+        layers: of the transformer.
+        ranks: of the layers that the stack changes.
+        count: LoRAs.
+        dtype: of the factors.
+    """
     factors = {}
-    for module, layer in layers.items():
-        rank = ranks[module]
+    for module, rank in ranks.items():
+        layer = layers[module]
         device = _device(layer)
-        a = torch.zeros(len(names), rank, layer.in_features, dtype=dtype, device=device)
-        b = torch.zeros(len(names), layer.out_features, rank, dtype=dtype, device=device)
+        a = torch.zeros(count, rank, layer.in_features, dtype=dtype, device=device)
+        b = torch.zeros(count, layer.out_features, rank, dtype=dtype, device=device)
         factors[module] = (a, b)
-    return Slots(names, factors, torch.ones(len(names), device=_device(next(iter(layers.values())))))
+    return Stack(factors, torch.ones(count, device=_device(next(iter(layers.values())))))
 
 
 def _device(layer: nn.Linear) -> torch.device:
@@ -87,11 +148,9 @@ def bytes_of(factors: Mapping[str, Factors]) -> int:
     return sum(a.nbytes + b.nbytes for a, b in factors.values())
 
 
-def copied_state(factors: Mapping[str, Factors], rank: int | None = None) -> LoRAState:
-    """Makes a LoRA of copies of these factors, cut to ``rank``."""
-    return LoRAState(
-        {m: LoRAModule(a[:rank].detach().clone(), b[:, :rank].detach().clone()) for m, (a, b) in factors.items()}
-    )
+def copied_state(factors: Mapping[str, Factors]) -> LoRAState:
+    """Makes a LoRA of copies of these factors."""
+    return LoRAState({m: LoRAModule(a.detach().clone(), b.detach().clone()) for m, (a, b) in factors.items()})
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -37,7 +36,6 @@ class Generator:
     ):
         self.adapter = adapter
         self.bank = bank
-        self.slots = None if bank is None else bank.slots()
         self.batch_size = batch_size
         self.report = report
         self.device = adapter.pipeline.transformer.device
@@ -92,13 +90,14 @@ class Generator:
 
     def _network(self, ids: Tensor, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
         """``velocity(x, sigma)`` of B samples under these LoRAs ``[B]`` and this conditioning."""
-        # Sent once, before the steps, which all read the same.
-        ids = send(ids, self.device)
+        # Sent once, before the steps, which all read the same. The ids stay on the host, where a pass needs them.
         conditioning = conditioning.to(self.device)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             self.report(len(x))
-            with nullcontext() if self.bank is None else self.bank.route(self.slots, ids):
+            if self.bank is None:
+                return self.adapter.velocity(x, sigma, conditioning)
+            with self.bank.placed(ids) as slots, self.bank.route(slots, ids):
                 return self.adapter.velocity(x, sigma, conditioning)
 
         return velocity

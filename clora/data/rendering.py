@@ -100,9 +100,9 @@ def render_targets(
         Each sample's latents ``[T, C]`` in order, as soon as its batch is done.
     """
 
-    def render(generator: Generator, batch: Samples, slots: Tensor) -> Tensor:
+    def render(generator: Generator, batch: Samples) -> Tensor:
         return generator.euler(
-            slots,
+            batch.teacher,
             Conditioning(text[batch.prompt], batch.sources[:]),
             batch.seed.tolist(),
             config.sampler.teacher_steps,
@@ -117,7 +117,7 @@ def render_targets(
         generator = Generator(adapter, None, at_once, report)
         for start in range(0, len(samples.prompt), at_once):
             batch = samples.at(slice(start, start + at_once))
-            yield from render(generator, batch, batch.teacher)
+            yield from render(generator, batch)
         return
     # The bank holds every teacher, also of those that have nothing to render: its ranks are then the same in every run.
     transformer = adapter.pipeline.transformer
@@ -128,9 +128,9 @@ def render_targets(
         generator = Generator(adapter, bank, at_once, report)
         chunks = [slice(chunk.start, chunk.stop) for chunk in render_chunks(ids, at_once)]
         for rows, following in zip(chunks, [*chunks[1:], slice(0)], strict=True):
-            with bank.placed(ids[rows]) as slots:
+            with bank.placed(ids[rows]):
                 bank.fetch(ids[following])  # the next batch's teacher arrives while this one renders
-                yield from render(generator, samples.at(rows), slots)
+                yield from render(generator, samples.at(rows))
 
 
 def render_chunks(teacher: Tensor, at_once: int) -> list[range]:

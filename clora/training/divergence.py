@@ -36,15 +36,15 @@ SOON = 10
 
 
 def base_size(transformer: nn.Module, slots: Slots) -> float:
-    """Returns the Frobenius norm of the base's weights in the layers that ``slots`` change.
+    """Returns the Frobenius norm of the base's weights in the layers that the first slot changes.
 
     A layer counts with at least the norm of one that keeps the size of its input, ``out ** .5``: weights of zero, and
     quantised ones or those on ``meta``, whose values cannot be read, have no size of their own.
     """
     square = 0.0
-    for module, (a, b) in slots.factors.items():
+    for module, (a, b) in slots.slot(slots.names[0]).items():
         weight = transformer.get_submodule(module).weight
-        shape = (b.shape[1], a.shape[2])
+        shape = (len(b), a.shape[1])
         # The same test as for DoRA's base; a class of its own is a quantised weight.
         plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_meta
         own = weight.detach().float().square().sum().item() if plain and weight.shape == shape else 0.0
@@ -54,11 +54,11 @@ def base_size(transformer: nn.Module, slots: Slots) -> float:
 
 @torch.no_grad()
 def relative_change(slots: Slots, size: float) -> Tensor:
-    """Returns ``|B A| / size`` ``[]`` of one slot, Frobenius over all layers, on the device; NaN where it overflows."""
+    """Returns ``|B A| / size`` ``[]`` of the first slot, Frobenius over all layers, on the device; NaN where it overflows."""
     squares = []
-    for a, b in slots.factors.values():
+    for a, b in slots.slot(slots.names[0]).values():
         # |B A|^2 = tr(B'B A A'): two matrices of rank x rank instead of one of the layer's size.
-        squares.append(((b[0].mT @ b[0]) * (a[0] @ a[0].mT)).sum())
+        squares.append(((b.mT @ b) * (a @ a.mT)).sum())
     # Rounding may leave a sum of zero slightly negative.
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp(min=0).sqrt() / size
 

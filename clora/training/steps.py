@@ -79,7 +79,6 @@ class TrainingSteps:
         self.critic = trained[CRITIC]
         self.optimizers = optimizers
         self.generator = generator
-        self.scorers = bank.slots()
         self._base_size = base_size(bank.transformer, self.student)
         self.dtype = adapter.latent_dtype
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
@@ -276,15 +275,14 @@ class TrainingSteps:
         for c in self.bank.chunks(ids[order], self.config.train.forward_rows or len(ids)):
             rows = order[c]
             with self.bank.placed(ids[rows]) as slots:
-                velocity = self._velocity(self.scorers, slots, take(x, rows), sigma[rows], conditioning[rows])
+                velocity = self._velocity(slots, ids[rows], take(x, rows), sigma[rows], conditioning[rows])
             velocities[send(rows, x.device)] = velocity
         return velocities
 
     def _velocity(
         self, slots: Slots, ids: Tensor | int, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        adapter_ids = torch.full((len(x),), ids) if isinstance(ids, int) else ids
-        with self.bank.route(slots, send(adapter_ids, x.device)):
+        with self.bank.route(slots, [ids] * len(x) if isinstance(ids, int) else ids):
             return self.adapter.velocity(x, send(sigma, x.device), conditioning)
 
     def _noise(self, like: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def train_student(
     with AdapterBank(
         transformer,
         {CRITIC: student, **teachers},
-        pages=teacher_pages(config.train.teacher_memory_gb, transformer, [student, *teachers.values()], len(teachers)),
+        pages=teacher_pages(config.train.teacher_memory_gb, transformer, list(teachers.values())),
         fixed=1,
     ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)

@@ -63,7 +63,7 @@ def test_output_and_gradients_are_those_of_the_layer_itself(change):
         torch.testing.assert_close(run(KLEIN, transformer), run(KLEIN, merged), **TOLERANCE)
 
     slots = bank.slots(["a"], trainable=True)
-    a, b = slots.factors[path]
+    a, b = slots.stacks[0].factors[path]
     layer, plain = transformer.get_submodule(path), merged.get_submodule(path)
     x = torch.randn(1, 4, layer.base.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with bank.route(slots, torch.tensor([0])):
@@ -87,7 +87,9 @@ def test_layerwise_casting(family, monkeypatch):
         rounded.get_parameter(name).data.copy_(parameter.float())
     added = []
     add = routing.multi_lora_add
-    monkeypatch.setattr(routing, "multi_lora_add", lambda y, *rest: added.append(y.dtype) or add(y, *rest))
+    monkeypatch.setattr(
+        routing, "multi_lora_add", lambda y, *rest, **options: added.append(y.dtype) or add(y, *rest, **options)
+    )
     bank = AdapterBank(transformer, states)
     assert bank.dtype == torch.float32
     with bank.route(bank.slots(), torch.tensor([1])):

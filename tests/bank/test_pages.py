@@ -9,8 +9,8 @@ import torch
 from helpers.trainers import make_trainer, rolled, same, slots
 
 from clora.bank.bank import AdapterBank
-from clora.bank.pages import Pages, host_factors, module_ranks, page_bytes, pages_that_fit, teacher_pages
-from clora.bank.slots import ranks_of
+from clora.bank.pages import Pages, host_factors, pages_that_fit, resident_bytes, stack_bytes, teacher_pages
+from clora.bank.slots import Stack, module_ranks, ranks_of
 from clora.data.rendering import Samples, render_targets
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
@@ -34,21 +34,24 @@ def loras(count):
 
 
 def make_pages(count, pages):
-    stacks = {m: (torch.full((pages, 3, k), torch.nan), torch.full((pages, n, 3), torch.nan))
-              for m, (n, k) in SHAPES.items()}  # fmt: skip
-    return Pages(stacks, [host_factors(lora, torch.float32, pinned=False) for lora in loras(count)]), stacks
+    """Pages of the highest ranks; a LoRA sees its own modules, at least two ranks of each."""
+    factors = {m: (torch.full((pages, 3, k), torch.nan), torch.full((pages, n, 3), torch.nan))
+               for m, (n, k) in SHAPES.items()}  # fmt: skip
+    pool, given = Stack(factors, torch.ones(pages)), loras(count)
+    views = [pool.cut({module: max(2, len(a)) for module, (a, _) in lora.items()}) for lora in given]
+    on_host = [host_factors(lora, torch.float32, pinned=False) for lora in given]
+    return Pages(views, on_host, pages, torch.device("cpu")), views
 
 
-def content(stacks, page):
-    """The LoRA in a page, which must be whole: its ranks and modules, and zero elsewhere."""
-    i = int(stacks["a"][0][page, 0, 0]) - 1
+def content(views, page):
+    """The LoRA in a page, which must be whole: its ranks, and zero in those up to the ranks of its stack."""
+    i = int(views[0].factors["a"][0][page, 0, 0]) - 1
     own = loras(i + 1)[i]
-    for module, (a, b) in stacks.items():
-        n, k = SHAPES[module]
-        expected = own.get(module, (torch.zeros(0, k), torch.zeros(n, 0)))
-        rank = len(expected[0])
-        assert torch.equal(a[page], torch.cat([expected[0], torch.zeros(3 - rank, k)]))
-        assert torch.equal(b[page], torch.cat([expected[1], torch.zeros(n, 3 - rank)], dim=1))
+    assert set(views[i].factors) == set(own)
+    for module, (a, b) in views[i].row(page).items():
+        (n, k), rank = SHAPES[module], len(own[module][0])
+        assert torch.equal(a, torch.cat([own[module][0], torch.zeros(len(a) - rank, k)]))
+        assert torch.equal(b, torch.cat([own[module][1], torch.zeros(n, len(a) - rank)], dim=1))
     return i
 
 
@@ -81,40 +84,55 @@ def test_what_was_fetched_is_not_copied_again():
     pages, stacks = make_pages(6, 3)
     pages.fetch([4, 5])
     place = {content(stacks, page): page for page in (0, 1)}
-    for a, _ in stacks.values():
+    for a, _ in stacks[5].factors.values():
         a.fill_(torch.nan)
     with pages.held([5, 4]) as found:
         assert found == place
-        assert stacks["a"][0].isnan().all()
+        assert all(a.isnan().all() for a, _ in stacks[5].factors.values())
 
 
 def test_bytes_of_a_page_and_pages_of_a_budget(adapter):
     ranks = module_ranks([{"a": 2}, {"a": 1, "b": 3}])
     assert ranks == {"a": 2, "b": 3}
-    one = page_bytes(SHAPES, ranks, torch.bfloat16)
+    one = stack_bytes(SHAPES, ranks, torch.bfloat16)
     assert one == 2 * (2 * 12 + 3 * 7)
-    assert pages_that_fit(None, one, 50) is None
-    assert pages_that_fit(10 * one / 1e9, one, 10) is None
-    assert pages_that_fit(9.5 * one / 1e9, one, 10) == 9
+    teachers = [{"a": 2}] * 5 + [{"a": 1, "b": 3}] * 5
+    resident = resident_bytes(SHAPES, teachers, torch.bfloat16)
+    assert resident == 2 * (5 * 2 * 12 + 5 * (1 * 12 + 3 * 7))
+
+    def fit(budget):
+        return pages_that_fit(budget / 1e9, SHAPES, teachers, torch.bfloat16)
+
+    assert pages_that_fit(None, SHAPES, teachers, torch.bfloat16) is None
+    assert fit(resident) is None
+    assert fit(resident - 1) == (resident - 1) // one
+    assert fit(2.5 * one) == 2
     with pytest.raises(CloraError, match=r"teacher_memory_gb: .* hold 1 teachers.*at least 2.*set it to"):
-        pages_that_fit(1.5 * one / 1e9, one, 10)
+        fit(1.5 * one)
+
+
+def test_a_slot_takes_its_own_ranks_and_a_page_the_highest_of_the_paged(adapter):
     transformer = adapter.pipeline.transformer
-    states = random_teachers(transformer, 4)
-    assert teacher_pages(None, transformer, list(states.values())) is None
-    with AdapterBank(transformer, states, pages=2, fixed=1) as paged:
+    shapes = linear_shapes(transformer)
+    states = random_teachers(transformer, 3)
+    high = {"critic": random_lora(transformer, 40, 9)}
+    with AdapterBank(transformer, high | states, fixed=1) as resident:
         pass
-    with AdapterBank(transformer, states) as resident:
+    with AdapterBank(transformer, high | states, pages=2, fixed=1) as paged:
         pass
-    assert paged.bytes().device * 4 == resident.bytes().device * 3
-    assert resident.bytes().host == 0
-    assert paged.bytes().host == 4 * sum(states[f"effect_{i}"].num_parameters for i in (1, 2, 3))
-    ranks = module_ranks([ranks_of(state) for state in states.values()])
-    assert resident.bytes().device == 4 * page_bytes(linear_shapes(transformer), ranks, torch.float32)
-    one = page_bytes(linear_shapes(transformer), ranks, torch.float32)
-    assert teacher_pages(3 * one / 1e9, transformer, list(states.values())) == 3
-    assert teacher_pages(3 * one / 1e9, transformer, list(states.values()), 3) is None
+    teachers = [ranks_of(state) for state in states.values()]
+    critic = 4 * high["critic"].num_parameters
+    assert resident.bytes() == (critic + resident_bytes(shapes, teachers, torch.float32), 0)
+    one = stack_bytes(shapes, module_ranks(teachers), torch.float32)
+    assert paged.bytes() == (critic + 2 * one, 4 * sum(state.num_parameters for state in states.values()))
+    assert one == 4 * random_lora(transformer, 4, 0).num_parameters
+    given = list(states.values())
+    assert teacher_pages(None, transformer, given) is None
+    assert teacher_pages(2.2e-9 * one, transformer, given) == 2
+    for name, state in states.items():
+        assert same(paged.state(name), state)
+        assert same(resident.state(name), state)
     assert paged.squared_norms() == pytest.approx(resident.squared_norms(), rel=1e-12)
-    assert all(same(paged.state(n, 2), resident.state(n, 2)) for n in ("effect_0", "effect_3"))
 
 
 def test_a_routed_batch_of_paged_loras_equals_merged_weights(adapter, inputs):
@@ -123,7 +141,7 @@ def test_a_routed_batch_of_paged_loras_equals_merged_weights(adapter, inputs):
     models = [merge_lora(transformer, state) for state in states.values()]
     ids = torch.tensor([3, 0, -1, 1, 3])
     with torch.no_grad(), AdapterBank(transformer, states, pages=2, fixed=1) as bank:
-        with bank.placed(ids) as slot, bank.route(bank.slots(), slot):
+        with bank.placed(ids) as slots, bank.route(slots, ids):
             found = adapter.velocity(x, sigma, conditioning)
     own = adapter.pipeline.transformer
     for i, e in enumerate(ids.tolist()):
@@ -233,11 +251,11 @@ def test_trained_loras_are_fp32_over_a_bf16_base(adapter):
 def test_rendering_is_the_same_to_the_bit(adapter, sources):
     """A batch has one teacher, whatever the budget."""
     teachers = random_teachers(adapter.pipeline.transformer, 4)
-    shapes = linear_shapes(adapter.pipeline.transformer)
     ranks = module_ranks([ranks_of(state) for state in teachers.values()])
+    one = stack_bytes(linear_shapes(adapter.pipeline.transformer), ranks, torch.float32)
     data = random_data(adapter, list(teachers), sources=sources)
     results, passes = [], []
-    for budget in (None, 2.5 * page_bytes(shapes, ranks, torch.float32) / 1e9):
+    for budget in (None, 2.5e-9 * one):
         config = tiny_config(list(teachers), train={"teacher_memory_gb": budget, "forward_rows": 6})
         samples = Samples.of_teachers(data.sources, data.teacher_text, data.empty_text, config.seed)
         report = []
@@ -255,14 +273,16 @@ def test_copies_on_a_side_stream_wait_for_the_passes_and_the_passes_for_them():
     lora = [
         (torch.randn(64, size, generator=generator), torch.randn(size, 64, generator=generator)) for _ in range(count)
     ]
-    stacks = {"m": (torch.zeros(3, 64, size, device="cuda"), torch.zeros(3, size, 64, device="cuda"))}
-    pages = Pages(stacks, [host_factors({"m": pair}, torch.float32, pinned=True) for pair in lora])
+    factors = {"m": (torch.zeros(3, 64, size, device="cuda"), torch.zeros(3, size, 64, device="cuda"))}
+    stack = Stack(factors, torch.ones(3, device="cuda"))
+    on_host = [host_factors({"m": pair}, torch.float32, pinned=True) for pair in lora]
+    pages = Pages([stack] * count, on_host, 3, torch.device("cuda"))
     x = torch.randn(4096, size, generator=generator).cuda()
     found, order = [], [int(i) for i in torch.randint(count, (60,), generator=generator)]
     for i, following in zip(order, [*order[1:], 0], strict=True):
         with pages.held([i]) as page:
             pages.fetch([following])
-            a, b = (factor[page[i]] for factor in stacks["m"])
+            a, b = stack.row(page[i])["m"]
             found.append((x @ a.mT @ b.mT).square().sum())
     expected = [(x @ a.cuda().mT @ b.cuda().mT).square().sum() for a, b in lora]
     assert torch.equal(torch.stack(found), torch.stack([expected[i] for i in order]))

@@ -101,7 +101,7 @@ def test_gradients_reach_every_layer(pipeline):
         noise = torch.cat([start_noise(adapter, sample) for sample in samples])
         with bank.route(slots, torch.tensor([0, 0])):
             adapter.velocity(noise, torch.tensor([0.5, 0.9]), conditioning).square().mean().backward()
-    assert len(slots.factors) == 2 * 7
+    assert len(slots.parameters()) == 2 * 2 * 7
     assert all(factor.grad.any() for factor in slots.parameters())
     assert not pipeline.transformer.pos_embed._forward_hooks
 

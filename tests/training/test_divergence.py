@@ -9,6 +9,7 @@ import torch
 from helpers.trainers import make_trainer, same, slots
 from torch import nn
 
+from clora.bank.slots import Slots, Stack
 from clora.config.training import ObjectiveWeights
 from clora.errors import CloraError
 from clora.training.checkpoint import stated_values
@@ -147,5 +148,6 @@ def test_the_change_is_that_of_all_layers_by_the_size_of_the_base(adapter):
 def test_a_base_without_weights_to_read_has_a_size(weight):
     layer = nn.Linear(4, 6)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    slots = type("Slots", (), {"factors": {"layer": (torch.ones(1, 2, 4), torch.ones(1, 6, 2))}})
+    stack = Stack({"layer": (torch.ones(1, 2, 4), torch.ones(1, 6, 2))}, torch.ones(1))
+    slots = Slots(("student",), (stack,), {0: (0, 0)})
     assert base_size(nn.ModuleDict({"layer": layer}), slots) == pytest.approx(6**0.5)

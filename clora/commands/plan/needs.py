@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from clora.bank.pages import module_ranks, page_bytes, pages_that_fit
+from clora.bank.pages import pages_that_fit, resident_bytes, stack_bytes
+from clora.bank.slots import module_ranks
 from clora.commands.plan.cost import PassCost
 from clora.config.settings import DistillConfig
 from clora.config.training import TrainConfig
@@ -130,17 +131,14 @@ def trained_values(facts: Facts, rank: int) -> int:
     return rank * sum(sum(facts.shapes[name]) for name in facts.student)
 
 
-def slot_bytes(facts: Facts, rank: int) -> int:
-    """Bytes of one slot of the bank, whose ranks are the highest of any LoRA."""
-    student = dict.fromkeys(facts.student, rank)
-    return page_bytes(facts.shapes, module_ranks([student, *facts.teachers.values()]), facts.dtype)
-
-
-def num_slots(facts: Facts, config: DistillConfig) -> int:
-    """The bank's slots on the device: the critic's, and the teachers' or as many as fit. Raises CloraError for too few."""
-    count = len(facts.teachers)
-    pages = pages_that_fit(config.train.teacher_memory_gb, slot_bytes(facts, config.student.rank), count)
-    return 1 + (count if pages is None else pages)
+def bank_bytes(facts: Facts, config: DistillConfig) -> int:
+    """Bytes of the bank: the critic, and the teachers or as many as fit. Raises CloraError for too few."""
+    teachers = list(facts.teachers.values())
+    pages = pages_that_fit(config.train.teacher_memory_gb, facts.shapes, teachers, facts.dtype)
+    critic = trained_values(facts, config.student.rank) * facts.dtype.itemsize
+    if pages is None:
+        return critic + resident_bytes(facts.shapes, teachers, facts.dtype)
+    return critic + pages * stack_bytes(facts.shapes, module_ranks(teachers), facts.dtype)
 
 
 def num_kept(train: TrainConfig) -> int:
@@ -164,9 +162,8 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
         CloraError: ``train.teacher_memory_gb`` holds too few teachers.
     """
     train = config.train
-    rank = config.student.rank
-    values = trained_values(facts, rank)
-    slots = slot_bytes(facts, rank) * num_slots(facts, config)
+    values = trained_values(facts, config.student.rank)
+    bank = bank_bytes(facts, config)
     # A pass without gradient holds the activations of one block at a time.
     block = facts.cost.saved // facts.blocks
     rows = rows_with_gradient(config)
@@ -176,9 +173,9 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     learning = rows * saved + max(recomputed, scoring_rows(config)) * block
     return {
         "encoders": facts.encoders,
-        "rendering": facts.transformer + slots + rendering_rows(config) * block,
+        "rendering": facts.transformer + bank + rendering_rows(config) * block,
         "base": facts.transformer,
-        "teachers": slots,
+        "teachers": bank,
         "student and critic": num_kept(train) * values * MASTER,
         "gradients": values * GRADIENT,
         "optimizers": values * state_bytes(train),

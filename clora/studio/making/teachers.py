@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,7 @@ def train_teachers(
     }
     with AdapterBank(transformer, fresh, dtype=torch.float32) as bank:
         train_loras(adapter, bank, bank.slots(trainable=True), encode_pairs(adapter, specs), seed, report)
-        trained = {}
-        for spec in specs:
-            # Without the layers that other teachers brought into the bank.
-            modules = bank.state(spec.effect, spec.rank).modules
-            trained[spec.effect] = LoRAState({name: modules[name] for name in fresh[spec.effect].modules})
-        return trained
+        return {spec.effect: bank.state(spec.effect) for spec in specs}
 
 
 def train_loras(
@@ -127,8 +123,7 @@ def train_loras(
         optimizer.zero_grad(set_to_none=True)
         # Summed over LoRAs, so that each has the gradient that it would have if it were trained by itself.
         per_lora.mean(1).sum().backward()
-        sizes = sum(p.grad.flatten(1).abs().sum(1) for p in slots.parameters() if p.grad is not None)
-        _check_finite(sizes, slots.names, update, "gradient")
+        _check_finite(_gradient_sizes(slots), slots.names, update, "gradient")
         optimizer.step()
         report(update + 1, {"loss": float(losses.detach().mean())})
 
@@ -146,8 +141,18 @@ def _losses(
     sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
     x0 = send(pairs.targets[ids, sample].float(), device)
     conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float()).to(device)
-    with bank.route(slots, send(ids, device)):
+    with bank.route(slots, ids):
         return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, SHIFT, generator)
+
+
+def _gradient_sizes(slots: Slots) -> Tensor:
+    """Returns the sum ``[E]`` of the absolute gradients of each slot."""
+    per_stack = []
+    for stack in slots.stacks:
+        gradients = [factor.grad for factor in chain.from_iterable(stack.factors.values()) if factor.grad is not None]
+        per_stack.append(sum(gradient.flatten(1).abs().sum(1) for gradient in gradients))
+    places = [slots.places[slot] for slot in range(len(slots.names))]
+    return torch.stack([per_stack[stack][row] for stack, row in places])
 
 
 def _check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:

@@ -12,17 +12,19 @@ from helpers.pictures import write_images
 from helpers.trainers import make_trainer
 from safetensors.torch import save_file
 
+from clora.bank.bank import AdapterBank
+from clora.bank.pages import stack_bytes, teacher_pages
+from clora.bank.slots import module_ranks
 from clora.commands.plan.cost import PassCost
 from clora.commands.plan.make import make_plan
 from clora.commands.plan.needs import (
     Facts,
+    bank_bytes,
     disk,
     forward_passes,
     memory,
-    num_slots,
     rows_with_gradient,
     scoring_rows,
-    slot_bytes,
 )
 from clora.data.prepare import count_data, encode_data
 from clora.hashing import digest
@@ -91,13 +93,21 @@ def test_memory_is_what_a_small_run_uses(adapter, settings):
     assert planned["optimizers"] == used
     assert planned["gradients"] == max(held)
     assert len(held) == 1 + trainer.config.train.critic_ratio
-    assert planned["teachers"] == 4 * slot_bytes(facts, RANK) == stacked
-    paged = trainer.config.model_copy(
-        update={
-            "train": trainer.config.train.model_copy(update={"teacher_memory_gb": 2.5e-9 * slot_bytes(facts, RANK)})
-        }
-    )
-    assert num_slots(facts, paged) == 3
+    assert planned["teachers"] == stacked
+
+
+def test_pages_take_what_a_paged_bank_uses(adapter):
+    """Of teachers of other ranks and layers than the critic's."""
+    transformer = adapter.pipeline.transformer
+    teachers = random_teachers(transformer, 3)
+    facts = facts_of(transformer, teachers)
+    budget = 2.2e-9 * stack_bytes(facts.shapes, module_ranks(list(facts.teachers.values())), torch.float32)
+    config = tiny_config(list(teachers), student={"rank": RANK}, train={"teacher_memory_gb": budget})
+    critic = random_lora(transformer, RANK, 0)
+    pages = teacher_pages(budget, transformer, list(teachers.values()))
+    with AdapterBank(transformer, {"critic": critic, **teachers}, pages=pages, fixed=1) as bank:
+        assert pages == 2
+        assert bank_bytes(facts, config) == bank.bytes().device
 
 
 def rows_of(transformer, run):
