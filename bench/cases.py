@@ -72,6 +72,25 @@ class AddCase(LinearCase):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DesignCase(LinearCase):
+    """A linear layer for which every design is forced; its samples are sorted by adapter, as the trainer sorts them.
+
+    Attributes:
+        factors: dtype of lora_A and lora_B; the bank keeps those of a trained adapter in fp32.
+    """
+
+    factors: str = "bfloat16"
+
+    @property
+    def rows_per_adapter(self) -> int:
+        return self.rows // self.adapters
+
+    @property
+    def name(self) -> str:
+        return f"design{super().name.removeprefix('linear')}-{self.factors}-factors"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossCase:
     """The coarse-to-fine loss and its gradient on B rows: a third each (rounded) of the kinds BS, TS and anchor."""
 
@@ -121,11 +140,13 @@ class StackCase:
         return f"stack-{shape}-e{self.adapters}-r{self.rank}-{self.dtype}"
 
 
-Case = LinearCase | AddCase | LossCase | StackCase
+Case = LinearCase | AddCase | DesignCase | LossCase | StackCase
 
 
 def adapter_of(case: LinearCase | StackCase) -> list[int]:
-    """The adapter of each sample. Neighbours differ: the order that a shuffled batch comes in."""
+    """The adapter of each sample. Neighbours differ, the order that a shuffled batch comes in, but in a `DesignCase`."""
+    if isinstance(case, DesignCase):
+        return [sample * case.adapters // case.samples for sample in range(case.samples)]
     return [sample % case.adapters for sample in range(case.samples)]
 
 
@@ -140,6 +161,21 @@ def gpu_cases() -> list[Case]:
     return [*telling_cases(), *_losses("bfloat16"), *sorted(others, key=_distance)]
 
 
+def design_cases() -> list[Case]:
+    """Those from which the table of designs is made: every shape of Qwen-Image, few and many rows per adapter."""
+    batches = ((2, 4096, 1), (4, 4096, 4), (8, 1024, 8), (8, 4096, 1))  # samples, tokens, adapters
+    modes = [("forward", "bfloat16", rank, batch) for rank, batch in product((64, 128, 16), batches)]
+    modes += [("forward", "float32", rank, batches[0]) for rank in (64, 128)]
+    modes += [("student", "float32", rank, batches[0]) for rank in (64, 128)]
+    return [
+        DesignCase(
+            mode=mode, in_features=k, out_features=n, samples=samples, tokens=tokens, adapters=adapters, rank=rank,
+            factors=factors,
+        )
+        for (mode, factors, rank, (samples, tokens, adapters)), (k, n) in product(modes, QWEN_IMAGE)
+    ]  # fmt: skip
+
+
 def cpu_cases() -> list[Case]:
     """Small cases of every kind that a CPU does in milliseconds."""
     forward = LinearCase(
@@ -150,9 +186,14 @@ def cpu_cases() -> list[Case]:
         replace(forward, adapters=1),
         replace(forward, mode="student", adapters=1),
         AddCase(**vars(forward)),
+        DesignCase(**vars(forward), factors="float32"),
         LossCase(samples=4, latent=(16, 16, 16)),
         StackCase(blocks=2, heads=4, head_size=16, samples=4, tokens=16, adapters=3, rank=4, dtype="float32"),
     ]
+
+
+CASES = {"telling": telling_cases, "every": gpu_cases, "designs": design_cases}
+"""By the names that the command takes."""
 
 
 def _losses(dtype: str) -> list[LossCase]:

@@ -19,13 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("bench", "csrc_triton", "clora/bank", "clora/ops.py")
 NOT_SOURCES = (
     "bench/results",
-    "bench/__main__.py",
+    "bench/compose.py",
     "bench/design_table.py",
     "bench/goals.py",
+    "bench/gpu.py",
+    "bench/profiled.py",
     "bench/report.py",
-    "bench/run.py",
     "bench/serving.py",
     "bench/step",
+    "bench/tasks.py",
+    "bench/wheels.json",
+    "bench/wheels.py",
     "csrc_triton/multi_lora/designs.json",
 )
 """In those folders, but without influence on a measurement: results may be committed and judged between two runs. From the
@@ -43,19 +47,19 @@ def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
-def describe(device: torch.device, stopwatch: Stopwatch) -> dict:
-    """Everything about this machine that a record of a GPU keeps."""
+def describe(device: torch.device) -> dict:
+    """Everything about this machine and this tree that is kept beside a measurement."""
     return {
         "gpu": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
         "driver": (_output(DRIVER, ROOT) or "unknown").splitlines()[0],
         "commit": commit(),
+        "revision": revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": _version("triton"),
         "peft": _version("peft"),
-        "roof": measure_roof(device, stopwatch),
     }
 
 
@@ -117,10 +121,11 @@ def revision(root: Path = ROOT) -> str:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The checkout's commit, with "+" if files were changed; in a copy without git, the variable GIT_COMMIT."""
+    """The checkout's commit, with "+" if files were changed; in a copy without git, the variable or the file GIT_COMMIT."""
     head = _output(["git", "rev-parse", "--short=12", "HEAD"], root)
     if head is None:
-        return os.environ.get("GIT_COMMIT", "unknown")
+        file = root / "GIT_COMMIT"
+        return os.environ.get("GIT_COMMIT") or (file.read_text("utf-8").strip() if file.is_file() else "unknown")
     return head + "+" * (_output(["git", "status", "--porcelain", "-uno"], root) != "")
 
 

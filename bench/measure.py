@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from bench import add, gate, linear, loss, stack
-from bench.cases import AddCase, Case, LinearCase, LossCase, StackCase
+from bench import add, designs, gate, linear, loss, stack
+from bench.cases import AddCase, Case, DesignCase, LinearCase, LossCase, StackCase
 from bench.providers import BASE, Builder, Call, Outputs, Unavailable
 from bench.timing import Stopwatch, interleave
 from bench.work import floor_ms, work_of
 
-FAMILIES = {LinearCase: linear, AddCase: add, LossCase: loss, StackCase: stack}
+FAMILIES = {LinearCase: linear, AddCase: add, DesignCase: designs, LossCase: loss, StackCase: stack}
 MIB = 1 << 20
 
 
@@ -30,13 +30,13 @@ class Bench:
     """The device and the way that cases are timed.
 
     Attributes:
-        roof: as `machine.measure_roof` returns it.
+        roof: as `machine.measure_roof` returns it; None where it was not measured.
         rounds: timed calls per provider, after `warmup` untimed ones.
     """
 
     device: torch.device
     stopwatch: Stopwatch
-    roof: dict[str, float]
+    roof: dict[str, float] | None
     rounds: int = 30
     warmup: int = 3
 
@@ -74,8 +74,10 @@ def measure(case: Case, bench: Bench, record: dict, save: Callable[[], None]) ->
         return
     # The share of the roof: the least time for the case's arithmetic and traffic, over the median.
     for name, figures in times.items():
-        floor = floor_ms(work_of(case, adapted=name != BASE), bench.roof)
-        record["providers"][name] |= {**figures, "roof_percent": 100 * floor / figures["median_ms"]}
+        record["providers"][name] |= figures
+        if bench.roof is not None:
+            floor = floor_ms(work_of(case, adapted=name != BASE), bench.roof)
+            record["providers"][name]["roof_percent"] = 100 * floor / figures["median_ms"]
     record["status"] = "done"
 
 
@@ -120,6 +122,9 @@ def _admitted(case: Case, bench: Bench, record: dict, save: Callable[[], None]) 
     calls = {}
     for name, build in family_of(case).providers(case).items():
         if name in record["providers"]:
+            continue
+        if "compiled" in name and bench.device.type == "cpu":
+            record["providers"][name] = {"unavailable": "torch.compile takes longer than the case on a CPU"}
             continue
         record["current"] = name
         save()

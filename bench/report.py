@@ -13,13 +13,14 @@ from pathlib import Path
 
 from bench import records
 from bench.goals import Record, Verdict, fastest_other, median, over_fastest_other, verdicts
-from bench.providers import BASE, OURS
+from bench.providers import BASE, OURS, is_ours
+from bench.tasks import NOTES
 
 NAME = "RESULTS.md"
-TESTS = "gpu-tests.json"
 FAMILIES = {
     "LinearCase": "Linear layers",
     "AddCase": "Low-rank part",
+    "DesignCase": "Designs",
     "LossCase": "Loss",
     "StackCase": "Transformer stack",
 }
@@ -29,23 +30,39 @@ FAULTS = ("wrong", "failed", "unavailable")
 def write_report(folder: Path) -> Path:
     """Writes RESULTS.md beside the records of `folder`."""
     path = folder / NAME
-    path.write_text(report(records.read_all(folder), records.read(folder / TESTS)), "utf-8")
+    path.write_text(report(records.read_all(folder), records.read(folder / NOTES)), "utf-8")
     return path
 
 
-def report(found: Sequence[Record], tests: dict | None = None) -> str:
+def summary(found: Sequence[Record], notes: dict | None = None) -> str:
+    """The tables that fit on a screen: outcomes of the tasks, designs, goals. Arguments as in `report`."""
+    done = [record for record in found if record["status"] == "done"]
+    judged = [verdict for verdict in verdicts(done) if verdict.met is not None]
+    sections = [_tasks(notes), _designs(done), _goals(judged) if judged else []]
+    return "\n\n".join("\n".join(section) for section in sections if section)
+
+
+def figures(found: Sequence[Record]) -> str:
+    """The tables of all providers, by family."""
+    done = [record for record in found if record["status"] == "done"]
+    sections = (_family(family, title, done) for family, title in FAMILIES.items())
+    return "\n\n".join("\n".join(section) for section in sections if section)
+
+
+def report(found: Sequence[Record], notes: dict | None = None) -> str:
     """The report as Markdown.
 
     Args:
         found: records of one GPU, of any status.
-        tests: outcomes of the test files, as `bench.run` noted them.
+        notes: outcomes of the tasks, as `bench.tasks` noted them.
     """
     finished = [record for record in found if record["status"] != "running"]
     done = [record for record in finished if record["status"] == "done"]
     sections = [
         ["# Results", "", "Made by `python -m bench.report` from the JSON files beside it; do not edit."],
         _machines(finished),
-        _tests(tests),
+        _tasks(notes),
+        _designs(done),
         ["## Goals", "", *_goals(verdicts(done))],
         ["## Slower than another provider", "", *_losses(done)],
         *(_family(family, title, done) for family, title in FAMILIES.items()),
@@ -75,14 +92,31 @@ def _machines(finished: Sequence[Record]) -> list[str]:
     return lines or ["Nothing was measured yet."]
 
 
-def _tests(tests: dict | None) -> list[str]:
-    if tests is None:
-        return ["GPU tests: not run."]
-    lines = [f"GPU tests, revision {tests['revision']}:", ""]
-    for file, entry in tests["files"].items():
-        lines.append(f"- {file}: {entry['outcome']}; {entry['summary']}")
-        lines += [f"  - `{failure}`" for failure in entry["failures"]]
-    return lines
+def _tasks(notes: dict | None) -> list[str]:
+    """The tasks of the slices that were run, and what failed in them."""
+    if not notes:
+        return ["Tasks: none was run."]
+    rows = []
+    for name, entry in notes.items():
+        machine = entry["machine"]
+        versions = [machine[key] for key in ("gpu", "commit", "revision")]
+        rows.append([name, entry["outcome"], f"{entry['seconds']:.0f}", *versions, entry["summary"]])
+    failures = [f"- `{failure}`" for entry in notes.values() for failure in entry["failures"]]
+    header = ["task", "outcome", "seconds", "GPU", "commit", "revision", "last line"]
+    return [*_table(header, rows), *([""] if failures else []), *failures]
+
+
+def _designs(done: Sequence[Record]) -> list[str]:
+    """Each design over the base layer, one row per case."""
+    found = [record for record in done if record["family"] == "DesignCase"]
+    names = sorted({name for record in found for name in record["providers"] if is_ours(name)})
+    rows = []
+    for record in found:
+        base = median(record, BASE)
+        times = [median(record, name) for name in names]
+        rows.append([record["name"], *("" if time is None else f"{time / base:.3f}" for time in times)])
+    header = ["case, over the base layer", *(name.removeprefix("ours_") for name in names)]
+    return _table(header, rows) if rows else []
 
 
 def _goals(found: Iterable[Verdict]) -> list[str]:
@@ -124,8 +158,9 @@ def _family(family: str, title: str, done: Sequence[Record]) -> list[str]:
             interval = f"{entry['p10_ms']:.4f} to {entry['p90_ms']:.4f}"
             peak = "" if entry.get("peak_mib") is None else f"{entry['peak_mib']:.0f}"
             over = "" if base is None else f"{entry['median_ms'] / base:.3f}"
+            roof = f"{entry['roof_percent']:.0f} %" if "roof_percent" in entry else ""
             times = [f"{entry['median_ms']:.4f}", interval, f"{entry['host_ms']:.3f}"]
-            rows.append(["" if i else record["name"], name, *times, f"{entry['roof_percent']:.0f} %", peak, over])
+            rows.append(["" if i else record["name"], name, *times, roof, peak, over])
     if not rows:
         return []
     header = ["case", "provider", "median, ms", "10 to 90 %", "host, ms", "of the roof", "peak, MiB", "over base"]

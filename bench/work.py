@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from bench.cases import AddCase, Case, LinearCase, LossCase, StackCase
+from bench.cases import AddCase, Case, DesignCase, LinearCase, LossCase, StackCase
 
 SCORED_ROW = (7, 20)
 """Latents moved and operations per element of a distribution-matching row: reads velocity, x, renoised, critic,
@@ -30,7 +30,8 @@ class Work:
 
 def work_of(case: Case, adapted: bool = True) -> Work:
     """The work of a case; without its adapters where not `adapted` (the loss has none)."""
-    return {LinearCase: _linear, AddCase: _add, StackCase: _stack, LossCase: _loss}[type(case)](case, adapted)
+    families = {LinearCase: _linear, DesignCase: _linear, AddCase: _add, StackCase: _stack, LossCase: _loss}
+    return families[type(case)](case, adapted)
 
 
 def floor_ms(work: Work, roof: dict) -> float:

@@ -1,4 +1,4 @@
-"""Measures cases one after another in one process; `bench.run` starts it again where a provider broke the GPU."""
+"""Measures cases one after another in one process; `bench.tasks` starts it again where a provider broke the GPU."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from bench import records
-from bench.cases import Case, gpu_cases
-from bench.machine import describe, revision
+from bench.cases import CASES, Case, DesignCase
+from bench.machine import describe, measure_roof
 from bench.measure import Bench, DeviceLost, measure, release
 from bench.timing import CudaStopwatch, countdown
 from csrc_triton.multi_lora.designs import design_for
@@ -22,6 +21,8 @@ from csrc_triton.multi_lora.designs import design_for
 GPU = torch.device("cuda", 0)
 DEVICE_LOST = 3
 """Exit code after a provider broke the GPU."""
+UNFINISHED = 4
+"""Exit code where the time ended before the cases."""
 FIRST_ESTIMATE_S = 30.0
 """Expected time of a case before one was measured: compilation dominates."""
 
@@ -75,6 +76,8 @@ def measure_one(case: Case, folder: Path, bench: Bench, machine: dict, current: 
 
 def chosen_designs(case: Case, machine: dict) -> list[str]:
     """The choice of `designs.json` for each layer of a case on this machine: with another one it is measured anew."""
+    if isinstance(case, DesignCase):  # which forces each design
+        return []
     dtype = getattr(torch, case.dtype)
     gpu = (tuple(machine["capability"]), machine["triton"])
     return [design_for(case.tokens, k, n, case.rank, dtype, *gpu) for k, n in case.layers]
@@ -91,25 +94,25 @@ def _line(record: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures the cases into a folder on the first GPU."""
+    """Measures cases into a folder on the first GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.worker", description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--budget-s", type=float, required=True)
-    parser.add_argument("--only", default="*")
+    parser.add_argument("--cases", choices=CASES, required=True)
     arguments = parser.parse_args(argv)
     left = countdown(arguments.budget_s)
     os.environ["CLORA_BACKEND"] = "triton"  # so that ours raises, and is recorded, where it would fall back to eager
     stopwatch = CudaStopwatch(GPU)
-    machine = describe(GPU, stopwatch)
+    machine = describe(GPU) | {"roof": measure_roof(GPU, stopwatch)}
     bench = Bench(GPU, stopwatch, machine["roof"])
-    cases = [case for case in gpu_cases() if fnmatch(case.name, arguments.only)]
+    cases = CASES[arguments.cases]()
     try:
-        remaining = measure_all(cases, arguments.folder, bench, machine, revision(), left)
+        remaining = measure_all(cases, arguments.folder, bench, machine, machine["revision"], left)
     except DeviceLost as error:
         print(f"the GPU stopped working {error}", flush=True)
         return DEVICE_LOST
     print(f"{len(cases) - remaining} of {len(cases)} cases finished", flush=True)
-    return 0
+    return UNFINISHED if remaining else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from clora.threads import limit_spinning
 # OpenMP reads these once, when torch is imported.
 limit_spinning()
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+WORKER_BYTES = 3 << 30
+"""Memory of a GPU for one worker: its context, and the largest test in fp64."""
 if IN_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core; subprocesses inherit it
 
@@ -29,7 +31,7 @@ from clora.models.conditioning import Conditioning, Text  # noqa: E402
 def pytest_cmdline_main(config):
     """Runs folders on all cores, and files or tests in this process, where a debugger works; ``-n`` overrides it.
 
-    Not in pyproject.toml, whose options would stop a pytest without pytest-xdist, such as that of ``bench.run``.
+    Not in pyproject.toml, whose options would stop a pytest without pytest-xdist.
     """
     if not config.pluginmanager.hasplugin("xdist") or IN_WORKER or config.option.dist != "no":
         return
@@ -41,8 +43,12 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """A GPU is not shared: its tests measure memory, and each worker would hold a part of it. Else None: all cores."""
-    return 0 if torch.cuda.is_available() else None
+    """All cores; on a GPU as many as its memory holds. Kernels are compiled on the CPU, which takes most of its tests' time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not torch.cuda.is_available():
+        return None
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(cores, memory // WORKER_BYTES))
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_ci_uses_the_same_commands():
 
 
 def test_pytest_needs_no_xdist(metadata):
-    """`python -m bench.run` runs the kernels' tests with what the extra `bench` installs."""
+    """The extra `bench` installs what `pytest bench` needs."""
     assert not any("xdist" in line for line in metadata["extras_require"]["bench"])
     command = [
         sys.executable,

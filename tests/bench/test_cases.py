@@ -10,13 +10,14 @@ from bench.cases import (
     LossCase,
     adapter_of,
     cpu_cases,
+    design_cases,
     gpu_cases,
     telling_cases,
 )
 
 
 def test_names_are_unique_and_files():
-    names = [case.name for case in gpu_cases() + cpu_cases()]
+    names = [case.name for case in gpu_cases() + design_cases() + cpu_cases()]
     assert len(names) == len(set(names))
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
 
@@ -62,3 +63,12 @@ def test_kinds_of_a_loss_are_in_the_order_that_the_op_takes():
     assert LossCase(samples=1).kinds == (0,)
     assert LossCase(samples=4).kinds == (0, 0, 1, 2)
     assert LossCase(samples=16).kinds == (0,) * 6 + (1,) * 5 + (2,) * 5
+
+
+def test_designs_are_compared_on_sorted_batches_of_few_and_many_rows_per_adapter():
+    cases = design_cases()
+    assert {(c.in_features, c.out_features) for c in cases} == {*QWEN_IMAGE}
+    assert {c.rank for c in cases} == {16, 64, 128}
+    assert {c.rows_per_adapter for c in cases if c.mode == "forward"} == {1024, 4096, 8192, 32768}
+    assert {c.factors for c in cases if c.mode == "student"} == {"float32"}
+    assert all(adapter_of(c) == sorted(adapter_of(c)) and set(adapter_of(c)) == {*range(c.adapters)} for c in cases)

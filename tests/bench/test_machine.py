@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench.machine
-from bench.machine import commit, describe, revision, slug
+from bench.machine import commit, describe, measure_roof, revision, slug
 
 
 @pytest.fixture
@@ -54,6 +54,10 @@ def test_what_no_figure_depends_on_leaves_the_revision(checkout, file):
 
 
 def test_commit(checkout, monkeypatch):
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert commit(checkout) == "unknown"
+    (checkout / "GIT_COMMIT").write_text("from the file\n")
+    assert commit(checkout) == "from the file"
     monkeypatch.setenv("GIT_COMMIT", "from the variable")
     assert commit(checkout) == "from the variable"
     git(checkout, "init", "-q")
@@ -77,10 +81,12 @@ def test_machine_and_roof(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(bench.machine, "_output", lambda command, folder: None)
     called = []
-    found = describe(torch.device("cpu"), lambda call: (called.append(call()) or 2.0, 0.1))
+    roof = measure_roof(torch.device("cpu"), lambda call: (called.append(call()) or 2.0, 0.1))
     assert len(called) == 2 * 20
+    assert roof["tflop_per_s"] == pytest.approx(2 * 64**3 / 2e-3 / 1e12)
+    assert roof["gb_per_s"] == pytest.approx(2000 / 2e-3 / 1e9)
+    found = describe(torch.device("cpu"))
+    assert found["revision"] == revision()
     assert (found["gpu"], found["capability"], found["driver"]) == ("Some GPU", [9, 0], "unknown")
     assert found["torch"] == torch.__version__
     assert found["peft"][0].isdigit()
-    assert found["roof"]["tflop_per_s"] == pytest.approx(2 * 64**3 / 2e-3 / 1e12)
-    assert found["roof"]["gb_per_s"] == pytest.approx(2000 / 2e-3 / 1e9)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import design_table, records
-from bench.cases import AddCase, LinearCase, LossCase, StackCase
+from bench.cases import AddCase, DesignCase, LinearCase, LossCase, StackCase
 from bench.goals import goals, verdicts
-from bench.report import report, write_report
+from bench.report import report, summary, write_report
 from csrc_triton.multi_lora.designs import design_for
 
 MACHINE = {
@@ -134,13 +134,14 @@ def test_report_of_goals_losses_figures_and_faults(tmp_path):
     ]
     for each in found:
         records.write(tmp_path / f"{each['name']}.json", each)
-    entry = {"outcome": "failed", "summary": "1 failed", "failures": ["FAILED a"]}
-    records.write(tmp_path / "gpu-tests.json", {"revision": "r1", "files": {"tests/x.py": entry}})
+    entry = {"outcome": "failed", "summary": "1 failed", "failures": ["FAILED a"], "seconds": 12.3}
+    records.write(tmp_path / "tasks.json", {"tests": entry | {"machine": {**MACHINE, "revision": "r1"}}})
     text = write_report(tmp_path).read_text()
     assert "Some GPU, commit abc, driver 1.2, python 3.12, torch 2.11" in text
     assert "revision r1; 4 cases" in text
     assert "780 TFLOP/s" in text
-    assert "- tests/x.py: failed; 1 failed\n  - `FAILED a`" in text
+    assert row(text, "| tests | failed | 12 | Some GPU | abc | r1 | 1 failed |")
+    assert "- `FAILED a`" in text
     (goal,) = row(text, "over the base layer", "3072 -> 3072")
     assert "| at most 1.120 | 1.110 | 1 | met |" in goal
     assert row(text, "compiled PEFT", "not measured")
@@ -157,7 +158,23 @@ def test_report_of_goals_losses_figures_and_faults(tmp_path):
 def test_report_of_nothing():
     text = report([])
     assert "Nothing was measured yet." in text
-    assert "GPU tests: not run." in text
+    assert "Tasks: none was run." in text
+
+
+def test_designs_are_shown_over_the_base_layer():
+    case = DesignCase(**vars(linear()), factors="float32")
+    for text in (
+        report([record(case, base=2.0, ours_fused=2.2, ours_split={"wrong": "y"})]),
+        summary([record(case, base=2.0, ours_fused=2.2)]),
+    ):
+        assert row(text, "case, over the base layer", "fused")
+        assert row(text, f"| {case.name} | 1.100 |")
+
+
+def test_the_summary_has_the_goals_that_were_measured():
+    text = summary([record(linear(), base=1.0, ours=1.11)])
+    assert row(text, "over the base layer", "3072 -> 3072", "met")
+    assert "not measured" not in text
 
 
 def test_machines_that_differ_are_told_apart():

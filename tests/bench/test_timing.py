@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.timing import CudaStopwatch, GpuStamp, countdown, interleave, spread
+from bench.timing import CudaStopwatch, countdown, cpu_stopwatch, interleave, spread
 
 
 def test_providers_take_turns_and_each_begins_a_round():
@@ -64,10 +64,11 @@ def log(monkeypatch):
     return entries
 
 
-def test_stamps_of_the_gpu_are_subtracted_as_events(log):
-    start, end = GpuStamp(), GpuStamp()
-    assert end - start == pytest.approx(1.0)
-    assert log == ["event", "event", "wait for event"]
+def test_a_call_on_the_cpu_keeps_the_host_busy():
+    called = []
+    milliseconds, host = cpu_stopwatch(lambda: called.append(1))
+    assert called == [1]
+    assert 0 < milliseconds == host < 1000
 
 
 def test_a_call_is_timed_on_an_idle_gpu_with_a_flushed_cache(log, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 import bench.measure
 import bench.worker
 from bench import records
-from bench.cases import LinearCase, LossCase, cpu_cases
+from bench.cases import DesignCase, LinearCase, LossCase, cpu_cases
 from bench.measure import Bench, DeviceLost
 from bench.providers import Unavailable
 from bench.timing import countdown
@@ -26,7 +26,7 @@ def stopwatch(call):
 
 
 BENCH = Bench(torch.device("cpu"), stopwatch, {"tflop_per_s": 1.0, "gb_per_s": 10.0}, rounds=2, warmup=1)
-MACHINE = {"gpu": "none", "capability": [9, 0], "triton": "3.7.1"}
+MACHINE = {"gpu": "none", "capability": [9, 0], "triton": "3.7.1", "revision": "r1"}
 A_DAY = countdown(86400)
 
 
@@ -70,25 +70,15 @@ def no_release(monkeypatch):
     monkeypatch.setattr(bench.worker, "release", lambda: None)
 
 
-@pytest.fixture
-def no_compilers(monkeypatch):
-    """Leaves out the providers that take seconds to compile."""
-    family_of = bench.measure.family_of
-
-    def family(case):
-        kept = {name: build for name, build in family_of(case).providers(case).items() if "compiled" not in name}
-        return SimpleNamespace(**{**vars(family_of(case)), "providers": lambda case: kept})
-
-    monkeypatch.setattr(bench.measure, "family_of", family)
-
-
-@pytest.mark.usefixtures("no_compilers")
 @pytest.mark.parametrize("case", cpu_cases(), ids=lambda case: case.name.partition("-b")[0])
 def test_a_case_measured_to_its_end(case, tmp_path, capsys):
     record = measure_one(case, tmp_path, BENCH, MACHINE, "r1")
     assert json.loads(records.path_of(tmp_path, case).read_text()) == json.loads(json.dumps(record))
     assert (record["status"], record["revision"], record["machine"], record["current"]) == ("done", "r1", MACHINE, None)
     assert record["work"]["flops"] > 0
+    if isinstance(case, DesignCase):
+        assert "median_ms" in record["providers"]["base"]  # a CPU has no kernels to force
+        return
     ours = record["providers"]["ours"]
     assert (ours["median_ms"], ours["host_ms"], ours["rounds"]) == (1000.0, 0.5, 2)
     assert ours["roof_percent"] > 0
@@ -211,17 +201,18 @@ def test_where_processes_ended_twice_outside_any_provider_the_case_has_failed(tm
     assert records.is_finished(read(tmp_path), "r1", ["split"])
 
 
-@pytest.mark.usefixtures("no_compilers")
 def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatch, capsys):
     """On a CPU in place of the GPU: there ours must fail with a reason instead of running as eager PyTorch."""
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     monkeypatch.setattr("clora.ops.interpreting", lambda: False)  # another test may have it on
     monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
     monkeypatch.setattr(bench.worker, "CudaStopwatch", lambda device: stopwatch)
-    monkeypatch.setattr(bench.worker, "describe", lambda device, stopwatch: {**MACHINE, "roof": BENCH.roof})
-    monkeypatch.setattr(bench.worker, "gpu_cases", lambda: [case(2), case(3)])
-    assert bench.worker.main([str(tmp_path), "--budget-s", "100", "--only", "*-r3-*"]) == 0
-    assert read(tmp_path, 2) is None
+    monkeypatch.setattr(bench.worker, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(bench.worker, "measure_roof", lambda device, stopwatch: BENCH.roof)
+    monkeypatch.setitem(bench.worker.CASES, "every", lambda: [case(3)])
+    assert bench.worker.main([str(tmp_path), "--budget-s", "1", "--cases", "every"]) == bench.worker.UNFINISHED
+    assert "0 of 1 cases finished" in capsys.readouterr().out
+    assert bench.worker.main([str(tmp_path), "--budget-s", "100", "--cases", "every"]) == 0
     providers = read(tmp_path, 3)["providers"]
     assert "median_ms" in providers["baddbmm"]
     assert providers["ours"]["failed"].startswith("CloraError: CLORA_BACKEND=triton, but multi_lora_linear cannot run")
@@ -232,8 +223,9 @@ def test_main_reports_a_lost_device_to_its_supervisor(tmp_path, monkeypatch):
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     for name, value in {
         "CudaStopwatch": lambda device: None,
-        "describe": lambda device, stopwatch: {"roof": {}},
+        "describe": lambda device: {"revision": "r1"},
+        "measure_roof": lambda device, stopwatch: {},
         "measure_all": raising(DeviceLost("after ours")),
     }.items():
         monkeypatch.setattr(bench.worker, name, value)
-    assert bench.worker.main([str(tmp_path), "--budget-s", "1"]) == bench.worker.DEVICE_LOST
+    assert bench.worker.main([str(tmp_path), "--budget-s", "1", "--cases", "telling"]) == bench.worker.DEVICE_LOST

@@ -3,6 +3,32 @@
 import pytest
 import torch
 
+TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+"""Those that tests compile for (`helpers.triton_compiler`)."""
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves it to machines without a GPU to compile for other GPUs than their own."""
+    if not torch.cuda.is_available():
+        return
+    own = torch.cuda.get_device_properties(0)
+    name = own.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{own.major}{own.minor}"
+    skip = pytest.mark.skip(
+        reason="compiles for another GPU than this machine's: left to machines without one, such as CI"
+    )
+    for item in items:
+        if _targets(item) - {name}:
+            item.add_marker(skip)
+
+
+def _targets(item) -> set[str]:
+    """The GPUs that a test's parameters name."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    named = set()
+    for value in parameters:
+        named.update(part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, str))
+    return named & TARGETS
+
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):

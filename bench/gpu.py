@@ -1,0 +1,128 @@
+"""Tests and measurements of a GPU machine in slices: `python -m bench.gpu [--slice N] [--out DIR]` (bench/README.md).
+
+Each slice ends by itself within its budget. All results lie in one archive, which the next slice reads first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from bench import records, report, wheels
+from bench.machine import describe, slug
+from bench.tasks import NOTES, Task, execute, run_tasks
+from bench.timing import countdown
+from csrc_triton.multi_lora.designs import DESIGNS
+
+CANNOT_RUN = 2
+BUDGET_S = 560.0
+"""Of a slice: ten minutes, less the start of the machine's processes."""
+ARCHIVE = "clora-gpu.tar.gz"
+KEPT = (".json", ".md", ".log", ".csv")
+MAX_BYTES = 4 << 20
+"""Larger files stay out of the archive."""
+KERNEL_TESTS = ("pytest", "-q", "-n", "auto", "tests/csrc_triton", "tests/training", "tests/bank")
+NCU = ("ncu", "--clock-control", "none", "--set", "full", "--profile-from-start", "off", "--csv", "--page", "details")
+
+
+def slices(folder: Path, every_case: bool) -> dict[int, list[Task]]:
+    """The tasks of each slice, in order; the last one of a slice has what the others leave."""
+    worker = ("bench.worker", str(folder), "--budget-s", "{limit}", "--cases")
+    cases = "every" if every_case else "telling"
+    ncu = "" if shutil.which("ncu") else "ncu is not installed"
+    return {
+        1: [
+            Task("tests", KERNEL_TESTS, most_s=290),
+            Task("designs", (*worker, "designs"), restarts=True),
+        ],
+        2: [Task("cases", (*worker, cases), restarts=True)],
+        3: [
+            Task(
+                f"ncu-{design}",
+                (*NCU, "--log-file", str(folder / f"ncu-{design}.csv"), sys.executable, "-m", "bench.profiled", design),
+                most_s=180,
+                reason=ncu,
+            )
+            for design in DESIGNS
+        ],
+        4: [
+            _module("bench.step", folder, most_s=130),
+            _module("bench.serving", folder, most_s=110),
+            Task("demo", ("clora", "demo", "--device", "cuda", "--out", str(folder / "demo")), most_s=200),
+            Task("slow-tests", (*KERNEL_TESTS, "-m", "slow")),
+        ],
+    }
+
+
+def _module(name: str, folder: Path, most_s: float) -> Task:
+    """A benchmark with a command of its own, which writes into the GPU's folder below ``--out``."""
+    missing = "" if find_spec(name) else f"{name} does not exist in this tree"
+    return Task(
+        name.removeprefix("bench."),
+        (name, "--out", str(folder.parent), "--budget-s", "{limit}"),
+        most_s,
+        reason=missing,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the slices, keeps their results and prints a table.
+
+    Returns:
+        0; 1 where a task failed; 2 without a GPU, or where packages are missing.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=main.__doc__.splitlines()[0])
+    parser.add_argument("--slice", type=int, nargs="+", choices=(1, 2, 3, 4), default=(1, 2, 3, 4), help="default: all")
+    parser.add_argument("--out", type=Path, default=Path(), help=f"folder of {ARCHIVE}, which is continued; default: .")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="of each slice; default: %(default).0f")
+    parser.add_argument("--all", action="store_true", help="slice 2: every case, for hours, not only the telling ones")
+    arguments = parser.parse_args(argv)
+    if names := wheels.missing():
+        print(f"bench.gpu: nothing was run; {wheels.advice(names)}")
+        return CANNOT_RUN
+    if not torch.cuda.is_available():
+        print("bench.gpu: no CUDA device found, nothing was run; `pytest bench` runs the cases for CPUs")
+        return CANNOT_RUN
+    machine = describe(torch.device("cuda", 0))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    archive = arguments.out / ARCHIVE
+    passed = True
+    with tempfile.TemporaryDirectory() as place:
+        if archive.exists():
+            with tarfile.open(archive) as packed:
+                packed.extractall(place, filter="data")
+        folder = Path(place) / slug(machine["gpu"])
+        folder.mkdir(exist_ok=True)
+        for number in arguments.slice:
+            left = countdown(arguments.budget_s)
+            tasks = slices(folder, arguments.all)[number]
+            passed &= run_tasks(tasks, folder, machine, left, lambda: pack(Path(place), archive), execute)
+        report.write_report(folder)
+        pack(Path(place), archive)
+        print(f"\nresults: {archive}\n")
+        print(report.summary(records.read_all(folder), records.read(folder / NOTES)))
+    return 0 if passed else 1
+
+
+def pack(place: Path, archive: Path) -> None:
+    """Writes the small text files below a folder into one archive, whole or not at all."""
+    new = archive.with_name(archive.name + ".new")
+    with tarfile.open(new, "w:gz") as packed:
+        for file in sorted(place.rglob("*")):
+            relative = file.relative_to(place)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if file.suffix in KEPT and not hidden and file.stat().st_size <= MAX_BYTES:
+                packed.add(file, str(relative))
+    new.replace(archive)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The one command on a CPU: every slice with its tasks replaced, its archive, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+
+import bench.gpu
+from bench.gpu import ARCHIVE, BUDGET_S, slices
+from bench.machine import ROOT
+from bench.tasks import NOTES
+from csrc_triton.multi_lora.designs import DESIGNS
+
+MACHINE = {"gpu": "Some GPU 1", "commit": "abc", "revision": "r1", "driver": "1.2"}
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A machine that has what the command asks for; returns the commands that it ran, all of which passed."""
+    ran = []
+
+    def execute(command, log, limit, pack):
+        ran.append([part for part in command if part not in (sys.executable, "-m")])
+        log.write_text("== 5 passed in 1s ==\n")
+        return 0
+
+    monkeypatch.setattr(bench.gpu.wheels, "missing", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.gpu, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(bench.gpu, "execute", execute)
+    return ran
+
+
+def files_in(archive):
+    with tarfile.open(archive) as packed:
+        return {member.name: packed.extractfile(member).read() for member in packed if member.isfile()}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_slice_leaves_one_archive_and_prints_a_table_last(number, on_a_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench.gpu.shutil, "which", lambda program: f"/usr/bin/{program}")
+    assert bench.gpu.main(["--slice", str(number), "--out", str(tmp_path)]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [ARCHIVE]
+    files = files_in(tmp_path / ARCHIVE)
+    notes = json.loads(files["some-gpu-1/" + NOTES])
+    assert "some-gpu-1/RESULTS.md" in files
+    table = capsys.readouterr().out.partition(f"results: {tmp_path / ARCHIVE}\n")[2].strip().splitlines()
+    assert len(table) == 2 + len(notes)
+    for line, (name, entry) in zip(table[2:], notes.items(), strict=True):
+        assert entry["machine"] == MACHINE
+        assert line.startswith(f"| {name} | {entry['outcome']} |")
+    assert len(on_a_gpu) == sum(entry["outcome"] == "passed" for entry in notes.values()) > 0
+
+
+def test_the_next_slice_goes_on_from_the_archive_of_the_last(on_a_gpu, tmp_path):
+    for numbers, ran in ((["1"], 2), (["1"], 2), (["2"], 3), (["1", "2"], 3)):
+        assert bench.gpu.main(["--slice", *numbers, "--out", str(tmp_path)]) == 0
+        assert len(on_a_gpu) == ran
+    assert {"tests", "designs", "cases"} == set(json.loads(files_in(tmp_path / ARCHIVE)["some-gpu-1/" + NOTES]))
+
+
+def test_a_failed_task_is_an_exit_code(on_a_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.gpu, "execute", lambda command, log, limit, pack: log.write_text("no") and 1)
+    assert bench.gpu.main(["--slice", "2", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("every_case", [False, True])
+def test_a_slice_takes_less_than_ten_minutes(every_case, tmp_path):
+    """The limits of the tasks before the last of a slice leave that one time, and the slice begins soon enough to end."""
+    assert BUDGET_S <= 570
+    for tasks in slices(tmp_path, every_case).values():
+        assert BUDGET_S - sum(task.most_s for task in tasks[:-1]) >= 60
+
+
+def test_what_the_slices_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.gpu.shutil, "which", lambda program: None)
+    found = slices(tmp_path, False)
+    assert found[1][0].command[:4] == ("pytest", "-q", "-n", "auto")
+    assert found[1][1].command[-2:] == ("--cases", "designs")
+    assert (found[2][0].command[-1], slices(tmp_path, True)[2][0].command[-1]) == ("telling", "every")
+    assert [task.command[-1] for task in found[3]] == list(DESIGNS)
+    assert {task.reason for task in found[3]} == {"ncu is not installed"}
+    assert "--clock-control none" in " ".join(found[3][0].command)
+    for path in (
+        part for tasks in found.values() for task in tasks for part in task.command if part.startswith("tests/")
+    ):
+        assert (ROOT / path).is_dir()
+
+
+def test_the_demos_command_exists():
+    (demo,) = [task for task in slices(ROOT, False)[4] if task.name == "demo"]
+    subprocess.run([sys.executable, "-m", *demo.command, "--help"], check=True, capture_output=True)
+
+
+def test_a_module_that_is_not_there_is_named(tmp_path):
+    task = bench.gpu._module("bench.no_such_module", tmp_path / "gpu", 10)
+    assert task.reason == "bench.no_such_module does not exist in this tree"
+    assert task.command == ("bench.no_such_module", "--out", str(tmp_path), "--budget-s", "{limit}")
+    assert bench.gpu._module("bench.step", tmp_path / "gpu", 10).reason == ""
+
+
+def test_only_small_texts_are_packed(tmp_path):
+    place = tmp_path / "place"
+    for file, size in (
+        ("gpu/a.json", 3),
+        ("gpu/big.log", bench.gpu.MAX_BYTES + 1),
+        ("gpu/x.png", 3),
+        ("gpu/.c/a.json", 3),
+    ):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_bytes(b"1" * size)
+    bench.gpu.pack(place, tmp_path / ARCHIVE)
+    assert list(files_in(tmp_path / ARCHIVE)) == ["gpu/a.json"]
+
+
+def test_what_is_missing_is_named_before_anything_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.gpu.wheels, "missing", lambda: ["diffusers==1", "pydantic==2"])
+    assert bench.gpu.main(["--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().out
+    assert "missing here: diffusers==1, pydantic==2" in printed
+    assert "pip download" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.gpu.wheels, "missing", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.gpu.main(["--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "no CUDA device found" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_profiled_call_is_marked(monkeypatch):
+    from bench import profiled
+
+    log = []
+    monkeypatch.setattr(profiled.designs, "make_inputs", lambda case, device: None)
+    monkeypatch.setattr(
+        profiled.designs, "providers", lambda case: {"ours_fused": lambda inputs: lambda: log.append("call")}
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: log.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: log.append("stop"))
+    assert profiled.main("fused") == 0
+    assert log == ["call"] * 3 + ["start", "call", "stop"]
