@@ -2,7 +2,8 @@
 
 First the choice of the backend, then the ops. `auto` (the default) takes Triton for tensors on an NVIDIA GPU. Elsewhere, on
 AMD GPUs too, it takes eager PyTorch and logs the reason once. `triton` and `eager` insist; `triton` runs on AMD GPUs.
-The environment variable `CLORA_BACKEND` chooses, or for one call the op's argument `backend`.
+The environment variable `CLORA_BACKEND` chooses, or for one call the op's argument `backend`. Which of its designs computes the
+linear layer follows from shapes and precision (`csrc_triton.multi_lora.designs`), unless `CLORA_DESIGN` or `design` names one.
 
 Only this module imports `csrc_triton`, whose kernels it loads when they are first used.
 """
@@ -22,20 +23,25 @@ from clora.errors import CloraError, nearest
 from csrc_triton.coarse_to_fine import reference as coarse_to_fine
 from csrc_triton.coarse_to_fine.reference import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores
 from csrc_triton.multi_lora import reference as multi_lora
+from csrc_triton.multi_lora.by_runs import LinearByRuns, Run, runs_of, spans_without, write_merged
+from csrc_triton.multi_lora.designs import DESIGNS, Shape, adapters_to_merge, device_of
 
 __all__ = [
     "ANCHOR",
     "BACKWARD_SIMULATION",
     "TARGET_SIMULATION",
+    "Run",
     "Scores",
     "coarse_to_fine_loss",
     "multi_lora_add",
     "multi_lora_linear",
     "multi_lora_linears",
+    "runs_of",
 ]
 
 
 VARIABLE = "CLORA_BACKEND"
+DESIGN = "CLORA_DESIGN"
 BACKENDS = ("auto", "triton", "eager")
 MIN_CAPABILITY = (8, 0)
 """Oldest NVIDIA GPU that Triton supports (Ampere)."""
@@ -159,6 +165,10 @@ def _report(reason: str, device_type: str) -> None:
     logger.log(level, "running on eager PyTorch instead of the Triton kernels: %s", reason)
 
 
+Projection = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""``(weight, bias, lora_A, lora_B)`` of a layer."""
+
+
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -168,7 +178,10 @@ def multi_lora_linear(
     scale: Tensor,
     adapter_ids: Tensor,
     *,
+    runs: tuple[Run, ...] | None = None,
+    strengths: tuple[float, ...] | None = None,
     backend: str | None = None,
+    design: str | None = None,
 ) -> Tensor:
     """Linear layer whose samples each add the low-rank delta of their own adapter.
 
@@ -176,28 +189,32 @@ def multi_lora_linear(
     kernels do not cover: `csrc_triton.multi_lora.op.unsupported`.
 
     Args:
+        runs: ``adapter_ids`` as the host knows them (`runs_of`). Without them nothing is merged on a GPU; on a CPU they are read.
+        strengths: size of each adapter against the weight's, ``|scale B A| / |W|``; None for unknown or trained adapters,
+            which are not merged in 16 bits.
         backend: `auto`, `triton` or `eager` for this call; None takes `CLORA_BACKEND`.
+        design: `merged`, `fused` or `split` for this call; None takes `CLORA_DESIGN`, and the fastest that is exact enough
+            where that is unset or empty.
 
     Raises:
         ValueError: a shape or dtype is wrong.
-        CloraError: the backend is `triton` and cannot run this call, or it is unknown.
+        CloraError: the backend or the design is unknown, or was asked for and cannot run this call.
     """
-    arguments = (x, weight, bias, lora_A, lora_B, scale, adapter_ids)
-    if use_triton("multi_lora_linear", x.device, backend):
-        from csrc_triton.multi_lora.op import multi_lora_linear_triton, unsupported
-
-        if covered("multi_lora_linear", unsupported(*arguments), x.device, backend):
-            return multi_lora_linear_triton(*arguments, checked=True)
-    return multi_lora.multi_lora_linear(*arguments)
+    projections = [(weight, bias, lora_A, lora_B)]
+    options = {"runs": runs, "strengths": [strengths], "backend": backend, "design": design}
+    return multi_lora_linears(x, projections, scale, adapter_ids, **options)[0]
 
 
 def multi_lora_linears(
     x: Tensor,
-    projections: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],
+    projections: Sequence[Projection],
     scale: Tensor,
     adapter_ids: Tensor,
     *,
+    runs: tuple[Run, ...] | None = None,
+    strengths: Sequence[tuple[float, ...] | None] | None = None,
     backend: str | None = None,
+    design: str | None = None,
 ) -> list[Tensor]:
     """Several layers of one input (q, k and v; gate and up); the Triton kernels read it once for their ranks.
 
@@ -210,7 +227,8 @@ def multi_lora_linears(
 
     Args:
         projections: ``(weight, bias, lora_A, lora_B)`` of each layer; ranks and outputs may differ.
-        backend: as in `multi_lora_linear`.
+        strengths: of each layer, as in `multi_lora_linear`.
+        runs, backend, design: as in `multi_lora_linear`.
 
     Returns:
         ``[B, T, N]`` per layer.
@@ -218,12 +236,85 @@ def multi_lora_linears(
     Raises:
         ValueError, CloraError: as `multi_lora_linear`.
     """
-    if use_triton("multi_lora_linears", x.device, backend):
-        from csrc_triton.multi_lora import op
+    design = _design(design)
+    strengths = strengths or [None] * len(projections)
+    if not use_triton("multi_lora_linear", x.device, backend):
+        pairs = zip(projections, strengths, strict=True)
+        return [_eager_linear(x, layer, scale, adapter_ids, runs, s, design) for layer, s in pairs]
+    from csrc_triton.multi_lora.op import multi_lora_linears as on_kernels
+    from csrc_triton.multi_lora.op import unsupported
 
-        if not any(op.unsupported(x, *projection, scale, adapter_ids) for projection in projections):
-            return op.multi_lora_linears(x, projections, scale, adapter_ids, checked=True)
-    return [multi_lora_linear(x, *projection, scale, adapter_ids, backend=backend) for projection in projections]
+    gaps = [unsupported(x, *projection, scale, adapter_ids) for projection in projections]
+    if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
+        return [_eager_linear(x, projections[0], scale, adapter_ids, runs, strengths[0], design)]
+    if any(gaps):  # layer by layer, those that the kernels cover on them
+        options = {"runs": runs, "backend": backend, "design": design}
+        pairs = zip(projections, strengths, strict=True)
+        return [multi_lora_linear(x, *layer, scale, adapter_ids, strengths=s, **options) for layer, s in pairs]
+    merged = _merged(x, projections, runs, strengths, design)
+    if not merged:
+        return on_kernels(x, projections, scale, adapter_ids, design, checked=True)
+    if all(run.adapter in merged or run.adapter < 0 for run in runs):
+        return [LinearByRuns.apply(x, *layer, scale, runs, merged) for layer in projections]
+    outputs = [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections]
+    for layer, y in zip(projections, outputs, strict=True):
+        write_merged(x, *layer, scale, runs, merged, y)
+    for span in spans_without(runs, merged):
+        rows = slice(span[0].start, span[-1].stop)
+        exact = on_kernels(x[rows], projections, scale, adapter_ids[rows], checked=True)
+        for y, part in zip(outputs, exact, strict=True):
+            y[rows] = part
+    return outputs
+
+
+def _design(design: str | None) -> str | None:
+    """Returns the design that the argument or `CLORA_DESIGN` names, or None for the fastest."""
+    choice = os.environ.get(DESIGN) or None if design is None else design
+    if choice not in (None, *DESIGNS):
+        source = f"{DESIGN}={choice}" if design is None else f"design={choice!r}"
+        raise CloraError(f"{source}: expected one of {', '.join(DESIGNS)}{nearest(str(choice).lower(), DESIGNS)}")
+    return choice
+
+
+def _eager_linear(x, projection: Projection, scale, adapter_ids, runs, strengths, design: str | None) -> Tensor:
+    """One layer on PyTorch: by runs where they can be known, else as it is defined."""
+    weight, bias, lora_A, lora_B = projection
+    multi_lora.check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
+    if design == "fused":
+        raise CloraError("the design fused is one of the Triton kernels, which do not compute this call; use split")
+    if torch.compiler.is_compiling():  # by runs, every batch would be a graph of its own
+        return multi_lora.multi_lora_linear(x, *projection, scale, adapter_ids)
+    if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
+        runs = runs_of(adapter_ids.tolist())
+    if runs is not None and _is_plain(x, weight, bias, scale):
+        merged = _merged(x, [projection], runs, [strengths], design)
+        return LinearByRuns.apply(x, *projection, scale, runs, merged)
+    return multi_lora.multi_lora_linear(x, *projection, scale, adapter_ids)
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:
+    """Tests whether a layer can be computed by runs: a frozen base of x's dtype, without autocast."""
+    frozen = not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (weight, bias, scale))
+    one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    return frozen and one_dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _merged(x, projections: Sequence[Projection], runs, strengths, design: str | None) -> frozenset[int]:
+    """Returns the adapters that *merged* computes in every one of some layers of one input."""
+    if runs is None or design not in (None, "merged") or torch.compiler.is_compiling():
+        return frozenset()
+    chosen = frozenset(run.adapter for run in runs if run.adapter >= 0)
+    if design == "merged":
+        return chosen
+    dtype = str(x.dtype).removeprefix("torch.")
+    for (weight, _, lora_A, _), strength in zip(projections, strengths, strict=True):
+        shape = Shape(x.shape[2], len(weight), lora_A.shape[1], dtype)
+        chosen &= adapters_to_merge(runs, x.shape[1], shape, device_of(x.device), strength)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(f for p in projections for f in p[2:])))
+    # With gradients, rows of both kinds would need a graph of parts.
+    if learns and x.device.type != "cpu" and any(run.adapter >= 0 and run.adapter not in chosen for run in runs):
+        return frozenset()
+    return chosen
 
 
 def multi_lora_add(

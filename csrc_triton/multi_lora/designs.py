@@ -1,69 +1,183 @@
-"""The forward design of a call, "fused" or "split": from `designs.json`, a table of measurements, and nothing else."""
+"""The choice of a design for the rows of an adapter: what was measured, else a model of bytes and operations.
+
+*merged* gives the rows of an adapter a weight of their own (`by_runs`). *fused* adds the low-rank part inside the product
+of the base, *split* behind it (`kernels`); on a CPU the part behind the base is PyTorch's and *split* too. Only *merged*
+rounds the adapter to the weight's dtype, so only it must be allowed (`is_exact_enough`).
+`designs.json` holds the measurements, and the precision of *merged*.
+"""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-DESIGNS = ("fused", "split")
-DEFAULT = "split"
-"""For shapes without a measurement: cuBLAS computes the base layer, so that at most two extra passes over y are lost."""
+from csrc_triton.multi_lora.by_runs import Run
+
+DESIGNS = ("merged", "fused", "split")
 TABLE = Path(__file__).with_name("designs.json")
+FLOPS_PER_BYTE = {"cpu": 3.0, "H100": 265.0, "H200": 184.0}
+"""Products per second over bytes per second: of a CPU with its operands in cache (measured on AVX-512 cores, fp32, one
+thread: 95 GFLOP/s, passes over activations of 1 MB at about 30 GB/s), of GPUs in bf16 from their data sheets."""
+OTHER_GPU = 200.0
+OWN_PRODUCT = 0.05
+"""What *fused* loses against the vendor's product of the base, as a share of it: a prediction, until measured."""
 
 
-def design_of(x: Tensor, weight: Tensor, lora_A: Tensor, design: str | None) -> str:
-    """The design that the caller asked for, else the one for these tensors on their GPU, else the default."""
-    if design is not None or x.device.type != "cuda":
-        return design or DEFAULT
+class Device(NamedTuple):
+    """The device of a call, as measurements name it.
+
+    Attributes:
+        name: "cpu", or "sm_90" for a GPU of compute capability 9.0.
+        triton: the release of Triton, "3.7"; another one may compile to slower kernels. Empty on a CPU.
+        flops_per_byte: of the model.
+    """
+
+    name: str
+    triton: str
+    flops_per_byte: float
+
+
+class Shape(NamedTuple):
+    """A layer: K inputs, N outputs, the rank of its adapters, and its dtype by torch's name."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    dtype: str
+
+
+CPU = Device("cpu", "", FLOPS_PER_BYTE["cpu"])
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    """Describes the device of a call."""
+    if device.type != "cuda":
+        return CPU
     import triton
 
-    capability = torch.cuda.get_device_capability(x.device)
-    n, k = weight.shape
-    return design_for(x.shape[1], k, n, lora_A.shape[1], x.dtype, capability, triton.__version__)
+    model = torch.cuda.get_device_name(device)
+    rate = next((rate for name, rate in FLOPS_PER_BYTE.items() if name in model), OTHER_GPU)
+    return gpu_device(torch.cuda.get_device_capability(device), triton.__version__, rate)
 
 
-def design_for(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    rank: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    triton: str,
-    table: Sequence[dict] | None = None,
-) -> str:
-    """The measured design of a shape, or the default: never a guess.
-
-    Args:
-        tokens: of one sample; the number of samples must not matter, see `tiles`.
-        rank: of the adapters; an entry holds for every rank that pads to the same power of two.
-        capability: the GPU's compute capability.
-        triton: Triton's version, of which the first two numbers count: another release may compile to slower kernels.
-        table: entries ``{"capability": [9, 0], "triton": "3.7", "dtype": "bfloat16", "in_features": K, "out_features": N,
-            "rank": R, "min_tokens": T, "design": "fused" or "split"}``; of the entries of a shape, the one with the
-            largest min_tokens that is not above `tokens` decides. Default: `designs.json`.
-    """
-    asked = {
-        "capability": list(capability),
-        "triton": release(triton),
-        "dtype": str(dtype).removeprefix("torch."),
-        "in_features": in_features,
-        "out_features": out_features,
-    }
-    best = {"min_tokens": -1, "design": DEFAULT}
-    for entry in _table() if table is None else table:
-        of_this_shape = asked.items() <= entry.items() and _padded(entry["rank"]) == _padded(rank)
-        if of_this_shape and best["min_tokens"] < entry["min_tokens"] <= tokens:
-            best = entry
-    return best["design"]
+def gpu_device(capability: Sequence[int], triton: str, flops_per_byte: float = OTHER_GPU) -> Device:
+    """Names a GPU by its compute capability and the release of Triton."""
+    return Device(f"sm_{capability[0]}{capability[1]}", release(triton), flops_per_byte)
 
 
 def release(version: str) -> str:
-    """The first two numbers of a version: "3.7" of "3.7.1+git"."""
+    """Returns the first two numbers of a version: "3.7" of "3.7.1+git"."""
     return ".".join(version.split(".")[:2])
+
+
+def exact_design(tokens: int, shape: Shape, device: Device) -> str:
+    """Chooses *fused* or *split* by the tokens of one sample: a sample's bits must not depend on its batch.
+
+    A CPU has only *split*.
+    """
+    chosen = ""
+    for min_tokens, design in _exact_designs(shape, device):
+        if min_tokens <= tokens:  # by comparisons only: under torch.compile tokens may be symbolic
+            chosen = design
+    return chosen
+
+
+@lru_cache(maxsize=4096)
+def _exact_designs(shape: Shape, device: Device) -> tuple[tuple[int, str], ...]:
+    """Returns the least tokens of each choice, in order: the model's, then those that were measured."""
+    if device.name == "cpu":
+        return ((0, "split"),)
+    predicted = min(("fused", "split"), key=lambda design: overhead(design, 1, shape, device.flops_per_byte))
+    measured = [(entry["min_tokens"], entry["design"]) for entry in _entries(shape, device) if "min_tokens" in entry]
+    return ((0, predicted), *sorted(measured))
+
+
+@lru_cache(maxsize=4096)
+def rows_to_merge(shape: Shape, device: Device) -> float:
+    """Returns the least rows of an adapter, tokens of all its samples, from which *merged* is the fastest design."""
+    measured = [entry["min_rows"] for entry in _entries(shape, device) if "min_rows" in entry]
+    if measured:
+        return min(inf if rows is None else rows for rows in measured)
+    exact = overhead(exact_design(1, shape, device), 1, shape, device.flops_per_byte)
+    # Merging costs the same for any number of rows, the others grow with them.
+    return overhead("merged", 1, shape, device.flops_per_byte) / exact
+
+
+def overhead(design: str, rows: int, shape: Shape, flops_per_byte: float) -> float:
+    """Predicts a design's forward time beyond the base's, in units of the base's time for one row (`2 K N` operations).
+
+    Each step takes the longer of its operations and its bytes. *split* reads x, and reads and writes y; *fused* reads x
+    and multiplies the ranks in the product of the base; *merged* reads W and writes W'.
+    """
+    k, n, rank, dtype = shape
+    itemsize = getattr(torch, dtype).itemsize
+
+    def time(operations: float, elements: float) -> float:
+        return max(operations, elements * itemsize * flops_per_byte) / (2 * k * n)
+
+    if design == "merged":
+        return time(2 * n * k * rank, 2 * n * k)
+    shrink = time(2 * rows * k * rank, rows * k)
+    if design == "split":
+        return shrink + time(2 * rows * n * rank, 2 * rows * n)
+    return shrink + time(2 * rows * n * rank, 0) + OWN_PRODUCT * rows
+
+
+def is_exact_enough(strength: float, dtype: str) -> bool:
+    """Tests whether an adapter may be merged into a weight of this dtype.
+
+    Rounding W' to 16 bits changes the low-rank part by the dtype's figure over the adapter's strength, alike for every
+    token: 17 % of an adapter of a hundredth of the base in bfloat16. fp32 and fp64 lose nothing that counts.
+
+    Args:
+        strength: ``|scale B A| / |W|``, Frobenius norms; 0 for an adapter that is being trained, or not known.
+        dtype: of the weight, by torch's name.
+    """
+    if getattr(torch, dtype).itemsize > 2:
+        return True
+    precision = _table()["precision"]
+    return precision[dtype] <= precision["bound"] * strength
+
+
+@lru_cache(maxsize=4096)
+def adapters_to_merge(
+    runs: tuple[Run, ...], tokens: int, shape: Shape, device: Device, strengths: tuple[float, ...] | None
+) -> frozenset[int]:
+    """Returns the adapters of a batch that *merged* computes: those with rows enough, and strong enough for the dtype.
+
+    Args:
+        tokens: of one sample.
+        strengths: of each adapter (`is_exact_enough`); None for unknown ones.
+    """
+    least = rows_to_merge(shape, device)
+    samples: dict[int, int] = {}
+    for run in runs:
+        samples[run.adapter] = samples.get(run.adapter, 0) + run.stop - run.start
+    merged = []
+    for adapter, count in samples.items():
+        strength = strengths[adapter] if strengths and adapter >= 0 else 0.0
+        if adapter >= 0 and count * tokens >= least and is_exact_enough(strength, shape.dtype):
+            merged.append(adapter)
+    return frozenset(merged)
+
+
+def _entries(shape: Shape, device: Device) -> list[dict]:
+    """Returns the measurements of a layer on a device; those of a rank hold for every rank that pads to the same power of two."""
+    asked = {
+        "device": device.name,
+        "triton": device.triton,
+        "dtype": shape.dtype,
+        "in_features": shape.in_features,
+        "out_features": shape.out_features,
+    }
+    return [e for e in _table()["measured"] if asked.items() <= e.items() and _padded(e["rank"]) == _padded(shape.rank)]
 
 
 def _padded(rank: int) -> int:
@@ -71,5 +185,5 @@ def _padded(rank: int) -> int:
 
 
 @lru_cache
-def _table() -> list[dict]:
+def _table() -> dict:
     return json.loads(TABLE.read_text("utf-8"))

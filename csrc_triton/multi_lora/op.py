@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from csrc_triton.multi_lora.checks import unsupported, unsupported_add
-from csrc_triton.multi_lora.designs import DESIGNS, design_of
+from csrc_triton.multi_lora.designs import Shape, device_of, exact_design
 from csrc_triton.multi_lora.launch import expand_add, gradients, linear, reduce, shrink
 from csrc_triton.registration import is_traced, kernel_op
 from csrc_triton.replay import do, replayed
+
+KERNEL_DESIGNS = ("fused", "split")
 
 
 class Layer(NamedTuple):
@@ -64,8 +66,8 @@ def multi_lora_linear_triton(
     and lora_B are differentiable, once.
 
     Args:
-        design: "fused" (base and low-rank part in one kernel), "split" (base by `F.linear`) or None: as measured for the
-            shape (`designs.design_for`), "split" where it was not measured.
+        design: "fused" (base and low-rank part in one kernel), "split" (base by `F.linear`) or None, which lets
+            `designs.exact_design` choose.
         checked: `unsupported` returned None for this call.
 
     Raises:
@@ -104,8 +106,8 @@ def multi_lora_linears(
     for layer in layers if not checked else ():
         if reason := unsupported(x, *layer, scale, adapter_ids):
             raise ValueError(f"the Triton kernels do not cover this call: {reason}")
-    if design not in (None, *DESIGNS):
-        raise ValueError(f"design: expected one of {list(DESIGNS)} or None, found {design!r}")
+    if design not in (None, *KERNEL_DESIGNS):
+        raise ValueError(f"design: expected one of {list(KERNEL_DESIGNS)} or None, found {design!r}")
     # Without adapters or without ranks a layer is its base.
     adapted = [layer for layer in layers if 0 not in layer.lora_A.shape[:2]]
     outputs = iter(_call(x, None, adapted, scale, adapter_ids, design) if adapted else [])
@@ -145,6 +147,15 @@ def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence
     return forward_op(x, y, weights, biases, has_bias, lora_A, lora_B, scale, ids, design)[:-1]
 
 
+def _design_of(x: Tensor, weight: Tensor, lora_A: Tensor, design: str | None) -> str:
+    """The design that the caller chose, else that of these tensors on their device."""
+    if design is not None:
+        return design
+    n, k = weight.shape
+    shape = Shape(int(k), int(n), int(lora_A.shape[1]), str(x.dtype).removeprefix("torch."))
+    return exact_design(x.shape[1], shape, device_of(x.device))
+
+
 def _layers_of(weights, biases, has_bias, lora_A, lora_B) -> list[Layer]:
     """The layers whose parts `_call` passed to the operator."""
     remaining = iter(biases)
@@ -178,7 +189,7 @@ def _forward(x, y, scale, ids, *parts: Tensor | None, design: str | None) -> lis
     low = do(Tensor.new_empty, x, *x.shape[:2], ranks)
     shrink(x, lora_A, scale, ids, low)
     for layer, offset in zip(layers, offsets, strict=True):
-        if y is None and design_of(x, layer.weight, layer.lora_A, design) == "fused":
+        if y is None and _design_of(x, layer.weight, layer.lora_A, design) == "fused":
             outputs.append(linear(x, layer.weight, layer.bias, low, offset, layer.lora_B, ids))
             continue
         if y is None:
@@ -260,7 +271,7 @@ def _grad_x(layers: list[Upstream], back: Tensor, ids, design: str | None) -> Te
     """Sum over the layers of ``dy weight + back lora_A``; without a weight, the base's own gradient flows through y."""
     total = None
     for dy, weight, lora_A, _, offset in layers:
-        if weight is not None and design_of(dy, weight.mT, lora_A, design) == "fused":
+        if weight is not None and _design_of(dy, weight.mT, lora_A, design) == "fused":
             total = linear(dy, weight.mT, None, back, offset, lora_A.mT, ids, total)
             continue
         if weight is None:

@@ -1,0 +1,175 @@
+"""The multi-adapter linear layer in PyTorch where the host knows which rows share an adapter.
+
+The rows of an adapter ``e`` that is *merged* multiply one weight, made by one product::
+
+    y = x W'^T + bias        W' = W + scale[e] B[e] A[e]
+
+which takes ``N K R`` multiplications, however many rows follow. The rows of the others multiply W, all neighbours at once,
+and each run of one adapter adds its own low-rank part::
+
+    y = x W^T + bias         y += (scale[e] x A[e]^T) B[e]^T
+
+which takes ``M R (K + N)`` for M rows. `designs` chooses. Base rows meet no factor in either. Legend as in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Run(NamedTuple):
+    """Neighbouring samples ``[start, stop)`` of a batch that share an adapter, or with -1 only the base."""
+
+    adapter: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        """The samples."""
+        return slice(self.start, self.stop)
+
+
+def runs_of(adapter_ids: Sequence[int]) -> tuple[Run, ...]:
+    """Splits a batch, given each sample's adapter, into its runs; sorted batches have the fewest."""
+    runs = []
+    start = 0
+    for stop in range(1, len(adapter_ids) + 1):
+        if stop == len(adapter_ids) or adapter_ids[stop] != adapter_ids[start]:
+            runs.append(Run(adapter_ids[start], start, stop))
+            start = stop
+    return tuple(runs)
+
+
+class LinearByRuns(torch.autograd.Function):
+    """The layer, differentiable once in x, lora_A and lora_B.
+
+    Arguments are those of `reference.multi_lora_linear` with the ids as runs, then the adapters that are merged.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scale, runs: tuple[Run, ...], merged: frozenset[int]):
+        ctx.runs = runs
+        ctx.merged = merged
+        trained = lora_A.requires_grad or lora_B.requires_grad
+        ctx.save_for_backward(x if trained else None, weight, lora_A, lora_B, scale)
+        return linear_by_runs(x, weight, bias, lora_A, lora_B, scale, runs, merged)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, scale = ctx.saved_tensors
+        needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+        dx = None
+        if needs_x:
+            # dx = dy W + scale (dy B) A is the same layer with W and both factors transposed.
+            dx = linear_by_runs(dy, weight.T, None, lora_B.mT, lora_A.mT, scale, ctx.runs, ctx.merged)
+        dA = torch.zeros_like(lora_A) if needs_A else None
+        dB = torch.zeros_like(lora_B) if needs_B else None
+        for run in ctx.runs if x is not None else ():
+            if run.adapter < 0:
+                continue
+            adapter = run.adapter
+            grad_A, grad_B = _factor_gradients(x[run.rows], dy[run.rows], lora_A[adapter], lora_B[adapter])
+            if needs_A:
+                dA[adapter] += scale[adapter] * grad_A
+            if needs_B:
+                dB[adapter] += scale[adapter] * grad_B
+        return dx, None, None, dA, dB, None, None, None
+
+
+def linear_by_runs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    runs: Sequence[Run],
+    merged: frozenset[int],
+) -> Tensor:
+    """`LinearByRuns` without its gradient."""
+    if merged:
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
+        write_merged(x, weight, bias, lora_A, lora_B, scale, runs, merged, y)
+        for span in spans_without(runs, merged):
+            rows = slice(span[0].start, span[-1].stop)
+            _product(x[rows], weight, bias, y[rows])
+    else:
+        # The layer itself: without adapters its bits are those of a transformer without a bank.
+        y = F.linear(x, weight, bias).contiguous()
+    for run in runs:
+        if run.adapter >= 0 and run.adapter not in merged:
+            _add_low_rank(x[run.rows], *_factors(x.dtype, lora_A, lora_B, scale, run.adapter), y[run.rows])
+    return y
+
+
+def write_merged(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    runs: Sequence[Run],
+    merged: frozenset[int],
+    y: Tensor,
+) -> None:
+    """Writes the rows of the merged adapters to ``y [B, T, N]``, which is contiguous."""
+    merged_weight = torch.empty_like(weight) if merged else None  # one buffer for all adapters of the call
+    for adapter in sorted(merged):
+        a, b = _factors(x.dtype, lora_A, lora_B, scale, adapter)
+        torch.addmm(weight, b, a, out=merged_weight)
+        for run in runs:
+            if run.adapter == adapter:
+                _product(x[run.rows], merged_weight, bias, y[run.rows])
+
+
+def spans_without(runs: Sequence[Run], merged: frozenset[int]) -> Iterator[list[Run]]:
+    """Yields the stretches of neighbouring runs whose adapters are not merged."""
+    for is_merged, span in groupby(runs, key=lambda run: run.adapter in merged):
+        if not is_merged:
+            yield list(span)
+
+
+def _factors(dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter: int) -> tuple[Tensor, Tensor]:
+    """Returns an adapter's ``A [R, K]`` and ``scale B [N, R]`` in the dtype of the layer."""
+    return lora_A[adapter].to(dtype), lora_B[adapter].to(dtype) * scale[adapter].to(dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Writes ``x weight^T + bias`` to ``y``, which is contiguous."""
+    rows, out = x.reshape(-1, x.shape[2]), y.view(-1, y.shape[2])
+    if bias is None:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        torch.addmm(bias, rows, weight.T, out=out)
+
+
+def _add_low_rank(x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> None:
+    """Adds ``(x a^T) b^T`` to ``y``, which is contiguous."""
+    low = x.reshape(-1, x.shape[2]) @ a.T
+    y.view(-1, y.shape[2]).addmm_(low, b.T)
+
+
+def _factor_gradients(x: Tensor, dy: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a run's gradients of ``A [R, K]`` and ``B [N, R]``, without the scale, in the way with fewer products.
+
+    Through the gradient of the whole weight, ``G = dy^T x``: ``dA = B^T G``, ``dB = G A^T``. Or through the ranks:
+    ``dA = (dy B)^T x``, ``dB = dy^T (x A^T)``.
+    """
+    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    (n, rank), k = b.shape, a.shape[1]
+    x, dy = x.reshape(-1, k), dy.reshape(-1, n)
+    tokens = len(x)
+    if tokens * n * k + 2 * n * k * rank < 2 * tokens * rank * (n + k):
+        whole = dy.T @ x
+        return b.T @ whole, whole @ a.T
+    return (dy @ b).T @ x, dy.T @ (x @ a.T)
