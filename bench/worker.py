@@ -16,7 +16,7 @@ from bench.cases import CASES, Case, DesignCase
 from bench.machine import describe, measure_roof
 from bench.measure import Bench, DeviceLost, measure, release
 from bench.timing import CudaStopwatch, countdown
-from csrc_triton.multi_lora.designs import design_for
+from csrc_triton.multi_lora.designs import Shape, exact_design, gpu_device
 
 GPU = torch.device("cuda", 0)
 DEVICE_LOST = 3
@@ -78,9 +78,8 @@ def chosen_designs(case: Case, machine: dict) -> list[str]:
     """The choice of `designs.json` for each layer of a case on this machine: with another one it is measured anew."""
     if isinstance(case, DesignCase):  # which forces each design
         return []
-    dtype = getattr(torch, case.dtype)
-    gpu = (tuple(machine["capability"]), machine["triton"])
-    return [design_for(case.tokens, k, n, case.rank, dtype, *gpu) for k, n in case.layers]
+    gpu = gpu_device(machine["capability"], machine["triton"])
+    return [exact_design(case.tokens, Shape(k, n, case.rank, case.dtype), gpu) for k, n in case.layers]
 
 
 def _line(record: dict) -> str:

@@ -25,8 +25,10 @@ FLOPS_PER_BYTE = {"cpu": 3.0, "H100": 265.0, "H200": 184.0}
 """Products per second over bytes per second: of a CPU with its operands in cache (measured on AVX-512 cores, fp32, one
 thread: 95 GFLOP/s, passes over activations of 1 MB at about 30 GB/s), of GPUs in bf16 from their data sheets."""
 OTHER_GPU = 200.0
-OWN_PRODUCT = 0.05
-"""What *fused* loses against the vendor's product of the base, as a share of it: a prediction, until measured."""
+OWN_PRODUCT = {True: 0.05, False: 0.15}
+"""Loss of *fused* against the vendor's product of the base, as a share of it, with and without hardware copies (TMA):
+predictions, until measured."""
+HOPPER = 90
 
 
 class Device(NamedTuple):
@@ -41,6 +43,11 @@ class Device(NamedTuple):
     name: str
     triton: str
     flops_per_byte: float
+
+    @property
+    def is_hopper(self) -> bool:
+        """Reports whether the GPU is Hopper or newer, with hardware copies of tiles."""
+        return self.name != "cpu" and int(self.name.removeprefix("sm_")) >= HOPPER
 
 
 class Shape(NamedTuple):
@@ -94,7 +101,7 @@ def _exact_designs(shape: Shape, device: Device) -> tuple[tuple[int, str], ...]:
     """Returns the least tokens of each choice, in order: the model's, then those that were measured."""
     if device.name == "cpu":
         return ((0, "split"),)
-    predicted = min(("fused", "split"), key=lambda design: overhead(design, 1, shape, device.flops_per_byte))
+    predicted = min(("fused", "split"), key=lambda design: overhead(design, 1, shape, device))
     measured = [(entry["min_tokens"], entry["design"]) for entry in _entries(shape, device) if "min_tokens" in entry]
     return ((0, predicted), *sorted(measured))
 
@@ -105,12 +112,12 @@ def rows_to_merge(shape: Shape, device: Device) -> float:
     measured = [entry["min_rows"] for entry in _entries(shape, device) if "min_rows" in entry]
     if measured:
         return min(inf if rows is None else rows for rows in measured)
-    exact = overhead(exact_design(1, shape, device), 1, shape, device.flops_per_byte)
+    exact = overhead(exact_design(1, shape, device), 1, shape, device)
     # Merging costs the same for any number of rows, the others grow with them.
-    return overhead("merged", 1, shape, device.flops_per_byte) / exact
+    return overhead("merged", 1, shape, device) / exact
 
 
-def overhead(design: str, rows: int, shape: Shape, flops_per_byte: float) -> float:
+def overhead(design: str, rows: int, shape: Shape, device: Device) -> float:
     """Predicts a design's forward time beyond the base's, in units of the base's time for one row (`2 K N` operations).
 
     Each step takes the longer of its operations and its bytes. *split* reads x, and reads and writes y; *fused* reads x
@@ -120,14 +127,15 @@ def overhead(design: str, rows: int, shape: Shape, flops_per_byte: float) -> flo
     itemsize = getattr(torch, dtype).itemsize
 
     def time(operations: float, elements: float) -> float:
-        return max(operations, elements * itemsize * flops_per_byte) / (2 * k * n)
+        return max(operations, elements * itemsize * device.flops_per_byte) / (2 * k * n)
 
     if design == "merged":
         return time(2 * n * k * rank, 2 * n * k)
     shrink = time(2 * rows * k * rank, rows * k)
     if design == "split":
         return shrink + time(2 * rows * n * rank, 2 * rows * n)
-    return shrink + time(2 * rows * n * rank, 0) + OWN_PRODUCT * rows
+    copies = device.is_hopper and k * itemsize % 16 == 0 and n * itemsize % 16 == 0
+    return shrink + time(2 * rows * n * rank, 0) + OWN_PRODUCT[copies] * rows
 
 
 def is_exact_enough(strength: float, dtype: str) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from bench import design_table, records
 from bench.cases import AddCase, DesignCase, LinearCase, LossCase, StackCase
 from bench.goals import goals, verdicts
 from bench.report import report, summary, write_report
-from csrc_triton.multi_lora.designs import design_for
+from csrc_triton.multi_lora import designs
 
 MACHINE = {
     "gpu": "Some GPU",
@@ -189,7 +188,7 @@ def designs_of(*found):
     return design_table.entries_of(found)
 
 
-def test_designs_are_the_faster_ones_and_the_op_reads_them():
+def test_designs_are_the_faster_ones_and_the_op_reads_them(monkeypatch):
     found = [
         record(linear(samples=4, tokens=1024), ours_fused=1.0, ours_split=0.9),
         record(linear(samples=4, tokens=2048), ours_fused=1.0, ours_split=1.1),
@@ -203,13 +202,20 @@ def test_designs_are_the_faster_ones_and_the_op_reads_them():
         (12288, 4096, "split"),
     ]
 
+    monkeypatch.setattr(designs, "_table", lambda: {"measured": table})
+    predicted = designs.overhead  # the model: split, whatever the shape
+    monkeypatch.setattr(designs, "overhead", lambda design, *rest: predicted("split", *rest) + (design == "fused"))
+    designs._exact_designs.cache_clear()
+
     def chosen(tokens, k=3072, rank=64, capability=(9, 0), triton="3.6.1"):
-        return design_for(tokens, k, 3072, rank, torch.bfloat16, capability, triton, table)
+        shape = designs.Shape(k, 3072, rank, "bfloat16")
+        return designs.exact_design(tokens, shape, designs.gpu_device(capability, triton))
 
     assert [chosen(tokens) for tokens in (512, 1024, 2047, 2048, 8192)] == ["split"] * 3 + ["fused"] * 2
     assert [chosen(4096, rank=40), chosen(4096, rank=16), chosen(4096, k=12288)] == ["fused", "split", "split"]
     assert chosen(4096, capability=(8, 0)) == "split"
     assert [chosen(4096, triton=version) for version in ("3.6.0+git1", "3.7.0", "3.60")] == ["fused", "split", "split"]
+    designs._exact_designs.cache_clear()
 
 
 def test_the_number_of_samples_does_not_choose():
@@ -225,18 +231,20 @@ def test_what_has_no_times_of_both_designs_is_left_out():
 def test_other_gpus_and_other_triton_releases_keep_their_entries(tmp_path, monkeypatch):
     table = tmp_path / "designs.json"
     old = [
-        {"capability": [8, 0], "triton": "3.6", "design": "fused"},
-        {"capability": [9, 0], "triton": "3.7", "design": "fused"},
-        {"capability": [9, 0], "triton": "3.6", "design": "fused"},
+        {"device": "sm_80", "triton": "3.6", "design": "fused"},
+        {"device": "sm_90", "triton": "3.7", "design": "fused"},
+        {"device": "sm_90", "triton": "3.6", "design": "fused"},
     ]
-    table.write_text(json.dumps(old))
+    precision = {"bound": 0.02, "bfloat16": 0.0017}
+    table.write_text(json.dumps({"precision": precision, "measured": old}))
     monkeypatch.setattr(design_table, "TABLE", table)
     assert design_table.main([str(tmp_path / "empty")]) == 1
-    assert json.loads(table.read_text()) == old
+    assert json.loads(table.read_text())["measured"] == old
     measured = record(linear(), ours_fused=2.0, ours_split=1.0)
     records.write(tmp_path / "results" / f"{measured['name']}.json", measured)
     assert design_table.main([str(tmp_path / "results")]) == 0
-    written = json.loads(table.read_text())
+    assert json.loads(table.read_text())["precision"] == precision
+    written = json.loads(table.read_text())["measured"]
     assert written[:2] == old[:2]
     assert written[2:] == design_table.entries_of([measured])
     assert (written[2]["triton"], written[2]["design"]) == ("3.6", "split")
