@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from clora.bank.slots import Factors, Slots
 from clora.devices import send
@@ -227,5 +228,5 @@ def repeats_of(num_samples: int, x: Tensor, module: str) -> int:
 def is_plain(layer: nn.Linear, x: Tensor) -> bool:
     """Returns True for a layer that is only its weight and bias: not quantised, without hooks, and of the input's dtype."""
     hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, torch.Tensor)
+    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, torch.Tensor, FakeTensor)  # fake: counted
     return plain and not hooked and layer.weight.dtype == x.dtype
