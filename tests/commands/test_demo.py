@@ -106,10 +106,14 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
     student = read_lora(lora, linear_shapes(adapter.pipeline.transformer))
     described = make_collection(config, adapter, "studio", {"sepia": lora}, {"sepia": None})
     collection = write_collection(student, described, tmp_path, torch.float32)
-    loaded = []
+    loaded, merged = [], []
 
     def load(*arguments):
         loaded.append(load_pipeline(*arguments))
+        own = [name for name, _ in loaded[0].transformer.named_modules()]
+        loaded[0].transformer.register_forward_pre_hook(
+            lambda module, args: merged.append([name for name, _ in module.named_modules()] == own)
+        )
         loaded[0].transformer.register_forward_pre_hook(
             lambda module, args, kwargs: loaded.append(float(kwargs["timestep"][0])), with_kwargs=True
         )
@@ -118,12 +122,16 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
     monkeypatch.setattr(demo, "load_pipeline", load)
     config = config.model_copy(update={"device": "cpu"})
     outputs, _ = demo.run_collection(config, assets.pipeline_folder(), collection)
-    pipe, *timesteps = loaded
-    assert timesteps[:8] == pytest.approx(student_schedule(8, 3.0).tolist(), abs=1e-6)
-    pipe.unload_lora_weights()
-    source = held_out_sources(1)[0]
-    plain = demo.stock_edit(pipe, config, source, config.effects[0].student_prompts[0], 0)
+    assert loaded[1:9] == pytest.approx(student_schedule(8, 3.0).tolist(), abs=1e-6)
+    assert all(merged), "without PEFT's layers"
+    pipe = load_pipeline(str(assets.pipeline_folder()), "cpu")
+    pipe.scheduler = loaded[0].scheduler
+    source, prompt = held_out_sources(1)[0], config.effects[0].student_prompts[0]
+    plain = demo.stock_edit(pipe, config, source, prompt, 0)
     assert np.abs(outputs["sepia"][0] - plain).mean() > 0.01, "the LoRA must be in the pipeline"
+    pipe.load_lora_weights(collection)
+    unmerged = demo.stock_edit(pipe, config, source, prompt, 0)
+    assert np.abs(outputs["sepia"][0] - unmerged).max() <= 1e-5
 
 
 def test_an_unknown_effect_is_refused_before_anything_is_written(tmp_path):
