@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from csrc_triton.multi_lora.kernels import (
-    expand_add_kernel,
+    expand_kernel,
     fused_kernel,
     gradients_kernel,
     linear_kernel,
@@ -58,36 +58,44 @@ def shrink(x: Tensor, factors: Sequence[Tensor], scale: Tensor, ids: Tensor, low
         r0, r1, r2 = ranks + [0] * missing
         _launch(
             shrink_kernel, num_samples * row_tiles * triton.cdiv(sum(ranks), tiles["BLOCK_R"]),
-            x, low, *group, scale, ids, tokens, row_tiles, x.stride(0), x.stride(1), *strides, group[0].stride(2),
-            C=int(channels), R0=r0, R1=r1, R2=r2, LOW_R=int(low.shape[2]), LOW_OFFSET=offset,
-            ALIGNED=len(ranks) > 1 and _aligned(*group), **tiles,
+            x, low, *group, scale, ids, tokens, channels, r0, r1, r2, low.shape[2], offset, row_tiles,
+            x.stride(0), x.stride(1), *strides, group[0].stride(2),
+            FACTORS=len(ranks), ALIGNED=len(ranks) > 1 and _aligned(*group), **tiles,
         )  # fmt: skip
         offset += sum(ranks)
 
 
-def expand_add(y: Tensor, low: Tensor, offset: int, factor: Tensor, ids: Tensor) -> None:
-    """``y[b] += low[b, :, offset:] @ factor[e].T`` in place.
+def expand(
+    low: Tensor, offset: int, factor: Tensor, ids: Tensor, bias: Tensor | None = None, base: Tensor | None = None
+) -> Tensor:
+    """``base + bias + low[b, :, offset:] @ factor[e].T``; rows without an adapter are ``base + bias``.
 
     Args:
-        y: `[B, T, N]` contiguous.
         factor: `[E, N, R]`, any strides.
+        bias: `[N]`, or None for zero.
+        base: `[B, T, N]`, or None for zero.
+
+    Returns:
+        `[B, T, N]`.
     """
-    num_samples, tokens, outputs = y.shape
-    rank = int(factor.shape[2])
-    tiles = expand_tiles(machine_of(y.device), tokens, int(outputs), rank, y.element_size())
+    (num_samples, tokens, ranks), (_, outputs, rank) = low.shape, factor.shape
+    y = do(Tensor.new_empty, low, (num_samples, tokens, outputs))
+    tiles = expand_tiles(machine_of(low.device), tokens, int(outputs), int(rank), low.element_size())
     row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
     _launch(
-        expand_add_kernel, num_samples * row_tiles * triton.cdiv(int(outputs), tiles["BLOCK_N"]),
-        y, low, factor, ids, tokens, row_tiles, *factor.stride(),
-        N=int(outputs), R=rank, LOW_R=int(low.shape[2]), LOW_OFFSET=offset, **tiles,
+        expand_kernel, num_samples * row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"]),
+        y if base is None else do(Tensor.contiguous, base), y if bias is None else bias, y, low, factor, ids,
+        tokens, outputs, rank, ranks, offset, row_tiles, *factor.stride(),
+        HAS_BIAS=bias is not None, ADD=base is not None, **tiles,
     )  # fmt: skip
+    return y
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, offset: int, factor: Tensor, ids: Tensor,
     y: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``x @ weight.T + bias`` plus the low-rank part as in `expand_add`, in one kernel.
+    """``x @ weight.T + bias`` plus the low-rank part as in `expand`, in one kernel.
 
     Args:
         x: `[B, T, C]`.
@@ -126,22 +134,22 @@ def linear(
     all_row_tiles = num_samples * row_tiles
     _launch(
         linear_kernel, all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"]),
-        *arguments, tokens, row_tiles, all_row_tiles, x.stride(0), x.stride(1), *factor.stride(),
-        C=int(channels), N=int(outputs), R=int(rank), LOW_R=int(ranks), LOW_OFFSET=offset, **modes, **tiles,
+        *arguments, tokens, channels, outputs, rank, ranks, offset, row_tiles, all_row_tiles,
+        x.stride(0), x.stride(1), *factor.stride(), **modes, **tiles,
     )  # fmt: skip
     return out
 
 
 def gradients(
     x: Tensor, low_in: Tensor, rank: int, ids: Tensor, offset: int = 0,
-    shrunk: tuple[Tensor, Tensor, Tensor] | None = None,
+    shrunk: tuple[Tensor, Tensor, Tensor, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Partial sums of ``x^T low_in[:, :, offset : offset + rank]``; in the same pass over x, optionally, its shrink.
 
     Args:
         x: `[B, T, C]`.
         low_in: `[B, T, ...]` of x's dtype.
-        shrunk: ``(factor [E, R, C], scale, low)``: also writes low as `shrink` does.
+        shrunk: ``(factor [E, R, C], scale, low, offset)``: also writes low as `shrink` does.
 
     Returns:
         `[B, chunks, C, rank]` fp32; the entries of base samples are not written.
@@ -152,15 +160,16 @@ def gradients(
     chunks = triton.cdiv(tokens, tiles["CHUNK"])
     partial = do(Tensor.new_empty, x, (num_samples, chunks, channels, rank), dtype=torch.float32)
     # Without shrunk these three are neither read nor written.
-    factor, scale, low = (low_in, ids, partial) if shrunk is None else shrunk
+    factor, scale, low, low_offset = (low_in, ids, partial, 0) if shrunk is None else shrunk
     # A program takes a block of channels for the partial sums, or a tile of rows for the shrink.
     per_rank_block = triton.cdiv(int(channels), tiles["BLOCK_C"])
     if shrunk is not None:
         per_rank_block += tiles["CHUNK"] // tiles["BLOCK_M"]
     _launch(
         gradients_kernel, num_samples * chunks * per_rank_block * triton.cdiv(rank, tiles["BLOCK_R"]),
-        x, low_in, partial, low, factor, scale, ids, tokens, chunks, x.stride(0), x.stride(1), *factor.stride(),
-        C=int(channels), R=rank, LOW_R=int(low_in.shape[2]), LOW_OFFSET=offset, SHRINK=shrunk is not None, **tiles,
+        x, low_in, partial, low, factor, scale, ids,
+        tokens, channels, rank, low_in.shape[2], offset, low.shape[2], low_offset, chunks,
+        x.stride(0), x.stride(1), *factor.stride(), SHRINK=shrunk is not None, **tiles,
     )  # fmt: skip
     return partial
 
@@ -180,8 +189,8 @@ def reduce(partial: Tensor, offset: int, out: Tensor, ids: Tensor, transposed: b
     tiles = reduce_tiles(rank)
     _launch(
         reduce_kernel, out.shape[0] * triton.cdiv(int(channels), tiles["BLOCK_C"]),
-        partial, out, ids, num_samples, chunks, per_adapter, per_channel, per_rank,
-        C=int(channels), R=rank, PARTIAL_R=int(ranks), PARTIAL_OFFSET=offset, **tiles,
+        partial, out, ids, num_samples, chunks, channels, rank, ranks, offset,
+        per_adapter, per_channel, per_rank, **tiles,
     )  # fmt: skip
     return out
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from csrc_triton.multi_lora.checks import unsupported, unsupported_add
 from csrc_triton.multi_lora.designs import Shape, device_of, exact_design
-from csrc_triton.multi_lora.launch import expand_add, gradients, linear, reduce, shrink
+from csrc_triton.multi_lora.launch import expand, gradients, linear, reduce, shrink
 from csrc_triton.registration import is_traced, kernel_op
 from csrc_triton.replay import do, replayed
 
@@ -62,12 +62,12 @@ def multi_lora_linear_triton(
     """`reference.multi_lora_linear` on Triton kernels; arguments and results are the same, except:
 
     Rows with id -1 equal the base layer of the same design to the bit. A sample's result is the same to the bit by
-    itself and in any batch: all of it in design "fused", its low-rank part in "split", whose base is `F.linear`. Only x, lora_A
+    itself and in any batch: all of it in design "fused", its low-rank part in "split", whose base is cuBLAS's. Only x, lora_A
     and lora_B are differentiable, once.
 
     Args:
-        design: "fused" (base and low-rank part in one kernel), "split" (base by `F.linear`) or None, which lets
-            `designs.exact_design` choose.
+        design: "fused" (base and low-rank part in one kernel), "split" (bias and low-rank part, then cuBLAS adds the base)
+            or None, which lets `designs.exact_design` choose.
         checked: `unsupported` returned None for this call.
 
     Raises:
@@ -189,15 +189,13 @@ def _forward(x, y, scale, ids, *parts: Tensor | None, design: str | None) -> lis
     low = do(Tensor.new_empty, x, *x.shape[:2], ranks)
     shrink(x, lora_A, scale, ids, low)
     for layer, offset in zip(layers, offsets, strict=True):
-        if y is None and _design_of(x, layer.weight, layer.lora_A, design) == "fused":
+        if y is not None:
+            outputs.append(expand(low, offset, layer.lora_B, ids, base=y))
+        elif _design_of(x, layer.weight, layer.lora_A, design) == "fused":
             outputs.append(linear(x, layer.weight, layer.bias, low, offset, layer.lora_B, ids))
-            continue
-        if y is None:
-            base = do(Tensor.contiguous, do(F.linear, x, layer.weight, layer.bias))
         else:
-            base = do(Tensor.clone, y, memory_format=torch.contiguous_format)  # the base may keep y for its gradient
-        expand_add(base, low, offset, layer.lora_B, ids)
-        outputs.append(base)
+            outputs.append(expand(low, offset, layer.lora_B, ids, bias=layer.bias))
+            do(_add_product, outputs[-1], x, layer.weight, True)
     return [*outputs, low]
 
 
@@ -233,7 +231,7 @@ def _(x, y, weights, biases, has_bias, lora_A, lora_B, scale, ids, design) -> li
 
 
 def _backward(
-    scale, ids, x, low, *parts: Tensor | None, offsets: Sequence[int], ranks: int, needs_x: bool, design: str | None
+    scale, ids, x, low, *parts: Tensor | None, offsets: Sequence[int], needs_x: bool, design: str | None
 ) -> list[Tensor]:
     """Gradients of x, of each lora_A and of each lora_B, in this order and only those that are needed.
 
@@ -241,51 +239,55 @@ def _backward(
         x, low: the input and the ranks' rows; None where no lora_A or no lora_B, respectively, needs a gradient.
         parts: the tensors of each `Upstream`.
         offsets: theirs.
-        ranks: width of low.
     """
     layers = [Upstream(*parts[4 * i : 4 * i + 4], offset) for i, offset in enumerate(offsets)]
     upstream = layers[0].grad
     grad_x, grad_A, grad_B = [], [], []
     rounded = [_in_dtype(layer, upstream.dtype) for layer in layers]
+    *starts, ranks = _offsets([layer.lora_A for layer in layers])  # among those whose output was used
     # back = scale dy lora_B, of which the gradients of x and of every lora_A are made.
     back = do(Tensor.new_empty, upstream, (*upstream.shape[:2], ranks)) if needs_x or x is not None else None
     # One pass over each dy, for back and the gradient of lora_B, which has the dtype of lora_B itself.
-    for (dy, _, _, factor, offset), layer in zip(rounded, layers, strict=True):
+    for (dy, _, _, factor, offset), layer, start in zip(rounded, layers, starts, strict=True):
         if low is None:
-            shrink(dy, [factor.mT], scale, ids, back, offset)
+            shrink(dy, [factor.mT], scale, ids, back, start)
         else:
-            shrunk = None if back is None else (factor.mT, scale, back)
+            shrunk = None if back is None else (factor.mT, scale, back, start)
             partial = gradients(dy, low, factor.shape[2], ids, offset, shrunk)
             grad_B.append(reduce(partial, 0, do(Tensor.new_empty, layer.lora_B, factor.shape), ids))
     if needs_x:
-        grad_x = [_grad_x(rounded, back, ids, design)]
+        grad_x = [_grad_x(rounded, starts, back, ids, design)]
     if x is not None:  # one pass over x for all layers
         partial = gradients(x, back, ranks, ids)
-        for _, _, lora_A, _, offset in layers:
-            out = do(Tensor.new_empty, lora_A, lora_A.shape)
-            grad_A.append(reduce(partial, offset, out, ids, transposed=True))
+        for layer, start in zip(layers, starts, strict=True):
+            out = do(Tensor.new_empty, layer.lora_A, layer.lora_A.shape)
+            grad_A.append(reduce(partial, start, out, ids, transposed=True))
     return [*grad_x, *grad_A, *grad_B]
 
 
-def _grad_x(layers: list[Upstream], back: Tensor, ids, design: str | None) -> Tensor:
+def _grad_x(layers: list[Upstream], starts: list[int], back: Tensor, ids, design: str | None) -> Tensor:
     """Sum over the layers of ``dy weight + back lora_A``; without a weight, the base's own gradient flows through y."""
     total = None
-    for dy, weight, lora_A, _, offset in layers:
-        if weight is not None and _design_of(dy, weight.mT, lora_A, design) == "fused":
-            total = linear(dy, weight.mT, None, back, offset, lora_A.mT, ids, total)
-            continue
-        if weight is None:
-            total = do(Tensor.new_zeros, dy, (*dy.shape[:2], lora_A.shape[2]))
-        elif total is None:
-            total = do(Tensor.contiguous, do(torch.matmul, dy, weight))
-        else:
-            do(_add_product, total, dy, weight)
-        expand_add(total, back, offset, lora_A.mT, ids)
+    if all(weight is not None and _design_of(dy, weight.mT, a, design) == "fused" for dy, weight, a, *_ in layers):
+        for (dy, weight, lora_A, *_), start in zip(layers, starts, strict=True):
+            total = linear(dy, weight.mT, None, back, start, lora_A.mT, ids, total)
+        return total
+    # One expansion over the ranks of all layers, then each layer's base on top.
+    lora_A = layers[0].lora_A if len(layers) == 1 else do(_side_by_side, *[layer.lora_A for layer in layers])
+    total = expand(back, 0, lora_A.mT, ids)
+    for dy, weight, *_ in layers:
+        if weight is not None:
+            do(_add_product, total, dy, weight, False)
     return total
 
 
-def _add_product(total: Tensor, dy: Tensor, weight: Tensor) -> None:
-    total.view(-1, weight.shape[1]).addmm_(dy.reshape(-1, weight.shape[0]), weight)
+def _side_by_side(*factors: Tensor) -> Tensor:
+    return torch.cat(factors, 1)
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
+    """``y += x @ weight`` in place, or of ``weight.T``, by cuBLAS, which reads y while it multiplies."""
+    y.view(-1, y.shape[2]).addmm_(x.reshape(-1, x.shape[2]), weight.mT if transposed else weight)
 
 
 @kernel_op("clora::multi_lora_linears_backward")
@@ -297,7 +299,6 @@ def backward_op(
     lora_A: list[Tensor],
     lora_B: list[Tensor],
     offsets: list[int],
-    ranks: int,
     scale: Tensor,
     ids: Tensor,
     needs_x: bool,
@@ -306,11 +307,11 @@ def backward_op(
     columns = zip(upstream, weights or [None] * len(upstream), lora_A, lora_B, strict=True)
     parts = chain.from_iterable(columns)
     with torch.cuda.device_of(scale):
-        return _backward(scale, ids, x, low, *parts, offsets=offsets, ranks=ranks, needs_x=needs_x, design=design)
+        return _backward(scale, ids, x, low, *parts, offsets=offsets, needs_x=needs_x, design=design)
 
 
 @backward_op.register_fake
-def _(upstream, x, low, weights, lora_A, lora_B, offsets, ranks, scale, ids, needs_x, design) -> list[Tensor]:
+def _(upstream, x, low, weights, lora_A, lora_B, offsets, scale, ids, needs_x, design) -> list[Tensor]:
     grad_x = [upstream[0].new_empty(*upstream[0].shape[:2], lora_A[0].shape[2])] if needs_x else []
     factors = (lora_A if x is not None else []) + (lora_B if low is not None else [])
     return [*grad_x, *(factor.new_empty(factor.shape) for factor in factors)]
@@ -363,7 +364,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
     """Gradients of x, of y, of each lora_A and of each lora_B; without one for an output that was not used."""
     x, low, scale, ids, *tensors = ctx.saved_tensors  # once: under checkpointing a second reading raises
     count = len(upstream)
-    *offsets, ranks = _offsets(tensors[1::3])
+    *offsets, _ = _offsets(tensors[1::3])
     used = [i for i in range(count) if upstream[i] is not None]
     layers = [Upstream(upstream[i], *tensors[3 * i : 3 * i + 3], offsets[i]) for i in used]
     dA = [None] * count
@@ -374,12 +375,12 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
     if is_traced(scale):
         grads, weights, lora_A, lora_B, starts = (list(column) for column in zip(*layers, strict=True))
         weights = [weight for weight in weights if weight is not None]
-        found = backward_op(grads, x, low, weights, lora_A, lora_B, starts, ranks, scale, ids, ctx.needs_x, ctx.design)
+        found = backward_op(grads, x, low, weights, lora_A, lora_B, starts, scale, ids, ctx.needs_x, ctx.design)
     else:
         parts = chain.from_iterable(layer[:4] for layer in layers)
         starts = tuple(layer.offset for layer in layers)
         tensors = (scale, ids, x, low, *parts)
-        found = replayed(_backward, tensors, offsets=starts, ranks=ranks, needs_x=ctx.needs_x, design=ctx.design)
+        found = replayed(_backward, tensors, offsets=starts, needs_x=ctx.needs_x, design=ctx.design)
     remaining = iter(found)
     dx = next(remaining) if ctx.needs_x else None
     for i in used if x is not None else ():

@@ -73,23 +73,49 @@ def rank_block(rank: int) -> int:
 
 
 def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int) -> Tiles:
-    """Tiles of `shrink_kernel`: 64 rows, the least that wgmma takes, and as many channels in flight as fit."""
+    """Tiles of `shrink_kernel`, with as many channels in flight as fit.
+
+    Every program reads all of its factor from L2: 128 rows halve these reads where they are more than those of x.
+    """
     block_r = rank_block(rank)
-    block_m = up_to(32 if x_bytes == 4 and block_r > 128 else 64, tokens)
-    per_channel = (block_m + block_r) * x_bytes
+    large = x_bytes == 2 and machine.shared_memory > HOPPER and block_r >= 64
+    return _shrink_blocks(machine, up_to(128 if large else 64, tokens), channels, block_r, x_bytes)
+
+
+def _shrink_blocks(machine: Machine, block_m: int, channels: int, block_r: int, x_bytes: int) -> Tiles:
+    if x_bytes == 4 and block_r > 128:
+        block_m = min(block_m, 32)
     # Rows that do not begin at 16 bytes are loaded element by element, through registers: fewer channels then.
     limit = 128 if x_bytes == 2 and channels % 16 == 0 else 32
-    stages, block_c = _stages(machine, per_channel, up_to(limit, channels))
-    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 4, "num_stages": stages}
+    stages, block_c = _stages(machine, (block_m + block_r) * x_bytes, up_to(limit, channels))
+    return {
+        "EVEN": channels % block_c == 0,
+        "BLOCK_M": block_m,
+        "BLOCK_C": block_c,
+        "BLOCK_R": block_r,
+        "num_warps": block_m // 16 if block_m > 64 else 4,
+        "num_stages": stages,
+    }
 
 
 def expand_tiles(machine: Machine, tokens: int, outputs: int, rank: int, x_bytes: int) -> Tiles:
-    """Tiles of `expand_add_kernel`, which is bound by reading and writing y."""
-    # 64 ranks a step spilled on sm_80 at rank 256: before Hopper the operands of a product stand in registers too.
-    largest = 64 if machine.shared_memory > HOPPER else 32
-    block_r = up_to(largest if x_bytes == 2 else 16, rank)
-    block_m, block_n = up_to(64, tokens), up_to(128 if x_bytes == 2 else 64, outputs)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 1}
+    """Tiles of `expand_kernel`, which is bound by writing y; up to 128 ranks go in one step."""
+    block_m, block_n = (up_to(128 if x_bytes == 2 else 64, size) for size in (tokens, outputs))
+    # Before Hopper the operands of a product stand in registers too.
+    most = 16 if x_bytes == 4 else 128 if rank <= 128 and machine.shared_memory > HOPPER else 64
+    return {
+        **_rank_blocks(most, rank),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": 8 if block_m * block_n > 128 * 64 else 4,
+        "num_stages": 2,
+    }
+
+
+def _rank_blocks(most: int, rank: int) -> Tiles:
+    """Ranks per step behind a product, and the number of steps."""
+    block_r = up_to(most, rank)
+    return {"BLOCK_R": block_r, "RANK_BLOCKS": -(-rank // block_r)}
 
 
 def fused_tiles(machine: Machine, tokens: int, outputs: int, channels: int, rank: int, x_bytes: int) -> Tiles:
@@ -115,10 +141,11 @@ def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, ran
     # The base product waits for memory: a third stage of both operands, where shared memory holds it.
     stages = 3 if (block_m + block_n) * block_c * x_bytes * 3 <= machine.shared_memory - RESERVED else 2
     return {
+        **_rank_blocks(LINEAR_BLOCK_R if x_bytes == 2 else 16, rank),
+        "EVEN": channels % block_c == 0 and outputs % block_n == 0,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
-        "BLOCK_R": up_to(LINEAR_BLOCK_R if x_bytes == 2 else 16, rank),
         "GROUP": 8,
         "num_warps": 8 if block_m * block_n > 128 * 64 else 4,
         "num_stages": stages,
@@ -127,14 +154,15 @@ def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, ran
 
 def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int) -> Tiles:
     """Tiles of `gradients_kernel`; a chunk's partials are 4 rank / CHUNK of the bytes of its 16-bit rows."""
-    shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes)
-    block_r = shrink["BLOCK_R"]
+    block_r = rank_block(rank)
+    shrink = _shrink_blocks(machine, up_to(64, tokens), channels, block_r, x_bytes)
     # On sm_80 sums of 128 x 128 (rank 128) spilled, and so did 64 rows a step at rank 64.
     large = x_bytes == 2 and machine.shared_memory > HOPPER
     block_c = up_to(128 if large and block_r < MAX_BLOCK_R else 64, channels)
     per_row = (block_c + block_r) * x_bytes
     stages, block_t = _stages(machine, per_row, up_to(64 if large else 32, tokens))
     return {
+        "EVEN": shrink["EVEN"],
         "CHUNK": up_to(1024, tokens),
         "BLOCK_M": shrink["BLOCK_M"],
         "BLOCK_K": shrink["BLOCK_C"],

@@ -67,11 +67,10 @@ def test_base_rows_are_the_base_layer_over_poisoned_adapters(design, poison):
         assert not torch.isfinite(found[name][~base]).any()
     for name in ("A", "B"):
         assert not without[name].any(), "base rows send no gradient"
-    if design == "split":
-        plain = arguments[0].detach().requires_grad_()
-        y = F.linear(plain, *arguments[1:3])
-        assert torch.equal(without["y"], y.detach())
-        assert torch.equal(without["x"], torch.autograd.grad(y, plain, upstream)[0])
+    if design == "split":  # its base layer is one product on top of the bias
+        x, weight, bias = arguments[:3]
+        y = bias.repeat(x.shape[0] * x.shape[1], 1).addmm_(x.flatten(0, 1), weight.mT)
+        assert torch.equal(without["y"], y.view_as(without["y"]))
 
 
 @each_design

@@ -53,7 +53,7 @@ def test_opcheck_forward(design, monkeypatch):
 def test_opcheck_backward():
     x, _, weights, _, _, lora_A, lora_B, scale, ids = operator_arguments(make(Case(5, 9, 11, 2, 3, [1, -1, 0])))
     upstream, low = torch.randn(3, 5, 11, device=DEVICE), torch.randn(3, 5, 3, device=DEVICE)
-    call = ([upstream], x, low, weights, lora_A, lora_B, [0], 3, scale, ids, True, "fused")
+    call = ([upstream], x, low, weights, lora_A, lora_B, [0], scale, ids, True, "fused")
     torch.library.opcheck(op.backward_op, call)
 
 

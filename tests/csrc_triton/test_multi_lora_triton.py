@@ -90,10 +90,10 @@ def test_gradients_that_are_asked_for_equal_all_of_them(wanted, design):
     ("wanted", "design", "kernels"),
     [
         ("x", "fused", ["shrink", "linear", "shrink", "linear"]),
-        ("x", "split", ["shrink", "expand_add", "shrink", "expand_add"]),
+        ("x", "split", ["shrink", "expand", "shrink", "expand"]),
         ("B", "fused", ["shrink", "linear", "gradients", "reduce"]),
         ("A", "fused", ["shrink", "linear", "shrink", "gradients", "reduce"]),
-        ("AB", "split", ["shrink", "expand_add", "gradients", "reduce", "gradients", "reduce"]),
+        ("AB", "split", ["shrink", "expand", "gradients", "reduce", "gradients", "reduce"]),
         ("xAB", "fused", ["shrink", "linear", "gradients", "reduce", "linear", "gradients", "reduce"]),
     ],
 )
