@@ -169,7 +169,7 @@ def test_first_elements_are_addressed_in_64_bits(code_of, combination):
     """The first move of every pointer is an i64, but of those that stay within one bias, one list of ids, one row of ranks."""
     moves = code_of(*combination)["first_moves"]
     assert moves
-    short = {("linear", "p_bias"), ("linear", "p_ids"), ("grad_x", "p_ids"), ("reduce", "p_ids")}
+    short = {("expand", "p_bias"), ("linear", "p_bias"), ("linear", "p_ids"), ("grad_x", "p_ids"), ("reduce", "p_ids")}
     short |= {("linear", "p_low"), ("grad_x", "p_low")}  # to the layer's first rank; tensor maps address the rest
     for pointer, offset in moves.items():
         assert offset == "i64" or (combination[1], pointer) in short, moves
