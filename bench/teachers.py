@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a time differs by more than `GOAL`.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.teachers", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu", help="default: bench/results/cpu")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "cpu", help="default: bench/results/cpu"
+    )
     parser.add_argument("--rounds", type=int, default=40, help="updates of each number of teachers (default: 40)")
     arguments = parser.parse_args(argv)
     record = measure(CASE, arguments.rounds)

@@ -296,7 +296,9 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> 
     """Tests whether a layer can be computed by runs: a frozen base of x's dtype, without autocast."""
     frozen = not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (weight, bias, scale))
     one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
-    return frozen and one_dtype and not torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return frozen and one_dtype and not autocast
 
 
 def _merged(x, projections: Sequence[Projection], runs, strengths, design: str | None) -> frozenset[int]:

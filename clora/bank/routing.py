@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from clora.bank.slots import Factors, Slots
 from clora.devices import send
 from clora.errors import CloraError
-from clora.ops import multi_lora_add, multi_lora_linears
+from clora.ops import Run, multi_lora_add, multi_lora_linears, runs_of
 
 SHARED_INPUTS = (
     ("to_q", "to_k", "to_v"),
@@ -47,11 +47,11 @@ class Part(NamedTuple):
 
     Attributes:
         rows: None for all.
-        stacks: whose LoRAs these rows use, at most one outside of a compiled graph; with the rows' ids.
+        stacks: whose LoRAs these rows use, at most one outside of a compiled graph; with the rows' ids and runs.
     """
 
     rows: slice | None
-    stacks: Sequence[tuple[RoutedStack, Tensor]]
+    stacks: Sequence[tuple[RoutedStack, Tensor, tuple[Run, ...] | None]]
 
 
 @dataclass(eq=False)
@@ -140,14 +140,14 @@ class RoutedPass:
         for part in parts:
             own = x if part.rows is None else x[part.rows]
             outputs = {module: y if part.rows is None else y[part.rows] for module, y in called.items()}
-            for stack, ids in part.stacks:
-                self._add(outputs, modules, own, stack, ids)
+            for stack, ids, runs in part.stacks:
+                self._add(outputs, modules, own, stack, ids, runs)
             for module in modules:
                 pieces[module].append(outputs[module] if module in outputs else self.layers[module](own))
         whole = {module: own[0] if len(own) == 1 else torch.cat(own) for module, own in pieces.items()}
         return {module: y.squeeze(1) for module, y in whole.items()} if one_token else whole
 
-    def _add(self, outputs: dict[str, Tensor], modules, x, stack: RoutedStack, ids: Tensor) -> None:
+    def _add(self, outputs: dict[str, Tensor], modules, x, stack: RoutedStack, ids, runs) -> None:
         """Adds a stack's low-rank part to the outputs of layers; those without an output yet get theirs with the base."""
         factors = {module: stack.factors[module] for module in modules if module in stack.factors}
         later = [module for module in factors if module not in outputs]
@@ -156,7 +156,7 @@ class RoutedPass:
                 outputs[module] = multi_lora_add(outputs[module], x, *factors[module], stack.scale, ids)
         if later:
             projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in later]
-            together = multi_lora_linears(x, projections, stack.scale, ids)
+            together = multi_lora_linears(x, projections, stack.scale, ids, runs=runs)
             outputs.update(zip(later, together, strict=True))
 
     def _parts(self, x: Tensor, modules: tuple[str, ...]) -> Sequence[Part]:
@@ -166,7 +166,7 @@ class RoutedPass:
             return [Part(None, [])]
         if torch.compiler.is_compiling():
             # Which rows use which stack is a value, so that a graph fits other batches. Each stack is added to all rows.
-            return [Part(None, [(stack, stack.ids.repeat(repeats)) for stack in self.stacks])]
+            return [Part(None, [(stack, stack.ids.repeat(repeats), None) for stack in self.stacks])]
         if len(x) not in self.parts:
             self.parts[len(x)] = self._split(repeats)
         return self.parts[len(x)]
@@ -176,10 +176,10 @@ class RoutedPass:
         parts = []
         start = 0
         for i, samples in groupby([*self.samples] * repeats, key=lambda sample: sample[0]):
-            stop = start + len(list(samples))
-            rows = slice(start, stop)
-            parts.append(Part(rows, [(self.stacks[i], self.stacks[i].ids.repeat(repeats)[rows])]))
-            start = stop
+            own = [row for _, row in samples]
+            rows = slice(start, start + len(own))
+            parts.append(Part(rows, [(self.stacks[i], self.stacks[i].ids.repeat(repeats)[rows], runs_of(own))]))
+            start += len(own)
         return parts if len(parts) > 1 else [Part(None, parts[0].stacks)]
 
 

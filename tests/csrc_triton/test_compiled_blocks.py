@@ -58,10 +58,10 @@ class Passes:
         return [output.detach(), *gradients]
 
 
-def assert_equal(found, expected):
+def assert_equal(found, expected, tolerance=0.0 if INTERPRETED else 1e-4):
     """To the bit where the same operators run on the CPU."""
     for result, truth in zip(found, expected, strict=True):
-        assert (result - truth).norm() <= (0 if INTERPRETED else 1e-4) * truth.norm()
+        assert (result - truth).norm() <= tolerance * truth.norm()
 
 
 @pytest.mark.parametrize(("family", "compiler"), COMPILED)
@@ -83,9 +83,10 @@ def test_a_transformer_on_eager_ops_is_one_graph_for_all_ids_and_slots(family, m
     passes, counter = Passes(family), CompileCounterWithBackend("aot_eager")
     expected = passes(*FIRST), passes(*OTHER)
     passes.transformer.compile(fullgraph=True, backend=counter)
+    # Outside of a graph the rows of a LoRA are merged or multiplied together, which rounds otherwise.
     with recomputed(passes.bank) if family == RECOMPUTED else nullcontext():
-        assert_equal(passes(*FIRST), expected[0])
-        assert_equal(passes(*OTHER), expected[1])
+        assert_equal(passes(*FIRST), expected[0], tolerance=1e-5)
+        assert_equal(passes(*OTHER), expected[1], tolerance=1e-5)
     assert counter.frame_count == 1
 
 

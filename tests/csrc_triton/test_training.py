@@ -33,6 +33,7 @@ def device_adapter():
 def train(adapter, monkeypatch, backend):
     """Reported values of two student updates, all adapters before and after them, launches of each kernel and passes."""
     monkeypatch.setenv("CLORA_BACKEND", backend)
+    monkeypatch.setenv("CLORA_DESIGN", "split")  # nothing is merged, which needs no kernel
     launched, reports = count_launches(monkeypatch), []
     hook = adapter.pipeline.transformer.register_forward_hook(lambda *_: launched.update(["pass"]))
     with make_trainer(adapter, sampler={"steps": 3}, train={"critic_ratio": 1, "batch_size": 3}) as trainer:
@@ -112,6 +113,7 @@ def test_an_update_never_waits_for_the_gpu(device_adapter, monkeypatch, pages, t
 def test_recomputed_activations_give_the_same_gradients(device_adapter, inputs, monkeypatch):
     """Blocks that keep nothing but their inputs, with q, k and v in one call."""
     monkeypatch.setenv("CLORA_BACKEND", "triton")
+    monkeypatch.setenv("CLORA_DESIGN", "split")
     launched, shrinks, found = count_launches(monkeypatch), [], []
     transformer = device_adapter.pipeline.transformer
     bank = AdapterBank(transformer, random_teachers(transformer, 2))
