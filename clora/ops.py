@@ -23,7 +23,7 @@ from clora.errors import CloraError, nearest
 from csrc_triton.coarse_to_fine import reference as coarse_to_fine
 from csrc_triton.coarse_to_fine.reference import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores
 from csrc_triton.multi_lora import reference as multi_lora
-from csrc_triton.multi_lora.by_runs import LinearByRuns, Run, runs_of, spans_without, write_merged
+from csrc_triton.multi_lora.by_runs import LinearByRuns, Run, linear_by_runs, runs_of, spans_without, write_merged
 from csrc_triton.multi_lora.designs import DESIGNS, Shape, adapters_to_merge, device_of
 
 __all__ = [
@@ -213,6 +213,7 @@ def multi_lora_linears(
     *,
     runs: tuple[Run, ...] | None = None,
     strengths: Sequence[tuple[float, ...] | None] | None = None,
+    out: Sequence[Tensor] | None = None,
     backend: str | None = None,
     design: str | None = None,
 ) -> list[Tensor]:
@@ -228,6 +229,7 @@ def multi_lora_linears(
     Args:
         projections: ``(weight, bias, lora_A, lora_B)`` of each layer; ranks and outputs may differ.
         strengths: of each layer, as in `multi_lora_linear`.
+        out: tensors to which the outputs are written, contiguous; only without gradients.
         runs, backend, design: as in `multi_lora_linear`.
 
     Returns:
@@ -239,32 +241,71 @@ def multi_lora_linears(
     design = _design(design)
     strengths = strengths or [None] * len(projections)
     if not use_triton("multi_lora_linear", x.device, backend):
-        pairs = zip(projections, strengths, strict=True)
-        return [_eager_linear(x, layer, scale, adapter_ids, runs, s, design) for layer, s in pairs]
+        return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
     from csrc_triton.multi_lora.op import multi_lora_linears as on_kernels
     from csrc_triton.multi_lora.op import unsupported
 
     gaps = [unsupported(x, *projection, scale, adapter_ids) for projection in projections]
     if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
-        return [_eager_linear(x, projections[0], scale, adapter_ids, runs, strengths[0], design)]
+        return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
     if any(gaps):  # layer by layer, those that the kernels cover on them
-        options = {"runs": runs, "backend": backend, "design": design}
-        pairs = zip(projections, strengths, strict=True)
-        return [multi_lora_linear(x, *layer, scale, adapter_ids, strengths=s, **options) for layer, s in pairs]
+        outputs = []
+        for i, projection in enumerate(projections):
+            options = {
+                "strengths": strengths[i : i + 1],
+                "out": out and out[i : i + 1],
+                "backend": backend,
+                "design": design,
+            }
+            outputs += multi_lora_linears(x, [projection], scale, adapter_ids, runs=runs, **options)
+        return outputs
     merged = _merged(x, projections, runs, strengths, design)
+    if merged and all(run.adapter in merged or run.adapter < 0 for run in runs):
+        return _by_runs(x, projections, scale, runs, [merged] * len(projections), out)
     if not merged:
-        return on_kernels(x, projections, scale, adapter_ids, design, checked=True)
-    if all(run.adapter in merged or run.adapter < 0 for run in runs):
-        return [LinearByRuns.apply(x, *layer, scale, runs, merged) for layer in projections]
-    outputs = [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections]
+        return _written(on_kernels(x, projections, scale, adapter_ids, design, checked=True), out)
+    outputs = out or [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections]
     for layer, y in zip(projections, outputs, strict=True):
         write_merged(x, *layer, scale, runs, merged, y)
     for span in spans_without(runs, merged):
         rows = slice(span[0].start, span[-1].stop)
-        exact = on_kernels(x[rows], projections, scale, adapter_ids[rows], checked=True)
-        for y, part in zip(outputs, exact, strict=True):
-            y[rows] = part
-    return outputs
+        _written(on_kernels(x[rows], projections, scale, adapter_ids[rows], checked=True), [y[rows] for y in outputs])
+    return list(outputs)
+
+
+def _written(results: list[Tensor], out: Sequence[Tensor] | None) -> list[Tensor]:
+    """Writes results to the tensors that the caller gave, if any."""
+    if out is None:
+        return results
+    for y, result in zip(out, results, strict=True):
+        y.copy_(result)
+    return list(out)
+
+
+def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design: str | None) -> list[Tensor]:
+    """Layers on PyTorch: by runs where they can be known, else as they are defined."""
+    for projection in projections:
+        multi_lora.check_shapes(x, *projection, scale, adapter_ids)
+    if design == "fused":
+        raise CloraError("the design fused is one of the Triton kernels, which do not compute this call; use split")
+    # torch.compile would make a graph for every batch.
+    if not torch.compiler.is_compiling() and all(_is_plain(x, *layer[:2], scale) for layer in projections):
+        if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
+            runs = runs_of(adapter_ids.tolist())
+        if runs is not None:
+            pairs = zip(projections, strengths, strict=True)
+            merged = [_merged(x, [layer], runs, [strength], design) for layer, strength in pairs]
+            return _by_runs(x, projections, scale, runs, merged, out)
+    return _written([multi_lora.multi_lora_linear(x, *layer, scale, adapter_ids) for layer in projections], out)
+
+
+def _by_runs(x, projections, scale, runs, merged: Sequence[frozenset[int]], out) -> list[Tensor]:
+    """Layers by runs, with the adapters that are merged in each."""
+    if out is None:
+        return [LinearByRuns.apply(x, *layer, scale, runs, own) for layer, own in zip(projections, merged, strict=True)]
+    for layer, own, y in zip(projections, merged, out, strict=True):
+        linear_by_runs(x, *layer, scale, runs, own, y)
+    return list(out)
 
 
 def _design(design: str | None) -> str | None:
@@ -274,22 +315,6 @@ def _design(design: str | None) -> str | None:
         source = f"{DESIGN}={choice}" if design is None else f"design={choice!r}"
         raise CloraError(f"{source}: expected one of {', '.join(DESIGNS)}{nearest(str(choice).lower(), DESIGNS)}")
     return choice
-
-
-def _eager_linear(x, projection: Projection, scale, adapter_ids, runs, strengths, design: str | None) -> Tensor:
-    """One layer on PyTorch: by runs where they can be known, else as it is defined."""
-    weight, bias, lora_A, lora_B = projection
-    multi_lora.check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
-    if design == "fused":
-        raise CloraError("the design fused is one of the Triton kernels, which do not compute this call; use split")
-    if torch.compiler.is_compiling():  # by runs, every batch would be a graph of its own
-        return multi_lora.multi_lora_linear(x, *projection, scale, adapter_ids)
-    if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
-        runs = runs_of(adapter_ids.tolist())
-    if runs is not None and _is_plain(x, weight, bias, scale):
-        merged = _merged(x, [projection], runs, [strengths], design)
-        return LinearByRuns.apply(x, *projection, scale, runs, merged)
-    return multi_lora.multi_lora_linear(x, *projection, scale, adapter_ids)
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:

@@ -94,7 +94,11 @@ class AttachedLoRAs:
             key = (stack, strengths[lora])
             strengths[lora] += 1
             own = self._slots.stacks[stack]
-            stacks.setdefault(key, replace(own, scale=own.scale.clone())).scale[row] = strength
+            if key not in stacks:
+                stacks[key] = replace(own, scale=own.scale.clone())
+            stacks[key].scale[row] = strength
+            if abs(strength) < 1:  # weaker than it was measured: nothing is merged in 16 bits
+                stacks[key] = replace(stacks[key], strengths={})
             places[slot] = (list(stacks).index(key), row)
         slots = Slots(tuple(self.names[lora] for lora, _ in pairs), tuple(stacks.values()), places)
         return slots, [-1 if pair is None else pairs.index(pair) for pair in wanted]

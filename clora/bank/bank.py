@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clora.bank.pages import Pages, host_factors
-from clora.bank.routing import RoutedPass, shared_inputs
+from clora.bank.routing import RoutedPass, is_plain, shared_inputs
 from clora.bank.slots import (
     Factors,
     Slots,
@@ -32,6 +32,7 @@ from clora.bank.slots import (
     slot_dtype,
     squared_norm,
     stacked,
+    strengths_of,
 )
 from clora.errors import CloraError, nearest
 from clora.lora.layers import linear_shapes
@@ -141,6 +142,8 @@ class AdapterBank:
         self._all = Slots(self.names, tuple(stacks), places)
         for name in self.names[: self._resident]:
             fill(self._all.slot(name), factors_of(states[name]))
+        if self.dtype.itemsize == 2:
+            self._all = self._with_strengths(fixed)
         self._device = pool.scale.device
         on_host = [
             host_factors(factors_of(states[self.names[i]]), self.dtype, self._device.type == "cuda") for i in paged
@@ -151,6 +154,16 @@ class AdapterBank:
 
         for module, layer in self._layers.items():
             transformer.set_submodule(module, RoutedLinear(layer, module, self))
+
+    def _with_strengths(self, fixed: int) -> Slots:
+        """Returns the slots with the strengths of the LoRAs that stay as they are: not fixed, not paged."""
+        constant = {stack for lora, (stack, _) in self._all.places.items() if lora >= fixed}
+        layers = {module: layer for module, layer in self._layers.items() if is_plain(layer, self.dtype)}
+        stacks = [
+            replace(stack, strengths=strengths_of(layers, stack)) if i in constant else stack
+            for i, stack in enumerate(self._all.stacks)
+        ]
+        return replace(self._all, stacks=tuple(stacks))
 
     def __enter__(self) -> AdapterBank:
         return self

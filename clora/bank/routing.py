@@ -30,13 +30,14 @@ class RoutedStack:
     """A stack in a pass.
 
     Attributes:
-        factors: as in `clora.bank.slots.Stack`.
+        factors, strengths: as in `clora.bank.slots.Stack`.
         given: ``[E]`` the stack's own scale.
         scale: ``[E]`` that the changes of its LoRAs are multiplied by.
         ids: ``[B]`` row of each sample's LoRA, on the device; -1 where it is of another stack or only the base.
     """
 
     factors: Mapping[str, Factors]
+    strengths: Mapping[str, tuple[float, ...]]
     given: Tensor
     scale: Tensor
     ids: Tensor
@@ -96,7 +97,7 @@ class RoutedPass:
         stacks = []
         for own, i in zip(on_device, used, strict=True):
             stack = slots.stacks[i]
-            stacks.append(RoutedStack(stack.factors, stack.scale, stack.scale, own))
+            stacks.append(RoutedStack(stack.factors, stack.strengths, stack.scale, stack.scale, own))
         samples = []
         neighbour = 0
         for stack, row in places:
@@ -108,6 +109,8 @@ class RoutedPass:
         """Multiplies the scales that the slots came with; a strength of before no longer counts."""
         for stack in self.stacks:
             stack.scale = stack.given * strength if strength != 1.0 else stack.given
+            if abs(strength) < 1:
+                stack.strengths = {}  # weaker than they were measured: nothing is merged in 16 bits
 
     def output(self, module: str, x: Tensor) -> Tensor:
         """Returns a layer's output ``[B, T, N]`` of ``x [B, T, K]``, or ``[B, N]`` of ``[B, K]``."""
@@ -130,24 +133,36 @@ class RoutedPass:
         """Returns the outputs of layers that all read x: ``W x + bias + B_e (A_e x)`` with each sample's slot e."""
         parts = self._parts(x, modules)
         # Quantised or hooked layers are called as they are, and the low-rank part is added to what they return.
-        called = {module: self.layers[module](x) for module in modules if not is_plain(self.layers[module], x)}
+        called = {module: self.layers[module](x) for module in modules if not is_plain(self.layers[module], x.dtype)}
         # The ops take tokens, [B, T, K]. One vector for each sample, as of the time step, is one token.
         one_token = x.ndim == 2
         if one_token:
             x = x.unsqueeze(1)
             called = {module: y.unsqueeze(1) for module, y in called.items()}
-        pieces: dict[str, list[Tensor]] = {module: [] for module in modules}
+        # Parts of a pass without gradient are written to one output; else they are joined.
+        whole: dict[str, Tensor] = {}
+        if len(parts) > 1 and not torch.is_grad_enabled():
+            for module in modules:
+                if module not in called:
+                    whole[module] = x.new_empty(*x.shape[:2], self.layers[module].out_features)
+        pieces: dict[str, list[Tensor]] = {module: [] for module in modules if module not in whole}
         for part in parts:
             own = x if part.rows is None else x[part.rows]
             outputs = {module: y if part.rows is None else y[part.rows] for module, y in called.items()}
+            places = {module: y[part.rows] for module, y in whole.items()}
             for stack, ids, runs in part.stacks:
-                self._add(outputs, modules, own, stack, ids, runs)
+                self._add(outputs, modules, own, stack, ids, runs, places)
             for module in modules:
-                pieces[module].append(outputs[module] if module in outputs else self.layers[module](own))
-        whole = {module: own[0] if len(own) == 1 else torch.cat(own) for module, own in pieces.items()}
+                if module not in outputs:
+                    outputs[module] = self.layers[module](own)
+                    if module in places:
+                        places[module].copy_(outputs[module])
+                if module in pieces:
+                    pieces[module].append(outputs[module])
+        whole |= {module: own[0] if len(own) == 1 else torch.cat(own) for module, own in pieces.items()}
         return {module: y.squeeze(1) for module, y in whole.items()} if one_token else whole
 
-    def _add(self, outputs: dict[str, Tensor], modules, x, stack: RoutedStack, ids, runs) -> None:
+    def _add(self, outputs: dict[str, Tensor], modules, x, stack: RoutedStack, ids, runs, places) -> None:
         """Adds a stack's low-rank part to the outputs of layers; those without an output yet get theirs with the base."""
         factors = {module: stack.factors[module] for module in modules if module in stack.factors}
         later = [module for module in factors if module not in outputs]
@@ -156,7 +171,9 @@ class RoutedPass:
                 outputs[module] = multi_lora_add(outputs[module], x, *factors[module], stack.scale, ids)
         if later:
             projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in later]
-            together = multi_lora_linears(x, projections, stack.scale, ids, runs=runs)
+            options = {"runs": runs, "strengths": [stack.strengths.get(module) for module in later]}
+            out = [places[module] for module in later] if places else None
+            together = multi_lora_linears(x, projections, stack.scale, ids, out=out, **options)
             outputs.update(zip(later, together, strict=True))
 
     def _parts(self, x: Tensor, modules: tuple[str, ...]) -> Sequence[Part]:
@@ -225,8 +242,8 @@ def repeats_of(num_samples: int, x: Tensor, module: str) -> int:
     )
 
 
-def is_plain(layer: nn.Linear, x: Tensor) -> bool:
-    """Returns True for a layer that is only its weight and bias: not quantised, without hooks, and of the input's dtype."""
+def is_plain(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    """Returns True for a layer that is only its weight and bias: not quantised, without hooks, of its input's dtype."""
     hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
     plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, torch.Tensor, FakeTensor)  # fake: counted
-    return plain and not hooked and layer.weight.dtype == x.dtype
+    return plain and not hooked and layer.weight.dtype == dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -27,10 +27,13 @@ class Stack:
     Attributes:
         factors: per module ``(lora_A [E, R, K], lora_B [E, N, R])``; a module without an entry has only the base.
         scale: ones ``[E]``; the states' own scales are in their factors.
+        strengths: per module the size of each LoRA's change against the weight's (`strengths_of`). Without an entry it is
+            not known, or changes, and nothing is merged in 16 bits.
     """
 
     factors: Mapping[str, Factors]
     scale: Tensor
+    strengths: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def row(self, row: int) -> dict[str, Factors]:
         """Returns the factors of one LoRA, ``(A [R, K], B [N, R])``, as views."""
@@ -43,7 +46,10 @@ class Stack:
 
     def rows(self, rows: slice | list[int]) -> Stack:
         """Returns some of the LoRAs: views for a slice, copies for a list."""
-        return Stack({module: (a[rows], b[rows]) for module, (a, b) in self.factors.items()}, self.scale[rows])
+        factors = {module: (a[rows], b[rows]) for module, (a, b) in self.factors.items()}
+        numbers = range(len(self.scale))[rows] if isinstance(rows, slice) else rows
+        strengths = {module: tuple(own[i] for i in numbers) for module, own in self.strengths.items()}
+        return Stack(factors, self.scale[rows], strengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +137,17 @@ def _device(layer: nn.Linear) -> torch.device:
     """Returns the device that a layer computes on; accelerate's hooks have it for weights that are elsewhere between calls."""
     hook = getattr(layer, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or layer.weight.device)
+
+
+def strengths_of(layers: Mapping[str, nn.Linear], stack: Stack) -> dict[str, tuple[float, ...]]:
+    """Returns ``|B A| / |W|``, Frobenius norms, of each LoRA of a stack in each of some layers, whose weights are at hand."""
+    found = {}
+    for module in stack.factors.keys() & layers.keys():
+        a, b = (factor.float() for factor in stack.factors[module])
+        # |B A|^2 is the trace of (B^T B)(A A^T), of R x R matrices.
+        squares = (b.mT @ b * (a @ a.mT)).sum((1, 2)).clamp(min=0)
+        found[module] = tuple((squares.sqrt() / layers[module].weight.float().norm()).tolist())
+    return found
 
 
 def factors_of(state: LoRAState) -> dict[str, Factors]:

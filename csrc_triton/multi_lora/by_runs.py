@@ -94,10 +94,11 @@ def linear_by_runs(
     scale: Tensor,
     runs: Sequence[Run],
     merged: frozenset[int],
+    y: Tensor | None = None,
 ) -> Tensor:
-    """`LinearByRuns` without its gradient."""
-    if merged:
-        y = x.new_empty(*x.shape[:2], weight.shape[0])
+    """`LinearByRuns` without its gradient; written to ``y [B, T, N]``, contiguous, where it is given."""
+    if merged or y is not None:
+        y = x.new_empty(*x.shape[:2], weight.shape[0]) if y is None else y
         write_merged(x, weight, bias, lora_A, lora_B, scale, runs, merged, y)
         for span in spans_without(runs, merged):
             rows = slice(span[0].start, span[-1].stop)

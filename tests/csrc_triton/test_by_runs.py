@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clora.ops import multi_lora_linear, runs_of
+from clora.ops import multi_lora_linear, multi_lora_linears, runs_of
 from csrc_triton.multi_lora.by_runs import LinearByRuns, Run
 from csrc_triton.multi_lora.reference import multi_lora_linear as reference
 
@@ -157,3 +157,13 @@ def test_a_trained_base_gets_its_gradient(what):
     leaf = arguments[{"weight": 1, "bias": 2, "scale": 5}[what]].requires_grad_()
     multi_lora_linear(*arguments, torch.tensor(ids)).sum().backward()
     assert leaf.grad.abs().sum() > 0
+
+
+def test_outputs_are_written_where_the_caller_wants_them():
+    ids, arguments = IDS["mixed"], make(IDS["mixed"], dtype=torch.float32)
+    x, *layer, scale = arguments
+    places = [torch.full((5, 7, 30), torch.nan) for _ in range(2)]
+    given = multi_lora_linears(x, [layer, layer], scale, torch.tensor(ids), out=places)
+    assert all(y is place for y, place in zip(given, places, strict=True))
+    for y in given:
+        torch.testing.assert_close(y, reference(*arguments, torch.tensor(ids)), rtol=1e-4, atol=1e-4)
