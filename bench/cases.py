@@ -82,10 +82,6 @@ class DesignCase(LinearCase):
     factors: str = "bfloat16"
 
     @property
-    def rows_per_adapter(self) -> int:
-        return self.rows // self.adapters
-
-    @property
     def name(self) -> str:
         return f"design{super().name.removeprefix('linear')}-{self.factors}-factors"
 
@@ -148,6 +144,11 @@ def adapter_of(case: LinearCase | StackCase) -> list[int]:
     if isinstance(case, DesignCase):
         return [sample * case.adapters // case.samples for sample in range(case.samples)]
     return [sample % case.adapters for sample in range(case.samples)]
+
+
+def rows_per_adapter(case: LinearCase | StackCase) -> int:
+    """The rows of the adapter that has the fewest."""
+    return case.samples // case.adapters * case.tokens
 
 
 def telling_cases() -> list[Case]:

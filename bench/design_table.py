@@ -1,7 +1,6 @@
-"""The faster exact design of every measured shape, for `csrc_triton/multi_lora/designs.py`.
+"""The fastest designs of every measured shape, for `csrc_triton/multi_lora/designs.py`.
 
-`python -m bench.design_table FOLDER` replaces the entries of that GPU and Triton release in
-`designs.json`.
+`python -m bench.design_table FOLDER` replaces the entries of that GPU and Triton release in `designs.json`.
 """
 
 from __future__ import annotations
@@ -22,32 +21,62 @@ TABLE = ROOT / "csrc_triton" / "multi_lora" / "designs.json"
 KEYS = ("device", "triton", "dtype", "in_features", "out_features", "rank")
 Shape = tuple[str, str, str, int, int, int]
 """The values of `KEYS`."""
+Logs = dict[int, list[float]]
+"""By tokens or rows, logarithms of the ratio of two designs' times."""
 
 
 def entries_of(found: Iterable[Record]) -> list[dict]:
-    """Entries as `designs` reads them, from the forward cases in which both designs were timed.
+    """Entries as `designs` reads them, from the forward cases in which the designs were timed.
 
     The number of samples must not matter to the choice: cases that differ only in it count together, by the geometric
-    mean of fused over split. An entry holds up to the next one of its shape; equal neighbours are one.
+    mean of the ratio of two designs' times.
     """
-    ratios: dict[Shape, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    exact: dict[Shape, Logs] = defaultdict(lambda: defaultdict(list))
+    merging: dict[Shape, Logs] = defaultdict(lambda: defaultdict(list))
     for record in found:
-        fused = median(record, "ours_fused")
-        split = median(record, "ours_split")
         case = record["case"]
-        if record["family"] == "LinearCase" and case["mode"] == "forward" and fused and split:
-            gpu = gpu_device(record["machine"]["capability"], record["machine"]["triton"])
-            ratios[(gpu.name, gpu.triton, *(case[key] for key in KEYS[2:]))][case["tokens"]].append(log(fused / split))
-    # By increasing tokens, an entry wherever the faster design changes. A sum of logs <= 0 is a geometric mean <= 1.
-    entries: list[dict] = []
-    for shape in sorted(ratios):
-        last = None
-        for tokens, logs in sorted(ratios[shape].items()):
-            design = "fused" if sum(logs) <= 0 else "split"
-            if design != last:
-                entries.append(dict(zip(KEYS, shape, strict=True)) | {"min_tokens": tokens, "design": design})
-            last = design
+        fused, split, merged = (median(record, f"ours_{design}") for design in ("fused", "split", "merged"))
+        if not (_is_forward(record) and fused and split):
+            continue
+        gpu = gpu_device(record["machine"]["capability"], record["machine"]["triton"])
+        shape = (gpu.name, gpu.triton, *(case[key] for key in KEYS[2:]))
+        exact[shape][case["tokens"]].append(log(fused / split))
+        if merged:
+            rows = case["samples"] // case["adapters"] * case["tokens"]
+            merging[shape][rows].append(log(merged / min(fused, split)))
+    entries = []
+    for shape in sorted(exact):
+        found_here = [*_faster_exact(exact[shape]), *_rows_to_merge(merging[shape])]
+        entries += [dict(zip(KEYS, shape, strict=True)) | entry for entry in found_here]
     return entries
+
+
+def _is_forward(record: Record) -> bool:
+    """Tests whether a case is about a frozen adapter's forward pass, with factors in the layer's dtype."""
+    case = record["case"]
+    is_linear = record["family"] in ("LinearCase", "DesignCase") and case["mode"] == "forward"
+    return is_linear and case.get("factors", case["dtype"]) == case["dtype"]
+
+
+def _faster_exact(logs: Logs) -> list[dict]:
+    """The faster of fused and split by increasing tokens; an entry holds up to the next one, and equal neighbours are one."""
+    entries: list[dict] = []
+    for tokens, ratios in sorted(logs.items()):
+        # A sum of logs <= 0 is a geometric mean <= 1.
+        design = "fused" if sum(ratios) <= 0 else "split"
+        if not entries or entries[-1]["design"] != design:
+            entries.append({"min_tokens": tokens, "design": design})
+    return entries
+
+
+def _rows_to_merge(logs: Logs) -> list[dict]:
+    """The least measured rows of an adapter from which, as far as was measured, merged is the fastest; None for never."""
+    least = None
+    for rows, ratios in sorted(logs.items(), reverse=True):
+        if sum(ratios) > 0:
+            break
+        least = rows
+    return [{"min_rows": least}] if logs else []
 
 
 def merged(earlier: Sequence[dict], new: Sequence[dict]) -> list[dict]:

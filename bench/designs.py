@@ -9,7 +9,7 @@ import torch
 from bench import linear
 from bench.cases import DesignCase
 from bench.linear import LinearInputs, base, eager, expected, ours_design
-from bench.providers import BASE, Builder
+from bench.providers import BASE, OURS, Builder
 from csrc_triton.multi_lora.designs import DESIGNS
 
 __all__ = ["eager", "expected", "make_inputs", "providers"]
@@ -23,4 +23,4 @@ def make_inputs(case: DesignCase, device: torch.device) -> LinearInputs:
 
 def providers(case: DesignCase) -> dict[str, Builder]:
     """The base layer and each design, forced."""
-    return {BASE: base} | {f"ours_{design}": partial(ours_design, design=design) for design in DESIGNS}
+    return {BASE: base} | {f"{OURS}_{design}": partial(ours_design, design=design) for design in DESIGNS}

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import LinearCase, adapter_of
-from bench.providers import BASE, OURS, Builder, Call, Outputs, Unavailable, compiled, need, need_gpu, peft_model
-from clora.ops import multi_lora_linear
+from bench.providers import BASE, OURS, Builder, Call, Outputs, Unavailable, compiled, need_gpu, peft_model
+from clora.ops import multi_lora_linear, runs_of
+from csrc_triton.multi_lora.designs import DESIGNS
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """y from (x, lora_A, lora_B)."""
@@ -56,6 +57,16 @@ class LinearInputs:
     def adapter_ids(self) -> Tensor:
         """`[B]` int32 on x's device."""
         return torch.tensor(self.ids, dtype=torch.int32, device=self.x.device)
+
+    @cached_property
+    def routing(self) -> dict:
+        """What the host knows of the batch and its adapters, as options of the op; nothing of an adapter that trains."""
+        strengths = None
+        if self.upstream is None:
+            pairs = zip(self.scales, self.lora_A.detach().double(), self.lora_B.detach().double(), strict=True)
+            size = self.weight.double().norm()
+            strengths = tuple(float(abs(scale) * (b @ a).norm() / size) for scale, a, b in pairs)
+        return {"runs": runs_of(self.ids), "strengths": strengths}
 
     def base(self, x: Tensor) -> Tensor:
         """The output of the layer without adapters, in a new tensor."""
@@ -148,8 +159,7 @@ def providers(case: LinearCase) -> dict[str, Builder]:
     if case.mode == "forward":
         found |= {"grouped_mm": grouped_mm, "merged": merged_per_sample}
     found[OURS] = ours
-    found["ours_fused"] = partial(ours_design, design="fused")
-    found["ours_split"] = partial(ours_design, design="split")
+    found |= {f"{OURS}_{design}": partial(ours_design, design=design) for design in DESIGNS}
     if case.mode == "student":
         found["ours_fp32_factors"] = lambda inputs: ours(with_fp32_factors(inputs))
     return found
@@ -178,13 +188,14 @@ def base(inputs: LinearInputs) -> Call:
 
 def ours(inputs: LinearInputs) -> Call:
     """`clora.ops.multi_lora_linear`, which chooses backend and design itself."""
-    return by(inputs, multi_lora_linear)
+    return by(inputs, multi_lora_linear, **inputs.routing)
 
 
 def ours_design(inputs: LinearInputs, design: str) -> Call:
-    """The Triton op, forced to one of its two designs."""
-    need_gpu(inputs.x)
-    return by(inputs, need("csrc_triton.multi_lora.op").multi_lora_linear_triton, design=design)
+    """The op, forced to one of its designs."""
+    if design == "fused":  # a kernel; the others have PyTorch's way, too
+        need_gpu(inputs.x)
+    return by(inputs, multi_lora_linear, design=design, **inputs.routing)
 
 
 def with_fp32_factors(inputs: LinearInputs) -> LinearInputs:

@@ -23,6 +23,7 @@ NOT_SOURCES = (
     "bench/design_table.py",
     "bench/goals.py",
     "bench/gpu.py",
+    "bench/host.py",
     "bench/profiled.py",
     "bench/report.py",
     "bench/serving.py",

@@ -24,7 +24,7 @@ import clora
 from bench import machine, records
 from bench.machine import ROOT
 from bench.step.worker import Clock
-from bench.timing import countdown
+from bench.timing import UNFINISHED, countdown
 from clora.data.generation import Generator
 from clora.lora.state import LoRAState
 from clora.models.conditioning import Conditioning
@@ -230,7 +230,11 @@ def base_rate(studio: Studio, now: Callable[[], float]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures each number of LoRAs, goes on where an earlier run stopped, and prints a table."""
+    """Measures each number of LoRAs, goes on where an earlier run stopped, and prints a table.
+
+    Returns:
+        0; 4 if the time ended first.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
@@ -254,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure(record, device, arguments.rounds, left, lambda record, path=path: records.write(path, record))
         tables.append(table(record))
     print("\n\n".join(tables))
-    return 0
+    return UNFINISHED if left() <= 0 else 0
 
 
 def is_current(record: dict | None, requests: int) -> bool:

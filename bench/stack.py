@@ -5,7 +5,6 @@ Legend: B samples, T tokens, H hidden size, E adapters, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import StackCase, adapter_of
-from bench.providers import BASE, OURS, Builder, Call, Outputs, need, need_gpu, peft_model
+from bench.providers import BASE, OURS, Builder, Call, Outputs, peft_model
 from clora.bank.bank import AdapterBank
 from clora.lora.state import LoRAModule, LoRAState
 from clora.ops import multi_lora_linear
@@ -38,12 +37,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:])
         # Each [B, heads, T, head size].
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(normed))
+        layers = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in layers)
         x = x + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:])), approximate="tanh"))
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.to_q(x), self.to_k(x), self.to_v(x)
 
 
 def empty_stack(case: StackCase) -> nn.Sequential:
@@ -108,7 +105,15 @@ def expected(inputs: StackInputs) -> Outputs:
 
 def eager(inputs: StackInputs) -> Outputs:
     """The result with clora's eager definition in every layer, in the dtype of the case."""
-    return _routed(inputs, partial(multi_lora_linear, backend="eager"))()
+    model = inputs.model()
+    ids = inputs.adapter_ids()
+    scale = torch.ones(inputs.case.adapters, device=inputs.x.device)
+    for name, factors in inputs.factors.items():
+        # The layer is replaced within its block.
+        parent, _, child = name.rpartition(".")
+        block = model.get_submodule(parent)
+        setattr(block, child, RoutedLinear(getattr(block, child), factors, scale, ids))
+    return _run(model, inputs.x)
 
 
 def providers(case: StackCase) -> dict[str, Builder]:
@@ -118,7 +123,6 @@ def providers(case: StackCase) -> dict[str, Builder]:
         "peft_mixed": peft_mixed,
         "peft_switch": peft_switch,
         OURS: ours,
-        "ours_shared": ours_shared,
     }
 
 
@@ -144,13 +148,13 @@ def peft_switch(inputs: StackInputs) -> Call:
 
 
 def ours(inputs: StackInputs) -> Call:
-    """The trainer's own `AdapterBank` around the stack, which computes q, k and v in one call; fp32 factors, as trained."""
+    """The trainer's own `AdapterBank` around the stack, its LoRAs frozen teachers; it computes q, k and v in one call."""
     loras = {}
     for e in range(inputs.case.adapters):
-        modules = {name: LoRAModule(a[e].float(), b[e].float()) for name, (a, b) in inputs.factors.items()}
+        modules = {name: LoRAModule(a[e], b[e]) for name, (a, b) in inputs.factors.items()}
         loras[f"a{e}"] = LoRAState(modules)
     model = inputs.model()
-    bank = AdapterBank(model, loras, dtype=torch.float32)
+    bank = AdapterBank(model, loras)
     slots = bank.slots()
     ids = inputs.ids
 
@@ -161,48 +165,19 @@ def ours(inputs: StackInputs) -> Call:
     return call
 
 
-def ours_shared(inputs: StackInputs) -> Call:
-    """The Triton op in every layer on factors of the case's dtype; q, k and v are one call."""
-    need_gpu(inputs.x)
-    op = need("csrc_triton.multi_lora.op")
-    return _routed(inputs, op.multi_lora_linear_triton, op.multi_lora_linears)
-
-
 class RoutedLinear(nn.Module):
-    """A linear layer with the factors of the case, computed by `op` (signature of `clora.ops.multi_lora_linear`)."""
+    """A linear layer with the factors of the case, by clora's eager definition."""
 
-    def __init__(self, base: nn.Linear, factors: tuple[Tensor, Tensor], scale: Tensor, ids: Tensor, op: Callable):
+    def __init__(self, base: nn.Linear, factors: tuple[Tensor, Tensor], scale: Tensor, ids: Tensor):
         super().__init__()
         self.base = base
         self.factors = factors
         self.scale = scale
         self.ids = ids
-        self.op = op
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.base.weight, self.base.bias, *self.factors, self.scale, self.ids)
-
-
-def _routed(inputs: StackInputs, op: Callable, shared_op: Callable | None = None) -> Call:
-    """The stack with `op` in every layer; `shared_op(x, projections, scale, ids)` computes q, k and v where given."""
-    model = inputs.model()
-    ids = inputs.adapter_ids()
-    scale = torch.ones(inputs.case.adapters, device=inputs.x.device)
-    for name, factors in inputs.factors.items():
-        # The layer is replaced within its block.
-        parent, _, child = name.rpartition(".")
-        block = model.get_submodule(parent)
-        setattr(block, child, RoutedLinear(getattr(block, child), factors, scale, ids, op))
-    if shared_op is not None:
-
-        def qkv(block: Block, x: Tensor) -> list[Tensor]:
-            layers = (block.to_q, block.to_k, block.to_v)
-            projections = [(layer.base.weight, layer.base.bias, *layer.factors) for layer in layers]
-            return shared_op(x, projections, scale, ids)
-
-        for block in model:
-            block.qkv = partial(qkv, block)
-    return partial(_run, model, inputs.x)
+        layer = (self.base.weight, self.base.bias, *self.factors)
+        return multi_lora_linear(x, *layer, self.scale, self.ids, backend="eager")
 
 
 @torch.no_grad()

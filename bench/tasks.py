@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import records
 from bench.machine import ROOT
-from bench.worker import UNFINISHED
+from bench.timing import UNFINISHED
 
 NOTES = "tasks.json"
 GRACE_S = 10.0

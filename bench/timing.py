@@ -11,6 +11,8 @@ import torch
 Call = Callable[[], object]
 Stopwatch = Callable[[Call], tuple[float, float]]
 """Times one call: milliseconds on the device, and those for which the host was busy with it."""
+UNFINISHED = 4
+"""Exit code of a command whose time ended before its work; it goes on when it is called again."""
 MIN_FLUSH_BYTES = 1 << 30
 """At least this much is written before each call: 0.25 ms at 4.3 TB/s (not measured), in which the host enqueues the
 call's first launches, so that it is ahead of the GPU as it is within a training step."""

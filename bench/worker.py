@@ -12,17 +12,15 @@ from pathlib import Path
 import torch
 
 from bench import records
-from bench.cases import CASES, Case, DesignCase
+from bench.cases import CASES, Case, DesignCase, rows_per_adapter
 from bench.machine import describe, measure_roof
 from bench.measure import Bench, DeviceLost, measure, release
-from bench.timing import CudaStopwatch, countdown
-from csrc_triton.multi_lora.designs import Shape, exact_design, gpu_device
+from bench.timing import UNFINISHED, CudaStopwatch, countdown
+from csrc_triton.multi_lora.designs import Shape, exact_design, gpu_device, rows_to_merge
 
 GPU = torch.device("cuda", 0)
 DEVICE_LOST = 3
 """Exit code after a provider broke the GPU."""
-UNFINISHED = 4
-"""Exit code where the time ended before the cases."""
 FIRST_ESTIMATE_S = 30.0
 """Expected time of a case before one was measured: compilation dominates."""
 
@@ -79,7 +77,13 @@ def chosen_designs(case: Case, machine: dict) -> list[str]:
     if isinstance(case, DesignCase):  # which forces each design
         return []
     gpu = gpu_device(machine["capability"], machine["triton"])
-    return [exact_design(case.tokens, Shape(k, n, case.rank, case.dtype), gpu) for k, n in case.layers]
+    chosen = []
+    for k, n in case.layers:
+        shape = Shape(k, n, case.rank, case.dtype)
+        # A forward case's adapters are frozen, and as strong as its base (`linear.make_inputs`).
+        merged = getattr(case, "mode", "forward") == "forward" and rows_per_adapter(case) >= rows_to_merge(shape, gpu)
+        chosen.append("merged" if merged else exact_design(case.tokens, shape, gpu))
+    return chosen
 
 
 def _line(record: dict) -> str:

@@ -17,7 +17,7 @@ from bench import machine, records
 from bench.machine import ROOT
 from bench.step.worker import LOSSES, WAYS
 from bench.step.world import CPU_CASES, GPU_CASES, StepCase
-from bench.timing import countdown
+from bench.timing import UNFINISHED, countdown
 
 BASELINE = "three_copies"
 TOLERANCE = 1e-5
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, run: Run | None = None) -> int:
     """Measures every case, goes on where an earlier run stopped, and prints a table.
 
     Returns:
-        0; 1 if a way's losses are others than the baseline's, or it failed.
+        0; 1 if a way's losses are others than the baseline's, or it failed; 4 if the time ended first.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None, run: Run | None = None) -> int:
         tables.append(table(record))
         ok = ok and not any("failed" in entry for entry in record["ways"].values())
     print("\n\n".join(tables))
-    return 0 if ok else 1
+    if not ok:
+        return 1
+    return UNFINISHED if left() <= 0 else 0
 
 
 def begin(case: StepCase, device: torch.device, earlier: dict | None) -> dict:

@@ -12,6 +12,7 @@ from bench.cases import (
     cpu_cases,
     design_cases,
     gpu_cases,
+    rows_per_adapter,
     telling_cases,
 )
 
@@ -69,6 +70,6 @@ def test_designs_are_compared_on_sorted_batches_of_few_and_many_rows_per_adapter
     cases = design_cases()
     assert {(c.in_features, c.out_features) for c in cases} == {*QWEN_IMAGE}
     assert {c.rank for c in cases} == {16, 64, 128}
-    assert {c.rows_per_adapter for c in cases if c.mode == "forward"} == {1024, 4096, 8192, 32768}
+    assert {rows_per_adapter(c) for c in cases if c.mode == "forward"} == {1024, 4096, 8192, 32768}
     assert {c.factors for c in cases if c.mode == "student"} == {"float32"}
     assert all(adapter_of(c) == sorted(adapter_of(c)) and set(adapter_of(c)) == {*range(c.adapters)} for c in cases)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import tarfile
+from functools import partial
 
 import pytest
 import torch
 
 import bench.gpu
+import bench.profiled
+import bench.worker
+from bench.cases import DesignCase, LinearCase, LossCase
 from bench.gpu import ARCHIVE, BUDGET_S, slices
 from bench.machine import ROOT
 from bench.tasks import NOTES
+from bench.worker import measure_all as bench_measure_all
 from csrc_triton.multi_lora.designs import DESIGNS
 
 MACHINE = {"gpu": "Some GPU 1", "commit": "abc", "revision": "r1", "driver": "1.2"}
@@ -64,6 +70,82 @@ def test_the_next_slice_goes_on_from_the_archive_of_the_last(on_a_gpu, tmp_path)
     assert {"tests", "designs", "cases"} == set(json.loads(files_in(tmp_path / ARCHIVE)["some-gpu-1/" + NOTES]))
 
 
+@pytest.fixture
+def on_this_cpu(monkeypatch):
+    """The same, but the commands run in this process on small cases, by a clock that always reads a millisecond."""
+    small = LinearCase(
+        mode="forward", in_features=4, out_features=6, samples=2, tokens=3, adapters=2, rank=2, dtype="float32"
+    )
+    forced = DesignCase(**vars(small), factors="float32")
+    machine = {
+        **MACHINE,
+        "capability": [9, 0],
+        "triton": "3.7.1",
+        "python": "3",
+        "torch": "2",
+        "cuda": "13",
+        "peft": "0",
+    }
+
+    def execute(command, log, limit, pack):
+        program, *arguments = command[command.index("-m") + 1 :]
+        with log.open("w") as output, contextlib.redirect_stdout(output):
+            if program == "bench.worker":
+                return bench.worker.main(arguments)
+            if program == "bench.profiled":
+                return bench.profiled.main(*arguments, forced, "cpu")
+            return 0  # test_commands_take_their_options
+
+    def stopwatch(call):
+        call()
+        return 1.0, 0.1
+
+    monkeypatch.setenv("CLORA_BACKEND", "auto")  # restored afterwards: the worker sets it
+    monkeypatch.setattr(bench.gpu.wheels, "missing", list)
+    monkeypatch.setattr(bench.gpu.shutil, "which", lambda program: program)
+    monkeypatch.setattr(bench.gpu, "DESIGNS", ("merged", "split"))  # fused needs a GPU
+    monkeypatch.setattr(bench.gpu, "describe", lambda device: machine)
+    monkeypatch.setattr(bench.gpu, "execute", execute)
+    monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(bench.worker, "describe", lambda device: machine)
+    monkeypatch.setattr(bench.worker, "measure_roof", lambda *given: {"tflop_per_s": 1.0, "gb_per_s": 1.0})
+    monkeypatch.setattr(bench.worker, "CudaStopwatch", lambda device: stopwatch)
+    monkeypatch.setattr(bench.worker, "release", lambda: None)
+    monkeypatch.setattr(bench.worker, "Bench", partial(bench.worker.Bench, rounds=2, warmup=1))
+    monkeypatch.setitem(bench.worker.CASES, "designs", lambda: [forced])
+    monkeypatch.setitem(bench.worker.CASES, "telling", lambda: [small, LossCase(samples=2, latent=(2, 3))])
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda: None)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+
+
+@pytest.mark.usefixtures("on_this_cpu")
+def test_a_dry_run_of_all_slices(tmp_path, monkeypatch, capsys):
+    is_available = torch.cuda.is_available
+    for number in ("1", "2", "3", "4"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("bench.worker.measure_all", measuring_without_a_gpu(is_available, monkeypatch))
+        assert bench.gpu.main(["--slice", number, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    files = files_in(tmp_path / ARCHIVE)
+    notes = json.loads(files["some-gpu-1/" + NOTES])
+    assert {entry["outcome"] for entry in notes.values()} == {"passed"}
+    names = ["tests", "designs", "cases", "ncu-merged", "ncu-split", "step", "serving", "demo", "slow-tests"]
+    assert list(notes) == names
+    assert sum("/linear-" in name or "/loss-" in name for name in files) == 2
+    results = files["some-gpu-1/RESULTS.md"].decode()
+    assert "| case, over the base layer | fused | merged | split |" in results
+    assert "## Loss" in results
+
+
+def measuring_without_a_gpu(is_available, monkeypatch):
+    def measure_all(*arguments):
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        return bench_measure_all(*arguments)
+
+    return measure_all
+
+
 def test_a_failed_task_is_an_exit_code(on_a_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.gpu, "execute", lambda command, log, limit, pack: log.write_text("no") and 1)
     assert bench.gpu.main(["--slice", "2", "--out", str(tmp_path)]) == 1
@@ -92,9 +174,13 @@ def test_what_the_slices_run(tmp_path, monkeypatch):
         assert (ROOT / path).is_dir()
 
 
-def test_the_demos_command_exists():
-    (demo,) = [task for task in slices(ROOT, False)[4] if task.name == "demo"]
-    subprocess.run([sys.executable, "-m", *demo.command, "--help"], check=True, capture_output=True)
+@pytest.mark.parametrize(
+    "name", ["demo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("step", "serving"))]
+)
+def test_commands_take_their_options(name):
+    (task,) = [task for task in slices(ROOT, False)[4] if task.name == name]
+    command = [part.replace("{limit}", "9") for part in task.command]
+    subprocess.run([sys.executable, "-m", *command, "--help"], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_a_module_that_is_not_there_is_named(tmp_path):

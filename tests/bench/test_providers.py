@@ -29,7 +29,7 @@ CASES = {
     "loss_without_anchors": LossCase(samples=2, latent=(3, 4)),
     "stack": StackCase(blocks=2, heads=2, head_size=8, samples=3, tokens=5, adapters=2, rank=3, dtype="float32"),
 }
-ON_GPU_ALONE = {"ours_fused", "ours_split", "ours_shared", "grouped_mm"}
+ON_GPU_ALONE = {"ours_fused", "grouped_mm"}
 PARAMETERS = [
     pytest.param(case, name, id=f"{case_name}-{name}")
     for case_name, case in CASES.items()
@@ -81,7 +81,7 @@ def test_inputs_show_every_mistake_in_the_routing():
 
 @pytest.mark.parametrize(
     ("case", "provider"),
-    [(MIXED, "ours_fused"), (MIXED, "grouped_mm"), (CASES["add_mixed"], "grouped_mm"), (CASES["stack"], "ours_shared")],
+    [(MIXED, "ours_fused"), (MIXED, "grouped_mm"), (CASES["add_mixed"], "grouped_mm")],
 )
 def test_what_needs_a_gpu_says_so(case, provider):
     family = family_of(case)
@@ -114,22 +114,6 @@ def test_every_linear_layer_of_the_stack_is_adapted():
     for name, (a, b) in inputs.factors.items():
         without = replace(inputs, factors={**inputs.factors, name: (a, torch.zeros_like(b))})
         assert gate.errors(stack.eager(without), stack.expected(inputs))["y"] > 1e-3
-
-
-def test_shared_projections_reach_the_op_together(monkeypatch):
-    """The stack's q, k and v in one call, with the op of the Triton package replaced by the eager definition."""
-    from clora.ops import multi_lora_linear
-
-    shared = []
-
-    def together(x, projections, scale, ids):
-        shared.append(len(projections))
-        return [multi_lora_linear(x, *projection, scale, ids, backend="eager") for projection in projections]
-
-    inputs = stack.make_inputs(CASES["stack"], CPU)
-    outputs = stack._routed(inputs, multi_lora_linear, together)()
-    assert shared == [3, 3]
-    assert gate.errors(outputs, stack.expected(inputs))["y"] < 1e-6
 
 
 def test_paper_loss_drops_absent_kinds():

@@ -223,6 +223,38 @@ def test_the_number_of_samples_does_not_choose():
     assert [entry["design"] for entry in designs_of(few, many)] == ["fused"]
 
 
+def design(rows, adapters=1, rank=64, factors="bfloat16", **times):
+    case = linear(samples=adapters, tokens=rows, adapters=adapters, rank=rank)
+    return record(DesignCase(**vars(case), factors=factors), **{f"ours_{name}": ms for name, ms in times.items()})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "least"),
+    [
+        ({1024: 1.2, 4096: 0.9, 8192: 0.8}, 4096),
+        ({1024: 0.9, 4096: 1.1, 8192: 0.9}, 8192),
+        ({1024: 0.9, 8192: 1.1}, None),
+    ],
+)
+def test_merged_stands_from_the_rows_on_from_which_it_is_always_the_fastest(ratios, least, monkeypatch):
+    table = designs_of(*[design(rows, adapters=2, merged=ms, fused=1.0, split=1.05) for rows, ms in ratios.items()])
+    assert [entry["min_rows"] for entry in table if "min_rows" in entry] == [least]
+    monkeypatch.setattr(designs, "_table", lambda: {"measured": table})
+    designs.rows_to_merge.cache_clear()
+    gpu, shape = designs.gpu_device((9, 0), "3.6.1"), designs.Shape(3072, 3072, 64, "bfloat16")
+    assert designs.rows_to_merge(shape, gpu) == (float("inf") if least is None else least)
+    designs.rows_to_merge.cache_clear()
+
+
+def test_merged_is_compared_with_the_faster_exact_design():
+    (entry,) = [e for e in designs_of(design(4096, merged=1.0, fused=1.1, split=0.9)) if "min_rows" in e]
+    assert entry["min_rows"] is None
+
+
+def test_factors_of_another_dtype_than_the_layers_choose_nothing():
+    assert designs_of(design(4096, factors="float32", merged=1.0, fused=1.1, split=0.9)) == []
+
+
 def test_what_has_no_times_of_both_designs_is_left_out():
     assert designs_of(record(linear(), ours_fused=1.0), record(LossCase(samples=1), ours=1.0)) == []
     assert designs_of(record(linear(mode="student"), ours_fused=1.0, ours_split=2.0)) == []

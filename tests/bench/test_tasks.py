@@ -10,8 +10,8 @@ import pytest
 
 from bench import records
 from bench.tasks import GRACE_S, MAX_PROCESSES, NOTES, Task, execute, run_tasks
-from bench.timing import countdown
-from bench.worker import DEVICE_LOST, UNFINISHED
+from bench.timing import UNFINISHED, countdown
+from bench.worker import DEVICE_LOST
 
 MACHINE = {"gpu": "Some GPU", "commit": "abc", "revision": "r1"}
 
