@@ -108,12 +108,20 @@ def _direction(parameter: Tensor, state: dict[str, Tensor], momentum: float) -> 
 def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Matrices ``[..., M, N]`` with all singular values brought near 1, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
-    # On the shorter side the Gram matrix is smaller. Divided by the Frobenius norm no singular value s is above 1, and
-    # every iteration takes each to a s + b s^3 + c s^5, which brings them near 1 and keeps the singular vectors.
+    # Divided by the Frobenius norm no singular value s is above 1, and every iteration takes each to a s + b s^3 + c s^5,
+    # which brings them near 1 and keeps the singular vectors: x -> P x with P = a + b G + c G^2 of the Gram matrix
+    # G = x x'. P commutes with G, so that the next Gram matrix is P G P. All iterations are done on these, whose side is
+    # the rank, and x is multiplied once by the product of all P: two large products, not two for each iteration.
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-14)  # of the Frobenius norm
+    gram = gram / square
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    whole = identity / square.sqrt()
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        step = a * identity + b * gram + c * gram @ gram
+        whole = step @ whole
+        gram = step @ gram @ step
+    x = whole @ x
     return x if wide else x.mT

@@ -1,9 +1,11 @@
 """The float32 Muon against torch's own, and the properties of its step."""
 
+import math
+
 import pytest
 import torch
 
-from clora.training.optimizers import Muon, orthogonalized
+from clora.training.optimizers import COEFFICIENTS, Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (16, 16)])
@@ -42,3 +44,18 @@ def test_matrices_of_a_stack_do_not_influence_one_another():
     stack[1] *= 100
     torch.testing.assert_close(orthogonalized(stack), torch.stack([orthogonalized(m) for m in stack]))
     assert torch.equal(orthogonalized(stack * torch.tensor([1.0, 0.0])[:, None, None])[1], torch.zeros(8, 20))
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-6])
+def test_iterations_on_the_gram_matrix_are_those_on_the_matrix(shape, smallest):
+    """Against the iterations as they are defined, in fp64; also where most singular values are far below the first."""
+    generator = torch.Generator().manual_seed(3)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    matrix = u @ torch.logspace(0, math.log10(smallest), 8).diag() @ vh
+    a, b, c = COEFFICIENTS
+    expected = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = expected @ expected.mT
+        expected = (a * torch.eye(len(gram)) + b * gram + c * gram @ gram) @ expected
+    assert (orthogonalized(matrix) - expected).norm() < 1e-3 * expected.norm()
