@@ -131,6 +131,7 @@ class AdapterBank:
         # Each stack of LoRAs that stay on the device is memory of its own. To paged ones the pages look like a stack of
         # their layers and ranks, so that nothing is multiplied that they do not have.
         self._paged_in: dict[int, int] = {}
+        self._paged_strengths: dict[int, dict[str, float]] = {}
         for members in stacked(loras, fixed):
             ranks = module_ranks([loras[i] for i in members])
             if members[0] < self._resident:
@@ -142,28 +143,31 @@ class AdapterBank:
         self._all = Slots(self.names, tuple(stacks), places)
         for name in self.names[: self._resident]:
             fill(self._all.slot(name), factors_of(states[name]))
-        if self.dtype.itemsize == 2:
-            self._all = self._with_strengths(fixed)
         self._device = pool.scale.device
         on_host = [
             host_factors(factors_of(states[self.names[i]]), self.dtype, self._device.type == "cuda") for i in paged
         ]
         self._pages = Pages([stacks[self._paged_in[i]] for i in paged], on_host, pages or 0, self._device)
+        if self.dtype.itemsize == 2:
+            self._measure_strengths(fixed)
         own = [stack for i, stack in enumerate(stacks) if i not in self._paged_in.values()]
         self._bytes = BankBytes(sum(bytes_of(stack.factors) for stack in [*own, pool]), sum(map(bytes_of, on_host)))
 
         for module, layer in self._layers.items():
             transformer.set_submodule(module, RoutedLinear(layer, module, self))
 
-    def _with_strengths(self, fixed: int) -> Slots:
-        """Returns the slots with the strengths of the LoRAs that stay as they are: not fixed, not paged."""
+    def _measure_strengths(self, fixed: int) -> None:
+        """Gives the stacks the strengths of the LoRAs that stay as they are; those of paged ones wait for their page."""
         constant = {stack for lora, (stack, _) in self._all.places.items() if lora >= fixed}
         layers = {module: layer for module, layer in self._layers.items() if is_plain(layer, self.dtype)}
         stacks = [
             replace(stack, strengths=strengths_of(layers, stack)) if i in constant else stack
             for i, stack in enumerate(self._all.stacks)
         ]
-        return replace(self._all, stacks=tuple(stacks))
+        self._all = replace(self._all, stacks=tuple(stacks))
+        for lora, factors in enumerate(self._pages.loras, self._resident):
+            single = Stack({module: (a[None], b[None]) for module, (a, b) in factors.items()}, torch.ones(1))
+            self._paged_strengths[lora] = {module: own for module, (own,) in strengths_of(layers, single).items()}
 
     def __enter__(self) -> AdapterBank:
         return self
@@ -258,7 +262,24 @@ class AdapterBank:
         with self._pages.held(self._paged(ids)) as page_of:
             loras = {page_lora + self._resident: page for page_lora, page in page_of.items()}
             pages = {lora: (self._paged_in[lora], page) for lora, page in loras.items()}
-            yield replace(self._all, places={**self._all.places, **pages})
+            yield replace(self._all, stacks=self._stacks_with(pages), places={**self._all.places, **pages})
+
+    def _stacks_with(self, pages: Mapping[int, tuple[int, int]]) -> tuple[Stack, ...]:
+        """Returns the stacks, those of pages with the strengths of the LoRAs that are in them now.
+
+        Args:
+            pages: stack and page by LoRA.
+        """
+        if not self._paged_strengths:
+            return self._all.stacks
+        stacks = list(self._all.stacks)
+        for i in {stack for stack, _ in pages.values()}:
+            inside = {page: self._paged_strengths[lora] for lora, (stack, page) in pages.items() if stack == i}
+            strengths = {}
+            for module in stacks[i].factors:
+                strengths[module] = tuple(inside.get(page, {}).get(module, 0.0) for page in range(self._pages.count))
+            stacks[i] = replace(stacks[i], strengths=strengths)
+        return tuple(stacks)
 
     def fetch(self, ids: Tensor) -> None:
         """Begins to copy the LoRAs ``ids`` (as in `placed`) to the device, as far as there are pages to spare."""

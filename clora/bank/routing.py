@@ -171,9 +171,10 @@ class RoutedPass:
                 outputs[module] = multi_lora_add(outputs[module], x, *factors[module], stack.scale, ids)
         if later:
             projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in later]
-            options = {"runs": runs, "strengths": [stack.strengths.get(module) for module in later]}
+            # A graph must not depend on them.
+            strengths = None if runs is None else [stack.strengths.get(module) for module in later]
             out = [places[module] for module in later] if places else None
-            together = multi_lora_linears(x, projections, stack.scale, ids, out=out, **options)
+            together = multi_lora_linears(x, projections, stack.scale, ids, runs=runs, strengths=strengths, out=out)
             outputs.update(zip(later, together, strict=True))
 
     def _parts(self, x: Tensor, modules: tuple[str, ...]) -> Sequence[Part]:

@@ -143,10 +143,11 @@ def strengths_of(layers: Mapping[str, nn.Linear], stack: Stack) -> dict[str, tup
     """Returns ``|B A| / |W|``, Frobenius norms, of each LoRA of a stack in each of some layers, whose weights are at hand."""
     found = {}
     for module in stack.factors.keys() & layers.keys():
-        a, b = (factor.float() for factor in stack.factors[module])
+        weight = layers[module].weight
+        a, b = (factor.to(weight.device).float() for factor in stack.factors[module])
         # |B A|^2 is the trace of (B^T B)(A A^T), of R x R matrices.
         squares = (b.mT @ b * (a @ a.mT)).sum((1, 2)).clamp(min=0)
-        found[module] = tuple((squares.sqrt() / layers[module].weight.float().norm()).tolist())
+        found[module] = tuple((squares.sqrt() / weight.float().norm()).tolist())
     return found
 
 

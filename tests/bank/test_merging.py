@@ -72,6 +72,19 @@ def test_a_range_of_slots_has_its_own_strengths(given):
     assert given[0][1] == pytest.approx((0.5,), rel=0.02)
 
 
+def test_a_paged_lora_takes_its_strength_to_its_page(given):
+    layers = Layers(torch.bfloat16)
+    loras = {str(strength): lora(layers, strength, i) for i, strength in enumerate((1.0, 0.01, 0.1, 0.5))}
+    with AdapterBank(layers, loras, pages=2, fixed=1) as bank:
+        for ids in ([1, 2], [3, 2, 0]):
+            with bank.placed(torch.tensor(ids)) as slots, bank.route(slots, ids):
+                layers(torch.randn(len(ids), TOKENS, WIDTH, dtype=torch.bfloat16))
+            runs, strengths = given[0]
+            found = [strengths[run.adapter] for run in runs]
+            assert found == pytest.approx([float(list(loras)[i]) for i in ids if i], rel=0.02)
+            given.clear()
+
+
 @pytest.mark.parametrize(("strength", "known"), [(1.0, True), (2.0, True), (0.5, False)])
 def test_a_weakened_pass_merges_nothing(strength, known, given):
     layers = Layers(torch.bfloat16)

@@ -231,6 +231,62 @@ def test_gradients_where_only_some_of_a_group_are_trained(model, inputs):
         torch.testing.assert_close(db[:, :rank], expected[path, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_output_and_gradients_of_loras_of_other_layers_and_ranks(model, inputs):
+    """Three stacks in one batch, its rows unsorted; rows of the base stand in each of them."""
+    given = states(model, LAYERS, ("attn.to_q", "attn.to_v", "w3"))
+    given["high"] = LoRAState({m: lora.padded(20) for m, lora in lora(model, LAYERS, 7).modules.items()})
+    x, ids = torch.cat([inputs[0]] * 2), [-1, 2, -1, 0, 1, -1, 0, 2]
+    factors = {
+        name: {m: (own.lora_A.clone().requires_grad_(), own.lora_B.clone().requires_grad_()) for m, own in state.modules.items()}
+        for name, state in given.items()
+    }  # fmt: skip
+    rows = []
+    for row, e in zip(x, ids, strict=True):
+        name = list(given)[e]
+        weights = dict(model.named_parameters()) if e < 0 else merged(model, given[name], factors[name])
+        rows.append(functional_call(model, weights, (row[None],)))
+    expected = torch.cat(rows)
+    leaves = [factor for own in factors.values() for pair in own.values() for factor in pair]
+    expected_gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    bank = AdapterBank(model, given)
+    slots = bank.slots(trainable=True)
+    assert len(slots.stacks) == 3
+    found = run(bank, slots, ids, x)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    found_gradients = torch.autograd.grad(found.square().sum(), slots.parameters())
+    exact = dict(zip(map(id, leaves), expected_gradients, strict=True))
+    at = dict(zip(map(id, slots.parameters()), found_gradients, strict=True))
+    for slot, name in enumerate(given):
+        stack, row = slots.places[slot]
+        for module, pair in slots.stacks[stack].factors.items():
+            for factor, own in zip(pair, factors[name][module], strict=True):
+                gradient = at[id(factor)][row][tuple(slice(size) for size in own.shape)]
+                torch.testing.assert_close(gradient, exact[id(own)], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_of_a_stack_reaches_rows_of_another(model, inputs):
+    given = states(model, LAYERS, ("attn.to_q", "w2"))
+    x, ids = inputs
+    bank = AdapterBank(model, given)
+    expected = run(bank, bank.slots(), ids, x)
+    for factor in bank.slots(["lora_0"]).parameters():
+        factor.fill_(torch.nan)
+    found = run(bank, bank.slots(), ids, x)
+    others = ids != 0
+    assert found[~others].isnan().all()
+    assert torch.equal(found[others], expected[others])
+
+
+def test_a_batch_that_a_layer_sees_twice_is_routed_twice(model, inputs):
+    """One vector per sample, as a modulation that is also computed for timestep 0; two stacks."""
+    bank = AdapterBank(model, states(model, LAYERS, ("attn.to_q",)))
+    (x, ids), layer = inputs, model.blocks[0].attn.to_q
+    with bank.route(bank.slots(), ids):
+        once, twice = layer(x[:, 0]), layer(torch.cat([x[:, 0], x[:, 1]]))
+        second = layer(x[:, 1])
+    torch.testing.assert_close(twice, torch.cat([once, second]), **TOLERANCE)
+
+
 @pytest.mark.parametrize("twice", [False, True])
 def test_recomputed_activations_give_the_same_gradients(model, inputs, twice):
     bank = AdapterBank(model, states(model, LAYERS, ATTENTION))
@@ -240,8 +296,9 @@ def test_recomputed_activations_give_the_same_gradients(model, inputs, twice):
         assert torch.equal(found, exact)
 
 
-def test_torch_compile_has_no_graph_break(model, inputs):
-    bank = AdapterBank(model, states(model, LAYERS, LAYERS))
+@pytest.mark.parametrize("other", [LAYERS, ("attn.to_q", "w2")], ids=["one stack", "two stacks"])
+def test_torch_compile_has_no_graph_break(model, inputs, other):
+    bank = AdapterBank(model, states(model, LAYERS, other))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, ids = inputs
     for given in (ids, ids.flip(0)):

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 
 from helpers.trainers import make_trainer, slots
 
+from clora.bank import routing
 from clora.bank.bank import AdapterBank
 from clora.models.conditioning import Conditioning
 from clora.testing import random_teachers, tiny_adapter, tiny_pipeline
@@ -35,6 +36,10 @@ def train(adapter, monkeypatch, backend):
     monkeypatch.setenv("CLORA_BACKEND", backend)
     monkeypatch.setenv("CLORA_DESIGN", "split")  # nothing is merged, which needs no kernel
     launched, reports = count_launches(monkeypatch), []
+    op = routing.multi_lora_linears
+    monkeypatch.setattr(
+        routing, "multi_lora_linears", lambda *call, **options: launched.update(["call"]) or op(*call, **options)
+    )
     hook = adapter.pipeline.transformer.register_forward_hook(lambda *_: launched.update(["pass"]))
     with make_trainer(adapter, sampler={"steps": 3}, train={"critic_ratio": 1, "batch_size": 3}) as trainer:
         before = slots(trainer)
@@ -73,7 +78,7 @@ def factors(states):
 @pytest.mark.slow
 def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
     expected_reports, start, expected, none = train(device_adapter, monkeypatch, "eager")
-    assert set(none) == {"pass"}, "eager PyTorch launches no kernel"
+    assert set(none) == {"pass", "call"}, "eager PyTorch launches no kernel"
     reports, again, found, launched = train(device_adapter, monkeypatch, "triton")
     assert len(reports) == len(expected_reports) == 2
     for ours, theirs in zip(reports, expected_reports, strict=True):
@@ -89,7 +94,8 @@ def test_two_updates_are_the_same_on_both_backends(device_adapter, monkeypatch):
     assert launched["partials_kernel"] == launched["finish_kernel"] == updates
     layers = len({module for name, module, _ in start if name == "student"})
     inputs = layers - 4  # q, k and v share theirs, of the picture and of the text
-    assert launched["shrink_kernel"] == launched["pass"] * inputs
+    # Rows of LoRAs of other layers than their neighbours' are calls of their own.
+    assert launched["shrink_kernel"] == launched["call"] >= launched["pass"] * inputs
     assert launched["gradients_kernel"] == backwards * (layers + inputs)
     assert launched["reduce_kernel"] == backwards * 2 * layers
 
