@@ -84,7 +84,7 @@ def test_the_chunks_cover_a_row_once():
 @given(
     counts=st.tuples(*[st.integers(0, 3)] * 3).filter(any),
     latent=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    sizes=st.tuples(st.sampled_from([4, 16, 2048]), st.sampled_from([1, 3, 128]), st.sampled_from([2, 16])),
+    sizes=st.sampled_from([(16, 3, 2), (64, 128, 16), (2048, 1, 2)]),  # each is compiled
     guidance=st.floats(0, 8),
     seed=st.integers(0, 1000),
 )

@@ -23,6 +23,7 @@ from csrc_triton.multi_lora import launch
 from csrc_triton.multi_lora.op import multi_lora_linears
 from csrc_triton.multi_lora.reference import multi_lora_linear
 from csrc_triton.multi_lora.tiles import Machine
+from csrc_triton.registration import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -46,8 +47,12 @@ def programs(monkeypatch):
     return set_number
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # On a GPU the tails in every dtype, the others in one: shrink and gradients are compiled for each case.
+    [(n, d) for n in CASES for d in DTYPES if INTERPRETED or n == "tails" or d == DTYPES[-1]],
+    ids=str,
+)
 def test_it_is_as_accurate_as_eager(monkeypatch, name, dtype):
     seen = launches(monkeypatch)
     assert_as_accurate_as_eager(ours("fused"), make(CASES[name], dtype))
