@@ -242,8 +242,8 @@ def linear_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("B", "E", "T", "C", "N", "R", "low_r", "low_offset", "row_tiles", "all_row_tiles"),
-        *("s_xb", "s_xt", "s_fe", "s_fo"),
+        *("B", "E", "T", "C", "N", "R", "low_offset", "row_tiles", "all_row_tiles"),
+        *("s_xb", "s_xt", "s_yb", "s_lb", "s_lt", "s_fe", "s_fo"),
     ]
 )
 def fused_kernel(
@@ -251,10 +251,10 @@ def fused_kernel(
     p_weight,  # [N, C], or [C, N] where WEIGHT_CN; contiguous
     p_bias,  # [N], or anything without HAS_BIAS
     p_y,  # [B, T, N] contiguous
-    p_low,  # [B, T, low_r]
+    p_low,  # [B, T, low_offset + R or more]
     p_factor,  # [E, N, R], or [E, R, N] where FACTOR_RN; unit stride of the last
     p_ids,
-    B, E, T, C, N, R, low_r, low_offset, row_tiles, all_row_tiles, s_xb, s_xt, s_fe, s_fo,
+    B, E, T, C, N, R, low_offset, row_tiles, all_row_tiles, s_xb, s_xt, s_yb, s_lb, s_lt, s_fe, s_fo,
     WEIGHT_CN: tl.constexpr, FACTOR_RN: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -270,13 +270,13 @@ def fused_kernel(
     else:
         d_weight = tl.make_tensor_descriptor(p_weight, [N, C], [C, 1], [BLOCK_N, BLOCK_C])
     d_low = tl.make_tensor_descriptor(
-        p_low + low_offset, [B, T, R], [T.to(tl.int64) * low_r, low_r, 1], [1, BLOCK_M, BLOCK_R]
+        p_low + low_offset, [B, T, R], [s_lb, s_lt, 1], [1, BLOCK_M, BLOCK_R]
     )
     if FACTOR_RN:
         d_factor = tl.make_tensor_descriptor(p_factor, [E, R, N], [s_fe, s_fo, 1], [1, BLOCK_R, BLOCK_N])
     else:
         d_factor = tl.make_tensor_descriptor(p_factor, [E, N, R], [s_fe, s_fo, 1], [1, BLOCK_N, BLOCK_R])
-    d_y = tl.make_tensor_descriptor(p_y, [B, T, N], [T.to(tl.int64) * N, N, 1], [1, BLOCK_M, HALF])
+    d_y = tl.make_tensor_descriptor(p_y, [B, T, N], [s_yb, N, 1], [1, BLOCK_M, HALF])
     column_tiles = (N + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), all_row_tiles * column_tiles, tl.num_programs(0)):
         i_tile, i_column = _place(tile, all_row_tiles, column_tiles, GROUP)

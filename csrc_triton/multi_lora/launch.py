@@ -124,8 +124,8 @@ def linear(
         do(triton.set_allocator, _descriptor_memory)
         _launch(
             fused_kernel, min(machine.multiprocessors, all_row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"])),
-            *arguments, num_samples, adapters, tokens, channels, outputs, rank, ranks, offset, row_tiles, all_row_tiles,
-            x.stride(0), x.stride(1), factor.stride(0), factor.stride(2 if by_rank else 1),
+            *arguments, num_samples, adapters, tokens, channels, outputs, rank, offset, row_tiles, all_row_tiles,
+            *x.stride()[:2], out.stride(0), *low.stride()[:2], factor.stride(0), factor.stride(2 if by_rank else 1),
             FACTOR_RN=by_rank, **modes, **tiles,
         )  # fmt: skip
         return out
