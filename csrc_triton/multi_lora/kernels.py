@@ -269,9 +269,7 @@ def fused_kernel(
         d_weight = tl.make_tensor_descriptor(p_weight, [C, N], [N, 1], [BLOCK_C, BLOCK_N])
     else:
         d_weight = tl.make_tensor_descriptor(p_weight, [N, C], [C, 1], [BLOCK_N, BLOCK_C])
-    d_low = tl.make_tensor_descriptor(
-        p_low + low_offset, [B, T, R], [s_lb, s_lt, 1], [1, BLOCK_M, BLOCK_R]
-    )
+    d_low = tl.make_tensor_descriptor(p_low + low_offset, [B, T, R], [s_lb, s_lt, 1], [1, BLOCK_M, BLOCK_R])
     if FACTOR_RN:
         d_factor = tl.make_tensor_descriptor(p_factor, [E, R, N], [s_fe, s_fo, 1], [1, BLOCK_R, BLOCK_N])
     else:

@@ -79,12 +79,8 @@ def shrink_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_byte
     """
     block_r = rank_block(rank)
     large = x_bytes == 2 and machine.shared_memory > HOPPER and block_r >= 64
-    return _shrink_blocks(machine, up_to(128 if large else 64, tokens), channels, block_r, x_bytes)
-
-
-def _shrink_blocks(machine: Machine, block_m: int, channels: int, block_r: int, x_bytes: int) -> Tiles:
-    if x_bytes == 4 and block_r > 128:
-        block_m = min(block_m, 32)
+    most = 128 if large else 32 if x_bytes == 4 and block_r > 128 else 64
+    block_m = up_to(most, tokens)
     # Rows that do not begin at 16 bytes are loaded element by element, through registers: fewer channels then.
     limit = 128 if x_bytes == 2 and channels % 16 == 0 else 32
     stages, block_c = _stages(machine, (block_m + block_r) * x_bytes, up_to(limit, channels))
@@ -93,7 +89,7 @@ def _shrink_blocks(machine: Machine, block_m: int, channels: int, block_r: int, 
         "BLOCK_M": block_m,
         "BLOCK_C": block_c,
         "BLOCK_R": block_r,
-        "num_warps": block_m // 16 if block_m > 64 else 4,
+        "num_warps": 8 if block_m > 64 else 4,
         "num_stages": stages,
     }
 
@@ -155,7 +151,7 @@ def linear_tiles(machine: Machine, tokens: int, outputs: int, channels: int, ran
 def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_bytes: int) -> Tiles:
     """Tiles of `gradients_kernel`; a chunk's partials are 4 rank / CHUNK of the bytes of its 16-bit rows."""
     block_r = rank_block(rank)
-    shrink = _shrink_blocks(machine, up_to(64, tokens), channels, block_r, x_bytes)
+    shrink = shrink_tiles(machine, tokens, channels, rank, x_bytes)
     # On sm_80 sums of 128 x 128 (rank 128) spilled, and so did 64 rows a step at rank 64.
     large = x_bytes == 2 and machine.shared_memory > HOPPER
     block_c = up_to(128 if large and block_r < MAX_BLOCK_R else 64, channels)
@@ -170,7 +166,7 @@ def gradient_tiles(machine: Machine, tokens: int, channels: int, rank: int, x_by
         "BLOCK_C": block_c,
         "BLOCK_R": block_r,
         # fp32 sums and operands stand in registers: with four warps they spilled on sm_90 (Triton 3.6).
-        "num_warps": 8 if x_bytes == 4 else 4,
+        "num_warps": 8 if x_bytes == 4 else shrink["num_warps"],
         "num_stages": min(stages, shrink["num_stages"]),
     }
 

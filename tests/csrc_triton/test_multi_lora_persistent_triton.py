@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CASES = {
     "tails": Case(70, 48, 80, 3, 32, [2, -1, 0, 0, 1]),  # of tokens, inputs, outputs and ranks
     "several_rank_blocks": Case(5, 32, 48, 2, 208, [1, 0]),
+    "wide_rank": Case(150, 48, 80, 2, 80, [1, -1]),  # shrunk by 128 rows in 16 bits
     "several_groups": Case(1100, 16, 80, 2, 16, [1, -1]),  # more than 8 row tiles
     "several_column_tiles": Case(20, 32, 528, 2, 16, [-1, 1]),
     "one_token": Case(1, 32, 16, 2, 16, [1, -1, 0]),
