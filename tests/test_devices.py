@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -11,6 +13,12 @@ from clora.errors import CloraError
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_the_gpu_of_a_machine_is_hidden_from_tests_that_do_not_ask_for_it():
+    assert find_device("auto") == torch.device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(("device", "later"), [("cuda", True), ("meta", True), ("mps", False), ("cpu", False)])

@@ -265,6 +265,7 @@ def test_rendering_is_the_same_to_the_bit(adapter, sources):
     assert torch.equal(*results)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_copies_on_a_side_stream_wait_for_the_passes_and_the_passes_for_them():
     """Passes are enqueued far ahead of the GPU, while pages are replaced all the time."""
