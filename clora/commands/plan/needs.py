@@ -141,6 +141,12 @@ def bank_bytes(facts: Facts, config: DistillConfig) -> int:
     return critic + pages * stack_bytes(facts.shapes, module_ranks(teachers), facts.dtype)
 
 
+def merged_bytes(facts: Facts) -> int:
+    """Bytes of the weight into which a layer merges one LoRA after the other: that of the largest layer that any changes."""
+    changed = {*facts.student, *(layer for teacher in facts.teachers.values() for layer in teacher)}
+    return max(math.prod(facts.shapes[layer]) for layer in changed) * facts.dtype.itemsize
+
+
 def num_kept(train: TrainConfig) -> int:
     """LoRAs in float32: student, critic and, with ``train.ema_decay``, the student's average."""
     return 2 if train.ema_decay is None else 3
@@ -164,6 +170,7 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     train = config.train
     values = trained_values(facts, config.student.rank)
     bank = bank_bytes(facts, config)
+    merged = merged_bytes(facts)
     # A pass without gradient holds the activations of one block at a time.
     block = facts.cost.saved // facts.blocks
     rows = rows_with_gradient(config)
@@ -173,13 +180,14 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     learning = rows * saved + max(recomputed, scoring_rows(config)) * block
     return {
         "encoders": facts.encoders,
-        "rendering": facts.transformer + bank + rendering_rows(config) * block,
+        "rendering": facts.transformer + bank + rendering_rows(config) * block + merged,
         "base": facts.transformer,
         "teachers": bank,
         "student and critic": num_kept(train) * values * MASTER,
         "gradients": values * GRADIENT,
         "optimizers": values * state_bytes(train),
         "activations": max(learning, train.batch_size * block),
+        "merged weight": merged,
     }
 
 

@@ -39,6 +39,7 @@ from clora.testing import (
     tiny_pipeline,
 )
 from clora.training.resume import Checkpoints
+from csrc_triton.multi_lora import by_runs
 
 RANK = 4
 
@@ -94,6 +95,24 @@ def test_memory_is_what_a_small_run_uses(adapter, settings):
     assert planned["gradients"] == max(held)
     assert len(held) == 1 + trainer.config.train.critic_ratio
     assert planned["teachers"] == stacked
+
+
+def test_the_merged_weight_is_the_largest_that_a_pass_makes(adapter, monkeypatch):
+    transformer = adapter.pipeline.transformer
+    facts = facts_of(transformer, random_teachers(transformer, 3))
+    made = []
+    own = torch.empty_like
+
+    def empty_like(weight):
+        made.append(weight.nbytes)
+        return own(weight)
+
+    monkeypatch.setenv("CLORA_DESIGN", "merged")
+    monkeypatch.setattr(by_runs.torch, "empty_like", empty_like)
+    with make_trainer(adapter, train={"updates": 1}) as trainer:
+        planned = memory(facts, trainer.config)
+        trainer.fit(lambda update, values: None)
+    assert planned["merged weight"] == max(made)
 
 
 def test_pages_take_what_a_paged_bank_uses(adapter):

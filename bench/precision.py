@@ -1,0 +1,122 @@
+"""The error of the low-rank part in each design, for adapters from as strong as the base to a thousandth of it.
+
+`python -m bench.precision` prints the table behind the rule of `csrc_triton/multi_lora/designs.py`, in about three minutes on a
+CPU. The error of a layer's output hides it: of a weak adapter nothing may be left while the output looks right. So the change
+that the adapter makes is read off the outputs of many tokens, by least squares, and compared with ``B A``. Errors that
+differ from token to token average out in this, those that a layer makes for every token alike remain.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import machine, records
+from bench.machine import ROOT
+
+WIDTH, RANK = 256, 16
+STRENGTHS = (1.0, 0.1, 0.03, 0.01, 0.001)
+CALLS = 64
+"""Calls over which stochastic rounding is averaged."""
+TOKENS = 1 << 19
+CHUNK = 1 << 14
+Layer = Callable[[Tensor], Tensor]
+
+
+def layers(weight: Tensor, lora_A: Tensor, lora_B: Tensor, generator: torch.Generator) -> dict[str, Layer]:
+    """Returns the designs as functions of x ``[M, K]``; on a GPU *split* and *fused* are kernels, here their arithmetic."""
+    dtype = weight.dtype
+    exact = weight.float() + lora_B.float() @ lora_A.float()
+    merged = torch.addmm(weight, lora_B, lora_A)
+    once = stochastic(exact, dtype, generator)
+    # The mean over calls is the layer of the mean weight.
+    mean = torch.stack([stochastic(exact, dtype, generator).float() for _ in range(CALLS)]).mean(0)
+
+    def split(x: Tensor) -> Tensor:
+        return torch.addmm(x @ lora_A.T @ lora_B.T, x, weight.T)
+
+    def split_on_a_cpu(x: Tensor) -> Tensor:
+        return (x @ weight.T).addmm_(x @ lora_A.T, lora_B.T)
+
+    def fused(x: Tensor) -> Tensor:
+        low = x @ lora_A.T
+        return (x.float() @ weight.float().T + low.float() @ lora_B.float().T).to(dtype)
+
+    return {
+        "fused": fused,
+        "split": split,
+        "split on a CPU": split_on_a_cpu,
+        "merged": lambda x: x @ merged.T,
+        "merged, rounded stochastically": lambda x: x @ once.T,
+        f"the same, mean of {CALLS} calls": lambda x: (x.float() @ mean.T).to(dtype),
+    }
+
+
+def stochastic(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rounds fp32 up or down to a neighbour in ``dtype``, so that the mean is the value."""
+    down = value.to(dtype)
+    away = down.float() > value
+    down = torch.where(away, torch.nextafter(down, torch.full_like(down, -torch.inf)), down)
+    up = torch.nextafter(down, torch.full_like(down, torch.inf))
+    share = (value - down.float()) / (up.float() - down.float())
+    return torch.where(torch.rand(value.shape, generator=generator) < share, up, down)
+
+
+def errors(strength: float, dtype: torch.dtype, tokens: int = TOKENS, seed: int = 0) -> dict[str, float]:
+    """Returns each design's relative error of the low-rank part, ``|found - B A| / |B A|``, Frobenius norms.
+
+    Args:
+        strength: ``|B A| / |W|``.
+        dtype: of weight, factors and input.
+        tokens: rows of x, a multiple of `CHUNK` or less than it.
+        seed: of everything random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
+    lora_A = (torch.randn(RANK, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
+    lora_B = torch.randn(WIDTH, RANK, generator=generator)
+    lora_B = (lora_B * (strength * weight.float().norm() / (lora_B @ lora_A.float()).norm())).to(dtype)
+    delta = lora_B.double() @ lora_A.double()
+    designs = layers(weight, lora_A, lora_B, generator)
+    gram = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    products = {name: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for name in designs}
+    for _ in range(0, tokens, CHUNK):
+        x = torch.randn(min(CHUNK, tokens), WIDTH, generator=generator).to(dtype)
+        gram += x.double().T @ x.double()
+        for name, layer in designs.items():
+            error = layer(x).double() - x.double() @ (weight.double() + delta).T
+            products[name] += error.T @ x.double()
+    # The least-squares change of the layer beyond W + B A.
+    return {
+        name: float(torch.linalg.solve(gram, product.T).norm() / delta.norm()) for name, product in products.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures all strengths in bfloat16 and float16, prints the table and writes it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.precision", description=main.__doc__)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "cpu", help="default: bench/results/cpu"
+    )
+    arguments = parser.parse_args(argv)
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        print(f"\n{dtype}: error of the low-rank part, for a delta of this share of the base")
+        for strength in STRENGTHS:
+            row = errors(strength, dtype, arguments.tokens)
+            found.append({"dtype": str(dtype).removeprefix("torch."), "strength": strength, "errors": row})
+            if strength == STRENGTHS[0]:
+                print("share of the base | " + " | ".join(row))
+            print(f"{100 * strength:g} % | " + " | ".join(f"{error:.2g}" for error in row.values()), flush=True)
+    sizes = {"width": WIDTH, "rank": RANK, "tokens": arguments.tokens}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    records.write(arguments.out / "precision.json", machine.describe_host() | sizes | {"found": found})
+
+
+if __name__ == "__main__":
+    main()
