@@ -27,8 +27,13 @@ CHUNK = 1 << 14
 Layer = Callable[[Tensor], Tensor]
 
 
-def layers(weight: Tensor, lora_A: Tensor, lora_B: Tensor, generator: torch.Generator) -> dict[str, Layer]:
-    """Returns the designs as functions of x ``[M, K]``; on a GPU *split* and *fused* are kernels, here their arithmetic."""
+def layers(
+    weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, generator: torch.Generator
+) -> dict[str, Layer]:
+    """Returns the designs as functions of x ``[M, K]``; on a GPU *split* and *fused* are kernels, here their arithmetic.
+
+    "base first" adds the low-rank part to a base that was rounded, as PEFT's layers do.
+    """
     dtype = weight.dtype
     exact = weight.float() + lora_B.float() @ lora_A.float()
     merged = torch.addmm(weight, lora_B, lora_A)
@@ -37,22 +42,22 @@ def layers(weight: Tensor, lora_A: Tensor, lora_B: Tensor, generator: torch.Gene
     mean = torch.stack([stochastic(exact, dtype, generator).float() for _ in range(CALLS)]).mean(0)
 
     def split(x: Tensor) -> Tensor:
-        return torch.addmm(x @ lora_A.T @ lora_B.T, x, weight.T)
+        return torch.addmm(torch.addmm(bias, x @ lora_A.T, lora_B.T), x, weight.T)
 
-    def split_on_a_cpu(x: Tensor) -> Tensor:
-        return (x @ weight.T).addmm_(x @ lora_A.T, lora_B.T)
+    def base_first(x: Tensor) -> Tensor:
+        return torch.addmm(bias, x, weight.T).addmm_(x @ lora_A.T, lora_B.T)
 
     def fused(x: Tensor) -> Tensor:
         low = x @ lora_A.T
-        return (x.float() @ weight.float().T + low.float() @ lora_B.float().T).to(dtype)
+        return (x.float() @ weight.float().T + low.float() @ lora_B.float().T + bias.float()).to(dtype)
 
     return {
         "fused": fused,
         "split": split,
-        "split on a CPU": split_on_a_cpu,
-        "merged": lambda x: x @ merged.T,
-        "merged, rounded stochastically": lambda x: x @ once.T,
-        f"the same, mean of {CALLS} calls": lambda x: (x.float() @ mean.T).to(dtype),
+        "base first": base_first,
+        "merged": lambda x: torch.addmm(bias, x, merged.T),
+        "merged, rounded stochastically": lambda x: torch.addmm(bias, x, once.T),
+        f"the same, mean of {CALLS} calls": lambda x: (x.float() @ mean.T + bias.float()).to(dtype),
     }
 
 
@@ -77,18 +82,19 @@ def errors(strength: float, dtype: torch.dtype, tokens: int = TOKENS, seed: int 
     """
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
+    bias = (0.1 * torch.randn(WIDTH, generator=generator)).to(dtype)
     lora_A = (torch.randn(RANK, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
     lora_B = torch.randn(WIDTH, RANK, generator=generator)
     lora_B = (lora_B * (strength * weight.float().norm() / (lora_B @ lora_A.float()).norm())).to(dtype)
     delta = lora_B.double() @ lora_A.double()
-    designs = layers(weight, lora_A, lora_B, generator)
+    designs = layers(weight, bias, lora_A, lora_B, generator)
     gram = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
     products = {name: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for name in designs}
     for _ in range(0, tokens, CHUNK):
         x = torch.randn(min(CHUNK, tokens), WIDTH, generator=generator).to(dtype)
         gram += x.double().T @ x.double()
         for name, layer in designs.items():
-            error = layer(x).double() - x.double() @ (weight.double() + delta).T
+            error = layer(x).double() - bias.double() - x.double() @ (weight.double() + delta).T
             products[name] += error.T @ x.double()
     # The least-squares change of the layer beyond W + B A.
     return {

@@ -249,21 +249,22 @@ def multi_lora_linears(
     if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
     if any(gaps):  # layer by layer, those that the kernels cover on them
+        options = {"runs": runs, "backend": backend, "design": design}
         outputs = []
         for i, projection in enumerate(projections):
-            options = {
-                "strengths": strengths[i : i + 1],
-                "out": out and out[i : i + 1],
-                "backend": backend,
-                "design": design,
-            }
-            outputs += multi_lora_linears(x, [projection], scale, adapter_ids, runs=runs, **options)
+            own = {"strengths": strengths[i : i + 1], "out": out and out[i : i + 1]}
+            outputs += multi_lora_linears(x, [projection], scale, adapter_ids, **own, **options)
         return outputs
+    if design == "merged" and runs is None:
+        raise CloraError("the design merged needs `runs`: the host must know which rows share an adapter; use split")
     merged = _merged(x, projections, runs, strengths, design)
+    exact = None if design == "merged" else design  # of the rows that are not merged
     if merged and all(run.adapter in merged or run.adapter < 0 for run in runs):
         return _by_runs(x, projections, scale, runs, [merged] * len(projections), out)
-    if not merged:
-        return _written(on_kernels(x, projections, scale, adapter_ids, design, checked=True), out)
+    # With gradients, rows of both kinds would need a graph of parts.
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(f for p in projections for f in p[2:])))
+    if not merged or learns:
+        return _written(on_kernels(x, projections, scale, adapter_ids, exact, checked=True), out)
     outputs = out or [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections]
     for layer, y in zip(projections, outputs, strict=True):
         write_merged(x, *layer, scale, runs, merged, y)
@@ -337,10 +338,6 @@ def _merged(x, projections: Sequence[Projection], runs, strengths, design: str |
     for (weight, _, lora_A, _), strength in zip(projections, strengths, strict=True):
         shape = Shape(x.shape[2], len(weight), lora_A.shape[1], dtype)
         chosen &= adapters_to_merge(runs, x.shape[1], shape, device_of(x.device), strength)
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(f for p in projections for f in p[2:])))
-    # With gradients, rows of both kinds would need a graph of parts.
-    if learns and x.device.type != "cpu" and any(run.adapter >= 0 and run.adapter not in chosen for run in runs):
-        return frozenset()
     return chosen
 
 

@@ -97,19 +97,37 @@ def linear_by_runs(
     y: Tensor | None = None,
 ) -> Tensor:
     """`LinearByRuns` without its gradient; written to ``y [B, T, N]``, contiguous, where it is given."""
-    if merged or y is not None:
-        y = x.new_empty(*x.shape[:2], weight.shape[0]) if y is None else y
-        write_merged(x, weight, bias, lora_A, lora_B, scale, runs, merged, y)
-        for span in spans_without(runs, merged):
-            rows = slice(span[0].start, span[-1].stop)
-            _product(x[rows], weight, bias, y[rows])
-    else:
-        # The layer itself: without adapters its bits are those of a transformer without a bank.
-        y = F.linear(x, weight, bias).contiguous()
-    for run in runs:
-        if run.adapter >= 0 and run.adapter not in merged:
-            _add_low_rank(x[run.rows], *_factors(x.dtype, lora_A, lora_B, scale, run.adapter), y[run.rows])
+    if y is None and all(run.adapter < 0 for run in runs):
+        # The layer itself: its bits are those of a transformer without a bank.
+        return F.linear(x, weight, bias).contiguous()
+    y = x.new_empty(*x.shape[:2], weight.shape[0]) if y is None else y
+    write_merged(x, weight, bias, lora_A, lora_B, scale, runs, merged, y)
+    write_span = _base_first if x.element_size() > 2 else _low_rank_first
+    for span in spans_without(runs, merged):
+        write_span(x, weight, bias, lora_A, lora_B, scale, span, y)
     return y
+
+
+def _base_first(x, weight, bias, lora_A, lora_B, scale, span: Sequence[Run], y: Tensor) -> None:
+    """Writes neighbouring runs: one product of the base for all of them, to which each low-rank part is added."""
+    rows = slice(span[0].start, span[-1].stop)
+    _product(x[rows], weight, bias, y[rows])
+    for run in span:
+        if run.adapter >= 0:
+            a, b = _factors(x.dtype, lora_A, lora_B, scale, run.adapter)
+            _flat(y[run.rows]).addmm_(_flat(x[run.rows]) @ a.T, b.T)
+
+
+def _low_rank_first(x, weight, bias, lora_A, lora_B, scale, span: Sequence[Run], y: Tensor) -> None:
+    """The same in 16 bits: added to a base that is already rounded, a weak low-rank part would change nothing."""
+    for run in span:
+        own, out = _flat(x[run.rows]), _flat(y[run.rows])
+        if run.adapter < 0:
+            _product(own, weight, bias, out)
+        else:
+            a, b = _factors(x.dtype, lora_A, lora_B, scale, run.adapter)
+            _product(own @ a.T, b, bias, out)
+            out.addmm_(own, weight.T)
 
 
 def write_merged(
@@ -147,17 +165,15 @@ def _factors(dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scale: Tensor, 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Writes ``x weight^T + bias`` to ``y``, which is contiguous."""
-    rows, out = x.reshape(-1, x.shape[2]), y.view(-1, y.shape[2])
     if bias is None:
-        torch.mm(rows, weight.T, out=out)
+        torch.mm(_flat(x), weight.T, out=_flat(y))
     else:
-        torch.addmm(bias, rows, weight.T, out=out)
+        torch.addmm(bias, _flat(x), weight.T, out=_flat(y))
 
 
-def _add_low_rank(x: Tensor, a: Tensor, b: Tensor, y: Tensor) -> None:
-    """Adds ``(x a^T) b^T`` to ``y``, which is contiguous."""
-    low = x.reshape(-1, x.shape[2]) @ a.T
-    y.view(-1, y.shape[2]).addmm_(low, b.T)
+def _flat(x: Tensor) -> Tensor:
+    """Returns the tokens of all samples as rows: a view of contiguous samples."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _factor_gradients(x: Tensor, dy: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:

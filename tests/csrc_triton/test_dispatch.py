@@ -8,7 +8,7 @@ from helpers.loss_cases import CASES, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clora.errors import CloraError
-from clora.ops import coarse_to_fine_loss, multi_lora_linear, multi_lora_linears
+from clora.ops import coarse_to_fine_loss, multi_lora_linear, multi_lora_linears, runs_of
 
 pytest.importorskip("triton")
 
@@ -16,6 +16,7 @@ from helpers.linear_cases import launches
 
 from csrc_triton import replay
 from csrc_triton.multi_lora import checks as linear_checks
+from csrc_triton.multi_lora import designs
 from csrc_triton.registration import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -131,3 +132,52 @@ def test_layers_of_one_input_are_computed_one_by_one_where_one_is_not_covered():
     x, layers, scale, ids = given
     for y, layer in zip(multi_lora_linears(*given, backend="auto"), layers, strict=True):
         assert torch.equal(y, multi_lora_linear(x, *layer, scale, ids, backend="auto"))
+
+
+def merging_inputs(ids):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE)  # noqa: E731
+    layers = [(rand(20, 16), rand(20), rand(3, 4, 16), rand(3, 20, 4)) for _ in range(2)]
+    return rand(len(ids), 40, 16), layers, rand(3), torch.tensor(ids, device=DEVICE)
+
+
+def test_merged_rows_beside_those_of_the_kernels(monkeypatch):
+    """Adapters with rows enough are merged, others and the base's rows run on the kernels."""
+    ids = [-1, 0, 2, 2, 2, 1, 1, 1]
+    x, layers, scale, ids_tensor = merging_inputs(ids)
+    expected = multi_lora_linears(x, layers, scale, ids_tensor, backend="eager", design="split")
+    monkeypatch.setattr("csrc_triton.multi_lora.designs.rows_to_merge", lambda shape, device: 120)
+    designs.adapters_to_merge.cache_clear()
+    seen = launches(monkeypatch)
+    places = [torch.full_like(y, torch.nan) for y in expected]
+    with torch.no_grad():
+        outputs = multi_lora_linears(x, layers, scale, ids_tensor, runs=runs_of(ids), backend="triton", out=places)
+    designs.adapters_to_merge.cache_clear()
+    assert seen, "samples 0 and 1 run on the kernels"
+    assert all(y is place for y, place in zip(outputs, places, strict=True))
+    for y, right in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-4)
+
+
+def test_with_gradients_a_batch_is_merged_whole_or_not_at_all(monkeypatch):
+    monkeypatch.setattr("csrc_triton.multi_lora.designs.rows_to_merge", lambda shape, device: 120)
+    designs.adapters_to_merge.cache_clear()
+    for ids in ([-1, 2, 2, 2], [0, 2, 2, 2]):
+        x, layers, scale, ids_tensor = merging_inputs(ids)
+        x.requires_grad_()
+        gradients = []
+        for options in ({"backend": "eager", "design": "split"}, {"backend": "triton", "runs": runs_of(ids)}):
+            outputs = multi_lora_linears(x, layers, scale, ids_tensor, **options)
+            gradients.append(torch.autograd.grad(sum(y.square().sum() for y in outputs), x)[0])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+    designs.adapters_to_merge.cache_clear()
+
+
+def test_a_forced_merge_needs_the_runs():
+    x, layers, scale, ids = merging_inputs([0, 1])
+    with pytest.raises(CloraError, match="merged needs `runs`"):
+        multi_lora_linears(x, layers, scale, ids, backend="triton", design="merged")
+    with pytest.raises(CloraError, match="design='fuse': expected one of merged, fused, split; did you mean 'fused'"):
+        multi_lora_linears(x, layers, scale, ids, design="fuse")
+    with pytest.raises(CloraError, match="fused is one of the Triton kernels"):
+        multi_lora_linears(x, layers, scale, ids, backend="eager", design="fused")
