@@ -117,6 +117,7 @@ def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | Non
     _report(obstacle.reason, device_type)
 
 
+@functools.lru_cache
 def _obstacle(device: torch.device, explicit: bool) -> Obstacle | None:
     """Finds the obstacle to every kernel on a device. `auto` imports Triton only on NVIDIA GPUs."""
     off_gpu = device.type != "cuda"  # AMD GPUs are "cuda" too
@@ -200,9 +201,11 @@ def multi_lora_linear(
         ValueError: a shape or dtype is wrong.
         CloraError: the backend or the design is unknown, or was asked for and cannot run this call.
     """
-    projections = [(weight, bias, lora_A, lora_B)]
-    options = {"runs": runs, "strengths": [strengths], "backend": backend, "design": design}
-    return multi_lora_linears(x, projections, scale, adapter_ids, **options)[0]
+    layers = ((weight, bias, lora_A, lora_B),)
+    strengths = None if strengths is None else (strengths,)
+    return multi_lora_linears(
+        x, layers, scale, adapter_ids, runs=runs, strengths=strengths, backend=backend, design=design
+    )[0]
 
 
 def multi_lora_linears(
@@ -242,10 +245,13 @@ def multi_lora_linears(
     strengths = strengths or [None] * len(projections)
     if not use_triton("multi_lora_linear", x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
-    from csrc_triton.multi_lora.op import multi_lora_linears as on_kernels
-    from csrc_triton.multi_lora.op import unsupported
+    from csrc_triton.multi_lora import op
 
-    gaps = [unsupported(x, *projection, scale, adapter_ids) for projection in projections]
+    call = op.recorded(x, projections, scale, adapter_ids, design)
+    # What was recorded was checked, so that only the choice of the design is left.
+    if call is not None and (runs is None or not _merged(x, projections, runs, strengths, design)):
+        return _written(list(call()), out)
+    gaps = [op.unsupported(x, *projection, scale, adapter_ids) for projection in projections]
     if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
     if any(gaps):  # layer by layer, those that the kernels cover on them
@@ -264,13 +270,14 @@ def multi_lora_linears(
     # With gradients, rows of both kinds would need a graph of parts.
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(f for p in projections for f in p[2:])))
     if not merged or learns:
-        return _written(on_kernels(x, projections, scale, adapter_ids, exact, checked=True), out)
+        return _written(op.multi_lora_linears(x, projections, scale, adapter_ids, exact, checked=True), out)
     outputs = out or [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections]
     for layer, y in zip(projections, outputs, strict=True):
         write_merged(x, *layer, scale, runs, merged, y)
     for span in spans_without(runs, merged):
         rows = slice(span[0].start, span[-1].stop)
-        _written(on_kernels(x[rows], projections, scale, adapter_ids[rows], checked=True), [y[rows] for y in outputs])
+        exact = op.multi_lora_linears(x[rows], projections, scale, adapter_ids[rows], checked=True)
+        _written(exact, [y[rows] for y in outputs])
     return list(outputs)
 
 
@@ -364,10 +371,13 @@ def multi_lora_add(
     """
     arguments = (y, x, lora_A, lora_B, scale, adapter_ids)
     if use_triton("multi_lora_add", x.device, backend):
-        from csrc_triton.multi_lora.op import multi_lora_add_triton, unsupported_add
+        from csrc_triton.multi_lora import op
 
-        if covered("multi_lora_add", unsupported_add(*arguments), x.device, backend):
-            return multi_lora_add_triton(*arguments)
+        call = op.recorded(x, [(None, None, lora_A, lora_B)], scale, adapter_ids, y=y)
+        if call is not None:
+            return call()[0]
+        if covered("multi_lora_add", op.unsupported_add(*arguments), x.device, backend):
+            return op.multi_lora_add_triton(*arguments)
     return multi_lora.multi_lora_add(*arguments)
 
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
 from csrc_triton.registration import INTERPRETED
 
-MAX_KEPT = 4096
-"""Layouts of which a tape is kept, a few kilobytes each; a training run with texts of many lengths has hundreds."""
+MAX_TAPES = 4096
+"""Of a few kilobytes each; a training run with texts of many lengths has hundreds. When they are too many, all are dropped."""
 ALIGNMENT = 16
 """Bytes, to which Triton's compiler specialises pointers; descriptors need it, too."""
 BY_POINTER = not INTERPRETED and torch.version.hip is None
@@ -32,15 +34,6 @@ enabled = True
 _recording = threading.local()
 
 
-class Kept(dict):
-    """What is known by the layouts of a call; when it is full, all of it is dropped."""
-
-    def keep(self, key: tuple, value: Any) -> None:
-        if len(self) >= MAX_KEPT:
-            self.clear()
-        self[key] = value
-
-
 class Tape:
     """The operations and launches of a call; tensors are numbered, its inputs first, then what operations return."""
 
@@ -48,6 +41,8 @@ class Tape:
         self._tensors = list(inputs)
         self._steps: list[Callable[[list], None]] = []
         self._outputs: list[int] = []
+        first = inputs[0]
+        self._device = first.get_device() if first.is_cuda else None
         self.is_complete = True
         """False if a step used a tensor of unknown origin, so that there is nothing to replay."""
 
@@ -56,10 +51,13 @@ class Tape:
         count = sum(isinstance(argument, Tensor) for argument in arguments)
         where, others = self._positions(arguments[:count]), arguments[count:]
 
-        def step(tensors: list) -> None:
-            tensors.append(function(*[tensors[i] for i in where], *others, **options))
-
-        self._steps.append(step)
+        if options:
+            function = partial(function, **options)
+        if count == 1:
+            (only,) = where
+            self._steps.append(lambda tensors: tensors.append(function(tensors[only], *others)))
+        else:
+            self._steps.append(lambda tensors: tensors.append(function(*[tensors[i] for i in where], *others)))
         self._tensors.append(result)
 
     def add_launch(self, kernel, programs: int, arguments: tuple, constants: dict, compiled) -> None:
@@ -69,10 +67,16 @@ class Tape:
         if not BY_POINTER:
             self._steps.append(lambda tensors: kernel[(programs,)](*[tensors[i] for i in where], *numbers, **constants))
             return
-        # A compiled kernel takes all parameters in order. The launcher takes a pointer as a number, too.
-        run = compiled[(programs, 1, 1)]
+        # As JITFunction.run launches it: grid, stream, handles, no hooks of profilers, then all parameters in order, of which
+        # the launcher takes a pointer as a number, too.
+        run, handles = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         rest = (*numbers, *[constants[name] for name in kernel.arg_names[len(arguments) :]])
-        self._steps.append(lambda tensors: run(*[tensors[i].data_ptr() for i in where], *rest))
+        device, current_stream = self._device, triton.runtime.driver.active.get_current_stream
+
+        def step(tensors: list) -> None:
+            run(programs, 1, 1, current_stream(device), *handles, *[tensors[i].data_ptr() for i in where], *rest)
+
+        self._steps.append(step)
 
     def end(self, outputs: Sequence[Tensor]) -> None:
         """Ends the recording, with the tensors that the call returns."""
@@ -81,7 +85,10 @@ class Tape:
 
     def replay(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """Does the call on other tensors of the same layouts; returns its outputs."""
-        tensors = list(inputs)
+        if self._device is not None and self._device != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                return self.replay(inputs)
+        tensors = [*inputs]
         for step in self._steps:
             step(tensors)
         return [tensors[i] for i in self._outputs]
@@ -104,43 +111,56 @@ class Tape:
         return next(iter(known.values()), 0)
 
 
-_tapes = Kept()
+_tapes: dict[tuple, Tape] = {}
 
 
-def replayed(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], **others) -> Sequence[Tensor]:
-    """``function(*tensors, **others)``, whose preparation is done once per layout of the tensors.
+def signature(function: Callable, tensors: Sequence[Tensor | None], others: tuple) -> tuple:
+    """Everything that a call's checks and its preparation look at; calls of one signature do the same.
 
     Args:
         function: as the module describes; returns tensors that are inputs or made by `do`.
-        tensors: all on the device of the first.
-        others: hashable.
+        tensors: its arguments, the first not None.
+        others: its further arguments, hashable.
     """
-    first = tensors[0]
-    if first.is_cuda and first.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(first.get_device()):
-            return replayed(function, tensors, **others)
-    layouts = [t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT) for t in tensors]
-    key = (function, *others.values(), first.device, *layouts)
-    tape = _tapes.get(key) if enabled else None
-    if tape is not None:
-        return tape.replay(tensors)
-    with set_wrap_triton_enabled(False):
-        return _record(key, function, tensors, others) if enabled else function(*tensors, **others)
+    traits = [
+        t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() % ALIGNMENT)
+        for t in tensors
+    ]
+    autocast = torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu")
+    return (function, others, torch.is_grad_enabled(), autocast, *traits)
 
 
-def _record(key: tuple, function: Callable, tensors: Sequence[Tensor | None], others: dict) -> Sequence[Tensor]:
-    # A tensor that is given twice becomes two objects: next time it may be two tensors.
-    seen: set[int] = set()
-    tensors = [t if t is None or id(t) not in seen and not seen.add(id(t)) else t.detach() for t in tensors]
-    tape = _recording.tape = Tape(tensors)
-    try:
-        outputs = function(*tensors, **others)
-    finally:
-        _recording.tape = None
+def recorded(signature: tuple) -> Tape | None:
+    """The tape of calls of this signature."""
+    return _tapes.get(signature) if enabled else None
+
+
+def record(signature: tuple, function: Callable, others: tuple, tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """``function(*tensors, *others)``, which becomes the tape of its signature. All tensors are on one device."""
+    with torch.cuda.device_of(tensors[0]), set_wrap_triton_enabled(False):
+        if not enabled:
+            return function(*tensors, *others)
+        # A tensor that is given twice becomes two objects: next time it may be two tensors.
+        seen: set[int] = set()
+        tensors = [t if t is None or id(t) not in seen and not seen.add(id(t)) else t.detach() for t in tensors]
+        tape = _recording.tape = Tape(tensors)
+        try:
+            outputs = function(*tensors, *others)
+        finally:
+            _recording.tape = None
     tape.end(outputs)
     if tape.is_complete:
-        _tapes.keep(key, tape)
+        if len(_tapes) >= MAX_TAPES:
+            _tapes.clear()
+        _tapes[signature] = tape
     return outputs
+
+
+def replayed(function: Callable, tensors: Sequence[Tensor | None], *others) -> Sequence[Tensor]:
+    """``function(*tensors, *others)``, prepared only if no call of its signature was."""
+    own = signature(function, tensors, others)
+    tape = recorded(own)
+    return record(own, function, others, tensors) if tape is None else tape.replay(tensors)
 
 
 def do(function: Callable, *arguments, **options) -> Any:

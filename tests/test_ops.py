@@ -22,6 +22,7 @@ def unset(monkeypatch, caplog):
     """The variable is unset, nothing has been logged yet, all levels are shown."""
     monkeypatch.delenv("CLORA_BACKEND", raising=False)
     ops._report.cache_clear()
+    ops._obstacle.cache_clear()
     caplog.set_level(logging.INFO, "clora.ops")
 
 
@@ -34,8 +35,10 @@ def machine(monkeypatch):
         monkeypatch.setattr(ops, "interpreting", lambda: interpreting)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
+        ops._obstacle.cache_clear()
 
-    return pretend
+    yield pretend
+    ops._obstacle.cache_clear()
 
 
 def linear_inputs(num_adapters=2):
@@ -169,10 +172,12 @@ def test_an_unknown_backend_is_named_with_a_suggestion(monkeypatch, argument):
 )
 def test_each_op_goes_to_its_kernels_or_to_its_reference(monkeypatch, folder, op, inputs, gap):
     given, module = inputs(), ModuleType("op")
+    module.recorded = lambda *args, **options: None
     module.unsupported = lambda *args: gap
     module.multi_lora_linears = lambda x, layers, scale, ids, *args, **options: [(x, *layers[0], scale, ids)]
     module.coarse_to_fine_loss_triton = lambda *args: args
     monkeypatch.setitem(sys.modules, f"csrc_triton.{folder}.op", module)
+    monkeypatch.setattr(f"csrc_triton.{folder}.op", module, raising=False)
     monkeypatch.setattr(ops, "use_triton", lambda name, device, backend: name == op)
     out = getattr(ops, op)(*given)
     if gap is None:

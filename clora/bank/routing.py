@@ -71,6 +71,8 @@ class RoutedPass:
         groups: module to the modules of its group, itself among them (`shared_inputs`).
         waiting: module to the tensor that it was computed from and its output.
         parts: of the rows of a layer's input, by their number.
+        by_value: which rows use which stack and LoRA is read from the ids on the device, so that a CUDA graph fits other
+            batches; as within torch.compile.
     """
 
     num_samples: int
@@ -80,6 +82,7 @@ class RoutedPass:
     groups: Mapping[str, tuple[str, ...]]
     waiting: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     parts: dict[int, Sequence[Part]] = field(default_factory=dict)
+    by_value: bool = False
 
     @staticmethod
     def of(
@@ -91,7 +94,7 @@ class RoutedPass:
     ) -> RoutedPass:
         """Makes the pass of samples with these slots, -1 for only the base; sends the ids to the device, once."""
         places = [slots.places[i] if i >= 0 else (-1, -1) for i in ids]
-        used = [i for i in dict.fromkeys(stack for stack, _ in places) if i >= 0]
+        used = sorted({stack for stack, _ in places if stack >= 0})  # in one order, so that one graph serves it
         rows = [[row if stack == i else -1 for stack, row in places] for i in used]
         on_device = send(torch.tensor(rows, dtype=torch.int64), device)
         stacks = []
@@ -179,11 +182,13 @@ class RoutedPass:
 
     def _parts(self, x: Tensor, modules: tuple[str, ...]) -> Sequence[Part]:
         """Returns the parts of these layers' input."""
-        repeats = repeats_of(self.num_samples, x, modules[0])
+        # A graph takes the number of samples from a tensor: a number of Python's would be a constant of the graph.
+        is_compiled = torch.compiler.is_compiling() and self.stacks
+        repeats = repeats_of(len(self.stacks[0].ids) if is_compiled else self.num_samples, x, modules[0])
         if not any(module in stack.factors for stack in self.stacks for module in modules):
             return [Part(None, [])]
-        if torch.compiler.is_compiling():
-            # Which rows use which stack is a value, so that a graph fits other batches. Each stack is added to all rows.
+        if self.by_value or torch.compiler.is_compiling():
+            # A graph fits other batches: each stack is added to all rows.
             return [Part(None, [(stack, stack.ids.repeat(repeats), None) for stack in self.stacks])]
         if len(x) not in self.parts:
             self.parts[len(x)] = self._split(repeats)

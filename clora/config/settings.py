@@ -45,7 +45,15 @@ from clora.files import read_text, user_path
 ADDED: dict[str, dict[str, Any]] = {
     "data": {"general_pairs": None},
     "objective": {"weighting": "per_term"},
-    "train": {"schedule": "linear", "warmup_updates": 0, "weight_decay": 0.0, "ema_decay": None, "export": "student"},
+    "train": {
+        "schedule": "linear",
+        "warmup_updates": 0,
+        "weight_decay": 0.0,
+        "ema_decay": None,
+        "export": "student",
+        "compile": False,
+        "cuda_graphs": False,
+    },
 }
 """Settings that earlier versions lacked, and the values that they acted by."""
 NEVER_RECORDED = {"train": {"keep_checkpoints", "stop_after"}}

@@ -28,6 +28,8 @@ FREE_TO_CHANGE = {
         "forward_rows",
         "teacher_memory_gb",
         "gradient_checkpointing",
+        "compile",
+        "cuda_graphs",
     },
     "data": {"cache"},
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from clora.bank.bank import AdapterBank
+from clora.bank.compiled import compiled_blocks
+from clora.bank.graphs import graphed_blocks
 from clora.bank.recompute import recomputed_blocks
 from clora.config.settings import DistillConfig
 from clora.data.batches import BatchSampler, DistillData
@@ -98,7 +100,14 @@ class DistillTrainer:
             checkpoints.resume(self.config, lambda file: self.load(file, checkpoints.inputs))
         start = time.monotonic() - self.seconds
         stop = stop or StopRequest()
-        with stop.gently(), recomputed_blocks(self.bank) if train.gradient_checkpointing else nullcontext():
+        with ExitStack() as ways:
+            ways.enter_context(stop.gently())
+            if train.compile:
+                ways.enter_context(compiled_blocks(self.bank))
+            if train.cuda_graphs:
+                ways.enter_context(graphed_blocks(self.bank))
+            if train.gradient_checkpointing:
+                ways.enter_context(recomputed_blocks(self.bank))
             while (progress := self._progress()) < 1:
                 self._set_learning_rates(progress)
                 with about(f"update {self.update + 1}"):

@@ -1,16 +1,10 @@
 """The calls of the multi-adapter linear layer that its Triton kernels cover."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from csrc_triton.multi_lora.reference import check_add_shapes, check_shapes
-from csrc_triton.registration import INTERPRETED, is_traced
-from csrc_triton.replay import Kept
-
-_covered: Kept = Kept()
-"""The kinds of calls of which `unsupported` has found that the kernels cover them."""
+from csrc_triton.registration import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256
@@ -24,7 +18,8 @@ def unsupported(
     Raises:
         ValueError: a shape or the dtype of the ids is not as the reference takes it.
     """
-    return _checked(_gap_of_linear, (x, weight, bias, lora_A, lora_B, scale, adapter_ids))
+    check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
+    return _gap(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scale=scale, ids=adapter_ids)
 
 
 def unsupported_add(
@@ -35,32 +30,8 @@ def unsupported_add(
     Raises:
         ValueError: a shape or the dtype of the ids is not as the reference takes it.
     """
-    return _checked(_gap_of_add, (y, x, lora_A, lora_B, scale, adapter_ids))
-
-
-def _checked(gap_of: Callable, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """``gap_of(*tensors)``, asked once of calls that are covered and alike in everything that it looks at."""
-    if is_traced(tensors[0]):
-        return gap_of(*tensors)
-    traits = [t if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
-    autocast = torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu")
-    key = (gap_of, autocast, torch.is_grad_enabled(), *traits)
-    if key in _covered:
-        return None
-    gap = gap_of(*tensors)
-    if gap is None:
-        _covered.keep(key, True)
-    return gap
-
-
-def _gap_of_linear(x, weight, bias, lora_A, lora_B, scale, ids) -> str | None:
-    check_shapes(x, weight, bias, lora_A, lora_B, scale, ids)
-    return _gap(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scale=scale, ids=ids)
-
-
-def _gap_of_add(y, x, lora_A, lora_B, scale, ids) -> str | None:
-    check_add_shapes(y, x, lora_A, lora_B, scale, ids)
-    return _gap(x, y=y, lora_A=lora_A, lora_B=lora_B, scale=scale, ids=ids)
+    check_add_shapes(y, x, lora_A, lora_B, scale, adapter_ids)
+    return _gap(x, y=y, lora_A=lora_A, lora_B=lora_B, scale=scale, ids=adapter_ids)
 
 
 def _gap(x: Tensor, **arguments: Tensor | None) -> str | None:

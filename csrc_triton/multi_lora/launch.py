@@ -79,7 +79,7 @@ def expand(
         `[B, T, N]`.
     """
     (num_samples, tokens, ranks), (_, outputs, rank) = low.shape, factor.shape
-    y = do(Tensor.new_empty, low, (num_samples, tokens, outputs))
+    y = do(Tensor.new_empty, low, num_samples, tokens, outputs)
     tiles = expand_tiles(machine_of(low.device), tokens, int(outputs), int(rank), low.element_size())
     row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
     _launch(
@@ -111,7 +111,7 @@ def linear(
         weight = do(Tensor.contiguous, weight)
     num_samples, tokens, channels = x.shape
     (adapters, outputs, rank), ranks = factor.shape, low.shape[2]
-    out = do(Tensor.new_empty, x, (num_samples, tokens, outputs)) if y is None else y
+    out = do(Tensor.new_empty, x, num_samples, tokens, outputs) if y is None else y
     machine = machine_of(x.device)
     modes = {"WEIGHT_CN": transposed, "HAS_BIAS": bias is not None, "ADD": y is not None}
     of_rows = (int(outputs), int(channels), int(rank), x.element_size())

@@ -5,20 +5,23 @@ registered operators where torch.compile or another observer traces it, else thr
 less. `multi_lora_add_triton` is a layer without a weight: its base was computed elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from csrc_triton import replay
 from csrc_triton.multi_lora.checks import unsupported, unsupported_add
 from csrc_triton.multi_lora.designs import Shape, device_of, exact_design
 from csrc_triton.multi_lora.launch import expand, gradients, linear, reduce, shrink
 from csrc_triton.registration import is_traced, kernel_op
-from csrc_triton.replay import do, replayed
+from csrc_triton.replay import do
 
 KERNEL_DESIGNS = ("fused", "split")
 
@@ -131,20 +134,49 @@ def multi_lora_add_triton(
     return _call(x, y, [Layer(None, None, lora_A, lora_B)], scale, adapter_ids, None)[0]
 
 
+def recorded(
+    x: Tensor,
+    projections: Sequence[tuple[Tensor | None, Tensor | None, Tensor, Tensor]],
+    scale: Tensor,
+    adapter_ids: Tensor,
+    design: str | None = None,
+    y: Tensor | None = None,
+) -> Callable[[], Sequence[Tensor]] | None:
+    """A call of `multi_lora_linears` that is ready to run, if one that is alike was checked and recorded; else None.
+
+    Args:
+        y: that of `multi_lora_add_triton`, whose only projection has neither weight nor bias.
+    """
+    if is_traced(x):
+        return None
+    tensors = (x, y, scale, adapter_ids, *chain.from_iterable(projections))
+    tape = replay.recorded(replay.signature(_forward, tensors, (design,)))
+    return None if tape is None else partial(_compute, tape.replay, tensors, design)
+
+
 def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence[Tensor]:
     """The outputs of layers, all with adapters and ranks; y is the base of the only layer if that has no weight."""
-    lora_A = [layer.lora_A for layer in layers]
-    lora_B = [layer.lora_B for layer in layers]
     if not is_traced(x):
-        parts = [tensor for layer in layers for tensor in layer]
-        if _is_differentiated(x, y, *lora_A, *lora_B):
-            return _Untraced.apply(design, x, y, scale, ids, *parts)
-        return replayed(_forward, (x, y, scale, ids, *parts), design=design)[:-1]
+        tensors = (x, y, scale, ids, *chain.from_iterable(layers))
+        key = replay.signature(_forward, tensors, (design,))
+        tape = replay.recorded(key)
+        run = partial(replay.record, key, _forward, (design,)) if tape is None else tape.replay
+        return _compute(run, tensors, design)
     # The operator takes lists of tensors, without None.
     weights = [layer.weight for layer in layers if layer.weight is not None]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     has_bias = [layer.bias is not None for layer in layers]
+    lora_A = [layer.lora_A for layer in layers]
+    lora_B = [layer.lora_B for layer in layers]
     return forward_op(x, y, weights, biases, has_bias, lora_A, lora_B, scale, ids, design)[:-1]
+
+
+def _compute(run: Callable, tensors: tuple[Tensor | None, ...], design: str | None) -> Sequence[Tensor]:
+    """The layers' outputs by ``run(tensors)``, a tape or a recording of `_forward`; autograd is told where it must know."""
+    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if learns or forward_ad._current_level >= 0:
+        return _Untraced.apply(run, design, *tensors)
+    return run(tensors)[:-1]
 
 
 def _design_of(x: Tensor, weight: Tensor, lora_A: Tensor, design: str | None) -> str:
@@ -168,20 +200,14 @@ def _layers(parts: Sequence[Tensor | None]) -> list[Layer]:
     return [Layer(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
 
 
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    """Detects calls that autograd must know of, backward or forward."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _forward(x, y, scale, ids, *parts: Tensor | None, design: str | None) -> list[Tensor]:
+def _forward(x, y, scale, ids, *parts) -> list[Tensor]:
     """The layers' outputs, then the ranks' rows `[B, T, sum of ranks]`, which the gradient of lora_B needs.
 
     Args:
-        parts: those of each `Layer`.
+        parts: those of each `Layer`, and last the design.
     """
-    layers = [_in_dtype(layer, x.dtype) for layer in _layers(parts)]
+    *tensors, design = parts
+    layers = [_in_dtype(layer, x.dtype) for layer in _layers(tensors)]
     lora_A = [layer.lora_A for layer in layers]
     *offsets, ranks = _offsets(lora_A)
     outputs = []
@@ -221,7 +247,7 @@ def forward_op(
 ) -> list[Tensor]:
     parts = [tensor for layer in _layers_of(weights, biases, has_bias, lora_A, lora_B) for tensor in layer]
     with torch.cuda.device_of(x):
-        return _forward(x, y, scale, ids, *parts, design=design)
+        return _forward(x, y, scale, ids, *parts, design)
 
 
 @forward_op.register_fake
@@ -230,16 +256,14 @@ def _(x, y, weights, biases, has_bias, lora_A, lora_B, scale, ids, design) -> li
     return [x.new_empty(*x.shape[:2], width) for width in widths]
 
 
-def _backward(
-    scale, ids, x, low, *parts: Tensor | None, offsets: Sequence[int], needs_x: bool, design: str | None
-) -> list[Tensor]:
+def _backward(scale, ids, x, low, *parts) -> list[Tensor]:
     """Gradients of x, of each lora_A and of each lora_B, in this order and only those that are needed.
 
     Args:
         x, low: the input and the ranks' rows; None where no lora_A or no lora_B, respectively, needs a gradient.
-        parts: the tensors of each `Upstream`.
-        offsets: theirs.
+        parts: the tensors of each `Upstream`, and last their offsets, whether x needs a gradient, and the design.
     """
+    *parts, offsets, needs_x, design = parts
     layers = [Upstream(*parts[4 * i : 4 * i + 4], offset) for i, offset in enumerate(offsets)]
     upstream = layers[0].grad
     grad_x, grad_A, grad_B = [], [], []
@@ -307,7 +331,7 @@ def backward_op(
     columns = zip(upstream, weights or [None] * len(upstream), lora_A, lora_B, strict=True)
     parts = chain.from_iterable(columns)
     with torch.cuda.device_of(scale):
-        return _backward(scale, ids, x, low, *parts, offsets=offsets, needs_x=needs_x, design=design)
+        return _backward(scale, ids, x, low, *parts, offsets, needs_x, design)
 
 
 @backward_op.register_fake
@@ -321,8 +345,8 @@ class _Untraced(torch.autograd.Function):
     """`forward_op` without the dispatcher, whose lists of tensors take most of the host's time of a call."""
 
     @staticmethod
-    def forward(ctx, design, *tensors):
-        *outputs, low = replayed(_forward, tensors, design=design)
+    def forward(ctx, run, design, *tensors):
+        *outputs, low = run(tensors)
         x, y, scale, ids, *parts = tensors
         _save(ctx, x, y, _layers(parts), low, scale, ids, design)
         return tuple(outputs)
@@ -332,7 +356,7 @@ class _Untraced(torch.autograd.Function):
     def backward(ctx, *upstream):
         dx, dy, dA, dB = _gradients(ctx, upstream)
         of_layers = chain.from_iterable((None, None, a, b) for a, b in zip(dA, dB, strict=True))
-        return None, dx, dy, None, None, *of_layers
+        return None, None, dx, dy, None, None, *of_layers
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -380,7 +404,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
         parts = chain.from_iterable(layer[:4] for layer in layers)
         starts = tuple(layer.offset for layer in layers)
         tensors = (scale, ids, x, low, *parts)
-        found = replayed(_backward, tensors, offsets=starts, needs_x=ctx.needs_x, design=ctx.design)
+        found = replay.replayed(_backward, tensors, starts, ctx.needs_x, ctx.design)
     remaining = iter(found)
     dx = next(remaining) if ctx.needs_x else None
     for i in used if x is not None else ():

@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 from helpers.linear_cases import DEVICE, Case, assert_same, each_design, make, ours, results, upstream_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clora import ops
+from clora.errors import CloraError
 from csrc_triton import replay
-from csrc_triton.multi_lora import checks, op
+from csrc_triton.multi_lora import op
 from csrc_triton.multi_lora.op import multi_lora_add_triton, multi_lora_linears
 from csrc_triton.registration import INTERPRETED
 
@@ -21,9 +23,8 @@ SMALL = Case(5, 32, 16, 2, 4, [1, -1, 0])
 @pytest.fixture(autouse=True)
 def tapes(monkeypatch):
     """The tapes of the test, which begins without any."""
-    kept = replay.Kept()
+    kept = {}
     monkeypatch.setattr(replay, "_tapes", kept)
-    monkeypatch.setattr(checks, "_covered", replay.Kept())
     return kept
 
 
@@ -164,21 +165,48 @@ def test_a_call_that_autograd_must_see_is_never_taken_for_one_that_it_need_not()
             call(dual, w, b, A, B, s, i)
 
 
-def test_calls_beyond_the_kernels_are_noticed_after_calls_that_are_not():
-    x, w, b, A, B, s, i = make(SMALL)
-    assert op.unsupported(x, w, b, A, B, s, i) is None
-    trained = w.clone().requires_grad_()
-    assert "weight require" in op.unsupported(x, trained, b, A, B, s, i)
+OTHER_CALLS = {
+    "a trained weight": (1, lambda w: w.clone().requires_grad_(), "weight require"),
+    "another dtype": (3, lambda A: A.double(), "float64"),
+    "another device": (1, lambda w: w.to("meta"), "weight is on meta"),
+    "another shape": (5, lambda s: s[:1], "scale"),
+    "ids that are no integers": (6, lambda i: i.float(), "int32 or int64"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_CALLS)
+def test_a_call_beyond_the_kernels_is_noticed_after_one_that_is_not(change, monkeypatch):
+    monkeypatch.setenv("CLORA_BACKEND", "triton")
+    position, change, message = OTHER_CALLS[change]
+    arguments = make(SMALL)
+    y = ops.multi_lora_linear(*arguments)
+    others = [*arguments[:position], change(arguments[position]), *arguments[position + 1 :]]
+    with pytest.raises((CloraError, ValueError), match=message):
+        ops.multi_lora_linear(*others)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(CloraError, match="autocast"):
+        ops.multi_lora_linear(*arguments)
+    assert torch.equal(ops.multi_lora_linear(*arguments), y)
+
+
+def test_a_weight_that_asks_for_gradients_is_covered_where_none_are_made(monkeypatch):
+    monkeypatch.setenv("CLORA_BACKEND", "triton")
+    arguments = make(SMALL)
+    arguments[1].requires_grad_()
     with torch.no_grad():
-        assert op.unsupported(x, trained, b, A, B, s, i) is None
-    assert "weight require" in op.unsupported(x, trained, b, A, B, s, i)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert "autocast" in op.unsupported(x, w, b, A, B, s, i)
-    assert "float64" in op.unsupported(x, w, b, A.double(), B, s, i)
-    assert "weight is on meta" in op.unsupported(x, w.to("meta"), b, A, B, s, i)
-    with pytest.raises(ValueError, match="scale"):
-        op.unsupported(x, w, b, A, B, s[:1], i)
-    assert op.unsupported(x, w, b, A, B, s, i) is None
+        ops.multi_lora_linear(*arguments)
+    with pytest.raises(CloraError, match="weight require gradients"):
+        ops.multi_lora_linear(*arguments)
+
+
+def test_a_recorded_call_is_not_checked_again(monkeypatch):
+    monkeypatch.setenv("CLORA_BACKEND", "triton")
+    arguments = make(SMALL)
+    y, x = torch.randn(len(arguments[0]), SMALL.tokens, SMALL.outputs, device=DEVICE), arguments[0]
+    expected = ops.multi_lora_linear(*arguments), ops.multi_lora_add(y, x, *arguments[3:])
+    monkeypatch.setattr(op, "unsupported", None)
+    monkeypatch.setattr(op, "unsupported_add", None)
+    assert torch.equal(ops.multi_lora_linear(*arguments), expected[0])
+    assert torch.equal(ops.multi_lora_add(y, x, *arguments[3:]), expected[1])
 
 
 def test_tapes_keep_no_tensor():
@@ -192,7 +220,7 @@ def test_tapes_keep_no_tensor():
 
 
 def test_what_is_kept_is_bounded(monkeypatch, tapes):
-    monkeypatch.setattr(replay, "MAX_KEPT", 3)
+    monkeypatch.setattr(replay, "MAX_TAPES", 3)
     for tokens in range(1, 9):
         ours("split")(*make(SMALL._replace(tokens=tokens)))
         assert len(tapes) <= 3
