@@ -1,7 +1,7 @@
 """The choice of a design for the rows of an adapter: what was measured, else a model of bytes and operations.
 
 *merged* gives the rows of an adapter a weight of their own (`by_runs`). *fused* adds the low-rank part inside the product
-of the base, *split* behind it (`kernels`); on a CPU the part behind the base is PyTorch's and *split* too. Only *merged*
+of the base, *split* beside it (`kernels`); on a CPU the part behind the base is PyTorch's and *split* too. Only *merged*
 rounds the adapter to the weight's dtype, so only it must be allowed (`is_exact_enough`).
 `designs.json` holds the measurements, and the precision of *merged*.
 """

@@ -50,7 +50,7 @@ def programs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    # On a GPU the tails in every dtype, the others in one: shrink and gradients are compiled for each case.
+    # On a GPU the tails in every dtype, the others in one: each case has tiles of its own, which are compiled.
     [(n, d) for n in CASES for d in DTYPES if INTERPRETED or n == "tails" or d == DTYPES[-1]],
     ids=str,
 )
@@ -105,11 +105,11 @@ def test_base_rows_are_the_base_layer_beside_poisoned_adapters(poison):
 
 def test_neighbours_in_the_ranks_rows_do_not_leak():
     """q, k and v share rows of ranks: NaN of one layer must not meet the zeros past the ranks of another."""
-    x, weight, bias, a, b, scale, ids = make(CASES["tails"])
+    x, weight, bias, a, b, scale, ids = make(Case(20, 48, 80, 2, 80, [1, -1, 0]), torch.float16)  # 64 ranks a step
     poisoned = torch.full_like(a, torch.nan)
     layers = [(weight, bias, a, b), (weight, None, poisoned, b), (weight, bias, a, b)]
     first, second, third = multi_lora_linears(x, layers, scale, ids, "fused")
     expected = multi_lora_linear(x, weight, bias, a, b, scale, ids)
-    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(first, third)
     assert torch.isnan(second[ids >= 0]).all()

@@ -38,7 +38,7 @@ class Case(NamedTuple):
     ids: list[int]
 
 
-# Kernels are compiled for inputs, outputs and rank: few of them, which cases share.
+# Kernels are compiled for tiles, and for sizes that are multiples of 16 or not: few of them, which cases share.
 CASES = {
     "mixed": Case(70, 40, 70, 3, 20, [2, -1, 0, 0, 1]),  # no size is a multiple of its tile
     "one_token": Case(1, 33, 17, 2, 4, [1, -1, 0]),
