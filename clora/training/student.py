@@ -54,6 +54,7 @@ def train_student(
         fixed=1,
     ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
+        del student  # bank and trainer have copies; of a large transformer it is gigabytes
         trainer.fit(report, checkpoints, stop)
     return trainer.exported()
 

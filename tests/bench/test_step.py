@@ -28,6 +28,7 @@ TINY = StepCase(
     student_rank=4,
     teacher_rank=2,
 )
+OURS_AND_OTHERS = (BASELINE, "peft_mixed", "ours_eager", "ours_one_row")
 CPU = torch.device("cpu")
 
 
@@ -40,10 +41,10 @@ def backend(monkeypatch):
 @pytest.fixture(scope="module")
 def losses():
     """Returns the losses of two updates in a way."""
-    return {way: worker.measure(TINY, way, CPU, 2) for way in (BASELINE, "peft_mixed", "ours_eager")}
+    return {way: worker.measure(TINY, way, CPU, 2) for way in OURS_AND_OTHERS}
 
 
-@pytest.mark.parametrize("way", ["peft_mixed", "ours_eager"])
+@pytest.mark.parametrize("way", OURS_AND_OTHERS[1:])
 def test_all_ways_have_the_same_losses(losses, way):
     assert largest_difference(losses[way]["losses"], losses[BASELINE]["losses"]) <= TOLERANCE
     # Rows of all kinds are compared.
@@ -114,10 +115,10 @@ def test_the_ways_take_turns_after_all_were_checked(command, capsys):
     code, record = command(processes)
     assert code == 0
     ways = [command[1] for command in processes.commands]
-    assert ways[:3] == [BASELINE, "peft_mixed", "ours_eager"]
-    assert ["--dtype" in command for command in processes.commands] == [True] * 3 + [False] * 9
-    assert ways[3:6] == [BASELINE, "peft_mixed", "ours_eager"]
-    assert ways[6] == "peft_mixed"
+    assert ways[:4] == list(OURS_AND_OTHERS)
+    assert ["--dtype" in command for command in processes.commands] == [True] * 4 + [False] * 12
+    assert ways[4:8] == list(OURS_AND_OTHERS)
+    assert ways[8] == "peft_mixed"
     assert record["summary"]["ours_eager"]["speed"] == 2
     assert record["summary"]["ours_eager"]["memory"] == 0.5
     printed = capsys.readouterr().out
@@ -147,12 +148,12 @@ def test_a_run_goes_on_where_it_stopped(command, monkeypatch):
     command(Worker(), "--rounds", "1")
     again = Worker()
     _, record = command(again)
-    assert len(again.commands) == 6  # two rounds of three ways, and no check
+    assert len(again.commands) == 8  # two rounds of four ways, and no check
     assert record["summary"][BASELINE]["rounds"] == 3
     monkeypatch.setattr(run.machine, "commit", lambda: "def")
     anew = Worker()
     command(anew)
-    assert len(anew.commands) == 12
+    assert len(anew.commands) == 16
 
 
 def test_without_time_nothing_begins(command, tmp_path):
