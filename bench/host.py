@@ -7,8 +7,8 @@ but what needs one, which is replaced:
   and stream are constants. What JITFunction does before it (binding, specialisation, cache) is real.
 - the tests whether the tensors are on a GPU and on the current one.
 
-Allocations and the base layer's `F.linear` are those of the CPU, on tensors of one token. The base layer is timed by itself
-and subtracted: any other way to add adapters has it too.
+Allocations and the base layer's product are those of the CPU, on tensors of one token. Design split contains the product, which
+is timed by itself and subtracted: any other way to add adapters has it too. Design fused has only kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -25,13 +26,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from clora import ops
-from csrc_triton.multi_lora import checks
+from csrc_triton.multi_lora import checks, launch, passes
+from csrc_triton.multi_lora.designs import gpu_device
+from csrc_triton.multi_lora.tiles import Machine
 
 SHARED_MEMORY = 232_448
 """Of one program on sm_90, in bytes."""
+HOPPER = gpu_device((9, 0), triton.__version__)
 CALLS, ROUNDS = 200, 40
-GOAL_US = 20.0
-"""For one layer without gradients, the base layer not counted."""
+BASE = "base layer (F.linear)"
 
 
 class StubDriver:
@@ -65,6 +68,8 @@ def pretend_gpu() -> None:
     """Makes this process take tensors on the CPU for tensors on an sm_90 GPU."""
     triton.runtime.driver.set_active(StubDriver())
     ops._obstacle = lambda device, explicit: None
+    launch.machine_of = lambda device: Machine(SHARED_MEMORY, descriptors=True, multiprocessors=132)
+    ops.device_of = passes.device_of = lambda device: HOPPER
     checks.INTERPRETED = True
 
 
@@ -74,34 +79,35 @@ def cases(adapters: int = 4, samples: int = 4, width: int = 64, rank: int = 16) 
     weight, bias = torch.randn(width, width), torch.randn(width)
     a, b = torch.randn(adapters, rank, width), torch.randn(adapters, width, rank)
     scale, ids = torch.ones(adapters), torch.arange(samples) % adapters
+    runs, strengths = ops.runs_of(ids.tolist()), (0.1,) * adapters
     trained = [factor.clone().requires_grad_() for factor in (a, b)]
     upstream = torch.randn(samples, 1, width)
 
-    @torch.no_grad()
-    def base() -> None:
-        F.linear(x, weight, bias)
+    layer = (weight, bias, a, b)
+    learning = (weight, bias, *trained)
 
-    @torch.no_grad()
-    def one_layer() -> None:
-        ops.multi_lora_linear(x, weight, bias, a, b, scale, ids)
+    def without_gradients(call: Callable[[], object]) -> Callable[[], object]:
+        return torch.no_grad()(call)
 
-    @torch.no_grad()
-    def three_layers() -> None:
-        ops.multi_lora_linears(x, [(weight, bias, a, b)] * 3, scale, ids)
+    def student(design: str) -> torch.Tensor:
+        return ops.multi_lora_linear(x, *learning, scale, ids, design=design)
 
-    def student() -> torch.Tensor:
-        return ops.multi_lora_linear(x, weight, bias, *trained, scale, ids)
+    def gradients(design: str) -> None:
+        torch.autograd.grad(student(design), trained, upstream)
 
-    def student_gradient() -> None:
-        torch.autograd.grad(student(), trained, upstream)
-
-    return {
-        "base": base,
-        "one layer": one_layer,
-        "q, k, v": three_layers,
-        "student": student,
-        "student, forward and backward": student_gradient,
-    }
+    calls: dict[str, Callable[[], object]] = {BASE: without_gradients(lambda: F.linear(x, weight, bias))}
+    for design in ("fused", "split"):
+        each = {
+            "one layer": partial(ops.multi_lora_linear, x, *layer, scale, ids, design=design),
+            "q, k, v": partial(ops.multi_lora_linears, x, [layer] * 3, scale, ids, design=design),
+        }
+        calls |= {f"{design}: {name}": without_gradients(call) for name, call in each.items()}
+        calls[f"{design}: student's layer"] = partial(student, design)
+        calls[f"{design}: student's layer and its gradients"] = partial(gradients, design)
+    routed = {"runs": runs, "strengths": [strengths]}
+    as_routed = partial(ops.multi_lora_linears, x, [layer], scale, ids, **routed)
+    calls[f"{passes.design_of(x, weight, a, None)}: one layer, as the bank calls it"] = without_gradients(as_routed)
+    return calls
 
 
 def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -125,11 +131,10 @@ def main() -> None:
     pretend_gpu()
     found = microseconds(cases(), rounds)
     print(f"torch {torch.__version__}, Triton {triton.__version__}, us of the host per call, up to Triton's launcher")
-    base = found.pop("base")
-    print(f"{'base layer (F.linear)':32}{base:8.1f}")
     for name, value in found.items():
-        layers = 3 if name == "q, k, v" else 1
-        print(f"{name:32}{value:8.1f}   without the base: {value - layers * base:.1f}")
+        layers = 3 if "q, k, v" in name else 1
+        beside = f"   beside the base: {value - layers * found[BASE]:6.1f}" if name.startswith("split") else ""
+        print(f"{name:45}{value:8.1f}{beside}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The multi-adapter linear layer on Triton, as PyTorch operators with a gradient; `reference.py` defines its meaning.
 
-A call is checked by a public function and then takes one of two ways to the same `_forward` and `_backward`: through
-registered operators where torch.compile or another observer traces it, else through `_Untraced`, which costs the host
-less. `multi_lora_add_triton` is a layer without a weight: its base was computed elsewhere.
+A call is checked by a public function and then takes one of two ways to the same `forward` and `backward` of `passes.py`:
+through registered operators where torch.compile or another observer traces it, else as a recording or its replay, which costs
+the host less. `multi_lora_add_triton` is a layer without a weight: its base was computed elsewhere.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, chain
-from typing import NamedTuple
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -18,36 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from csrc_triton import replay
 from csrc_triton.multi_lora.checks import unsupported, unsupported_add
-from csrc_triton.multi_lora.designs import Shape, device_of, exact_design
-from csrc_triton.multi_lora.launch import expand, gradients, linear, reduce, shrink
+from csrc_triton.multi_lora.passes import Layer, Upstream, backward, forward, layers_of, offsets_of
 from csrc_triton.registration import is_traced, kernel_op
-from csrc_triton.replay import do
 
 KERNEL_DESIGNS = ("fused", "split")
-
-
-class Layer(NamedTuple):
-    """One of the layers that share an input, as in `reference.multi_lora_linear`; weight None: its base is given as y."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-class Upstream(NamedTuple):
-    """A layer in the backward pass: only those whose output was used.
-
-    Attributes:
-        grad: `[B, T, N]` gradient of the layer's output.
-        offset: where the layer's ranks begin among those of all layers.
-    """
-
-    grad: Tensor
-    weight: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    offset: int
 
 
 def multi_lora_linear_triton(
@@ -150,7 +123,7 @@ def recorded(
     if is_traced(x):
         return None
     tensors = (x, y, scale, adapter_ids, *chain.from_iterable(projections))
-    tape = replay.recorded(replay.signature(_forward, tensors, (design,)))
+    tape = replay.recorded(replay.signature(forward, tensors, (design,)))
     return None if tape is None else partial(_compute, tape.replay, tensors, design)
 
 
@@ -158,9 +131,9 @@ def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence
     """The outputs of layers, all with adapters and ranks; y is the base of the only layer if that has no weight."""
     if not is_traced(x):
         tensors = (x, y, scale, ids, *chain.from_iterable(layers))
-        key = replay.signature(_forward, tensors, (design,))
+        key = replay.signature(forward, tensors, (design,))
         tape = replay.recorded(key)
-        run = partial(replay.record, key, _forward, (design,)) if tape is None else tape.replay
+        run = partial(replay.record, key, forward, (design,)) if tape is None else tape.replay
         return _compute(run, tensors, design)
     # The operator takes lists of tensors, without None.
     weights = [layer.weight for layer in layers if layer.weight is not None]
@@ -172,20 +145,11 @@ def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence
 
 
 def _compute(run: Callable, tensors: tuple[Tensor | None, ...], design: str | None) -> Sequence[Tensor]:
-    """The layers' outputs by ``run(tensors)``, a tape or a recording of `_forward`; autograd is told where it must know."""
+    """The layers' outputs by ``run(tensors)``, a tape or a recording of `forward`; autograd is told where it must know."""
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if learns or forward_ad._current_level >= 0:
         return _Untraced.apply(run, design, *tensors)
     return run(tensors)[:-1]
-
-
-def _design_of(x: Tensor, weight: Tensor, lora_A: Tensor, design: str | None) -> str:
-    """The design that the caller chose, else that of these tensors on their device."""
-    if design is not None:
-        return design
-    n, k = weight.shape
-    shape = Shape(int(k), int(n), int(lora_A.shape[1]), str(x.dtype).removeprefix("torch."))
-    return exact_design(x.shape[1], shape, device_of(x.device))
 
 
 def _layers_of(weights, biases, has_bias, lora_A, lora_B) -> list[Layer]:
@@ -193,43 +157,6 @@ def _layers_of(weights, biases, has_bias, lora_A, lora_B) -> list[Layer]:
     remaining = iter(biases)
     biases = [next(remaining) if has else None for has in has_bias]
     return [Layer(*parts) for parts in zip(weights or [None] * len(biases), biases, lora_A, lora_B, strict=True)]
-
-
-def _layers(parts: Sequence[Tensor | None]) -> list[Layer]:
-    """The layers whose parts stand one after the other."""
-    return [Layer(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
-
-
-def _forward(x, y, scale, ids, *parts) -> list[Tensor]:
-    """The layers' outputs, then the ranks' rows `[B, T, sum of ranks]`, which the gradient of lora_B needs.
-
-    Args:
-        parts: those of each `Layer`, and last the design.
-    """
-    *tensors, design = parts
-    layers = [_in_dtype(layer, x.dtype) for layer in _layers(tensors)]
-    lora_A = [layer.lora_A for layer in layers]
-    *offsets, ranks = _offsets(lora_A)
-    outputs = []
-    # One pass over x for the ranks of all layers, then each layer's base with its expansion on top.
-    low = do(Tensor.new_empty, x, *x.shape[:2], ranks)
-    shrink(x, lora_A, scale, ids, low)
-    for layer, offset in zip(layers, offsets, strict=True):
-        if y is not None:
-            outputs.append(expand(low, offset, layer.lora_B, ids, base=y))
-        elif _design_of(x, layer.weight, layer.lora_A, design) == "fused":
-            outputs.append(linear(x, layer.weight, layer.bias, low, offset, layer.lora_B, ids))
-        else:
-            outputs.append(expand(low, offset, layer.lora_B, ids, bias=layer.bias))
-            do(_add_product, outputs[-1], x, layer.weight, True)
-    return [*outputs, low]
-
-
-def _in_dtype(layer, dtype: torch.dtype):
-    """The layer with its factors rounded once per call: in the kernels every tile would round them again."""
-    if layer.lora_A.dtype == layer.lora_B.dtype == dtype:
-        return layer
-    return layer._replace(lora_A=do(Tensor.to, layer.lora_A, dtype), lora_B=do(Tensor.to, layer.lora_B, dtype))
 
 
 @kernel_op("clora::multi_lora_linears")
@@ -247,71 +174,13 @@ def forward_op(
 ) -> list[Tensor]:
     parts = [tensor for layer in _layers_of(weights, biases, has_bias, lora_A, lora_B) for tensor in layer]
     with torch.cuda.device_of(x):
-        return _forward(x, y, scale, ids, *parts, design)
+        return forward(x, y, scale, ids, *parts, design)
 
 
 @forward_op.register_fake
 def _(x, y, weights, biases, has_bias, lora_A, lora_B, scale, ids, design) -> list[Tensor]:
-    widths = [*(b.shape[1] for b in lora_B), _offsets(lora_A)[-1]]
+    widths = [*(b.shape[1] for b in lora_B), offsets_of(lora_A)[-1]]
     return [x.new_empty(*x.shape[:2], width) for width in widths]
-
-
-def _backward(scale, ids, x, low, *parts) -> list[Tensor]:
-    """Gradients of x, of each lora_A and of each lora_B, in this order and only those that are needed.
-
-    Args:
-        x, low: the input and the ranks' rows; None where no lora_A or no lora_B, respectively, needs a gradient.
-        parts: the tensors of each `Upstream`, and last their offsets, whether x needs a gradient, and the design.
-    """
-    *parts, offsets, needs_x, design = parts
-    layers = [Upstream(*parts[4 * i : 4 * i + 4], offset) for i, offset in enumerate(offsets)]
-    upstream = layers[0].grad
-    grad_x, grad_A, grad_B = [], [], []
-    rounded = [_in_dtype(layer, upstream.dtype) for layer in layers]
-    *starts, ranks = _offsets([layer.lora_A for layer in layers])  # among those whose output was used
-    # back = scale dy lora_B, of which the gradients of x and of every lora_A are made.
-    back = do(Tensor.new_empty, upstream, (*upstream.shape[:2], ranks)) if needs_x or x is not None else None
-    # One pass over each dy, for back and the gradient of lora_B, which has the dtype of lora_B itself.
-    for (dy, _, _, factor, offset), layer, start in zip(rounded, layers, starts, strict=True):
-        if low is None:
-            shrink(dy, [factor.mT], scale, ids, back, start)
-        else:
-            shrunk = None if back is None else (factor.mT, scale, back, start)
-            partial = gradients(dy, low, factor.shape[2], ids, offset, shrunk)
-            grad_B.append(reduce(partial, 0, do(Tensor.new_empty, layer.lora_B, factor.shape), ids))
-    if needs_x:
-        grad_x = [_grad_x(rounded, starts, back, ids, design)]
-    if x is not None:  # one pass over x for all layers
-        partial = gradients(x, back, ranks, ids)
-        for layer, start in zip(layers, starts, strict=True):
-            out = do(Tensor.new_empty, layer.lora_A, layer.lora_A.shape)
-            grad_A.append(reduce(partial, start, out, ids, transposed=True))
-    return [*grad_x, *grad_A, *grad_B]
-
-
-def _grad_x(layers: list[Upstream], starts: list[int], back: Tensor, ids, design: str | None) -> Tensor:
-    """Sum over the layers of ``dy weight + back lora_A``; without a weight, the base's own gradient flows through y."""
-    total = None
-    if all(weight is not None and _design_of(dy, weight.mT, a, design) == "fused" for dy, weight, a, *_ in layers):
-        for (dy, weight, lora_A, *_), start in zip(layers, starts, strict=True):
-            total = linear(dy, weight.mT, None, back, start, lora_A.mT, ids, total)
-        return total
-    # One expansion over the ranks of all layers, then each layer's base on top.
-    lora_A = layers[0].lora_A if len(layers) == 1 else do(_side_by_side, *[layer.lora_A for layer in layers])
-    total = expand(back, 0, lora_A.mT, ids)
-    for dy, weight, *_ in layers:
-        if weight is not None:
-            do(_add_product, total, dy, weight, False)
-    return total
-
-
-def _side_by_side(*factors: Tensor) -> Tensor:
-    return torch.cat(factors, 1)
-
-
-def _add_product(y: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
-    """``y += x @ weight`` in place, or of ``weight.T``, by cuBLAS, which reads y while it multiplies."""
-    y.view(-1, y.shape[2]).addmm_(x.reshape(-1, x.shape[2]), weight.mT if transposed else weight)
 
 
 @kernel_op("clora::multi_lora_linears_backward")
@@ -331,7 +200,7 @@ def backward_op(
     columns = zip(upstream, weights or [None] * len(upstream), lora_A, lora_B, strict=True)
     parts = chain.from_iterable(columns)
     with torch.cuda.device_of(scale):
-        return _backward(scale, ids, x, low, *parts, offsets, needs_x, design)
+        return backward(scale, ids, x, low, *parts, offsets, needs_x, design)
 
 
 @backward_op.register_fake
@@ -348,7 +217,7 @@ class _Untraced(torch.autograd.Function):
     def forward(ctx, run, design, *tensors):
         *outputs, low = run(tensors)
         x, y, scale, ids, *parts = tensors
-        _save(ctx, x, y, _layers(parts), low, scale, ids, design)
+        _save(ctx, x, y, layers_of(parts), low, scale, ids, design)
         return tuple(outputs)
 
     @staticmethod
@@ -388,7 +257,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
     """Gradients of x, of y, of each lora_A and of each lora_B; without one for an output that was not used."""
     x, low, scale, ids, *tensors = ctx.saved_tensors  # once: under checkpointing a second reading raises
     count = len(upstream)
-    *offsets, _ = _offsets(tensors[1::3])
+    *offsets, _ = offsets_of(tensors[1::3])
     used = [i for i in range(count) if upstream[i] is not None]
     layers = [Upstream(upstream[i], *tensors[3 * i : 3 * i + 3], offsets[i]) for i in used]
     dA = [None] * count
@@ -404,7 +273,7 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
         parts = chain.from_iterable(layer[:4] for layer in layers)
         starts = tuple(layer.offset for layer in layers)
         tensors = (scale, ids, x, low, *parts)
-        found = replay.replayed(_backward, tensors, starts, ctx.needs_x, ctx.design)
+        found = replay.replayed(backward, tensors, starts, ctx.needs_x, ctx.design)
     remaining = iter(found)
     dx = next(remaining) if ctx.needs_x else None
     for i in used if x is not None else ():
@@ -412,11 +281,6 @@ def _gradients(ctx, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, T
     for i in used if low is not None else ():
         dB[i] = next(remaining)
     return dx, dy, dA, dB
-
-
-def _offsets(lora_A: Sequence[Tensor]) -> list[int]:
-    """Start of each layer's ranks among all; the last entry is their sum."""
-    return list(accumulate((int(a.shape[1]) for a in lora_A), initial=0))
 
 
 forward_op.register_autograd(_operator_gradients, setup_context=_setup)
