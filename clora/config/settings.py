@@ -273,6 +273,9 @@ class DistillConfig(FrozenModel):
         for section, keys in NEVER_RECORDED.items():
             for key in keys:
                 settings.get(section, {}).pop(key, None)
+        # Chosen rows change the last digits only, as none did before there was a choice.
+        if settings.get("train", {}).get("gradient_rows") == "auto":
+            settings["train"]["gradient_rows"] = None
         for effect in settings.get("effects", ()):
             if not effect.get("ignore"):
                 effect.pop("ignore", None)
@@ -290,14 +293,12 @@ class DistillConfig(FrozenModel):
         anchored = objective.trajectory_anchoring and objective.weights.trajectory_anchoring > 0
         return self.train.anchor_share if anchored else 0.0
 
-    @property
-    def shares_prediction(self) -> bool:
+    def shares_prediction(self, gradient_rows: int | None) -> bool:
         """Reports whether one pass of the student serves its last critic's update and its own.
 
-        Its graph waits while the critic learns: the rows of both must fit ``train.gradient_rows``.
+        Its graph waits while the critic learns: the rows of both must fit these.
         """
-        train = self.train
-        has_room = train.gradient_rows is None or 2 * train.batch_size <= train.gradient_rows
+        has_room = gradient_rows is None or 2 * self.train.batch_size <= gradient_rows
         return self.objective.backward_simulation and has_room
 
     @model_validator(mode="after")

@@ -79,8 +79,10 @@ class TrainConfig(FrozenModel):
         clip: largest norm of a gradient.
         gradient_rows: most rows whose gradient is prepared at once, to bound memory; an update adds up as many passes as
             it needs. A sample is up to three rows of the student's and one of the critic's. Below two rows for each
-            sample, the student predicts once more for its critic. None for no bound.
-        forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets.
+            sample, the student predicts once more for its critic. ``auto``: as many as fill the products and fit the free
+            memory (`clora.training.memory`), chosen once for a run. None for no bound.
+        forward_rows: most rows of one pass without gradients, likewise: scoring, and rendering of targets. None for twice
+            the rows of a pass with gradients in scoring, and for 32 to 48 in rendering.
             Both change the result in its last digits, since other batches round differently.
         teacher_memory_gb: most memory of the device (10^9 bytes) for the teachers. The others wait in the host's memory
             and are copied when they are needed, ahead of time where possible. None keeps all on the device.
@@ -114,7 +116,7 @@ class TrainConfig(FrozenModel):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     export: Literal["student", "ema"] = Field(default_factory=lambda data: "ema" if data["ema_decay"] else "student")
     clip: PositiveFloat = 10.0
-    gradient_rows: Positive | None = None
+    gradient_rows: Positive | Literal["auto"] | None = "auto"
     forward_rows: Positive | None = None
     teacher_memory_gb: PositiveFloat | None = None
     gradient_checkpointing: bool = False
@@ -142,6 +144,11 @@ class TrainConfig(FrozenModel):
                 f"weight_decay: expected below {1 / rate:g}, 1 / the highest learning rate, found {self.weight_decay:g}"
             )
         return self
+
+    @property
+    def stated_rows(self) -> int | None:
+        """The number of `gradient_rows`; None where it has no bound, or is yet to be chosen."""
+        return None if self.gradient_rows == "auto" else self.gradient_rows
 
     def progress(self, update: int, seconds: float) -> float:
         """Returns the share of the run that is done, by updates or by time, whichever is more."""

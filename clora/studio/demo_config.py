@@ -59,6 +59,8 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 "critic_ratio": 1,
                 "batch_size": 8,
                 "learning_rate": 5e-4,
+                # As `clora.training.memory` would choose, but the same on every machine, since the last digits depend on it.
+                "gradient_rows": 4,
                 "critic_learning_rate": 6e-4,
                 "minutes": minutes,
             },

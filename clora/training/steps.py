@@ -31,6 +31,7 @@ from clora.models.conditioning import Conditioning
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores, coarse_to_fine_loss
 from clora.training.divergence import base_size, relative_change
 from clora.training.faults import StepCheck
+from clora.training.memory import free_memory, kept_bytes, rows_that_fit
 from clora.training.rows import Part, StudentRows, kinds, slices
 
 STUDENT, CRITIC = "student", "critic"
@@ -59,6 +60,9 @@ class TrainingSteps:
         trained: `STUDENT` and `CRITIC`, trained slots of the bank.
         optimizers: one for each of them.
         generator: source of every draw, on the CPU.
+
+    Attributes:
+        gradient_rows: the most rows of a pass with gradients; None for no bound, also before `choose_rows`.
     """
 
     def __init__(
@@ -82,6 +86,24 @@ class TrainingSteps:
         self._base_size = base_size(bank.transformer, self.student)
         self.dtype = adapter.latent_dtype
         self.sigmas = student_schedule(config.sampler.steps, config.sampler.shift)
+        self.gradient_rows = config.train.stated_rows
+
+    def choose_rows(self, conditioning: Conditioning) -> None:
+        """Sets `gradient_rows` to what fills the products and fits the free memory.
+
+        Args:
+            conditioning: a row of it.
+        """
+        x = torch.zeros(1, *self.adapter.latent_shape, dtype=self.dtype, device=self.bank.transformer.device)
+        conditioning = conditioning.to(x.device)
+
+        def run() -> Tensor:
+            return self._velocity(self.student, 0, x, self.sigmas[:1], conditioning)
+
+        # Weights and factors stay anyway: only what the pass adds counts.
+        row_bytes = kept_bytes(run, (*self.bank.transformer.parameters(), *self.student.parameters()))
+        tokens = x.shape[1] + conditioning.source.shape[1] + conditioning.text.embeds.shape[1]
+        self.gradient_rows = rows_that_fit(tokens, row_bytes, free_memory(x.device), x.device.type)
 
     @torch.no_grad()
     def start_critic(self) -> None:
@@ -96,7 +118,7 @@ class TrainingSteps:
         The critic models the predictions there, and the student's own step begins with the same rows: it has not changed
         in between. None where that step has no such rows, or where the graph has no room beside the critic's.
         """
-        if not self.config.shares_prediction:
+        if not self.config.shares_prediction(self.gradient_rows):
             return None
         x, sigma = rollout
         return self._velocity(self.student, 0, x, sigma, batch.student)
@@ -112,7 +134,7 @@ class TrainingSteps:
         rows = self._student_rows(batch, rollout)
         # One part after the other, so that only its activations are in memory; the gradients add up. What is predicted
         # are the first rows of the first part.
-        first, *others = rows.split(self.config.train.gradient_rows)
+        first, *others = rows.split(self.gradient_rows)
         parts = [self._learn(first, predicted), *(self._learn(part) for part in others)]
         norm = self._step(self.optimizers[STUDENT], self.student)
         values = {}
@@ -167,7 +189,7 @@ class TrainingSteps:
         sigma = sample_sigma(len(x0), self.config.sampler.shift, self.generator)
         x = add_noise(x0, noise, sigma)
         parts = []
-        for c in slices(len(x0), self.config.train.gradient_rows):
+        for c in slices(len(x0), self.gradient_rows):
             velocity = self._velocity(self.critic, 0, x[c], sigma[c], batch.student[c])
             loss, losses = critic_loss(velocity, noise[c], x0[c])
             # The loss is a mean over rows: a part counts with its share of them, so that the gradients add up.
@@ -269,10 +291,12 @@ class TrainingSteps:
 
     def _routed(self, ids: Tensor, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """A pass over the bank's LoRAs, in parts of ``train.forward_rows`` and of as many teachers as fit at once."""
+        # Without a bound of its own, scoring takes little memory beside the graph that waits for it.
+        limit = self.config.train.forward_rows or 2 * (self.gradient_rows or len(ids))
         # Sorted, so that the rows of a LoRA are neighbours: they are one product, and it is copied to the device once.
         order = torch.argsort(ids, stable=True)
         velocities = torch.empty_like(x)
-        for c in self.bank.chunks(ids[order], self.config.train.forward_rows or len(ids)):
+        for c in self.bank.chunks(ids[order], limit):
             rows = order[c]
             with self.bank.placed(ids[rows]) as slots:
                 velocity = self._velocity(slots, ids[rows], take(x, rows), sigma[rows], conditioning[rows])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from clora.data.batches import BatchSampler, DistillData
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
+from clora.models.conditioning import Conditioning
+from clora.progress import say
 from clora.stopping import StopRequest
 from clora.training.checkpoint import DamagedCheckpoint, load_state, save_state
 from clora.training.divergence import CALM_CHANGE, CALM_RISE, SOON, LossLevels
@@ -100,6 +102,8 @@ class DistillTrainer:
             checkpoints.resume(self.config, lambda file: self.load(file, checkpoints.inputs))
         start = time.monotonic() - self.seconds
         stop = stop or StopRequest()
+        if train.gradient_rows == "auto" and self.update == 0:
+            self._choose_rows()
         with ExitStack() as ways:
             ways.enter_context(stop.gently())
             if train.compile:
@@ -134,6 +138,14 @@ class DistillTrainer:
                 raise
             raise CloraError(f"{error}. {checkpoints.go_back()}") from error
         return values
+
+    def _choose_rows(self) -> None:
+        """Chooses the rows of a pass with gradients once, at the run's beginning: its last digits depend on them."""
+        data = self.data
+        row = Conditioning(data.text[data.student_text[0, 0, :1]], data.sources[0, :1])
+        with recomputed_blocks(self.bank) if self.config.train.gradient_checkpointing else nullcontext():
+            self.steps.choose_rows(row)
+        say(f"a pass that learns takes {self.steps.gradient_rows} rows (train.gradient_rows: auto)")
 
     def _is_calm(self) -> bool:
         """Reports a state that may be gone back to: nothing is near to where a run is stopped."""
@@ -203,6 +215,7 @@ class DistillTrainer:
             "matching": self.matching,
             "calm": self._is_calm(),
             "levels": self.levels.state(),
+            "gradient_rows": self.steps.gradient_rows,
             "config": resumable_settings(self.config),
             "inputs": dict(inputs or {}),
         }
@@ -222,6 +235,8 @@ class DistillTrainer:
         self.seconds = float(values["seconds"])
         self.matching = values["matching"]
         self.levels.load_state(values.get("levels", {}))
+        if self.config.train.gradient_rows == "auto":
+            self.steps.gradient_rows = values.get("gradient_rows")  # earlier versions had no bound by default
         self._check_complete(path, tensors)
         with torch.no_grad():
             for name, own in self._tensors().items():

@@ -76,6 +76,8 @@ def as_before(settings):
     settings["data"].pop("general_pairs", None)
     for key in (*ADDED["train"], *NEVER_RECORDED["train"]):
         settings["train"].pop(key, None)
+    if settings["train"].get("gradient_rows") == "auto":
+        settings["train"]["gradient_rows"] = None  # their default
     for effect in settings["effects"]:
         del effect["ignore"]
     return settings

@@ -23,6 +23,7 @@ from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning, Text
+from clora.training.memory import kept_bytes
 
 # Names of one setting in diffusers' transformers.
 _TEXT_CHANNELS = ("joint_attention_dim", "cap_feat_dim", "context_in_dim")
@@ -89,25 +90,17 @@ def pass_cost(adapter: ModelAdapter, layers: list[str], rank: int, text_shape: t
 
 def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots: Slots, text_shape: tuple[int, int]) -> int:
     """Runs one pass with gradient and returns the bytes that it keeps, parameters and factors not counted."""
-    kept: dict[int, int] = {}
+    transformer = adapter.pipeline.transformer
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor  # alive until the pass is dropped, so that no address is used twice
-
-    dtype = adapter.pipeline.transformer.dtype
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _RealInputs():
-        source = torch.zeros(1, source_rows(adapter), adapter.latent_shape[1], dtype=dtype)
-        noise = torch.zeros(1, *adapter.latent_shape, dtype=dtype)
+    def run() -> Tensor:
+        source = torch.zeros(1, source_rows(adapter), adapter.latent_shape[1], dtype=transformer.dtype)
+        noise = torch.zeros(1, *adapter.latent_shape, dtype=transformer.dtype)
         with bank.route(slots, torch.zeros(1, dtype=torch.int64)):
-            # Held while the bytes are counted: with the output its graph would go.
-            output = adapter.velocity(noise, torch.zeros(1), Conditioning(_text(adapter, text_shape), source))
+            return adapter.velocity(noise, torch.zeros(1), Conditioning(_text(adapter, text_shape), source))
+
     # Weights and factors stay anyway: only what the pass adds is counted.
-    for tensor in (*adapter.pipeline.transformer.parameters(), *slots.parameters()):
-        kept.pop(tensor.untyped_storage()._cdata, None)
-    del output
-    return sum(kept.values())
+    with _RealInputs():
+        return kept_bytes(run, (*transformer.parameters(), *slots.parameters()))
 
 
 class _RealInputs(TorchDispatchMode):

@@ -28,6 +28,7 @@ from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.models.loading import adapt
 from clora.models.skeleton import pipeline_folder, skeleton
+from clora.training.memory import rows_that_fit
 from clora.training.student import student_layers
 
 
@@ -76,6 +77,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
         blocks=cost.count_blocks(transformer),
         cost=cost.pass_cost(adapter, layers, config.student.rank, cost.text_shape(adapter)),
     )
+    config = _with_rows(config, facts, cost.num_tokens(adapter), device)
     try:
         data = count_data(config, adapter.text_sees_image)
         if note := pairs_note(config, adapter.text_sees_image):
@@ -99,6 +101,16 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
         "tokens": cost.num_tokens(adapter),
     }
     return {"model": model} | _estimates(config, facts, encoded, data.renders, device, problems)
+
+
+def _with_rows(config: DistillConfig, facts: needs.Facts, tokens: int, device: torch.device) -> DistillConfig:
+    """Returns the config with the rows that a run would choose here, if all of the device were free."""
+    train = config.train
+    if train.gradient_rows != "auto":
+        return config
+    saved = facts.cost.saved_checkpointed if train.gradient_checkpointing else facts.cost.saved
+    rows = rows_that_fit(tokens, saved, cost.device_memory(device), device.type)
+    return config.model_copy(update={"train": train.model_copy(update={"gradient_rows": rows})})
 
 
 def _estimates(

@@ -77,7 +77,7 @@ def rows_with_gradient(config: DistillConfig) -> int:
     parts = (objective.backward_simulation, objective.target_simulation, objective.trajectory_anchoring)
     # Each part of the loss that is on adds a row of each sample (docs/method.md section 4).
     rows = config.train.batch_size * max(1, sum(parts))
-    return min(rows, config.train.gradient_rows or rows)
+    return min(rows, config.train.stated_rows or rows)
 
 
 def scoring_rows(config: DistillConfig) -> int:
@@ -85,7 +85,7 @@ def scoring_rows(config: DistillConfig) -> int:
     objective = config.objective
     scored = config.train.batch_size * (objective.backward_simulation + objective.target_simulation)
     rows = min(scored, rows_with_gradient(config)) * config.sampler.rows_per_scored_sample
-    return min(rows, config.train.forward_rows or rows)
+    return min(rows, config.train.forward_rows or 2 * (config.train.stated_rows or rows))
 
 
 def rendering_rows(config: DistillConfig) -> int:
@@ -121,7 +121,7 @@ def forward_passes(config: DistillConfig) -> float:
     # A critic update: the simulation up to a random step, the student's prediction there, the critic's own pass.
     simulated = (config.sampler.steps - 1) / 2
     critic = train.critic_ratio * train.batch_size * (simulated + 1 + learning)
-    if config.shares_prediction:
+    if config.shares_prediction(config.train.stated_rows):
         critic -= train.batch_size
     return critic + learning * (scored + anchored) + scored * config.sampler.rows_per_scored_sample
 

@@ -158,7 +158,7 @@ def test_passes_and_rows_are_those_of_an_update(adapter, guidance, gradient_rows
     simulated = 1.5 * config.train.critic_ratio * config.train.batch_size  # what is expected of four steps
     assert sum(counted[False]) + 2 * sum(counted[True]) + simulated == forward_passes(config)
     # The student's prediction, of a pass before the critic's, is kept beside the rest of its rows.
-    kept = config.train.batch_size if config.shares_prediction else 0
+    kept = config.train.batch_size if config.shares_prediction(gradient_rows) else 0
     assert max(counted[True][-1] + kept, *counted[True]) == rows_with_gradient(config)
     assert max(counted[False]) == scoring_rows(config)
 
