@@ -93,8 +93,8 @@ class AdapterBank:
         dtype: of the slots; None for the transformer's compute dtype.
         pages: None gives every LoRA a slot. With a number, LoRAs after the first ``fixed`` stay on the host. They take
             turns in this number of slots on the device, each as large as the largest of them; see `placed`.
-        fixed: the number of LoRAs at the start that keep their slot and share no stack with the others, with pages and
-            without: a batch is then computed in the same parts.
+        fixed: the number of LoRAs at the start that keep their slot, which `write` may change. They share no stack with the
+            others, with pages and without: a batch is then computed in the same parts.
 
     Raises:
         CloraError: no state is given, or one names a linear layer that the transformer does not have.
