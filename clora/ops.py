@@ -23,8 +23,16 @@ from clora.errors import CloraError, nearest
 from csrc_triton.coarse_to_fine import reference as coarse_to_fine
 from csrc_triton.coarse_to_fine.reference import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores
 from csrc_triton.multi_lora import reference as multi_lora
-from csrc_triton.multi_lora.by_runs import LinearByRuns, Run, linear_by_runs, runs_of, spans_without, write_merged
-from csrc_triton.multi_lora.designs import DESIGNS, Shape, adapters_to_merge, device_of
+from csrc_triton.multi_lora.by_runs import (
+    Projection,
+    Run,
+    is_plain,
+    linears_by_runs,
+    runs_of,
+    spans_without,
+    write_merged,
+)
+from csrc_triton.multi_lora.designs import DESIGNS, merged_in_all
 
 __all__ = [
     "ANCHOR",
@@ -166,10 +174,6 @@ def _report(reason: str, device_type: str) -> None:
     logger.log(level, "running on eager PyTorch instead of the Triton kernels: %s", reason)
 
 
-Projection = tuple[Tensor, Tensor | None, Tensor, Tensor]
-"""``(weight, bias, lora_A, lora_B)`` of a layer."""
-
-
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -249,7 +253,7 @@ def multi_lora_linears(
 
     call = op.recorded(x, projections, scale, adapter_ids, design)
     # What was recorded was checked, so that only the choice of the design is left.
-    if call is not None and (runs is None or not _merged(x, projections, runs, strengths, design)):
+    if call is not None and (runs is None or not merged_in_all(x, projections, runs, strengths, design)):
         return _written(list(call()), out)
     gaps = [op.unsupported(x, *projection, scale, adapter_ids) for projection in projections]
     if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
@@ -263,10 +267,10 @@ def multi_lora_linears(
         return outputs
     if design == "merged" and runs is None:
         raise CloraError("the design merged needs `runs`: the host must know which rows share an adapter; use split")
-    merged = _merged(x, projections, runs, strengths, design)
+    merged = merged_in_all(x, projections, runs, strengths, design)
     exact = None if design == "merged" else design  # of the rows that are not merged
     if merged and all(run.adapter in merged or run.adapter < 0 for run in runs):
-        return _by_runs(x, projections, scale, runs, [merged] * len(projections), out)
+        return linears_by_runs(x, projections, scale, runs, [merged] * len(projections), out)
     # With gradients, rows of both kinds would need a graph of parts.
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(f for p in projections for f in p[2:])))
     if not merged or learns:
@@ -297,23 +301,14 @@ def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, des
     if design == "fused":
         raise CloraError("the design fused is one of the Triton kernels, which do not compute this call; use split")
     # torch.compile would make a graph for every batch.
-    if not torch.compiler.is_compiling() and all(_is_plain(x, *layer[:2], scale) for layer in projections):
+    if not torch.compiler.is_compiling() and all(is_plain(x, *layer[:2], scale) for layer in projections):
         if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
             runs = runs_of(adapter_ids.tolist())
         if runs is not None:
             pairs = zip(projections, strengths, strict=True)
-            merged = [_merged(x, [layer], runs, [strength], design) for layer, strength in pairs]
-            return _by_runs(x, projections, scale, runs, merged, out)
+            merged = [merged_in_all(x, [layer], runs, [strength], design) for layer, strength in pairs]
+            return linears_by_runs(x, projections, scale, runs, merged, out)
     return _written([multi_lora.multi_lora_linear(x, *layer, scale, adapter_ids) for layer in projections], out)
-
-
-def _by_runs(x, projections, scale, runs, merged: Sequence[frozenset[int]], out) -> list[Tensor]:
-    """Layers by runs, with the adapters that are merged in each."""
-    if out is None:
-        return [LinearByRuns.apply(x, *layer, scale, runs, own) for layer, own in zip(projections, merged, strict=True)]
-    for layer, own, y in zip(projections, merged, out, strict=True):
-        linear_by_runs(x, *layer, scale, runs, own, y)
-    return list(out)
 
 
 def _design(design: str | None) -> str | None:
@@ -323,29 +318,6 @@ def _design(design: str | None) -> str | None:
         source = f"{DESIGN}={choice}" if design is None else f"design={choice!r}"
         raise CloraError(f"{source}: expected one of {', '.join(DESIGNS)}{nearest(str(choice).lower(), DESIGNS)}")
     return choice
-
-
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:
-    """Tests whether a layer can be computed by runs: a frozen base of x's dtype, without autocast."""
-    frozen = not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (weight, bias, scale))
-    one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return frozen and one_dtype and not autocast
-
-
-def _merged(x, projections: Sequence[Projection], runs, strengths, design: str | None) -> frozenset[int]:
-    """Returns the adapters that *merged* computes in every one of some layers of one input."""
-    if runs is None or design not in (None, "merged") or torch.compiler.is_compiling():
-        return frozenset()
-    chosen = frozenset(run.adapter for run in runs if run.adapter >= 0)
-    if design == "merged":
-        return chosen
-    dtype = str(x.dtype).removeprefix("torch.")
-    for (weight, _, lora_A, _), strength in zip(projections, strengths, strict=True):
-        shape = Shape(x.shape[2], len(weight), lora_A.shape[1], dtype)
-        chosen &= adapters_to_merge(runs, x.shape[1], shape, device_of(x.device), strength)
-    return chosen
 
 
 def multi_lora_add(

@@ -48,6 +48,35 @@ def runs_of(adapter_ids: Sequence[int]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+Projection = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""``(weight, bias, lora_A, lora_B)`` of a layer."""
+
+
+def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:
+    """Tests whether a layer can be computed by runs: a frozen base of x's dtype, without autocast."""
+    frozen = not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (weight, bias, scale))
+    one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return frozen and one_dtype and not autocast
+
+
+def linears_by_runs(
+    x: Tensor,
+    projections: Sequence[Projection],
+    scale: Tensor,
+    runs: tuple[Run, ...],
+    merged: Sequence[frozenset[int]],
+    out: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Computes layers of one input, with the adapters that are merged in each; into ``out``, without gradients, if given."""
+    if out is None:
+        return [LinearByRuns.apply(x, *layer, scale, runs, own) for layer, own in zip(projections, merged, strict=True)]
+    for layer, own, y in zip(projections, merged, out, strict=True):
+        linear_by_runs(x, *layer, scale, runs, own, y)
+    return list(out)
+
+
 class LinearByRuns(torch.autograd.Function):
     """The layer, differentiable once in x, lora_A and lora_B.
 

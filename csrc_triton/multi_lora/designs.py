@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from csrc_triton.multi_lora.by_runs import Run
+from csrc_triton.multi_lora.by_runs import Projection, Run
 
 DESIGNS = ("merged", "fused", "split")
 TABLE = Path(__file__).with_name("designs.json")
@@ -174,6 +175,34 @@ def adapters_to_merge(
         if adapter >= 0 and count * tokens >= least and is_exact_enough(strength, shape.dtype):
             merged.append(adapter)
     return frozenset(merged)
+
+
+def merged_in_all(
+    x: Tensor,
+    projections: Sequence[Projection],
+    runs: tuple[Run, ...] | None,
+    strengths: Sequence[tuple[float, ...] | None],
+    design: str | None,
+) -> frozenset[int]:
+    """Returns the adapters that *merged* computes in every one of some layers of one input.
+
+    Args:
+        x: ``[B, T, K]``.
+        projections: ``(weight, bias, lora_A, lora_B)`` of each layer.
+        runs: of the batch; nothing is merged where they are not known, or within a compiled graph.
+        strengths: of each layer, as in `adapters_to_merge`.
+        design: None, or the one that was asked for.
+    """
+    if runs is None or design not in (None, "merged") or torch.compiler.is_compiling():
+        return frozenset()
+    chosen = frozenset(run.adapter for run in runs if run.adapter >= 0)
+    if design == "merged":
+        return chosen
+    dtype = str(x.dtype).removeprefix("torch.")
+    for (weight, _, lora_A, _), strength in zip(projections, strengths, strict=True):
+        shape = Shape(x.shape[2], len(weight), lora_A.shape[1], dtype)
+        chosen &= adapters_to_merge(runs, x.shape[1], shape, device_of(x.device), strength)
+    return chosen
 
 
 def _entries(shape: Shape, device: Device) -> list[dict]:
