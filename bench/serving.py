@@ -141,6 +141,8 @@ class MergedBatches(Switched):
     """diffusers' `fuse_lora` before, `unfuse_lora` after such a batch."""
 
     def render(self, batch: Sequence[Request]) -> Tensor:
+        # Layers that this LoRA does not change are not merged, and would add the LoRA that is set.
+        self.pipe.set_adapters(batch[0].lora)
         self.pipe.fuse_lora(components=["transformer"], adapter_names=[batch[0].lora])
         try:
             return self.studio.render(batch)
