@@ -261,7 +261,7 @@ class PeftMixed(PeerTrainer):
         return {name: parameters_of(self.model, name) for name in (STUDENT, CRITIC)}
 
     def parts(self, samples: Tensor) -> Iterator[Tensor]:
-        return rows_of(torch.arange(len(samples)), self.config.train.gradient_rows or len(samples))
+        return rows_of(torch.arange(len(samples)), self.config.train.stated_rows or len(samples))
 
     def velocity(self, name: str, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.model.train()
