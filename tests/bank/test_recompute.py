@@ -31,7 +31,9 @@ def block_calls(adapter, monkeypatch):
 def test_a_run_is_the_same_with_and_without(adapter, block_calls):
     found = {}
     for checkpointing in (False, True):
-        reports, train = [], {"gradient_checkpointing": checkpointing, "critic_ratio": CRITIC_RATIO}
+        # Without a bound no pass is made to choose one.
+        train = {"gradient_checkpointing": checkpointing, "critic_ratio": CRITIC_RATIO, "gradient_rows": None}
+        reports = []
         with make_trainer(adapter, train=train) as trainer:
             trainer.fit(lambda update, values, reports=reports: reports.append(dict(values)))
             found[checkpointing] = (reports, slots(trainer), dict(block_calls))
