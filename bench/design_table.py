@@ -76,7 +76,7 @@ def _rows_to_merge(logs: Logs) -> list[dict]:
         if sum(ratios) > 0:
             break
         least = rows
-    return [{"min_rows": least}] if logs else []
+    return [{"min_rows": least, "design": "merged"}] if logs else []
 
 
 def merged(earlier: Sequence[dict], new: Sequence[dict]) -> list[dict]:

@@ -6,10 +6,13 @@ Each slice ends by itself within its budget. All results lie in one archive, whi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +23,7 @@ from bench import records, report, wheels
 from bench.machine import describe, slug
 from bench.tasks import NOTES, Task, execute, run_tasks
 from bench.timing import countdown
+from clora.errors import CloraError
 from csrc_triton.multi_lora.designs import DESIGNS
 
 CANNOT_RUN = 2
@@ -97,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     passed = True
     with tempfile.TemporaryDirectory() as place:
         if archive.exists():
-            with tarfile.open(archive) as packed:
-                packed.extractall(place, filter="data")
+            unpack(archive, Path(place))
         folder = Path(place) / slug(machine["gpu"])
         folder.mkdir(exist_ok=True)
         for number in arguments.slice:
@@ -112,17 +115,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if passed else 1
 
 
+def unpack(archive: Path, place: Path) -> None:
+    """Lays the results of earlier slices into a folder.
+
+    Raises:
+        CloraError: the archive is damaged.
+    """
+    try:
+        with tarfile.open(archive) as packed:
+            packed.extractall(place, filter="data")
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        found = f"{archive}: expected the results of earlier slices, found a damaged archive ({error})"
+        raise CloraError(f"{found}; restore it, or remove it to begin again") from error
+
+
 def pack(place: Path, archive: Path) -> None:
     """Writes the small text files below a folder into one archive, whole or not at all."""
     new = archive.with_name(archive.name + ".new")
     with tarfile.open(new, "w:gz") as packed:
-        for file in sorted(place.rglob("*")):
-            relative = file.relative_to(place)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if file.suffix in KEPT and not hidden and file.stat().st_size <= MAX_BYTES:
-                packed.add(file, str(relative))
+        # Tasks still write: what is gone meanwhile is left out, and what lies in hidden folders is not finished.
+        for folder, inner, files in os.walk(place):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            for file in (Path(folder) / name for name in sorted(files) if name.endswith(KEPT)):
+                with contextlib.suppress(FileNotFoundError):
+                    if file.stat().st_size <= MAX_BYTES:
+                        packed.add(file, str(file.relative_to(place)))
     new.replace(archive)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CloraError as error:
+        sys.exit(f"error: {error}")

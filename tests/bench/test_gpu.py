@@ -20,6 +20,7 @@ from bench.gpu import ARCHIVE, BUDGET_S, slices
 from bench.machine import ROOT
 from bench.tasks import NOTES
 from bench.worker import measure_all as bench_measure_all
+from clora.errors import CloraError
 from csrc_triton.multi_lora.designs import DESIGNS
 
 MACHINE = {"gpu": "Some GPU 1", "commit": "abc", "revision": "r1", "driver": "1.2"}
@@ -202,6 +203,32 @@ def test_only_small_texts_are_packed(tmp_path):
         (place / file).write_bytes(b"1" * size)
     bench.gpu.pack(place, tmp_path / ARCHIVE)
     assert list(files_in(tmp_path / ARCHIVE)) == ["gpu/a.json"]
+
+
+def test_files_that_vanish_while_they_are_packed_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "gpu").mkdir()
+    for name in ("a.json", "b.json"):
+        (tmp_path / "gpu" / name).write_text("1")
+    add = tarfile.TarFile.add
+
+    def vanishing(packed, file, name):
+        if name == "gpu/a.json":
+            file.unlink()
+        add(packed, file, name)
+
+    monkeypatch.setattr(tarfile.TarFile, "add", vanishing)
+    bench.gpu.pack(tmp_path, tmp_path / ARCHIVE)
+    assert list(files_in(tmp_path / ARCHIVE)) == ["gpu/b.json"]
+
+
+@pytest.mark.parametrize("damage", [lambda found: b"no archive", lambda found: found[: len(found) // 2]])
+def test_a_damaged_archive_is_one_error_and_stays(damage, on_a_gpu, tmp_path):
+    assert bench.gpu.main(["--slice", "2", "--out", str(tmp_path)]) == 0
+    damaged = damage((tmp_path / ARCHIVE).read_bytes())
+    (tmp_path / ARCHIVE).write_bytes(damaged)
+    with pytest.raises(CloraError, match="damaged archive"):
+        bench.gpu.main(["--slice", "2", "--out", str(tmp_path)])
+    assert (tmp_path / ARCHIVE).read_bytes() == damaged
 
 
 def test_what_is_missing_is_named_before_anything_is_run(tmp_path, monkeypatch, capsys):
