@@ -89,6 +89,17 @@ def test_what_needs_a_gpu_says_so(case, provider):
         family.providers(case)[provider](family.make_inputs(case, CPU))
 
 
+def test_the_op_is_called_as_the_trainer_calls_it():
+    """Which samples share an adapter is known, and how strong a frozen adapter is; nothing of one that trains."""
+    inputs = linear.make_inputs(MIXED, CPU)
+    assert [(run.adapter, run.start, run.stop) for run in inputs.routing["runs"]] == [
+        (e, sample, sample + 1) for sample, e in enumerate(inputs.ids)
+    ]
+    delta = inputs.scales[2] * inputs.lora_B[2] @ inputs.lora_A[2]
+    assert inputs.routing["strengths"][2] == pytest.approx(float(delta.norm() / inputs.weight.norm()), rel=1e-5)
+    assert linear.make_inputs(CASES["student"], CPU).routing["strengths"] is None
+
+
 def test_peft_copies_no_weight():
     inputs = linear.make_inputs(MIXED, CPU)
     layer = linear._peft_layer(inputs)

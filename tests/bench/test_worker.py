@@ -16,7 +16,7 @@ from bench.cases import DesignCase, LinearCase, LossCase, cpu_cases
 from bench.measure import Bench, DeviceLost
 from bench.providers import Unavailable
 from bench.timing import countdown
-from bench.worker import FIRST_ESTIMATE_S, measure_all, measure_one
+from bench.worker import FIRST_ESTIMATE_S, chosen_designs, measure_all, measure_one
 from csrc_triton.multi_lora import designs
 
 
@@ -151,6 +151,18 @@ def test_a_case_is_measured_anew_where_the_table_of_designs_chooses_otherwise(tm
         ["fused", "fused"],
         [],
     ]
+
+
+def test_the_choice_of_a_frozen_adapter_with_many_rows_is_merged(monkeypatch):
+    entry = {"device": "sm_90", "triton": "3.7", "dtype": "float32", "in_features": 4, "out_features": 6, "rank": 2}
+    monkeypatch.setattr(designs, "_table", lambda: {"measured": [{**entry, "min_rows": 6, "design": "merged"}]})
+    designs.rows_to_merge.cache_clear()
+    exact = ["fused"], ["fused", "fused"]
+    few = case(2)  # 3 rows of each of two adapters
+    many = replace(few, samples=4)
+    student = replace(many, mode="student", adapters=1)
+    assert [chosen_designs(each, MACHINE) for each in (few, many, student)] == [exact[0], ["merged"], exact[1]]
+    designs.rows_to_merge.cache_clear()
 
 
 def test_no_case_is_begun_that_would_not_end_in_time(tmp_path, monkeypatch):
