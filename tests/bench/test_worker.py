@@ -17,6 +17,7 @@ from bench.measure import Bench, DeviceLost
 from bench.providers import Unavailable
 from bench.timing import countdown
 from bench.worker import FIRST_ESTIMATE_S, chosen_designs, measure_all, measure_one
+from clora import ops
 from csrc_triton.multi_lora import designs
 
 
@@ -221,6 +222,7 @@ def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatc
     """On a CPU in place of the GPU: there ours must fail with a reason instead of running as eager PyTorch."""
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     monkeypatch.setattr("clora.ops.interpreting", lambda: False)  # another test may have it on
+    monkeypatch.setattr("clora.ops._obstacle", ops._obstacle.__wrapped__)  # and its answer is kept
     monkeypatch.setattr(bench.worker, "GPU", torch.device("cpu"))
     monkeypatch.setattr(bench.worker, "CudaStopwatch", lambda device: stopwatch)
     monkeypatch.setattr(bench.worker, "describe", lambda device: MACHINE)
