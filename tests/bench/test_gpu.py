@@ -16,11 +16,12 @@ import bench.gpu
 import bench.profiled
 import bench.worker
 from bench.cases import DesignCase, LinearCase, LossCase
-from bench.gpu import ARCHIVE, BUDGET_S, slices
+from bench.gpu import ARCHIVE, BUDGET_S, SLICES, slices
 from bench.machine import ROOT
-from bench.tasks import NOTES
+from bench.tasks import GRACE_S, NOTES
 from bench.worker import measure_all as bench_measure_all
 from clora.errors import CloraError
+from clora.studio.demo_config import DEFAULT_MINUTES
 from csrc_triton.multi_lora.designs import DESIGNS
 
 MACHINE = {"gpu": "Some GPU 1", "commit": "abc", "revision": "r1", "driver": "1.2"}
@@ -48,7 +49,7 @@ def files_in(archive):
         return {member.name: packed.extractfile(member).read() for member in packed if member.isfile()}
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", SLICES)
 def test_a_slice_leaves_one_archive_and_prints_a_table_last(number, on_a_gpu, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.gpu.shutil, "which", lambda program: f"/usr/bin/{program}")
     assert bench.gpu.main(["--slice", str(number), "--out", str(tmp_path)]) == 0
@@ -124,14 +125,14 @@ def on_this_cpu(monkeypatch):
 @pytest.mark.usefixtures("on_this_cpu")
 def test_a_dry_run_of_all_slices(tmp_path, monkeypatch, capsys):
     is_available = torch.cuda.is_available
-    for number in ("1", "2", "3", "4"):
+    for number in map(str, SLICES):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr("bench.worker.measure_all", measuring_without_a_gpu(is_available, monkeypatch))
         assert bench.gpu.main(["--slice", number, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     files = files_in(tmp_path / ARCHIVE)
     notes = json.loads(files["some-gpu-1/" + NOTES])
     assert {entry["outcome"] for entry in notes.values()} == {"passed"}
-    names = ["tests", "designs", "cases", "ncu-merged", "ncu-split", "step", "serving", "demo", "slow-tests"]
+    names = ["tests", "designs", "cases", "ncu-merged", "ncu-split", "step", "serving", "slow-tests", "demo"]
     assert list(notes) == names
     assert sum("/linear-" in name or "/loss-" in name for name in files) == 2
     results = files["some-gpu-1/RESULTS.md"].decode()
@@ -160,6 +161,13 @@ def test_a_slice_takes_less_than_ten_minutes(every_case, tmp_path):
         assert BUDGET_S - sum(task.most_s for task in tasks[:-1]) >= 60
 
 
+def test_the_demo_has_the_time_that_it_takes(tmp_path):
+    """It trains by the clock, and what a stopped demo has kept is not packed."""
+    (task,) = [task for tasks in slices(tmp_path, False).values() for task in tasks if task.name == "demo"]
+    assert 60 * DEFAULT_MINUTES + 60 <= task.least_s <= BUDGET_S - 60
+    assert min(task.most_s, BUDGET_S) - GRACE_S >= task.least_s
+
+
 def test_what_the_slices_run(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.gpu.shutil, "which", lambda program: None)
     found = slices(tmp_path, False)
@@ -179,7 +187,7 @@ def test_what_the_slices_run(tmp_path, monkeypatch):
     "name", ["demo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("step", "serving"))]
 )
 def test_commands_take_their_options(name):
-    (task,) = [task for task in slices(ROOT, False)[4] if task.name == name]
+    (task,) = [task for tasks in slices(ROOT, False).values() for task in tasks if task.name == name]
     command = [part.replace("{limit}", "9") for part in task.command]
     subprocess.run([sys.executable, "-m", *command, "--help"], cwd=ROOT, check=True, capture_output=True)
 
