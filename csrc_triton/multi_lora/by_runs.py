@@ -189,7 +189,9 @@ def spans_without(runs: Sequence[Run], merged: frozenset[int]) -> Iterator[list[
 
 def _factors(dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter: int) -> tuple[Tensor, Tensor]:
     """Returns an adapter's ``A [R, K]`` and ``scale B [N, R]`` in the dtype of the layer."""
-    return lora_A[adapter].to(dtype), lora_B[adapter].to(dtype) * scale[adapter].to(dtype)
+    # The scale is not rounded to 16 bits by itself: that would be one error of all tokens.
+    b = lora_B[adapter].to(torch.promote_types(lora_B.dtype, scale.dtype)) * scale[adapter]
+    return lora_A[adapter].to(dtype), b.to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:

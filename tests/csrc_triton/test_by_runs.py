@@ -97,6 +97,16 @@ def test_error_is_at_most_twice_the_definitions(design, dtype, factor_dtype):
         assert (found.double() - right).norm() <= 2 * (allowed.double() - right).norm()
 
 
+@pytest.mark.parametrize("design", ["split", "merged"])
+def test_a_strength_is_rounded_only_with_its_factor(design):
+    """0.7 is .6992 in bfloat16: a thousandth of the low-rank part, alike for every token."""
+    x, a = torch.ones(1, 1, 1), torch.ones(1, 1, 1)
+    b = torch.randn(1, 256, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x, a, weight, scale = x.bfloat16(), a.bfloat16(), torch.zeros(256, 1).bfloat16(), torch.tensor([0.7])
+    y = multi_lora_linear(x, weight, None, a, b, scale, torch.tensor([0]), design=design)
+    assert torch.equal(y[0, 0], (0.7 * b[0, :, 0].float()).bfloat16())
+
+
 @each_design
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_poisoned_adapter_reaches_no_other_row(design, poison):
