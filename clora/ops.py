@@ -191,7 +191,7 @@ def multi_lora_linear(
     """Linear layer whose samples each add the low-rank delta of their own adapter.
 
     Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_linear`. The calls that the Triton
-    kernels do not cover: `csrc_triton.multi_lora.op.unsupported`.
+    kernels do not cover: `csrc_triton.multi_lora.checks.unsupported`.
 
     Args:
         runs: ``adapter_ids`` as the host knows them (`runs_of`). Without them nothing is merged on a GPU; on a CPU they are read.
@@ -202,7 +202,7 @@ def multi_lora_linear(
             where that is unset or empty.
 
     Raises:
-        ValueError: a shape or dtype is wrong.
+        ValueError: a shape or dtype is wrong, or the runs are those of another number of samples.
         CloraError: the backend or the design is unknown, or was asked for and cannot run this call.
     """
     layers = ((weight, bias, lora_A, lora_B),)
@@ -246,6 +246,8 @@ def multi_lora_linears(
         ValueError, CloraError: as `multi_lora_linear`.
     """
     design = _design(design)
+    if runs is not None and (covers := runs[-1].stop if runs else 0) != len(x):
+        raise ValueError(f"runs: expected those of the {len(x)} samples of x, found those of {covers}")
     strengths = strengths or [None] * len(projections)
     if not use_triton("multi_lora_linear", x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
@@ -308,6 +310,10 @@ def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, des
             pairs = zip(projections, strengths, strict=True)
             merged = [merged_in_all(x, [layer], runs, [strength], design) for layer, strength in pairs]
             return linears_by_runs(x, projections, scale, runs, merged, out)
+    if design == "merged":
+        raise CloraError(
+            "the design merged needs `runs` and a frozen base of x's dtype, without autocast and torch.compile; use split"
+        )
     return _written([multi_lora.multi_lora_linear(x, *layer, scale, adapter_ids) for layer in projections], out)
 
 
@@ -333,7 +339,7 @@ def multi_lora_add(
     """Adds each sample's low-rank delta to the output of a base layer that was computed elsewhere.
 
     Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_add`. The calls that the Triton kernels
-    do not cover: `csrc_triton.multi_lora.op.unsupported_add`.
+    do not cover: `csrc_triton.multi_lora.checks.unsupported_add`.
 
     Args:
         backend: as in `multi_lora_linear`.

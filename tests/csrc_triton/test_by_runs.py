@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clora.errors import CloraError
 from clora.ops import multi_lora_linear, multi_lora_linears, runs_of
 from csrc_triton.multi_lora.by_runs import LinearByRuns, Run
 from csrc_triton.multi_lora.reference import multi_lora_linear as reference
@@ -167,6 +168,20 @@ def test_a_trained_base_gets_its_gradient(what):
     leaf = arguments[{"weight": 1, "bias": 2, "scale": 5}[what]].requires_grad_()
     multi_lora_linear(*arguments, torch.tensor(ids)).sum().backward()
     assert leaf.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("other", [[], [0], [0, 0, 1, 1, 2, 2]])
+def test_runs_of_other_samples_are_refused(other):
+    arguments = make(IDS["sorted"])
+    with pytest.raises(ValueError, match=f"runs: expected those of the 5 samples of x, found those of {len(other)}"):
+        multi_lora_linear(*arguments, torch.tensor(IDS["sorted"]), runs=runs_of(other))
+
+
+def test_a_forced_merge_of_a_trained_base_is_refused():
+    arguments = make(IDS["sorted"])
+    arguments[1].requires_grad_()
+    with pytest.raises(CloraError, match="the design merged needs `runs` and a frozen base of x's dtype.*; use split"):
+        multi_lora_linear(*arguments, torch.tensor(IDS["sorted"]), design="merged")
 
 
 def test_outputs_are_written_where_the_caller_wants_them():

@@ -115,7 +115,7 @@ def two_layers(*dtypes):
     return x, [(weight, bias, lora_A.to(dtype), lora_B.to(dtype)) for dtype in dtypes], scale, ids
 
 
-def test_layers_of_one_input_share_its_pass_on_the_kernels_alone(monkeypatch):
+def test_layers_of_one_input_share_its_pass_only_on_the_kernels(monkeypatch):
     given, seen = two_layers(torch.float32, torch.float32), launches(monkeypatch)
     expected = multi_lora_linears(*given, backend="eager")
     assert not seen
@@ -161,7 +161,8 @@ def test_merged_rows_beside_those_of_the_kernels(monkeypatch):
 def test_with_gradients_a_batch_is_merged_whole_or_not_at_all(monkeypatch):
     monkeypatch.setattr("csrc_triton.multi_lora.designs.rows_to_merge", lambda shape, device: 120)
     designs.adapters_to_merge.cache_clear()
-    for ids in ([-1, 2, 2, 2], [0, 2, 2, 2]):
+    seen = launches(monkeypatch)
+    for ids, is_merged in (([-1, 2, 2, 2], True), ([0, 2, 2, 2], False)):
         x, layers, scale, ids_tensor = merging_inputs(ids)
         x.requires_grad_()
         gradients = []
@@ -169,6 +170,7 @@ def test_with_gradients_a_batch_is_merged_whole_or_not_at_all(monkeypatch):
             outputs = multi_lora_linears(x, layers, scale, ids_tensor, **options)
             gradients.append(torch.autograd.grad(sum(y.square().sum() for y in outputs), x)[0])
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+        assert (not seen) == is_merged
     designs.adapters_to_merge.cache_clear()
 
 
