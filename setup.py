@@ -28,7 +28,7 @@ REQUIRES = [
     'triton>=3.4; platform_system == "Linux"',  # tensor descriptors; elsewhere everything runs eager
     "typer>=0.24",
 ]
-BENCH = ["pytest>=8.2"]
+BENCH = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 TEST = [*BENCH, "hypothesis>=6.100", "mypy>=1.15", "packaging>=23.0", "pytest-xdist>=3.5", "ruff>=0.9"]
 
 setup(

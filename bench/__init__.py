@@ -1,4 +1,4 @@
-"""Benchmarks of clora's ops; not installed. `python -m bench` on a GPU machine, `pytest bench` anywhere."""
+"""Benchmarks of clora's ops; not installed. `python -m bench.gpu` on a GPU machine, `pytest bench` anywhere."""
 
 from clora.threads import limit_spinning
 

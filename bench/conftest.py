@@ -1,52 +1,58 @@
-"""`pytest bench`: a test measures a case as `bench.worker` does; the table of all of them comes last."""
+"""Fixtures of the benchmarks under pytest: the gate before each, and the GPU's clock."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import pytest
 import torch
 
+from bench import gate
 from bench.cases import CASES, cpu_cases
-from bench.machine import measure_roof
-from bench.measure import Bench
-from bench.report import figures
-from bench.timing import CudaStopwatch, cpu_stopwatch
+from bench.measure import family_of, prepare
+from bench.providers import BASE, Unavailable
+from bench.timing import CudaStopwatch
 
-RECORDS = pytest.StashKey[list]()
+prepare_once = lru_cache(maxsize=1)(prepare)  # kept while the providers of a case take their turns
 
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="on a GPU: every case, for hours, not only the telling ones")
 
 
-def pytest_configure(config):
-    config.stash[RECORDS] = []
-
-
 def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        on_gpu = CASES["every" if metafunc.config.getoption("--all") else "telling"]
-        cases = on_gpu() if torch.cuda.is_available() else cpu_cases()
-        metafunc.parametrize("case", cases, ids=lambda case: case.name)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_terminal_summary(terminalreporter, config):
-    """The table after everything else."""
-    yield
-    terminalreporter.write_line(figures(config.stash[RECORDS]))
-
-
-@pytest.fixture(scope="session")
-def bench():
-    """The GPU and its clock where there is one, else the CPU's."""
-    if not torch.cuda.is_available():
-        return Bench(torch.device("cpu"), cpu_stopwatch, None, rounds=10)
-    gpu = torch.device("cuda", 0)
-    stopwatch = CudaStopwatch(gpu)
-    return Bench(gpu, stopwatch, measure_roof(gpu, stopwatch))
+    """One test per case and provider."""
+    cases = {"cpu_case": cpu_cases, "gpu_case": CASES["every" if metafunc.config.getoption("--all") else "telling"]}
+    for name, make in cases.items():
+        if name in metafunc.fixturenames:
+            sets = [(case, provider) for case in make() for provider in family_of(case).providers(case)]
+            metafunc.parametrize((name, "provider"), sets, ids=[f"{case.name}-{provider}" for case, provider in sets])
 
 
 @pytest.fixture
-def measured(request):
-    """The records of the table."""
-    return request.config.stash[RECORDS]
+def time_provider(benchmark):
+    """Returns time_provider(case, provider, device, rounds): checks the provider, then times it."""
+
+    def run(case, provider, device, rounds):
+        inputs, expected, allowed = prepare_once(case, device)
+        try:
+            call = family_of(case).providers(case)[provider](inputs)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        outputs = call()
+        # The base computes something else; the gate does not apply to it.
+        if provider != BASE:
+            assert gate.violation(gate.errors(outputs, expected), allowed) is None
+        benchmark.group = case.name
+        setup = CudaStopwatch(device).flush if device.type == "cuda" else None
+        benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=2)
+
+    return run
+
+
+@pytest.fixture
+def gpu():
+    """The first GPU; a test that asks for it is skipped where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", 0)

@@ -51,14 +51,6 @@ class CudaStopwatch:
         return start.elapsed_time(end), busy
 
 
-def cpu_stopwatch(call: Call) -> tuple[float, float]:
-    """Times a call on the CPU, by the wall clock."""
-    begun = time.perf_counter()
-    call()
-    milliseconds = (time.perf_counter() - begun) * 1e3
-    return milliseconds, milliseconds
-
-
 def interleave(calls: Mapping[str, Call], stopwatch: Stopwatch, rounds: int, warmup: int) -> dict[str, dict]:
     """Times every call once per round, each round beginning with another one, after `warmup` untimed rounds.
 
@@ -87,3 +79,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         return {"median_ms": values[0], "p10_ms": values[0], "p90_ms": values[0]}
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return {"median_ms": statistics.median(values), "p10_ms": tenths[0], "p90_ms": tenths[-1]}
+
+
+class GpuStamp:
+    """A moment on the GPU; the difference of two is in seconds and waits for the later one.
+
+    As pytest-benchmark's timer, which is called before and after, it measures times on the GPU.
+    """
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: GpuStamp) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
