@@ -78,21 +78,23 @@ class GraphedBlocks:
         key = (route, str(structure), *layouts)
         kinds = self._kinds.setdefault(block, {})
         with self._bank.resumed(routed):
-            if key not in kinds:
-                # The first pass compiles kernels and allots workspaces, which must not happen in a graph.
-                output = forward(*args, **kwargs)
-                if len(kinds) < MAX_KINDS:
-                    results, of_output = tree_flatten(output)
-                    kinds[key] = Kind(of_output, [self._buffer("output", i, y) for i, y in enumerate(results)])
-                return output
+            if key not in kinds and len(kinds) >= MAX_KINDS:
+                return forward(*args, **kwargs)
             inputs = [
                 self._buffer("input", i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)
             ]
             for buffer, leaf in zip(inputs, leaves, strict=True):
                 if isinstance(leaf, Tensor):
                     buffer.copy_(leaf)
+            own = tree_unflatten(inputs, structure)
+            if key not in kinds:
+                # The first pass compiles kernels and allots workspaces, which must not happen in a graph; so it has the
+                # buffers' strides and alignment, on which kernels depend.
+                results, of_output = tree_flatten(forward(*own[0], **own[1]))
+                kinds[key] = Kind(of_output, [self._buffer("output", i, y) for i, y in enumerate(results)])
+                return tree_unflatten([y.clone() for y in results], of_output)
             if (block, key) not in self._replays:
-                self._replays[block, key] = self._captured(forward, tree_unflatten(inputs, structure), kinds[key])
+                self._replays[block, key] = self._captured(forward, own, kinds[key])
         self._replays[block, key]()
         return tree_unflatten([y.clone() for y in kinds[key].outputs], kinds[key].structure)
 
@@ -104,7 +106,7 @@ class GraphedBlocks:
         return self._capture(compute)
 
     def _routed(self, running: RoutedPass) -> tuple[RoutedPass, tuple]:
-        """A pass on the same stacks that reads the ids from fixed memory, and what tells it from others."""
+        """A pass on the same stacks that reads the ids from fixed memory, and its key."""
         key = (running.num_samples, *((id(stack.factors), id(stack.scale)) for stack in running.stacks))
         if key not in self._passes:
             stacks = [replace(stack, ids=stack.ids.clone()) for stack in running.stacks]

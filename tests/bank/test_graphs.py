@@ -145,6 +145,26 @@ def test_outputs_of_a_block_are_the_callers_own(passes):
     assert not any(torch.equal(y, own) for y, own in zip(outputs[2], kept, strict=True))
 
 
+@torch.no_grad()
+def test_kernels_are_compiled_before_the_capture(passes):
+    """They depend on strides and alignment: the pass before has those of the captured one, whatever the caller's are."""
+    seen = []
+
+    def forward(x):
+        seen.append((x.stride(), x.data_ptr()))
+        return x
+
+    wide = torch.arange(48.0).view(2, 3, 8)
+    bank = passes.trainer.bank
+    run = graphs.GraphedBlocks(bank, Recording())
+    with bank.route(passes.slots, [0, 1]):
+        outputs = [run(bank.transformer, forward, x[..., :5]) for x in (wide, wide + 1, wide + 2)]
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    for i, y in enumerate(outputs):
+        assert torch.equal(y, wide[..., :5] + i)
+
+
 def test_training_takes_graphs_only_without_gradients(adapter, device_ops, monkeypatch):
     def losses(**train):
         reports = []
