@@ -137,7 +137,7 @@ def attach(
             images = pipe(image=image, prompt=[snow_prompt, ink_prompt, prompt]).images
         bank.detach()
 
-    Nothing is merged and nothing is copied between passes. Until `detach`, the transformer runs only inside `route`.
+    The transformer's weights stay as they are, and nothing is copied between passes. Until `detach`, the transformer runs only inside `route`.
 
     Args:
         pipeline_or_transformer: a diffusers pipeline or its transformer, also compiled or with quantised weights.

@@ -159,15 +159,16 @@ class AdapterBank:
     def _measure_strengths(self, fixed: int) -> None:
         """Gives the stacks the strengths of the LoRAs that stay as they are; those of paged ones wait for their page."""
         constant = {stack for lora, (stack, _) in self._all.places.items() if lora >= fixed}
-        layers = {module: layer for module, layer in self._layers.items() if is_plain(layer, self.dtype)}
+        # Once for all LoRAs: a transformer is large.
+        norms = {m: layer.weight.float().norm() for m, layer in self._layers.items() if is_plain(layer, self.dtype)}
         stacks = [
-            replace(stack, strengths=strengths_of(layers, stack)) if i in constant else stack
+            replace(stack, strengths=strengths_of(norms, stack)) if i in constant else stack
             for i, stack in enumerate(self._all.stacks)
         ]
         self._all = replace(self._all, stacks=tuple(stacks))
         for lora, factors in enumerate(self._pages.loras, self._resident):
             single = Stack({module: (a[None], b[None]) for module, (a, b) in factors.items()}, torch.ones(1))
-            self._paged_strengths[lora] = {module: own for module, (own,) in strengths_of(layers, single).items()}
+            self._paged_strengths[lora] = {module: own for module, (own,) in strengths_of(norms, single).items()}
 
     def __enter__(self) -> AdapterBank:
         return self

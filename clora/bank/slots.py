@@ -139,15 +139,14 @@ def _device(layer: nn.Linear) -> torch.device:
     return torch.device(getattr(hook, "execution_device", None) or layer.weight.device)
 
 
-def strengths_of(layers: Mapping[str, nn.Linear], stack: Stack) -> dict[str, tuple[float, ...]]:
-    """Returns ``|B A| / |W|``, Frobenius norms, of each LoRA of a stack in each of some layers, whose weights are at hand."""
+def strengths_of(norms: Mapping[str, Tensor], stack: Stack) -> dict[str, tuple[float, ...]]:
+    """Returns ``|B A| / |W|``, Frobenius norms, of each LoRA of a stack in each of the layers whose ``|W|`` is given."""
     found = {}
-    for module in stack.factors.keys() & layers.keys():
-        weight = layers[module].weight
-        a, b = (factor.to(weight.device).float() for factor in stack.factors[module])
+    for module in stack.factors.keys() & norms.keys():
+        a, b = (factor.to(norms[module].device).float() for factor in stack.factors[module])
         # |B A|^2 is the trace of (B^T B)(A A^T), of R x R matrices.
         squares = (b.mT @ b * (a @ a.mT)).sum((1, 2)).clamp(min=0)
-        found[module] = tuple((squares.sqrt() / weight.float().norm()).tolist())
+        found[module] = tuple((squares.sqrt() / norms[module]).tolist())
     return found
 
 

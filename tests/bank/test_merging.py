@@ -85,6 +85,16 @@ def test_a_paged_lora_takes_its_strength_to_its_page(given):
             given.clear()
 
 
+def test_a_weight_is_measured_once_for_all_loras(monkeypatch):
+    layers, measured, own = Layers(torch.bfloat16), [], torch.Tensor.norm
+    monkeypatch.setattr(torch.Tensor, "norm", lambda tensor: measured.append(tensor.shape) or own(tensor))
+    loras = {str(i): LoRAState({"a": LoRAModule(torch.ones(1, WIDTH), torch.ones(WIDTH, 1))}) for i in range(5)}
+    for pages in (None, 2):
+        with AdapterBank(layers, loras, pages=pages, fixed=1):
+            assert measured == [(WIDTH, WIDTH)]
+            measured.clear()
+
+
 @pytest.mark.parametrize(("strength", "known"), [(1.0, True), (2.0, True), (0.5, False)])
 def test_a_weakened_pass_merges_nothing(strength, known, given):
     layers = Layers(torch.bfloat16)
