@@ -145,7 +145,7 @@ def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence
 
 
 def _compute(run: Callable, tensors: tuple[Tensor | None, ...], design: str | None) -> Sequence[Tensor]:
-    """The layers' outputs by ``run(tensors)``, a tape or a recording of `forward`; autograd is told where it must know."""
+    """The layers' outputs by ``run(tensors)``, a tape or a recording of `forward`; autograd sees it only where something is trained."""
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if learns or forward_ad._current_level >= 0:
         return _Untraced.apply(run, design, *tensors)
