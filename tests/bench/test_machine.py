@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 import torch
 
 import bench.machine
-from bench.machine import commit, describe, measure_roof, revision, slug
+from bench.machine import NOT_SOURCES, ROOT, commit, describe, measure_roof, revision, slug
 
 
 @pytest.fixture
@@ -51,6 +52,16 @@ def test_what_no_figure_depends_on_leaves_the_revision(checkout, file):
     (checkout / file).parent.mkdir(exist_ok=True)
     (checkout / file).write_text("1\n")
     assert revision(checkout) == before
+
+
+def test_only_what_a_measurement_loads_is_a_source_of_it():
+    program = "import sys, bench.worker; print(*[name for name in sys.modules if name.startswith('bench.')])"
+    names = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    loaded = {ROOT / f"{name.replace('.', '/')}.py" for name in names.split()}
+    files = {file for file in (ROOT / "bench").rglob("*.py") if file.name != "__init__.py"}
+    excluded = {file for file in files for path in NOT_SOURCES if file.is_relative_to(ROOT / path)}
+    pytests = {ROOT / "bench" / "conftest.py", ROOT / "bench" / "bench_cases.py"}
+    assert files - excluded - pytests == loaded
 
 
 def test_commit(checkout, monkeypatch):
