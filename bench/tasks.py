@@ -62,7 +62,7 @@ def run_tasks(
         pack: keeps the folder's files for good.
 
     Returns:
-        False where a task failed.
+        False where a task failed, or has printed failures before its time ended.
     """
     notes = records.read(folder / NOTES) or {}
     for task in tasks:
@@ -80,7 +80,11 @@ def run_tasks(
         records.write(folder / NOTES, notes)
         print("\n".join([f"{task.name}: {entry['outcome']}; {entry['summary']}", *entry["failures"]]), flush=True)
         pack()
-    return not any(notes[task.name]["outcome"] == "failed" for task in tasks)
+    return not any(has_failed(notes[task.name]) for task in tasks)
+
+
+def has_failed(entry: dict) -> bool:
+    return entry["outcome"] == "failed" or (entry["outcome"] == "stopped" and bool(entry["failures"]))
 
 
 def _run(task: Task, folder: Path, left: Callable[[], float], pack: Callable[[], None], execute: Execute) -> dict:

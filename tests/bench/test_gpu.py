@@ -192,13 +192,6 @@ def test_commands_take_their_options(name):
     subprocess.run([sys.executable, "-m", *command, "--help"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_a_module_that_is_not_there_is_named(tmp_path):
-    task = bench.gpu._module("bench.no_such_module", tmp_path / "gpu", 10)
-    assert task.reason == "bench.no_such_module does not exist in this tree"
-    assert task.command == ("bench.no_such_module", "--out", str(tmp_path), "--budget-s", "{limit}")
-    assert bench.gpu._module("bench.step", tmp_path / "gpu", 10).reason == ""
-
-
 def test_only_small_texts_are_packed(tmp_path):
     place = tmp_path / "place"
     for file, size in (

@@ -60,7 +60,7 @@ def test_only_what_a_measurement_loads_is_a_source_of_it():
     loaded = {ROOT / f"{name.replace('.', '/')}.py" for name in names.split()}
     files = {file for file in (ROOT / "bench").rglob("*.py") if file.name != "__init__.py"}
     excluded = {file for file in files for path in NOT_SOURCES if file.is_relative_to(ROOT / path)}
-    pytests = {ROOT / "bench" / "conftest.py", ROOT / "bench" / "bench_cases.py"}
+    pytests = {file for file in files if file.name == "conftest.py" or file.name.startswith("bench_")}
     assert files - excluded - pytests == loaded
 
 

@@ -47,6 +47,14 @@ def run(commands, folder, *tasks, seconds=100.0, machine=MACHINE):
     [(0, "passed", True), (1, "failed", False), (None, "stopped", True), (UNFINISHED, "unfinished", True)],
 )
 def test_the_outcome_of_a_task(code, outcome, passed, tmp_path):
+    commands = Commands((30, code))
+    assert run(commands, tmp_path, Task("tests", ("pytest", "tests"))) == (passed, {"tests": outcome})
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "passed"), [(1, "failed", False), (None, "stopped", False), (0, "passed", True)]
+)
+def test_failures_are_kept_and_count_though_the_time_ended_the_task(code, outcome, passed, tmp_path):
     commands = Commands((30, code), output="FAILED tests/a.py::b - no\n\n1 failed\n")
     assert run(commands, tmp_path, Task("tests", ("pytest", "tests"))) == (passed, {"tests": outcome})
     assert commands.commands == [[sys.executable, "-m", "pytest", "tests"]]
