@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FILLING_TOKENS = {"cpu": 768, "cuda": 8192}
+FILLING_TOKENS = {"cpu": 640, "cuda": 8192}
 """Tokens from which a product takes hardly less time for each. On a CPU measured with the studio (`python -m bench.update`):
-4 rows of 192 tokens at once need a fifth of the memory of all 22, and a tenth more time. On a GPU a prediction."""
+3 rows of 192 tokens at once need a fifth of the memory of all 22, and a tenth more time. On a GPU a prediction."""
 SHARE = 0.5
 """Of the free memory, for the graphs of these rows: scoring needs some, too, and other processes may."""
 
