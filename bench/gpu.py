@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench import records, report, wheels
-from bench.machine import describe, slug
+from bench.machine import describe, slug, tree
 from bench.tasks import NOTES, Task, execute, run_tasks
 from bench.timing import countdown
 from clora.errors import CloraError
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: no CUDA device found, nothing was run; `pytest bench` runs the cases for CPUs")
         return CANNOT_RUN
-    machine = describe(torch.device("cuda", 0))
+    machine = describe(torch.device("cuda", 0)) | {"tree": tree()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     archive = arguments.out / ARCHIVE
     passed = True

@@ -40,6 +40,8 @@ NOT_SOURCES = (
 """In those folders, but without influence on a measurement: results may be committed and judged between two runs. From the
 table of designs a record keeps the choice for its case (`bench.worker.chosen_designs`)."""
 SUFFIXES = (".py", ".json")
+TREE = ("bench", "clora", "csrc_triton", "tests")
+NOT_TREE = ("bench/results",)
 DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 ROOF_SIZE = 8192
 """Rows and columns of the product: 1.1 TFLOP, operands of 128 MiB."""
@@ -112,14 +114,23 @@ def measure_roof(device: torch.device, stopwatch: Stopwatch) -> dict[str, float]
 
 def revision(root: Path = ROOT) -> str:
     """Hash of the Python and JSON files that a measurement depends on: with the same one it need not be repeated."""
+    return _hash(root, SOURCES, NOT_SOURCES)
+
+
+def tree(root: Path = ROOT) -> str:
+    """The same of all files, for what depends on any: tests, whole updates, the demo."""
+    return _hash(root, TREE, NOT_TREE)
+
+
+def _hash(root: Path, paths: Sequence[str], without: Sequence[str]) -> str:
     digest = hashlib.sha256()
     files = []
-    for path in SOURCES:
+    for path in paths:
         found = (root / path).rglob("*") if (root / path).is_dir() else [root / path]
         files += [file for file in found if file.suffix in SUFFIXES]
     for file in sorted(files):
         relative = file.relative_to(root)
-        if not any(relative.is_relative_to(path) for path in NOT_SOURCES):
+        if not any(relative.is_relative_to(path) for path in without):
             # Names count too: a renamed file makes another revision.
             digest.update(relative.as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]

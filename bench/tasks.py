@@ -54,7 +54,7 @@ def run_tasks(
     tasks: Sequence[Task], folder: Path, machine: dict, left: Callable[[], float], pack: Callable[[], None],
     execute: Execute,
 ) -> bool:  # fmt: skip
-    """Runs the tasks that have not passed at this machine's revision, and notes each outcome in the folder at once.
+    """Runs the tasks that have not passed with this machine's tree, and notes each outcome in the folder at once.
 
     Args:
         machine: kept with each outcome.
@@ -66,9 +66,9 @@ def run_tasks(
     """
     notes = records.read(folder / NOTES) or {}
     for task in tasks:
-        earlier = notes.get(task.name, {"outcome": "", "revision": ""})
-        if earlier["outcome"] == "passed" and earlier["revision"] == machine["revision"]:
-            print(f"{task.name}: passed before, at this revision", flush=True)
+        earlier = notes.get(task.name)
+        if earlier and earlier["outcome"] == "passed" and earlier["machine"].get("tree") == machine["tree"]:
+            print(f"{task.name}: passed before, with the same sources", flush=True)
             continue
         if task.reason or left() < task.least_s:
             reason = task.reason or f"{left():.0f} s left, it needs {task.least_s:.0f}"
@@ -76,7 +76,7 @@ def run_tasks(
         else:
             print(f"{task.name}: begins, {left():.0f} s left", flush=True)
             entry = _run(task, folder, left, pack, execute)
-        notes[task.name] = entry | {"revision": machine["revision"], "machine": machine}
+        notes[task.name] = entry | {"machine": machine}
         records.write(folder / NOTES, notes)
         print("\n".join([f"{task.name}: {entry['outcome']}; {entry['summary']}", *entry["failures"]]), flush=True)
         pack()

@@ -25,6 +25,7 @@ from clora.studio.demo_config import DEFAULT_MINUTES
 from csrc_triton.multi_lora.designs import DESIGNS
 
 MACHINE = {"gpu": "Some GPU 1", "commit": "abc", "revision": "r1", "driver": "1.2"}
+TREE = "t1"
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(bench.gpu.wheels, "missing", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.gpu, "describe", lambda device: MACHINE)
+    monkeypatch.setattr(bench.gpu, "tree", lambda: TREE)
     monkeypatch.setattr(bench.gpu, "execute", execute)
     return ran
 
@@ -60,7 +62,7 @@ def test_a_slice_leaves_one_archive_and_prints_a_table_last(number, on_a_gpu, tm
     table = capsys.readouterr().out.partition(f"results: {tmp_path / ARCHIVE}\n")[2].strip().splitlines()
     assert len(table) == 2 + len(notes)
     for line, (name, entry) in zip(table[2:], notes.items(), strict=True):
-        assert entry["machine"] == MACHINE
+        assert entry["machine"] == {**MACHINE, "tree": TREE}
         assert line.startswith(f"| {name} | {entry['outcome']} |")
     assert len(on_a_gpu) == sum(entry["outcome"] == "passed" for entry in notes.values()) > 0
 

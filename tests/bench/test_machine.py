@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench.machine
-from bench.machine import NOT_SOURCES, ROOT, commit, describe, measure_roof, revision, slug
+from bench.machine import NOT_SOURCES, ROOT, commit, describe, measure_roof, revision, slug, tree
 
 
 @pytest.fixture
@@ -52,6 +52,24 @@ def test_what_no_figure_depends_on_leaves_the_revision(checkout, file):
     (checkout / file).parent.mkdir(exist_ok=True)
     (checkout / file).write_text("1\n")
     assert revision(checkout) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("clora/training/trainer.py", True),
+        ("tests/training/test_trainer.py", True),
+        ("csrc_triton/multi_lora/designs.json", True),
+        ("bench/gpu.py", True),
+        ("bench/results/a.json", False),
+        ("README.md", False),
+    ],
+)
+def test_a_tree_is_all_that_a_task_can_depend_on(checkout, file, changes):
+    before = tree(checkout)
+    (checkout / file).parent.mkdir(exist_ok=True, parents=True)
+    (checkout / file).write_text("1\n")
+    assert (tree(checkout) != before) == changes
 
 
 def test_only_what_a_measurement_loads_is_a_source_of_it():
