@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_current(record: dict | None, requests: int) -> bool:
-    return record is not None and record["commit"] == machine.commit() and record["requests"] == requests
+    return record is not None and record.get("tree") == machine.tree() and record["requests"] == requests
 
 
 def begin(count: int, requests: int, device: torch.device) -> dict:
@@ -272,6 +272,7 @@ def begin(count: int, requests: int, device: torch.device) -> dict:
         "name": f"serving-{count}",
         "adapters": count,
         "requests": requests,
+        "tree": machine.tree(),
         "commit": machine.commit(),
         "machine": machine.describe_host(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None, run: Run | None = None) -> int:
 
 
 def begin(case: StepCase, device: torch.device, earlier: dict | None) -> dict:
-    """Returns the record of a case: the earlier one, if it is of this commit and these sizes, else a new one."""
-    commit = machine.commit()
+    """Returns the record of a case: the earlier one, if it is of these sources and sizes, else a new one."""
+    tree = machine.tree()  # not the commit, which a copy without git or with changes does not have
     sizes = json.loads(json.dumps(asdict(case)))
-    if earlier is not None and earlier["commit"] == commit and earlier["step"] == sizes:
+    if earlier is not None and earlier.get("tree") == tree and earlier["step"] == sizes:
         return earlier
     ways: dict[str, dict] = {way: {"rounds": []} for way in WAYS}
     if device.type == "cpu":
@@ -82,7 +82,8 @@ def begin(case: StepCase, device: torch.device, earlier: dict | None) -> dict:
     return {
         "name": case.name,
         "step": sizes,
-        "commit": commit,
+        "tree": tree,
+        "commit": machine.commit(),
         "machine": machine.describe_host(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "ways": ways,

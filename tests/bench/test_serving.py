@@ -86,7 +86,7 @@ def test_pictures_of_another_lora_are_noticed(ways, monkeypatch):
 
 
 def test_the_whole_command_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(serving.machine, "commit", lambda: "abc")
+    monkeypatch.setattr(serving.machine, "tree", lambda: "t1")
     monkeypatch.setattr(serving, "STEPS", 1)
     options = ["--device", "cpu", "--out", str(tmp_path), "--adapters", "1", "--requests", "3"]
     assert main(options) == 0

@@ -100,7 +100,7 @@ def command(tmp_path, monkeypatch):
     """Returns command(worker, *options), which returns its exit code and the record of the one case."""
     monkeypatch.setattr(run, "CPU_CASES", (TINY,))
     monkeypatch.setattr(run, "GOAL_CASE", TINY.name)
-    monkeypatch.setattr(run.machine, "commit", lambda: "abc")
+    monkeypatch.setattr(run.machine, "tree", lambda: "t1")
 
     def go(processes, *options):
         arguments = ["--device", "cpu", "--out", str(tmp_path), "--rounds", "3", *options]
@@ -150,7 +150,7 @@ def test_a_run_goes_on_where_it_stopped(command, monkeypatch):
     _, record = command(again)
     assert len(again.commands) == 8  # two rounds of four ways, and no check
     assert record["summary"][BASELINE]["rounds"] == 3
-    monkeypatch.setattr(run.machine, "commit", lambda: "def")
+    monkeypatch.setattr(run.machine, "tree", lambda: "t2")  # at a commit that may be unknown
     anew = Worker()
     command(anew)
     assert len(anew.commands) == 16
