@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from clora import ops
-from csrc_triton.multi_lora import checks, launch, passes
+from csrc_triton.multi_lora import checks, designs, launch, passes
 from csrc_triton.multi_lora.designs import gpu_device
 from csrc_triton.multi_lora.tiles import Machine
 
@@ -69,7 +69,7 @@ def pretend_gpu() -> None:
     triton.runtime.driver.set_active(StubDriver())
     ops._obstacle = lambda device, explicit: None
     launch.machine_of = lambda device: Machine(SHARED_MEMORY, descriptors=True, multiprocessors=132)
-    ops.device_of = passes.device_of = lambda device: HOPPER
+    designs.device_of = passes.device_of = lambda device: HOPPER
     checks.INTERPRETED = True
 
 
