@@ -71,7 +71,7 @@ def train(folder: Path, seed: int, updates: int) -> None:
     loras = load_teachers(adapter, assets.ASSETS, DEFAULT_EFFECTS)
     data = demo_data(adapter, loras, config, assets.ASSETS, recompute=False)
     with training_bar(f"seed {seed}", config.train) as report:
-        student = train_student(config, adapter, loras, data, report)
+        student = train_student(config, adapter, dict(loras), data, report)
     files = {name: teacher_path(assets.ASSETS, name) for name in loras}
     about = make_collection(config, adapter, "clora-studio", files, dict.fromkeys(loras, "Apache-2.0"))
     write_collection(student, about, folder, torch.float16)

@@ -171,7 +171,7 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
                 run.curves.setdefault(name, []).append((update, value))
             show(update, values)
 
-        student = train_student(run.config, adapter, loras, data, report)
+        student = train_student(run.config, adapter, dict(loras), data, report)
     if run.warning is not None:
         say(run.warning)
     return student

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from clora.bank.bank import AdapterBank
@@ -24,7 +22,7 @@ from clora.training.trainer import DistillTrainer, Report
 def train_student(
     config: DistillConfig,
     adapter: ModelAdapter,
-    teachers: Mapping[str, LoRAState],
+    teachers: dict[str, LoRAState],
     data: DistillData,
     report: Report,
     checkpoints: Checkpoints | None = None,
@@ -35,7 +33,8 @@ def train_student(
     Args:
         config: the settings.
         adapter: the model family.
-        teachers: effect name to LoRA, in the order of ``data.effects``.
+        teachers: effect name to LoRA, in the order of ``data.effects``. Emptied once the bank has its copies, which are often
+            of fewer bits: of many teachers it is gigabytes.
         data: encoded training data.
         report: called after every student update.
         checkpoints: where to resume from and to write to.
@@ -54,7 +53,8 @@ def train_student(
         fixed=1,
     ) as bank:
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
-        del student  # bank and trainer have copies; of a large transformer it is gigabytes
+        del student  # bank and trainer have copies
+        teachers.clear()
         trainer.fit(report, checkpoints, stop)
     return trainer.exported()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ def test_one_effect_is_distilled_too(adapter, init):
 
 
 def test_a_run_returns_what_is_to_be_exported(adapter):
-    teachers, states = random_teachers(adapter.pipeline.transformer, 1), {}
+    states = {}
     for export in ("student", "ema"):
+        teachers = random_teachers(adapter.pipeline.transformer, 1)
         config = tiny_config(["effect_0"], train={"ema_decay": 0.5, "export": export})
         states[export] = train_student(config, adapter, teachers, random_data(adapter, ["effect_0"]), lambda u, v: None)
     assert not same(states["student"], states["ema"])
@@ -62,6 +64,18 @@ def test_layers_of_the_student(adapter):
     wrong = tiny_config(["effect_0"], student={"targets": ("attn.to_x",)})
     with pytest.raises(CloraError, match=r"student\.targets.*attn\.to_x"):
         initial_student(wrong, transformer, list(teachers.values()))
+
+
+def test_teachers_are_not_held_twice(adapter):
+    """Only the bank has them while it trains."""
+    teachers = random_teachers(adapter.pipeline.transformer, 2)
+    held = [weakref.ref(module.lora_A) for state in teachers.values() for module in state.modules.values()]
+    alive = []
+    data = random_data(adapter, list(teachers))
+    config = tiny_config(list(teachers))
+    train_student(config, adapter, teachers, data, lambda u, v: alive.append(sum(ref() is not None for ref in held)))
+    assert alive
+    assert not any(alive)
 
 
 def test_a_failed_run_leaves_the_transformer_as_it_was(adapter):
