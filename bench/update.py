@@ -17,6 +17,7 @@ from bench.machine import ROOT
 WORKER = ROOT / "bench" / "update_worker.py"
 ROWS: tuple[int | None, ...] = (1, 3, 4, None)
 KINDS = ("anchoring", "matching")
+CLOCK = "processor time of one thread, sides in turns; medians, ratios within a round"
 
 
 class Side:
@@ -88,12 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=12, help="timed updates of each side")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu" / "update.json")
     arguments = parser.parse_args(argv)
-    record = (records.read(arguments.out) or {}) | {
-        "commit": machine.commit(),
-        "machine": machine.describe_host(),
-        "clock": "processor time of one thread, sides in turns; medians, ratios within a round",
-        "load": os.getloadavg()[0],
-    }
+    record = records.read(arguments.out) or {"conditions": {}}
+    host = machine.describe_host()
     if arguments.against is not None:
         for kind in KINDS:
             sides = {
@@ -102,11 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "ours, 3 rows": (ROOT, [kind, "--rows", "3"]),
             }
             record[kind] = in_turns(sides, arguments.rounds)
+            record["conditions"][kind] = {"clock": CLOCK, **host}
     else:
         sides = {"three copies": (ROOT, ["matching", "--peers", "--adamw"])}
         for rows in ROWS:
             sides[f"ours, {rows or 'all'} rows"] = (ROOT, ["matching", "--adamw", "--rows", json.dumps(rows)])
         record["rows"] = in_turns(sides, arguments.rounds)
+        record["conditions"]["rows"] = {"clock": CLOCK, **host}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     records.write(arguments.out, record)
     for part in (*KINDS, "rows"):
