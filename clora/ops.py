@@ -267,6 +267,13 @@ def multi_lora_linears(
             own = {"strengths": strengths[i : i + 1], "out": out and out[i : i + 1]}
             outputs += multi_lora_linears(x, [projection], scale, adapter_ids, **own, **options)
         return outputs
+    return _kernel_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
+
+
+def _kernel_linears(x, projections, scale, adapter_ids, runs, strengths, out, design: str | None) -> list[Tensor]:
+    """Layers that the kernels cover, on them and merged."""
+    from csrc_triton.multi_lora import op
+
     if design == "merged" and runs is None:
         raise CloraError("the design merged needs `runs`: the host must know which rows share an adapter; use split")
     merged = merged_in_all(x, projections, runs, strengths, design)
