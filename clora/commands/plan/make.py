@@ -77,7 +77,6 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
         blocks=cost.count_blocks(transformer),
         cost=cost.pass_cost(adapter, layers, config.student.rank, cost.text_shape(adapter)),
     )
-    config = _with_rows(config, facts, cost.num_tokens(adapter), device)
     try:
         data = count_data(config, adapter.text_sees_image)
         if note := pairs_note(config, adapter.text_sees_image):
@@ -100,16 +99,22 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
         "student_parameters": needs.trained_values(facts, config.student.rank),
         "tokens": cost.num_tokens(adapter),
     }
+    config = _with_rows(config, facts, cost.num_tokens(adapter), device)
     return {"model": model} | _estimates(config, facts, encoded, data.renders, device, problems)
 
 
 def _with_rows(config: DistillConfig, facts: needs.Facts, tokens: int, device: torch.device) -> DistillConfig:
-    """Returns the config with the rows that a run would choose here, if all of the device were free."""
+    """Returns the config with the rows that a run would choose here, if nothing else were on the device."""
     train = config.train
     if train.gradient_rows != "auto":
         return config
     saved = facts.cost.saved_checkpointed if train.gradient_checkpointing else facts.cost.saved
-    rows = rows_that_fit(tokens, saved, cost.device_memory(device), device.type)
+    free = cost.device_memory(device)
+    if free is not None:
+        # A run chooses when these are loaded.
+        parts = needs.memory(facts, config)
+        free = max(0, free - sum(parts[name] for name in ("base", "teachers", "student and critic")))
+    rows = rows_that_fit(tokens, saved, free, device.type)
     return config.model_copy(update={"train": train.model_copy(update={"gradient_rows": rows})})
 
 

@@ -159,6 +159,15 @@ def test_parameters_are_shown_in_their_unit(count, shown):
     assert _parameters(count) == f"{shown} parameters"
 
 
+def test_chosen_rows_fit_beside_what_a_run_has_loaded(job, monkeypatch):
+    config = job(train={"gradient_checkpointing": True})
+    found = make_plan(config)
+    assert found["rows"]["with gradient"] > 1
+    loaded = sum(found["memory"][part] for part in ("base", "teachers", "student and critic"))
+    monkeypatch.setattr("clora.commands.plan.cost.device_memory", lambda device: loaded + 1)
+    assert make_plan(config)["rows"]["with gradient"] == 1
+
+
 def test_too_little_memory_is_reported_with_what_helps(job, monkeypatch):
     monkeypatch.setattr("clora.commands.plan.cost.device_memory", lambda device: 1000)
     (problem,) = make_plan(job())["problems"]
