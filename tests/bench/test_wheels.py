@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -46,6 +48,19 @@ def test_what_is_too_old_is_named():
 
 def test_everything_is_missing_on_a_bare_machine():
     assert len(wheels.missing(without(*TABLE))) == len(TABLE) - 1
+
+
+def test_packages_are_compared_without_packaging_too():
+    program = (
+        "import sys; sys.modules['packaging'] = None\n"
+        "from bench import wheels\n"
+        "def installed(name):\n"
+        "    if name == 'packaging': raise wheels.PackageNotFoundError\n"
+        "    return wheels.version(name)\n"
+        "print(*wheels.missing(installed))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"packaging=={TABLE['packaging']['version']}"
 
 
 def test_one_message_names_all_and_both_commands():
