@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from clora.bank.pages import Pages, host_factors
 from clora.bank.routing import RoutedPass, is_plain, shared_inputs
@@ -159,8 +160,12 @@ class AdapterBank:
     def _measure_strengths(self, fixed: int) -> None:
         """Gives the stacks the strengths of the LoRAs that stay as they are; those of paged ones wait for their page."""
         constant = {stack for lora, (stack, _) in self._all.places.items() if lora >= fixed}
-        # Once for all LoRAs: a transformer is large.
-        norms = {m: layer.weight.float().norm() for m, layer in self._layers.items() if is_plain(layer, self.dtype)}
+        # Once for all LoRAs: a transformer is large. Fake weights, of which passes are only counted, have no norm.
+        norms = {
+            module: layer.weight.float().norm()
+            for module, layer in self._layers.items()
+            if is_plain(layer, self.dtype) and not isinstance(layer.weight, FakeTensor)
+        }
         stacks = [
             replace(stack, strengths=strengths_of(norms, stack)) if i in constant else stack
             for i, stack in enumerate(self._all.stacks)

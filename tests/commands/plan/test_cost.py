@@ -76,6 +76,16 @@ def test_a_pass_on_fake_tensors_keeps_what_a_real_one_keeps(tiny_folder, adapter
     assert products / 3 < cost.flops < 2 * products
 
 
+def test_a_pass_in_16_bits_is_counted_too(tiny_folder):
+    costs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline = skeleton(str(tiny_folder), dtype)
+        bare = Flux2KleinAdapter(pipeline, SIZE, MAX_SEQUENCE_LENGTH)
+        costs.append(pass_cost(bare, block_layers(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24)))
+    assert costs[0].flops == costs[1].flops
+    assert costs[0].saved / 2 < costs[1].saved < costs[0].saved
+
+
 def save_for_plan(pipeline, folder, monkeypatch):
     """Saves a pipeline; its processor, of a class of the tests', stands in for transformers' own, which needs torchvision."""
     pipeline.save_pretrained(folder)
