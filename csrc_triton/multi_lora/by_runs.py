@@ -144,7 +144,7 @@ def _base_first(x, weight, bias, lora_A, lora_B, scale, span: Sequence[Run], y: 
     for run in span:
         if run.adapter >= 0:
             a, b = _factors(x.dtype, lora_A, lora_B, scale, run.adapter)
-            _flat(y[run.rows]).addmm_(_flat(x[run.rows]) @ a.T, b.T)
+            _add_product(_flat(x[run.rows]) @ a.T, b, _flat(y[run.rows]))
 
 
 def _low_rank_first(x, weight, bias, lora_A, lora_B, scale, span: Sequence[Run], y: Tensor) -> None:
@@ -156,7 +156,7 @@ def _low_rank_first(x, weight, bias, lora_A, lora_B, scale, span: Sequence[Run],
         else:
             a, b = _factors(x.dtype, lora_A, lora_B, scale, run.adapter)
             _product(own @ a.T, b, bias, out)
-            out.addmm_(own, weight.T)
+            _add_product(own, weight, out)
 
 
 def write_merged(
@@ -200,6 +200,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         torch.mm(_flat(x), weight.T, out=_flat(y))
     else:
         torch.addmm(bias, _flat(x), weight.T, out=_flat(y))
+
+
+def _add_product(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """``y += x weight^T`` in place; not by ``addmm_``, which PyTorch's counter of operations overlooks."""
+    torch.addmm(y, x, weight.T, out=y)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def test_a_pass_in_16_bits_is_counted_too(tiny_folder):
         pipeline = skeleton(str(tiny_folder), dtype)
         bare = Flux2KleinAdapter(pipeline, SIZE, MAX_SEQUENCE_LENGTH)
         costs.append(pass_cost(bare, block_layers(pipeline.transformer), RANK, (MAX_SEQUENCE_LENGTH, 24)))
-    assert costs[0].flops == costs[1].flops
+    # In fp32 the LoRA is merged where that takes fewer products.
+    assert costs[0].flops < costs[1].flops < 1.1 * costs[0].flops
     assert costs[0].saved / 2 < costs[1].saved < costs[0].saved
 
 
