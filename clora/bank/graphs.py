@@ -140,7 +140,7 @@ def graphed_blocks(bank: AdapterBank, capture: Capture | None = None) -> Iterato
     """
     blocks = repeated_blocks(bank.transformer)
     if capture is None:
-        check_graphs(bank)
+        check_graphs(bank.transformer, bank.bytes().host > 0)
         capture = CudaCapture()
     run = GraphedBlocks(bank, capture)
     for block in blocks:
@@ -152,17 +152,22 @@ def graphed_blocks(bank: AdapterBank, capture: Capture | None = None) -> Iterato
             del block.forward
 
 
-def check_graphs(bank: AdapterBank) -> None:
-    """Raises CloraError where a graph's memory would not be its own, or where there are no graphs."""
-    device = bank.transformer.device
+def check_graphs(transformer: nn.Module, paged: bool) -> None:
+    """Raises CloraError where a graph's memory would not be its own, or where there are no graphs.
+
+    Args:
+        transformer: with a bank or still without.
+        paged: whether LoRAs wait in the host's memory.
+    """
+    device = transformer.device
     if device.type != "cuda" or torch.version.hip:
         raise CloraError(f"train.cuda_graphs: expected an NVIDIA GPU, found {device}; switch it off")
-    if bank.bytes().host:
+    if paged:
         raise CloraError(
             "train.cuda_graphs: expected all teachers on the GPU, found some paged; switch it off, or remove or raise "
             "train.teacher_memory_gb"
         )
-    for name, module in bank.transformer.named_modules():
+    for name, module in transformer.named_modules():
         if hasattr(module, "_hf_hook"):
             raise CloraError(
                 f"train.cuda_graphs: expected the transformer's weights on the GPU, found hooks of accelerate that move "

@@ -10,6 +10,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from clora.bank.graphs import check_graphs
+from clora.bank.pages import teacher_pages
 from clora.collection.hub import Destination, cached_revision, check_destination, is_repo_id, upload
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, Collection
 from clora.collection.samples import draw_samples
@@ -101,8 +103,11 @@ def _distill(
         # Before training, so that the hashes are those of the files that were read.
         inputs = read_inputs(config, adapter.pipeline)
         collection = _describe(config, adapter, teachers, inputs_digest(config, inputs))
-    # Rendering takes hours; wrong layers and a checkpoint of another run are refused before it.
+    # Rendering takes hours; wrong layers, CUDA graphs that cannot be and a checkpoint of another run are refused before it.
     student_layers(transformer, config.student.targets)
+    if config.train.cuda_graphs:
+        paged = teacher_pages(config.train.teacher_memory_gb, transformer, list(teachers.values())) is not None
+        check_graphs(transformer, paged)
     checkpoints = Checkpoints(
         output / CHECKPOINT,
         config.train.keep_checkpoints,

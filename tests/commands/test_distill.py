@@ -29,6 +29,12 @@ from clora.testing import SIZE, tiny_config, tiny_pipeline
 EFFECTS = ("blueprint", "snow")
 
 
+def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_encoded(make_config, monkeypatch):
+    monkeypatch.setattr(engine, "encode_data", None)
+    with pytest.raises(CloraError, match="cuda_graphs: expected an NVIDIA GPU, found cpu"):
+        distill(make_config(train={"cuda_graphs": True}))
+
+
 def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_path):
     config = make_config()
     folder = distill(config)
