@@ -22,7 +22,7 @@ WIDTH, RANK = 256, 16
 STRENGTHS = (1.0, 0.1, 0.03, 0.01, 0.001)
 CALLS = 64
 """Calls over which stochastic rounding is averaged."""
-TOKENS = 1 << 19
+TOKENS = 1 << 18
 CHUNK = 1 << 14
 Layer = Callable[[Tensor], Tensor]
 
