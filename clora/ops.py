@@ -40,6 +40,7 @@ __all__ = [
     "TARGET_SIMULATION",
     "Run",
     "Scores",
+    "check_choices",
     "coarse_to_fine_loss",
     "multi_lora_add",
     "multi_lora_linear",
@@ -308,7 +309,9 @@ def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, des
     for projection in projections:
         multi_lora.check_shapes(x, *projection, scale, adapter_ids)
     if design == "fused":
-        raise CloraError("the design fused is one of the Triton kernels, which do not compute this call; use split")
+        raise CloraError(
+            f"design fused ({DESIGN} or `design`) is one of the Triton kernels, which do not run here; use split"
+        )
     # torch.compile would make a graph for every batch.
     if not torch.compiler.is_compiling() and all(is_plain(x, *layer[:2], scale) for layer in projections):
         if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
@@ -331,6 +334,12 @@ def _design(design: str | None) -> str | None:
         source = f"{DESIGN}={choice}" if design is None else f"design={choice!r}"
         raise CloraError(f"{source}: expected one of {', '.join(DESIGNS)}{nearest(str(choice).lower(), DESIGNS)}")
     return choice
+
+
+def check_choices() -> None:
+    """Raises CloraError where `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning: a run finds out before its first pass."""
+    _choice(None)
+    _design(None)
 
 
 def multi_lora_add(

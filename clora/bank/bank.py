@@ -156,6 +156,7 @@ class AdapterBank:
 
         for module, layer in self._layers.items():
             transformer.set_submodule(module, RoutedLinear(layer, module, self))
+        self._is_attached = True
 
     def _measure_strengths(self, fixed: int) -> None:
         """Gives the stacks the strengths of the LoRAs that stay as they are; those of paged ones wait for their page."""
@@ -239,8 +240,10 @@ class AdapterBank:
                 which makes the host wait.
 
         Raises:
-            CloraError: a routed pass is running on this bank.
+            CloraError: a routed pass is running on this bank, or the bank is detached.
         """
+        if not self._is_attached:
+            raise CloraError("the bank is detached, so that a pass would have only the base; attach the LoRAs again")
         if self.running is not None:
             raise CloraError("a routed pass is already running on this bank; end it before the next bank.route(...)")
         ids = adapter_ids.tolist() if isinstance(adapter_ids, Tensor) else adapter_ids
@@ -326,6 +329,7 @@ class AdapterBank:
         return self._bytes
 
     def detach(self) -> None:
-        """Restores the transformer's own layers exactly."""
+        """Restores the transformer's own layers exactly; nothing can be routed any more."""
         for module, layer in self._layers.items():
             self.transformer.set_submodule(module, layer)
+        self._is_attached = False

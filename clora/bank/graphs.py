@@ -152,6 +152,12 @@ def graphed_blocks(bank: AdapterBank, capture: Capture | None = None) -> Iterato
             del block.forward
 
 
+def check_graphs_on(device: torch.device) -> None:
+    """Raises CloraError for a device that has no CUDA graphs."""
+    if device.type != "cuda" or torch.version.hip:
+        raise CloraError(f"train.cuda_graphs: expected an NVIDIA GPU, found {device}; switch it off")
+
+
 def check_graphs(transformer: nn.Module, paged: bool) -> None:
     """Raises CloraError where a graph's memory would not be its own, or where there are no graphs.
 
@@ -159,9 +165,7 @@ def check_graphs(transformer: nn.Module, paged: bool) -> None:
         transformer: with a bank or still without.
         paged: whether LoRAs wait in the host's memory.
     """
-    device = transformer.device
-    if device.type != "cuda" or torch.version.hip:
-        raise CloraError(f"train.cuda_graphs: expected an NVIDIA GPU, found {device}; switch it off")
+    check_graphs_on(transformer.device)
     if paged:
         raise CloraError(
             "train.cuda_graphs: expected all teachers on the GPU, found some paged; switch it off, or remove or raise "

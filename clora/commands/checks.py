@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from clora.bank.graphs import check_graphs_on
 from clora.collection.write import check_output
 from clora.config.reading import apply_overrides, named_files, read_tree
 from clora.config.settings import DistillConfig, general_instructions
@@ -21,6 +22,7 @@ from clora.lora.load import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
+from clora.ops import check_choices
 from clora.training.student import student_layers
 
 
@@ -45,7 +47,7 @@ class Problems(list[str]):
 
 
 def find_file_problems(config: DistillConfig) -> Problems:
-    """Checks the schedule, the pictures, the LoRA files as such, the instructions, the output folder and the device."""
+    """Checks the schedule, the pictures, the LoRA files as such, the instructions, the output folder, device and backend."""
     problems = Problems()
     for check, argument in (
         (_check_schedule, config),
@@ -54,10 +56,12 @@ def find_file_problems(config: DistillConfig) -> Problems:
         (general_instructions, config.data),
         (check_output, config.output),
         (_check_apart, config),
-        (find_device, config.device),
+        (_check_device, config),
     ):
         with problems.catch():
             check(argument)
+    with problems.catch():
+        check_choices()
     _check_named_files(config.model_dump(), problems)
     return problems
 
@@ -70,6 +74,12 @@ def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[s
         apply_overrides(tree, overrides)
         _check_named_files(tree, found, user_path(path).parent)
     return CloraError("\n  ".join([f"{error}\nand of the files that it names:", *found])) if found else error
+
+
+def _check_device(config: DistillConfig) -> None:
+    device = find_device(config.device)
+    if config.train.cuda_graphs:
+        check_graphs_on(device)
 
 
 def _check_schedule(config: DistillConfig) -> None:

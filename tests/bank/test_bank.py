@@ -186,3 +186,11 @@ def test_a_fresh_lora_changes_nothing_but_can_learn(adapter, inputs):
     with AdapterBank(transformer, {"fresh": state}) as bank:
         out = routed(adapter, bank, [0, 0], x, sigma, conditioning)
     torch.testing.assert_close(out, expected, **TOLERANCE)
+
+
+def test_a_detached_bank_routes_nothing(adapter):
+    transformer = adapter.pipeline.transformer
+    bank = AdapterBank(transformer, random_teachers(transformer, 1))
+    bank.detach()
+    with pytest.raises(CloraError, match="the bank is detached.*attach the LoRAs again"), bank.route(bank.slots(), [0]):
+        pass

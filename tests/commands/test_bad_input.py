@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLFlux2
 from helpers.pictures import write_images
 from safetensors.torch import load_file, save_file
 
+from clora.commands.checks import find_file_problems
 from clora.commands.distill import distill
 from clora.data import rendering as targets_module
 from clora.errors import CloraError
@@ -182,3 +183,26 @@ def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
     with pytest.raises(CloraError, match=r"another README\.md"):
         distill(make_config())
     assert (tmp_path / "out" / "README.md").read_text() == "my project"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("CLORA_DESIGN", "merge", "CLORA_DESIGN=merge: expected one of merged, fused, split; did you mean 'merged'?"),
+        ("CLORA_BACKEND", "cuda", "CLORA_BACKEND=cuda: expected one of auto, triton, eager"),
+    ],
+)
+def test_a_wrong_variable_is_refused_before_anything_is_loaded(make_config, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("clora.commands.distill.load_adapter", lambda config: pytest.fail("loaded"))
+    config = make_config()
+    with pytest.raises(CloraError) as error:
+        distill(config)
+    assert message in str(error.value)
+    assert message in " ".join(find_file_problems(config))
+
+
+def test_cuda_graphs_without_a_gpu_are_among_the_problems_of_a_plan(make_config):
+    config = make_config(train={"updates": 1, "cuda_graphs": True})
+    (problem,) = find_file_problems(config)
+    assert problem == "train.cuda_graphs: expected an NVIDIA GPU, found cpu; switch it off"
