@@ -222,7 +222,9 @@ def test_a_change_of_nothing(tmp_path, at_most):
 
 
 def test_the_rank_limit_is_that_of_the_kernels():
-    checks = pytest.importorskip("csrc_triton.multi_lora.checks", reason="the kernels need Triton", exc_type=ImportError)
+    checks = pytest.importorskip(
+        "csrc_triton.multi_lora.checks", reason="the kernels need Triton", exc_type=ImportError
+    )
     assert MAX_RANK == checks.MAX_RANK
 
 
