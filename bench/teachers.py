@@ -68,8 +68,8 @@ def measure(case: StepCase, rounds: int, counts: Sequence[int] = COUNTS) -> dict
     Raises:
         RuntimeError: the losses are not equal.
     """
-    alone = torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    one_thread = torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     with ExitStack() as stack:
         trainers = {count: stack.enter_context(trainer_with(case, count)) for count in counts}
@@ -94,7 +94,7 @@ def measure(case: StepCase, rounds: int, counts: Sequence[int] = COUNTS) -> dict
         "commit": machine.commit(),
         "host": machine.describe_host(),
         "threads": torch.get_num_threads(),
-        "clock": "processor" if alone else "wall",
+        "clock": "processor" if one_thread else "wall",
         "rounds": rounds,
         "teachers": teachers,
     }

@@ -113,9 +113,9 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self.name = "processor" if alone else "wall"
-        self._read = time.process_time if alone else time.perf_counter
+        one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+        self.name = "processor" if one_thread else "wall"
+        self._read = time.process_time if one_thread else time.perf_counter
 
     def now(self) -> float:
         if self.device.type == "cuda":
