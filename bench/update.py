@@ -87,9 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.update", description=__doc__.splitlines()[0])
     parser.add_argument("--against", type=Path, help="another checkout, such as a worktree of an earlier commit")
     parser.add_argument("--rounds", type=int, default=12, help="timed updates of each side")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu" / "update.json")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench" / "results" / "cpu", help="default: bench/results/cpu"
+    )
     arguments = parser.parse_args(argv)
-    record = records.read(arguments.out) or {"conditions": {}}
+    file = arguments.out / "update.json"
+    record = records.read(file) or {"conditions": {}}
     host = machine.describe_host()
     if arguments.against is not None:
         for kind in KINDS:
@@ -106,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sides[f"ours, {rows or 'all'} rows"] = (ROOT, ["matching", "--adamw", "--rows", json.dumps(rows)])
         record["rows"] = in_turns(sides, arguments.rounds)
         record["conditions"]["rows"] = {"clock": CLOCK, **host}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    records.write(arguments.out, record)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    records.write(file, record)
     for part in (*KINDS, "rows"):
         for name, entry in record.get(part, {}).items():
             print(f"{part}: {name}: {entry['seconds']:.3f} s, {entry['ratio']:.2f}; {entry['peak_mib']:.0f} MiB")

@@ -42,7 +42,7 @@ def test_each_part_keeps_the_conditions_of_its_own_measurement(tmp_path, monkeyp
     file = tmp_path / "cpu" / "update.json"
     for commit, options in (("a", []), ("b", ["--against", str(tmp_path)])):
         monkeypatch.setattr(update.machine, "commit", lambda *root, commit=commit: commit)
-        assert update.main(["--out", str(file), *options]) == 0
+        assert update.main(["--out", str(file.parent), *options]) == 0
     conditions = json.loads(file.read_text())["conditions"]
     assert {part: own["commit"] for part, own in conditions.items()} == {"rows": "a", "anchoring": "b", "matching": "b"}
     assert "rows: three copies: 1.000 s, 1.00; 2 MiB" in capsys.readouterr().out
