@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import records
 from bench.machine import ROOT
-from bench.timing import UNFINISHED
+from bench.timing import UNFINISHED, countdown
 
 NOTES = "tasks.json"
 GRACE_S = 10.0
@@ -32,7 +32,7 @@ class Task:
     Attributes:
         command: after ``python -m``, or from "ncu" on whole; "{limit}" in it stands for the seconds that it gets.
         most_s: ends at this many seconds, or with the slice.
-        least_s: is not begun with less time than this.
+        least_s: is not begun with less time than this, in which its processes would only start.
         restarts: a process that ended by a signal or a lost GPU is followed by another, which goes on without the culprit.
         reason: why the task cannot run here; empty where it can.
     """
@@ -40,7 +40,7 @@ class Task:
     name: str
     command: tuple[str, ...]
     most_s: float = inf
-    least_s: float = 20.0
+    least_s: float = 60.0
     restarts: bool = False
     reason: str = ""
 
@@ -95,6 +95,9 @@ def _run(task: Task, folder: Path, left: Callable[[], float], pack: Callable[[],
     begun = left()
     for _ in range(MAX_PROCESSES if task.restarts else 1):
         limit = min(task.most_s - (begun - left()), left()) - GRACE_S
+        if limit < 1:  # the processes before have used up the time
+            code = None
+            break
         command = [part.replace("{limit}", f"{limit:.0f}") for part in (*program, *task.command)]
         code = execute(command, log, limit, pack)
         # 1 is an error of Python outside any provider: the next process would meet it too.
@@ -112,24 +115,23 @@ def _run(task: Task, folder: Path, left: Callable[[], float], pack: Callable[[],
 
 def execute(command: Sequence[str], log: Path, limit: float, pack: Callable[[], None]) -> int | None:
     """Runs a command in the repository as `Execute` describes; at the limit it is interrupted, then killed with its children."""
+    left = countdown(limit)  # packing takes of it too
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
         try:
-            while limit > 0:
+            while left() > 0:
                 try:
-                    return process.wait(min(POLL_S, limit))
+                    return process.wait(min(POLL_S, max(left(), 0)))
                 except subprocess.TimeoutExpired:
-                    limit -= POLL_S
                     pack()
             process.send_signal(signal.SIGINT)
             process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            if process.poll() is None or limit <= 0:
-                _kill(process)
+            _kill(process)
     return None
 
 

@@ -66,10 +66,10 @@ def test_failures_are_kept_and_count_though_the_time_ended_the_task(code, outcom
 
 def test_a_step_ends_at_its_own_limit_and_the_last_one_with_the_slice(tmp_path):
     commands = Commands((1000, None), (1000, UNFINISHED))
-    tasks = Task("tests", ("pytest",), most_s=60), Task("cases", ("bench.worker", "{limit}"))
+    tasks = Task("tests", ("pytest",), most_s=40), Task("cases", ("bench.worker", "{limit}"))
     assert run(commands, tmp_path, *tasks) == (True, {"tests": "stopped", "cases": "unfinished"})
-    assert commands.limits == [60 - GRACE_S, 50 - GRACE_S]
-    assert commands.commands[1][-1] == "40"
+    assert commands.limits == [40 - GRACE_S, 70 - GRACE_S]
+    assert commands.commands[1][-1] == "60"
     assert commands.now <= 100 - GRACE_S
 
 
@@ -102,6 +102,12 @@ def test_a_process_that_a_provider_broke_is_followed_by_another(codes, outcome, 
     assert commands.limits == [60 - GRACE_S - 2 * i for i in range(len(codes))]
 
 
+def test_no_process_is_begun_after_the_time_of_those_before(tmp_path):
+    commands = Commands((45, -11))
+    task = Task("cases", ("bench.worker",), most_s=55, restarts=True)
+    assert run(commands, tmp_path, task) == (True, {"cases": "stopped"})
+
+
 def test_ncu_is_a_program_of_its_own(tmp_path):
     commands = Commands((1, 0))
     run(commands, tmp_path, Task("ncu", ("ncu", "python")))
@@ -112,6 +118,13 @@ def test_a_command_runs_into_its_log(tmp_path):
     log = tmp_path / "a.log"
     assert execute([sys.executable, "-c", "print(7); raise SystemExit(4)"], log, 60.0, lambda: None) == 4
     assert log.read_text() == "7\n"
+
+
+def test_the_time_in_which_results_are_packed_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.tasks.POLL_S", 0.1)
+    begun = time.monotonic()
+    assert execute(["sleep", "60"], tmp_path / "a.log", 2.0, lambda: time.sleep(0.9)) is None
+    assert time.monotonic() - begun < 6
 
 
 def test_a_command_is_interrupted_at_its_limit_with_its_children(tmp_path, monkeypatch):
