@@ -30,17 +30,18 @@ def write(path: Path, record: dict) -> None:
 
 
 def read(path: Path) -> dict | None:
-    """A record; None where there is none or it is not JSON."""
+    """A record; None where there is none or it is not a JSON object."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def read_all(folder: Path) -> list[dict]:
     """The records of cases in a folder, by name."""
     records = [read(path) for path in sorted(folder.glob("*.json"))]
-    return [record for record in records if record is not None and "case" in record]
+    return [record for record in records if record is not None and "family" in record]
 
 
 def is_finished(record: dict | None, revision: str, designs: list[str]) -> bool:
