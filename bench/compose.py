@@ -9,7 +9,6 @@ picture, every single effect of the library and every other pair (`clora.studio.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections import Counter
@@ -22,11 +21,13 @@ import numpy as np
 import torch
 
 import clora
-from bench.machine import ROOT
+from bench.arguments import RESULTS, Parser, new_folder, run, whole
 from clora.collection.write import make_collection, write_collection
 from clora.commands.demo import demo_data, stock_edit
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
+from clora.errors import CloraError
+from clora.files import write_atomic
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.models.loading import load_pipeline
 from clora.progress import stage
@@ -38,7 +39,6 @@ from clora.studio.pixels import to_images, to_tensor
 from clora.studio.teachers import load_teachers, teacher_path
 from clora.training.student import train_student
 
-RESULT = ROOT / "bench" / "results" / "studio" / "compose.json"
 SEEDS = (0, 1, 2)
 NUM_SCENES = 6
 DRAWS = 8  # exact results of a pair with a stochastic effect
@@ -47,19 +47,25 @@ PAIRS = tuple(permutations(DEFAULT_EFFECTS, 2))
 Pair = tuple[str, str]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compose", description=__doc__.splitlines()[0])
+    parser = Parser("bench.compose", __doc__.splitlines()[0])
     parser.add_argument("action", nargs="?", choices=("measure", "train"), default="measure")
-    parser.add_argument("--folder", type=Path, default=Path("compose"), help="where the students are")
-    parser.add_argument("--updates", type=int, default=976, help="of each student")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--folder", type=new_folder, default="compose", help="where the students are")
+    parser.add_argument("--updates", type=whole(), default=976, help="of each student")
+    parser.add_argument("--seeds", type=whole(0, 2**31 - 1), nargs="+", default=list(SEEDS))
+    parser.add_out(RESULTS / "studio")
     arguments = parser.parse_args(argv)
     if arguments.action == "train":
-        for seed in arguments.seeds:
-            train(arguments.folder / f"seed{seed}", seed, arguments.updates)
+        folders = [new_folder(arguments.folder / f"seed{seed}") for seed in arguments.seeds]
+        for folder, seed in zip(folders, arguments.seeds, strict=True):
+            train(folder, seed, arguments.updates)
     else:
-        measure(arguments.folder, arguments.seeds)
+        out = parser.out(arguments, "folder", "seeds")
+        result = measure(arguments.folder, arguments.seeds)
+        write_atomic(out / "compose.json", json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result, indent=2))
+    return 0
 
 
 def train(folder: Path, seed: int, updates: int) -> None:
@@ -77,8 +83,15 @@ def train(folder: Path, seed: int, updates: int) -> None:
     write_collection(student, about, folder, torch.float16)
 
 
-def measure(folder: Path, seeds: Sequence[int]) -> None:
-    """Measures the students of all seeds and writes the result."""
+def measure(folder: Path, seeds: Sequence[int]) -> dict[str, object]:
+    """Measures the students of all seeds.
+
+    Raises:
+        CloraError: there is no student of a seed.
+    """
+    if missing := [seed for seed in seeds if not (folder / f"seed{seed}").is_dir()]:
+        wanted = f"expected a folder seed{missing[0]} with its student in {folder}, found none"
+        raise CloraError(f"{wanted}; run python -m bench.compose train --seeds {' '.join(map(str, missing))}")
     judges = [PairJudge.of(source, i) for i, source in enumerate(evaluation.held_out_sources(NUM_SCENES))]
     start = time.monotonic()
     found: dict[str, list[list[Verdict]]] = {}
@@ -96,14 +109,11 @@ def measure(folder: Path, seeds: Sequence[int]) -> None:
                     advance(1)
             for name, row in verdicts.items():
                 found.setdefault(name, []).append(row)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    result = summary(found) | {
+    return summary(found) | {
         "seeds": list(seeds),
         "seconds": round(time.monotonic() - start),
         "torch": torch.__version__,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
 
 
 class Methods:
@@ -228,4 +238,4 @@ def paired(first: Sequence[Sequence[Verdict]], second: Sequence[Sequence[Verdict
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from math import log
-from pathlib import Path
 
 from bench import records
+from bench.arguments import Parser, run
 from bench.goals import Record, median
 from bench.machine import ROOT
+from bench.report import measured_folder
 from csrc_triton.multi_lora.designs import gpu_device
 
 TABLE = ROOT / "csrc_triton" / "multi_lora" / "designs.json"
@@ -85,9 +85,11 @@ def merged(earlier: Sequence[dict], new: Sequence[dict]) -> list[dict]:
     return [entry for entry in earlier if (entry["device"], entry["triton"]) not in replaced] + list(new)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes the table from the records of a folder; exits with 1 where they hold no shape with both designs."""
-    new = entries_of(records.read_all(Path(argv[0])))
+    parser = Parser("bench.design_table", __doc__.splitlines()[0])
+    parser.add_argument("folder", type=measured_folder, help="of a GPU's records, such as bench/results/<gpu>")
+    new = entries_of(records.read_all(parser.parse_args(argv).folder))
     if not new:
         print("no case has times of both designs; designs.json is unchanged")
         return 1
@@ -100,4 +102,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

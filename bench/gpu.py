@@ -5,7 +5,6 @@ Each slice ends by itself within its budget. All results lie in one archive, whi
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -19,13 +18,14 @@ from pathlib import Path
 import torch
 
 from bench import records, report, wheels
+from bench.arguments import CANNOT_RUN, Parser, duration, new_folder, require_gpu, run, whole
 from bench.machine import describe, slug, tree
 from bench.tasks import NOTES, Task, execute, run_tasks
 from bench.timing import countdown
 from clora.errors import CloraError
 from csrc_triton.multi_lora.designs import DESIGNS
 
-CANNOT_RUN = 2
+GPU = torch.device("cuda", 0)
 BUDGET_S = 560.0
 """Of a slice: ten minutes, less the start of the machine's processes."""
 SLICES = (1, 2, 3, 4, 5)
@@ -79,19 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where a task failed; 2 without a GPU, or where packages are missing.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=main.__doc__.splitlines()[0])
-    parser.add_argument("--slice", type=int, nargs="+", choices=SLICES, default=SLICES, help="default: all")
-    parser.add_argument("--out", type=Path, default=Path(), help=f"folder of {ARCHIVE}, which is continued; default: .")
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="of each slice; default: %(default).0f")
+    parser = Parser("bench.gpu", main.__doc__.splitlines()[0])
+    parser.add_argument("--slice", type=whole(most=len(SLICES)), nargs="+", default=SLICES, help="1 to 5; default: all")
+    parser.add_argument(
+        "--out", type=new_folder, default=Path(), help=f"folder of {ARCHIVE}, which is continued; default: ."
+    )
+    parser.add_argument(
+        "--budget-s", type=duration, default=BUDGET_S, help="of each slice, not of all together; default: %(default).0f"
+    )
     parser.add_argument("--all", action="store_true", help="slice 2: every case, for hours, not only the telling ones")
     arguments = parser.parse_args(argv)
+    least = min(task.least_s for number in arguments.slice for task in slices(Path(), arguments.all)[number])
+    if arguments.budget_s < least:
+        parser.error(f"argument --budget-s: expected at least {least:.0f}, found {arguments.budget_s:g}: no task fits")
     if names := wheels.missing():
         print(f"bench.gpu: nothing was run; {wheels.advice(names)}")
         return CANNOT_RUN
-    if not torch.cuda.is_available():
-        print("bench.gpu: no CUDA device found, nothing was run; `pytest bench` runs the cases for CPUs")
-        return CANNOT_RUN
-    machine = describe(torch.device("cuda", 0)) | {"tree": tree()}
+    require_gpu(GPU)
+    machine = describe(GPU) | {"tree": tree()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     archive = arguments.out / ARCHIVE
     passed = True
@@ -140,7 +145,4 @@ def pack(place: Path, archive: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except CloraError as error:
-        sys.exit(f"error: {error}")
+    run(main)

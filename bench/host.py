@@ -13,10 +13,9 @@ is timed by itself and subtracted: any other way to add adapters has it too. Des
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench.arguments import Parser, run, whole
 from clora import ops
 from csrc_triton.multi_lora import checks, designs, launch, passes
 from csrc_triton.multi_lora.designs import gpu_device
@@ -123,10 +123,11 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {CALLS} calls each (default: {ROUNDS})")
-    rounds = parser.parse_args().rounds
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures all calls and prints the table."""
+    parser = Parser("bench.host", __doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=whole(), default=ROUNDS, help=f"of {CALLS} calls each (default: {ROUNDS})")
+    rounds = parser.parse_args(argv).rounds
     torch.set_num_threads(1)
     pretend_gpu()
     found = microseconds(cases(), rounds)
@@ -135,7 +136,8 @@ def main() -> None:
         layers = 3 if "q, k, v" in name else 1
         beside = f"   beside the base: {value - layers * found[BASE]:6.1f}" if name.startswith("split") else ""
         print(f"{name:45}{value:8.1f}{beside}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,15 +8,13 @@ differ from token to token average out in this, those that a layer makes for eve
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from bench import machine, records
-from bench.machine import ROOT
+from bench.arguments import RESULTS, Parser, run, whole
 
 WIDTH, RANK = 256, 16
 STRENGTHS = (1.0, 0.1, 0.03, 0.01, 0.001)
@@ -77,7 +75,7 @@ def errors(strength: float, dtype: torch.dtype, tokens: int = TOKENS, seed: int 
     Args:
         strength: ``|B A| / |W|``.
         dtype: of weight, factors and input.
-        tokens: rows of x, a multiple of `CHUNK` or less than it.
+        tokens: rows of x, at least `WIDTH`, without which the change is not determined.
         seed: of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -90,8 +88,8 @@ def errors(strength: float, dtype: torch.dtype, tokens: int = TOKENS, seed: int 
     designs = layers(weight, bias, lora_A, lora_B, generator)
     gram = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
     products = {name: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for name in designs}
-    for _ in range(0, tokens, CHUNK):
-        x = torch.randn(min(CHUNK, tokens), WIDTH, generator=generator).to(dtype)
+    for done in range(0, tokens, CHUNK):
+        x = torch.randn(min(CHUNK, tokens - done), WIDTH, generator=generator).to(dtype)
         gram += x.double().T @ x.double()
         for name, layer in designs.items():
             error = layer(x).double() - bias.double() - x.double() @ (weight.double() + delta).T
@@ -102,14 +100,15 @@ def errors(strength: float, dtype: torch.dtype, tokens: int = TOKENS, seed: int 
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measures all strengths in bfloat16 and float16, prints the table and writes it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.precision", description=main.__doc__)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser = Parser("bench.precision", main.__doc__)
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results" / "cpu", help="default: bench/results/cpu"
+        "--tokens", type=whole(WIDTH, 10**9), default=TOKENS, help="rows of the input (default: %(default)s)"
     )
+    parser.add_out(RESULTS / "cpu")
     arguments = parser.parse_args(argv)
+    out = parser.out(arguments, "tokens")
     found = []
     for dtype in (torch.bfloat16, torch.float16):
         print(f"\n{dtype}: error of the low-rank part, for a delta of this share of the base")
@@ -120,9 +119,9 @@ def main(argv: list[str] | None = None) -> None:
                 print("share of the base | " + " | ".join(row))
             print(f"{100 * strength:g} % | " + " | ".join(f"{error:.2g}" for error in row.values()), flush=True)
     sizes = {"width": WIDTH, "rank": RANK, "tokens": arguments.tokens}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    records.write(arguments.out / "precision.json", machine.describe_host() | sizes | {"found": found})
+    records.write(out / "precision.json", machine.describe_host() | sizes | {"found": found})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
 import torch
 
 from bench import designs
+from bench.arguments import Parser, require_gpu, run
 from bench.cases import DesignCase
+from csrc_triton.multi_lora.designs import DESIGNS
 
 CASE = DesignCase(mode="forward", in_features=3072, out_features=3072, samples=2, tokens=4096, adapters=1, rank=64)
 
 
-def main(design: str, case: DesignCase = CASE, device: str = "cuda") -> int:
+def main(argv: Sequence[str] | None = None, case: DesignCase = CASE, device: str = "cuda") -> int:
     """Calls the design three times, so that it is compiled and chosen, and once to be profiled."""
+    parser = Parser("bench.profiled", __doc__.splitlines()[0])
+    parser.add_argument("design", choices=DESIGNS)
+    design = parser.parse_args(argv).design
+    require_gpu(torch.device(device))
     call = designs.providers(case)[f"ours_{design}"](designs.make_inputs(case, torch.device(device)))
     for _ in range(3):
         call()
@@ -26,4 +32,4 @@ def main(design: str, case: DesignCase = CASE, device: str = "cuda") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    run(main)

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench import records
+from bench.arguments import Parser, run
 from bench.goals import Record, Verdict, fastest_other, median, over_fastest_other, verdicts
 from bench.providers import BASE, OURS, is_ours
 from bench.tasks import NOTES
@@ -25,6 +26,25 @@ FAMILIES = {
     "StackCase": "Transformer stack",
 }
 FAULTS = ("wrong", "failed", "unavailable")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes RESULTS.md and prints its place."""
+    parser = Parser("bench.report", __doc__.splitlines()[0])
+    parser.add_argument("folder", type=measured_folder, help="of a GPU's records, such as bench/results/<gpu>")
+    print(write_report(parser.parse_args(argv).folder))
+    return 0
+
+
+def measured_folder(text: str) -> Path:
+    """Reads a folder that holds what `python -m bench.gpu` has kept."""
+    folder = Path(text)
+    if not records.read_all(folder) and not (folder / NOTES).is_file():
+        found = "none there" if folder.is_dir() else "no such folder"
+        raise argparse.ArgumentTypeError(
+            f"expected a folder with records of python -m bench.gpu, found {found}: {text}; unpack its archive first"
+        )
+    return folder
 
 
 def write_report(folder: Path) -> Path:
@@ -199,4 +219,4 @@ def _range(values: Iterable[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(write_report(Path(sys.argv[1])))
+    run(main)

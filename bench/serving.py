@@ -6,14 +6,11 @@ batch is computed and timed, and the server's clock goes on by that time. While 
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +19,7 @@ from torch import Tensor
 
 import clora
 from bench import machine, records
-from bench.machine import ROOT
+from bench.arguments import RESULTS, Parser, default_device, device_here, duration, new_folder, run, whole
 from bench.step.worker import Clock
 from bench.timing import UNFINISHED, countdown
 from clora.data.generation import Generator
@@ -177,11 +174,15 @@ class Served:
         return {"images_per_s": len(self.latencies) / self.seconds, "p95_s": p95}
 
 
-def serve(requests: Sequence[Request], way: Way, now: Callable[[], float]) -> Served:
-    """Serves a stream, one batch after the other; ``now`` reads the clock that times them."""
+def serve(
+    requests: Sequence[Request], way: Way, now: Callable[[], float], time_left: Callable[[], float] = lambda: A_DAY
+) -> Served | None:
+    """Serves a stream, one batch after the other; ``now`` reads the clock that times them. None if the time ends first."""
     left = sorted(requests)
     clock, latencies = left[0].arrival, []
     while left:
+        if time_left() <= 0:
+            return None
         waiting = [request for request in left if request.arrival <= clock]
         if not waiting:
             clock = left[0].arrival
@@ -237,19 +238,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 4 if the time ended first.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
-    parser.add_argument("--adapters", type=int, nargs="+", default=ADAPTERS)
-    parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--rounds", type=int, default=1, help="streams of each kind and way, in turns")
-    parser.add_argument("--budget-s", type=float, default=A_DAY, help="stop after this time; a later run goes on")
+    parser = Parser("bench.serving", __doc__.splitlines()[0])
+    parser.add_argument("--device", type=device_here, default=default_device())
+    parser.add_out(RESULTS)
+    parser.add_argument("--adapters", type=whole(), nargs="+", default=ADAPTERS)
+    parser.add_argument("--requests", type=whole(), default=REQUESTS)
+    parser.add_argument("--rounds", type=whole(), default=1, help="streams of each kind and way, in turns")
+    parser.add_argument("--budget-s", type=duration, default=A_DAY, help="stop after this time; a later run goes on")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    device = arguments.device
     left = countdown(arguments.budget_s)
     place = machine.slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    folder = arguments.out / place
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(parser.out(arguments, "requests") / place)
     tables = []
     for count in arguments.adapters:
         path = folder / f"serving-{count}.json"
@@ -297,10 +297,10 @@ def measure(
     ways = {name: make(Studio(device, record["adapters"])) for name, make in WAYS.items()}
     record["largest_difference"] = check(ways, stream(names, MAX_BATCH, None))
     for turn, arrival, way in todo:
-        if left() <= 0:
-            return
         requests = stream(names, record["requests"], None if arrival == "at once" else record["rate"])
-        served = serve(requests, ways[way], clock.now)
+        served = serve(requests, ways[way], clock.now, left)
+        if served is None:
+            return
         record["served"].append({"round": turn, "arrival": arrival, "way": way, **served.figures()})
         save(record)
 
@@ -346,4 +346,4 @@ def diffusers_file(state: LoRAState) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,19 +7,16 @@ their memory, never the time.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
 from bench import machine, records
-from bench.machine import ROOT
+from bench.arguments import RESULTS, Parser, run, whole
 from bench.step.world import CPU_CASES, StepCase, World
 from bench.timing import spread
 from clora.bank.bank import AdapterBank
@@ -43,18 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if a time differs by more than `GOAL`.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.teachers", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results" / "cpu", help="default: bench/results/cpu"
-    )
-    parser.add_argument("--rounds", type=int, default=40, help="updates of each number of teachers (default: 40)")
+    parser = Parser("bench.teachers", __doc__.splitlines()[0])
+    parser.add_out(RESULTS / "cpu")
+    parser.add_argument("--rounds", type=whole(), default=40, help="updates of each number of teachers (default: 40)")
     arguments = parser.parse_args(argv)
+    out = parser.out(arguments, "rounds")
     record = measure(CASE, arguments.rounds)
     for count, figures in record["teachers"].items():
         ratio = f"{figures['ratio'] - 1:+.1%}"
         print(f"{count:>3} teachers  {figures['bank_mb']:7.1f} MB  {figures['median_ms']:7.1f} ms an update  {ratio}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    records.write(arguments.out / "teachers.json", record)
+    records.write(out / "teachers.json", record)
     return int(any(abs(figures["ratio"] - 1) > GOAL for figures in record["teachers"].values()))
 
 
@@ -121,4 +116,4 @@ def update(trainer: DistillTrainer) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

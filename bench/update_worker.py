@@ -30,9 +30,9 @@ class Ended(Exception):
 
 def main() -> None:
     """Reads the arguments, loads the studio and trains."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="python -m bench.update_worker", description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=["anchoring", "matching"])
-    parser.add_argument("--rows", type=json.loads, default=None, help="train.gradient_rows")
+    parser.add_argument("--rows", type=gradient_rows, help="train.gradient_rows: a number, or null for no bound")
     parser.add_argument("--peers", action="store_true", help="three copies of the model, one row a pass")
     parser.add_argument("--adamw", action="store_true", help="for the student too, as the peers have it")
     arguments = parser.parse_args()
@@ -65,6 +65,13 @@ def main() -> None:
             train_student(config, adapter, loras, data, report)
     except Ended:
         pass
+
+
+def gradient_rows(text: str) -> int | None:
+    """Reads a number of rows, or null."""
+    if text != "null" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 or null, found {text!r}")
+    return None if text == "null" else int(text)
 
 
 def assets_folder() -> Path:

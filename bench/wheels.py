@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -21,7 +21,9 @@ except ModuleNotFoundError:  # pip has a copy, by which it is named among the mi
     from pip._vendor.packaging.requirements import Requirement
     from pip._vendor.packaging.utils import canonicalize_name
 
+from bench.arguments import Parser, run
 from bench.machine import ROOT
+from clora.errors import CloraError
 
 TABLE = Path(__file__).with_name("wheels.json")
 NOT_CARRIED = ("torch", "triton", "torchvision", "bitsandbytes", "mypy", "ruff")
@@ -29,21 +31,30 @@ NOT_CARRIED = ("torch", "triton", "torchvision", "bitsandbytes", "mypy", "ruff")
 PLATFORMS = [f"manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_17", "2014", "1")]
 
 
-def main() -> int:
-    """Writes the table from the packages that are installed here."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes wheels.json from the packages that are installed here."""
+    Parser("bench.wheels", main.__doc__).parse_args(argv)
     TABLE.write_text(json.dumps(described(), indent=1, sort_keys=True) + "\n", "utf-8")
     return 0
 
 
 def described() -> dict[str, dict]:
-    """The table, from setup.py and the packages that are installed here."""
+    """The table, from setup.py and the packages that are installed here.
+
+    Raises:
+        CloraError: one of them is not installed.
+    """
     setup = (ROOT / "setup.py").read_text("utf-8")
     needs = _carried(re.findall(r'"([\w-]+>=[\d.]+)"', setup))
     table = {"clora": {"needs": [str(need) for need in needs]}}
     while needs:
         name = canonicalize_name(needs.pop().name)
         if name not in table:
-            found = _carried(requires(name) or ())
+            try:
+                found = _carried(requires(name) or ())
+            except PackageNotFoundError as error:
+                wanted = "expected all packages of clora[test] to be installed"
+                raise CloraError(f"{wanted}, found no {name}; pip install -c constraints.txt -e '.[test]'") from error
             table[name] = {"version": version(name), "needs": [str(need) for need in found]}
             needs += found
     return table
@@ -97,4 +108,4 @@ def _carried(texts: Iterable[str]) -> list[Requirement]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

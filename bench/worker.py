@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from bench import records
+from bench.arguments import Parser, duration, new_folder, require_gpu, run
 from bench.cases import CASES, Case, DesignCase, rows_per_adapter
 from bench.machine import describe, measure_roof
 from bench.measure import Bench, DeviceLost, measure, release
@@ -96,13 +95,14 @@ def _line(record: dict) -> str:
     return f"{record['name']}: {shown or 'nothing timed'} ms" + (f"; not timed: {missing}" if missing else "")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measures cases into a folder on the first GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.worker", description=main.__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--budget-s", type=float, required=True)
+    parser = Parser("bench.worker", main.__doc__)
+    parser.add_argument("folder", type=new_folder)
+    parser.add_argument("--budget-s", type=duration, required=True)
     parser.add_argument("--cases", choices=CASES, required=True)
     arguments = parser.parse_args(argv)
+    require_gpu(GPU)
     left = countdown(arguments.budget_s)
     os.environ["CLORA_BACKEND"] = "triton"  # so that ours raises, and is recorded, where it would fall back to eager
     stopwatch = CudaStopwatch(GPU)
@@ -119,4 +119,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

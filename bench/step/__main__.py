@@ -1,7 +1,6 @@
 """`python -m bench.step` is `python -m bench.step.run`."""
 
-import sys
-
+from bench.arguments import run
 from bench.step.run import main
 
-sys.exit(main())
+run(main)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from bench import machine, records
+from bench.arguments import RESULTS, Parser, default_device, device_here, duration, new_folder, run, whole
 from bench.machine import ROOT
 from bench.step.worker import LOSSES, WAYS
 from bench.step.world import CPU_CASES, GPU_CASES, StepCase
@@ -28,38 +28,43 @@ GOALS = {"cpu": {"memory": 0.45, "speed": 1.25}, "cuda": {"memory": 0.4, "speed"
 """Of the case `GOAL_CASE`, times the baseline's: at most the memory, at least the speed."""
 GOAL_CASE = "step-100m"
 A_DAY = 86400.0
-Run = Callable[[Sequence[str]], dict]
+Run = Callable[[Sequence[str], float], dict]
+"""Runs a worker with these arguments for at most some seconds; `subprocess.TimeoutExpired` where they end it."""
 
 
-def main(argv: Sequence[str] | None = None, run: Run | None = None) -> int:
+def main(argv: Sequence[str] | None = None, run_job: Run | None = None) -> int:
     """Measures every case, goes on where an earlier run stopped, and prints a table.
 
     Returns:
         0; 1 if a way's losses are others than the baseline's, or it failed; 4 if the time ended first.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
+    parser = Parser("bench.step", __doc__.splitlines()[0])
+    parser.add_argument("--device", type=device_here, default=default_device())
+    parser.add_out(RESULTS)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each way, in turns")
-    parser.add_argument("--updates", type=int, default=3, help="updates of a process, the first untimed")
-    parser.add_argument("--budget-s", type=float, default=A_DAY, help="stop after this time; a later run goes on")
+    parser.add_argument("--rounds", type=whole(), default=5, help="processes of each way, in turns")
+    parser.add_argument("--updates", type=whole(2), default=3, help="updates of a process, the first untimed")
+    parser.add_argument("--budget-s", type=duration, default=A_DAY, help="stop after this time; a later run goes on")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    device = arguments.device
+    cases = [case for case in (CPU_CASES if device.type == "cpu" else GPU_CASES) if arguments.only in case.name]
+    if not cases:
+        known = ", ".join(case.name for case in CPU_CASES)
+        parser.error(f"argument --only: expected a part of {known}, found {arguments.only!r}")
     left = countdown(arguments.budget_s)
     place = machine.slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    folder = arguments.out / place
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(parser.out(arguments, "updates") / place)
     tables, ok = [], True
-    for case in CPU_CASES if device.type == "cpu" else GPU_CASES:
-        if arguments.only not in case.name:
-            continue
+    for case in cases:
         path = folder / f"{case.name}.json"
         record = begin(case, device, records.read(path))
         for job in jobs(record, arguments.rounds):
             if left() <= 0:
                 break
-            do(job, record, device, arguments.updates, run or run_worker)
+            try:
+                do(job, record, device, arguments.updates, partial(run_job or run_worker, limit=max(left(), 0)))
+            except subprocess.TimeoutExpired:
+                break
             record["summary"] = summary(record, device.type)
             records.write(path, record)
         tables.append(table(record))
@@ -127,11 +132,10 @@ def do(job: tuple[str, str], record: dict, device: torch.device, updates: int, r
         entry["rounds"].append({name: result[name] for name in figures})
 
 
-def run_worker(command: Sequence[str]) -> dict:
+def run_worker(command: Sequence[str], limit: float = A_DAY) -> dict:
     """Runs ``python -m bench.step.worker``; returns what it printed, or ``failed`` with the end of its error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.step.worker", *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    worker = [sys.executable, "-m", "bench.step.worker", *command]
+    done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         return {"failed": last}
@@ -213,4 +217,4 @@ def table(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

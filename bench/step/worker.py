@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -14,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from bench.arguments import Parser, device_here, run, whole
 from bench.step.peers import PeftMixed, ThreeCopies
 from bench.step.world import CPU_CASES, GPU_CASES, StepCase, World
 from clora.ops import VARIABLE
@@ -51,14 +51,14 @@ BACKENDS = {"ours_eager": "eager", "ours_triton": "triton"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step.worker", description=__doc__.splitlines()[0])
-    parser.add_argument("case", help="name of a case")
+    parser = Parser("bench.step.worker", __doc__.splitlines()[0])
+    parser.add_argument("case", choices=[case.name for case in CPU_CASES])
     parser.add_argument("way", choices=list(WAYS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", help="in place of the case's")
-    parser.add_argument("--updates", type=int, default=2)
+    parser.add_argument("--device", type=device_here, default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="in place of the case's")
+    parser.add_argument("--updates", type=whole(), default=2)
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    device = arguments.device
     cases = {case.name: case for case in (CPU_CASES if device.type == "cpu" else GPU_CASES)}
     case = cases[arguments.case]
     if arguments.dtype:
@@ -132,4 +132,4 @@ def peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

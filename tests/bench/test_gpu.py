@@ -97,7 +97,7 @@ def on_this_cpu(monkeypatch):
             if program == "bench.worker":
                 return bench.worker.main(arguments)
             if program == "bench.profiled":
-                return bench.profiled.main(*arguments, forced, "cpu")
+                return bench.profiled.main(arguments, forced, "cpu")
             return 0  # test_commands_take_their_options
 
     def stopwatch(call):
@@ -148,6 +148,14 @@ def measuring_without_a_gpu(is_available, monkeypatch):
         return bench_measure_all(*arguments)
 
     return measure_all
+
+
+def test_a_slice_for_which_the_time_is_too_short_writes_nothing(on_a_gpu, tmp_path):
+    for options in (["--slice", "1", "--budget-s", "59"], ["--slice", "5", "--budget-s", "449"]):
+        with pytest.raises(SystemExit, match="2"):
+            bench.gpu.main([*options, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    assert not on_a_gpu
 
 
 def test_a_failed_task_is_an_exit_code(on_a_gpu, tmp_path, monkeypatch):
@@ -243,16 +251,6 @@ def test_what_is_missing_is_named_before_anything_is_run(tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_gpu_one_line_and_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.gpu.wheels, "missing", list)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.gpu.main(["--out", str(tmp_path / "out")]) == 2
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    assert "no CUDA device found" in printed
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_profiled_call_is_marked(monkeypatch):
     from bench import profiled
 
@@ -264,5 +262,5 @@ def test_a_profiled_call_is_marked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: log.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: log.append("stop"))
-    assert profiled.main("fused") == 0
+    assert profiled.main(["fused"], device="cpu") == 0
     assert log == ["call"] * 3 + ["start", "call", "stop"]

@@ -31,8 +31,23 @@ def test_stochastic_rounding_is_right_in_the_mean():
     assert torch.equal(precision.stochastic(exact, torch.bfloat16, generator).float(), exact)
 
 
+def test_as_many_rows_are_measured_as_asked_for(monkeypatch):
+    rows = []
+
+    def layer(x):
+        rows.append(len(x))
+        return torch.zeros(len(x), precision.WIDTH)
+
+    monkeypatch.setattr(precision, "CHUNK", 256)
+    monkeypatch.setattr(precision, "layers", lambda *parts: {"none": layer})
+    precision.errors(0.1, torch.bfloat16, 640)
+    assert rows == [256, 256, 128]
+
+
 def test_the_table_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(precision, "STRENGTHS", (0.1,))
     precision.main(["--tokens", "512", "--out", str(tmp_path)])
     assert "10 % |" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "precision.json").read_text())["found"]) == 2
+    written = json.loads((tmp_path / "precision.json").read_text())
+    assert len(written["found"]) == 2
+    assert written["tokens"] == 512

@@ -270,7 +270,8 @@ def test_other_gpus_and_other_triton_releases_keep_their_entries(tmp_path, monke
     precision = {"bound": 0.02, "bfloat16": 0.0017}
     table.write_text(json.dumps({"precision": precision, "measured": old}))
     monkeypatch.setattr(design_table, "TABLE", table)
-    assert design_table.main([str(tmp_path / "empty")]) == 1
+    records.write(tmp_path / "one design" / "a.json", record(linear(), ours_fused=2.0))
+    assert design_table.main([str(tmp_path / "one design")]) == 1
     assert json.loads(table.read_text())["measured"] == old
     measured = record(linear(), ours_fused=2.0, ours_split=1.0)
     records.write(tmp_path / "results" / f"{measured['name']}.json", measured)

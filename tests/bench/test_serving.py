@@ -57,6 +57,12 @@ def test_a_latency_counts_from_the_arrival_to_the_end_of_the_batch():
     assert served.figures()["images_per_s"] == pytest.approx(4 / 12)
 
 
+def test_a_stream_ends_with_the_time():
+    way, times = Clocked(limit=2), iter([3.0, 1.0, -1.0])
+    assert serve([Request(0.0, "a", i) for i in range(9)], way, way.now, lambda: next(times)) is None
+    assert len(way.batches) == 2
+
+
 def test_a_switched_batch_is_of_the_oldest_requests_lora():
     requests = [Request(0.0, "ab"[i % 2], i) for i in range(30)]
     batch = Switched.pick(None, requests)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from bench.step import run, worker
 from bench.step.peers import PeerTrainer, ThreeCopies
 from bench.step.run import BASELINE, TOLERANCE, largest_difference, main
 from bench.step.world import StepCase, World
+from bench.timing import UNFINISHED
 from clora.ops import VARIABLE
 
 TINY = StepCase(
@@ -84,7 +87,7 @@ class Worker:
     def __init__(self, losses=None, failing=()):
         self.losses, self.failing, self.commands = losses or {}, failing, []
 
-    def __call__(self, command):
+    def __call__(self, command, limit):
         self.commands.append(list(command))
         way = command[1]
         if way in self.failing:
@@ -159,8 +162,20 @@ def test_a_run_goes_on_where_it_stopped(command, monkeypatch):
 def test_without_time_nothing_begins(command, tmp_path):
     processes = Worker()
     with pytest.raises(FileNotFoundError):
-        command(processes, "--budget-s", "0")
+        command(processes, "--budget-s", "1e-9")
     assert processes.commands == []
+
+
+def test_a_process_ends_with_the_time(command, tmp_path, capsys):
+    def slow(job, limit):
+        time.sleep(limit)
+        raise subprocess.TimeoutExpired(job, limit)
+
+    assert main(["--device", "cpu", "--out", str(tmp_path), "--budget-s", "0.1"], slow) == UNFINISHED
+    assert not (tmp_path / "cpu").exists()
+    assert "| three_copies | not measured yet |" in capsys.readouterr().out
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.run_worker(["step-3m", BASELINE], limit=0.1)
 
 
 def test_an_error_of_a_process_is_its_last_line():

@@ -12,6 +12,7 @@ import pytest
 
 from bench import wheels
 from bench.machine import ROOT
+from clora.errors import CloraError
 
 TABLE = json.loads(wheels.TABLE.read_text())
 
@@ -68,6 +69,17 @@ def test_one_message_names_all_and_both_commands():
     assert message.startswith("missing here: a==1, b==2\n")
     assert "-d wheels a==1 b==2" in message
     assert "pip install --no-index --no-deps" in message
+
+
+def test_a_package_that_is_not_installed_is_one_error_and_the_table_stays(tmp_path, monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(wheels, "requires", requires)
+    monkeypatch.setattr(wheels, "TABLE", tmp_path / "wheels.json")
+    with pytest.raises(CloraError, match="expected all packages .* found no .*; pip install"):
+        wheels.main([])
+    assert not wheels.TABLE.exists()
 
 
 def test_the_table_is_that_of_the_tested_versions():

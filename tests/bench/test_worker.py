@@ -240,6 +240,7 @@ def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatc
 def test_main_reports_a_lost_device_to_its_supervisor(tmp_path, monkeypatch):
     monkeypatch.setenv("CLORA_BACKEND", "auto")
     for name, value in {
+        "GPU": torch.device("cpu"),
         "CudaStopwatch": lambda device: None,
         "describe": lambda device: {"revision": "r1"},
         "measure_roof": lambda device, stopwatch: {},
