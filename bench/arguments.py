@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m {command}", description=description)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(CANNOT_RUN, f"{self.prog}: error: {message}\n")
+        remedy = "" if ";" in message else f"; see {self.prog} --help"
+        self.exit(CANNOT_RUN, f"{self.prog}: error: {message}{remedy}\n")
 
     def add_out(self, default: Path) -> None:
         """Adds ``--out``, the folder of the results; by default that of those that are committed."""

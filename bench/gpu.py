@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     least = min(task.least_s for number in arguments.slice for task in slices(Path(), arguments.all)[number])
     if arguments.budget_s < least:
-        parser.error(f"argument --budget-s: expected at least {least:.0f}, found {arguments.budget_s:g}: no task fits")
+        parser.error(
+            f"argument --budget-s: expected at least {least:.0f}, found {arguments.budget_s:g}, in which no task fits"
+        )
     if names := wheels.missing():
         print(f"bench.gpu: nothing was run; {wheels.advice(names)}")
         return CANNOT_RUN

@@ -138,6 +138,7 @@ def test_a_wrong_argument_is_one_line_and_nothing_is_written(line, call, tmp_pat
     *usage, message = errors.splitlines()
     assert not usage or line[0] == "update_worker", "a script without bench.arguments, for earlier commits"
     assert re.search(r"expected .*found|invalid choice|are required|unrecognized arguments", message), message
+    assert usage or "; " in message, "what to do"
     assert state(tmp_path) == before
 
 

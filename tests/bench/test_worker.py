@@ -218,6 +218,13 @@ def test_where_processes_ended_twice_outside_any_provider_the_case_has_failed(tm
     assert records.is_finished(read(tmp_path), "r1", ["fused"])
 
 
+@pytest.mark.parametrize("content", ["[1]", "7", "no JSON"])
+def test_what_is_no_record_is_measured_anew(content, tmp_path):
+    records.path_of(tmp_path, case()).write_text(content)
+    assert read(tmp_path) is None
+    assert records.read_all(tmp_path) == []
+
+
 def test_main_measures_on_a_device_and_refuses_to_fall_back(tmp_path, monkeypatch, capsys):
     """On a CPU in place of the GPU: there ours must fail with a reason instead of running as eager PyTorch."""
     monkeypatch.setenv("CLORA_BACKEND", "auto")
