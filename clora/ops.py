@@ -23,15 +23,7 @@ from clora.errors import CloraError, nearest
 from csrc_triton.coarse_to_fine import reference as coarse_to_fine
 from csrc_triton.coarse_to_fine.reference import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION, Scores
 from csrc_triton.multi_lora import reference as multi_lora
-from csrc_triton.multi_lora.by_runs import (
-    Projection,
-    Run,
-    is_plain,
-    linears_by_runs,
-    runs_of,
-    spans_without,
-    write_merged,
-)
+from csrc_triton.multi_lora.by_runs import Projection, Run, is_plain, linears_by_runs, runs_of
 from csrc_triton.multi_lora.designs import DESIGNS, merged_in_all
 
 __all__ = [
@@ -247,17 +239,16 @@ def multi_lora_linears(
         ValueError, CloraError: as `multi_lora_linear`.
     """
     design = _design(design)
-    if runs is not None and (covers := runs[-1].stop if runs else 0) != len(x):
+    if runs is not None and (covers := runs[-1].stop if runs else 0) != x.shape[0]:
         raise ValueError(f"runs: expected those of the {len(x)} samples of x, found those of {covers}")
     strengths = strengths or [None] * len(projections)
     if not use_triton("multi_lora_linear", x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
     from csrc_triton.multi_lora import op
 
-    call = op.recorded(x, projections, scale, adapter_ids, design)
-    # What was recorded was checked, so that only the choice of the design is left.
-    if call is not None and (runs is None or not merged_in_all(x, projections, runs, strengths, design)):
-        return _written(list(call()), out)
+    outputs = op.recorded(x, projections, scale, adapter_ids, design, runs=runs, strengths=strengths)
+    if outputs is not None:
+        return _written(list(outputs), out)
     gaps = [op.unsupported(x, *projection, scale, adapter_ids) for projection in projections]
     if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
@@ -285,14 +276,7 @@ def _kernel_linears(x, projections, scale, adapter_ids, runs, strengths, out, de
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(f for p in projections for f in p[2:])))
     if not merged or learns:
         return _written(op.multi_lora_linears(x, projections, scale, adapter_ids, exact, checked=True), out)
-    outputs = out or [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections]
-    for layer, y in zip(projections, outputs, strict=True):
-        write_merged(x, *layer, scale, runs, merged, y)
-    for span in spans_without(runs, merged):
-        rows = slice(span[0].start, span[-1].stop)
-        exact = op.multi_lora_linears(x[rows], projections, scale, adapter_ids[rows], checked=True)
-        _written(exact, [y[rows] for y in outputs])
-    return list(outputs)
+    return op.partly_merged_linears(x, projections, scale, adapter_ids, runs, merged, out)
 
 
 def _written(results: list[Tensor], out: Sequence[Tensor] | None) -> list[Tensor]:
@@ -367,9 +351,9 @@ def multi_lora_add(
     if use_triton("multi_lora_add", x.device, backend):
         from csrc_triton.multi_lora import op
 
-        call = op.recorded(x, [(None, None, lora_A, lora_B)], scale, adapter_ids, y=y)
-        if call is not None:
-            return call()[0]
+        outputs = op.recorded(x, [(None, None, lora_A, lora_B)], scale, adapter_ids, y=y)
+        if outputs is not None:
+            return outputs[0]
         if covered("multi_lora_add", op.unsupported_add(*arguments), x.device, backend):
             return op.multi_lora_add_triton(*arguments)
     return multi_lora.multi_lora_add(*arguments)

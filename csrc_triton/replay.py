@@ -122,12 +122,15 @@ def signature(function: Callable, tensors: Sequence[Tensor | None], others: tupl
         tensors: its arguments, the first not None.
         others: its further arguments, hashable.
     """
+    learns = torch.is_grad_enabled()
     traits = [
-        t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() % ALIGNMENT)
+        t
+        if t is None
+        else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNMENT, learns and t.requires_grad)
         for t in tensors
     ]
     autocast = torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu")
-    return (function, others, torch.is_grad_enabled(), autocast, *traits)
+    return (function, others, learns, autocast, *traits)
 
 
 def recorded(signature: tuple) -> Tape | None:

@@ -16,11 +16,18 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from csrc_triton import replay
+from csrc_triton.multi_lora.by_runs import Projection, Run, spans_without, write_merged
 from csrc_triton.multi_lora.checks import unsupported, unsupported_add
+from csrc_triton.multi_lora.designs import merged_in_all
 from csrc_triton.multi_lora.passes import Layer, Upstream, backward, forward, layers_of, offsets_of
 from csrc_triton.registration import is_traced, kernel_op
 
 KERNEL_DESIGNS = ("fused", "split")
+MAX_CHOICES = 4096
+"""Of about a kilobyte each; when they are too many, all are dropped."""
+
+_is_merged: dict[tuple, bool] = {}
+"""Whether an adapter is merged in calls of a tape, by tape, runs and strengths: to choose takes half as long as a replay."""
 
 
 def multi_lora_linear_triton(
@@ -90,6 +97,33 @@ def multi_lora_linears(
     return [F.linear(x, layer.weight, layer.bias) if 0 in layer.lora_A.shape[:2] else next(outputs) for layer in layers]
 
 
+def partly_merged_linears(
+    x: Tensor,
+    projections: Sequence[Projection],
+    scale: Tensor,
+    adapter_ids: Tensor,
+    runs: tuple[Run, ...],
+    merged: frozenset[int],
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`multi_lora_linears` without gradients of a batch of which the kernels compute only the rows that are not merged.
+
+    Args:
+        runs: ``adapter_ids`` as the host knows them.
+        merged: adapters whose rows `by_runs` computes.
+        out: ``[B, T, N]`` per layer, contiguous, to which the outputs are written.
+    """
+    outputs = [x.new_empty(*x.shape[:2], len(layer[0])) for layer in projections] if out is None else list(out)
+    for layer, y in zip(projections, outputs, strict=True):
+        write_merged(x, *layer, scale, runs, merged, y)
+    for span in spans_without(runs, merged):
+        rows = slice(span[0].start, span[-1].stop)
+        exact = multi_lora_linears(x[rows], projections, scale, adapter_ids[rows], checked=True)
+        for y, own in zip(outputs, exact, strict=True):
+            y[rows].copy_(own)
+    return outputs
+
+
 def multi_lora_add_triton(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter_ids: Tensor
 ) -> Tensor:
@@ -113,18 +147,36 @@ def recorded(
     scale: Tensor,
     adapter_ids: Tensor,
     design: str | None = None,
+    *,
+    runs: tuple[Run, ...] | None = None,
+    strengths: Sequence[tuple[float, ...] | None] = (),
     y: Tensor | None = None,
-) -> Callable[[], Sequence[Tensor]] | None:
-    """A call of `multi_lora_linears` that is ready to run, if one that is alike was checked and recorded; else None.
+) -> Sequence[Tensor] | None:
+    """The outputs of a call of `multi_lora_linears`, if one that is alike was checked and recorded; else None.
+
+    None, too, where an adapter is to be merged.
 
     Args:
+        runs, strengths: as in `designs.merged_in_all`.
         y: that of `multi_lora_add_triton`, whose only projection has neither weight nor bias.
     """
     if is_traced(x):
         return None
     tensors = (x, y, scale, adapter_ids, *chain.from_iterable(projections))
     tape = replay.recorded(replay.signature(forward, tensors, (design,)))
-    return None if tape is None else partial(_compute, tape.replay, tensors, design)
+    if tape is None:
+        return None
+    if runs is not None:
+        # All calls of a tape have the same shapes, dtypes and device, so that nothing else decides.
+        key = (tape, runs, *strengths)
+        is_merged = _is_merged.get(key)
+        if is_merged is None:
+            if len(_is_merged) >= MAX_CHOICES:
+                _is_merged.clear()
+            is_merged = _is_merged[key] = bool(merged_in_all(x, projections, runs, strengths, design))
+        if is_merged:
+            return None
+    return _compute(tape.replay, tensors, design)
 
 
 def _call(x, y, layers: list[Layer], scale, ids, design: str | None) -> Sequence[Tensor]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clora import ops
 from clora.errors import CloraError
 from csrc_triton import replay
-from csrc_triton.multi_lora import op
+from csrc_triton.multi_lora import designs, op
 from csrc_triton.multi_lora.op import multi_lora_add_triton, multi_lora_linears
 from csrc_triton.registration import INTERPRETED
 
@@ -207,6 +207,76 @@ def test_a_recorded_call_is_not_checked_again(monkeypatch):
     monkeypatch.setattr(op, "unsupported_add", None)
     assert torch.equal(ops.multi_lora_linear(*arguments), expected[0])
     assert torch.equal(ops.multi_lora_add(y, x, *arguments[3:]), expected[1])
+
+
+ROWS = Case(32, 16, 16, 2, 4, [1, 1, 0, -1])
+"""Sizes of which a CPU merges an adapter of one sample: 32 rows."""
+
+
+def routed(arguments, adapters, strengths, **options):
+    """The op with adapters of samples as a bank calls it."""
+    ids = torch.tensor(adapters, device=DEVICE)
+    return ops.multi_lora_linear(
+        *arguments[:6], ids, runs=ops.runs_of(adapters), strengths=strengths, backend="triton", **options
+    )
+
+
+@pytest.fixture
+def choices(monkeypatch):
+    """The runs and strengths for which the choice of the merged adapters was made, of a test that begins without any."""
+    made, own = [], op.merged_in_all
+
+    def merged_in_all(x, projections, runs, strengths, design):
+        made.append((runs, *strengths))
+        return own(x, projections, runs, strengths, design)
+
+    monkeypatch.setattr(op, "merged_in_all", merged_in_all)
+    monkeypatch.setattr(op, "_is_merged", {})
+    return made
+
+
+WEAK, STRONG = (0.001, 0.001), (0.001, 0.9)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Merges every adapter of 32 rows or more that is exact enough."""
+    monkeypatch.setattr(designs, "rows_to_merge", lambda shape, device: 32)
+    designs.adapters_to_merge.cache_clear()
+    yield
+    designs.adapters_to_merge.cache_clear()
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_the_merged_adapters_of_a_recorded_call_are_chosen_once(choices):
+    arguments = make(ROWS, torch.float16, torch.float16)
+    for _ in range(3):
+        routed(arguments, ROWS.ids, WEAK)
+    assert choices == [(ops.runs_of(ROWS.ids), WEAK)]
+    routed(arguments, [0, 1, 1, -1], WEAK)
+    routed(arguments, ROWS.ids, STRONG)
+    assert choices[1:] == [(ops.runs_of([0, 1, 1, -1]), WEAK), (ops.runs_of(ROWS.ids), STRONG)]
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_recorded_calls_merge_what_prepared_ones_do(choices, monkeypatch):
+    arguments = make(ROWS, torch.float16, torch.float16)
+    calls = [(ids, own) for ids in (ROWS.ids, [-1] * 4, [0, 0, 0, 0]) for own in (WEAK, STRONG, None)]
+    found = [[routed(arguments, *call) for call in calls] for _ in range(3)][-1]
+    monkeypatch.setattr(replay, "enabled", False)
+    expected = [routed(arguments, *call) for call in calls]
+    assert all(torch.equal(y, other) for y, other in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], found[1]), "the strong adapter is merged"
+    assert len(choices) == len(calls)
+
+
+def test_the_choices_that_are_kept_are_bounded(choices, monkeypatch):
+    monkeypatch.setattr(op, "MAX_CHOICES", 3)
+    arguments = make(SMALL)
+    for i in range(9):
+        routed(arguments, SMALL.ids, (0.1, i / 10))
+        assert len(op._is_merged) <= 3
+    assert len(choices) == 8  # the first call was not recorded yet
 
 
 def test_tapes_keep_no_tensor():
