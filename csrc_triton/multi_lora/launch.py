@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 
 from csrc_triton.multi_lora.kernels import (
     expand_kernel,
@@ -84,7 +85,7 @@ def expand(
     row_tiles = triton.cdiv(tokens, tiles["BLOCK_M"])
     _launch(
         expand_kernel, num_samples * row_tiles * triton.cdiv(outputs, tiles["BLOCK_N"]),
-        y if base is None else do(Tensor.contiguous, base), y if bias is None else bias, y, low, factor, ids,
+        y if base is None else _contiguous(base), y if bias is None else bias, y, low, factor, ids,
         tokens, outputs, rank, ranks, offset, row_tiles, *factor.stride(),
         HAS_BIAS=bias is not None, ADD=base is not None, **tiles,
     )  # fmt: skip
@@ -108,7 +109,7 @@ def linear(
     x = _unit_stride(x)
     transposed = weight.mT.is_contiguous() and not weight.is_contiguous()  # memory holds it as [C, N]
     if not transposed:
-        weight = do(Tensor.contiguous, weight)
+        weight = _contiguous(weight)
     num_samples, tokens, channels = x.shape
     (adapters, outputs, rank), ranks = factor.shape, low.shape[2]
     out = do(Tensor.new_empty, x, num_samples, tokens, outputs) if y is None else y
@@ -206,6 +207,11 @@ def _launch(kernel, programs: int, *arguments, **constants) -> None:
         launch(kernel, programs, arguments, constants, wrap_triton)
 
 
+def _contiguous(x: Tensor) -> Tensor:
+    # Where there is nothing to copy, a replay has one step less.
+    return x if x.is_contiguous() else do(Tensor.contiguous, x)
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else do(Tensor.contiguous, x)
 
@@ -222,6 +228,13 @@ def _aligned(*tensors: Tensor, first: int = 0) -> bool:
         if 1 not in strides or 0 in strides:
             return False
         strides.remove(1)
-        if any(elements * tensor.element_size() % 16 for elements in (first, tensor.storage_offset(), *strides)):
+        if _start(tensor) % 16 or any(elements * tensor.element_size() % 16 for elements in (first, *strides)):
             return False
     return True
+
+
+def _start(tensor: Tensor) -> int:
+    """The address of the first element; of a tensor that is traced its place in the storage, which torch.compile aligns."""
+    if type(tensor) in (Tensor, Parameter):
+        return tensor.data_ptr()  # a storage may begin anywhere: in a file that is mapped, in memory of other libraries
+    return tensor.storage_offset() * tensor.element_size()

@@ -12,6 +12,7 @@ from helpers.linear_cases import (
     Case,
     assert_as_accurate_as_eager,
     assert_same,
+    interpreted,
     launches,
     make,
     ours,
@@ -19,6 +20,7 @@ from helpers.linear_cases import (
     upstream_of,
 )
 
+from csrc_triton import replay
 from csrc_triton.multi_lora import launch
 from csrc_triton.multi_lora.op import multi_lora_linears
 from csrc_triton.multi_lora.reference import multi_lora_linear
@@ -67,6 +69,49 @@ def test_rows_that_are_not_aligned_take_pointers(monkeypatch, change):
     seen = launches(monkeypatch)
     assert_as_accurate_as_eager(ours("fused"), make(CASES["tails"]._replace(**change), torch.float16))
     assert not [kernel for kernel, _ in seen if kernel == "fused_kernel"]
+
+
+def from_odd_memory(tensor):
+    """The same values in a storage that begins two bytes after a multiple of 16."""
+    room = bytearray(tensor.nbytes + 32)
+    start = torch.frombuffer(room, dtype=torch.uint8).data_ptr()
+    found = torch.frombuffer(room, dtype=tensor.dtype, offset=-start % 16 + 2, count=tensor.numel()).view(tensor.shape)
+    return found.copy_(tensor)
+
+
+def from_odd_element(tensor):
+    """The same values one element further in their storage."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@interpreted
+@pytest.mark.parametrize("move", [from_odd_memory, from_odd_element])
+@pytest.mark.parametrize("position", [0, 1, 4], ids=["x", "weight", "lora_B"])
+def test_tensors_that_begin_between_16_bytes_take_pointers(monkeypatch, move, position):
+    given = make(CASES["one_token"], torch.float16, torch.float16)
+    moved = [*given]
+    moved[position] = move(given[position])
+    assert moved[position].data_ptr() % 16 == 2
+    recorded = []
+
+    def note(kernel):
+        recorded.append(kernel)
+        return kernel
+
+    monkeypatch.setattr(replay, "_tapes", {})
+    monkeypatch.setattr(launch, "wrap_triton", note)
+    for arguments in (given, moved, given, moved):  # the last two are replayed
+        y = ours("fused")(*arguments)
+        torch.testing.assert_close(y, multi_lora_linear(*arguments), rtol=1e-2, atol=1e-2)
+    assert recorded.count(launch.fused_kernel) == 1
+    assert recorded.count(launch.linear_kernel) == 1
+
+
+@pytest.mark.parametrize("move", [from_odd_memory, from_odd_element])
+def test_hints_of_alignment_are_about_addresses(move):
+    factor = torch.zeros(2, 16, 32, dtype=torch.float16)
+    assert launch._aligned(factor, factor)
+    assert not launch._aligned(factor, move(factor))
 
 
 def test_the_number_of_programs_changes_no_bit(programs):
