@@ -90,7 +90,7 @@ class AdapterBank:
     Args:
         transformer: the linear layers that the states name are wrapped in place.
         states: slot name to LoRA. Ranks and modules may differ: LoRAs of the same modules and nearly the same ranks share
-            a stack (`stacked`), in which shorter ranks are padded with zeros.
+            a stack (`stacked`), in which shorter ranks are padded with zeros, in 16 bits to a multiple of 8 (`slot_rank`).
         dtype: of the slots; None for the transformer's compute dtype.
         pages: None gives every LoRA a slot. With a number, LoRAs after the first ``fixed`` stay on the host. They take
             turns in this number of slots on the device, each as large as the largest of them; see `placed`.

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from clora.bank.slots import Factors, Stack, fill, module_ranks, ranks_of, slot_dtype, stacked
+from clora.bank.slots import Factors, Stack, fill, module_ranks, ranks_of, slot_dtype, slot_rank, stacked
 from clora.errors import CloraError
 from clora.lora.layers import linear_shapes
 from clora.lora.state import LoRAState
@@ -22,10 +22,10 @@ def stack_bytes(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int],
 
     Args:
         shapes: module path to ``(out, in)`` (`clora.lora.layers.linear_shapes`).
-        ranks: of the stack's modules.
+        ranks: of the stack's modules; counted as the slots have them (`slot_rank`).
         dtype: of the factors.
     """
-    return sum(sum(shapes[module]) * rank for module, rank in ranks.items()) * dtype.itemsize
+    return sum(sum(shapes[module]) * slot_rank(rank, dtype) for module, rank in ranks.items()) * dtype.itemsize
 
 
 def resident_bytes(

@@ -18,6 +18,8 @@ Factors = tuple[Tensor, Tensor]
 SLOT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RANK_STEP = 16
 """Ranks that are equal when rounded up to this share a stack: the kernels multiply with blocks of 16 ranks or more."""
+ALIGNED_RANKS = 8
+"""Slots of 16 bits have multiples of it, rows of 16 bytes: the kernels' hardware copies (TMA) need them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,13 @@ class Stack:
         return {module: (a[row], b[row]) for module, (a, b) in self.factors.items()}
 
     def cut(self, ranks: Mapping[str, int]) -> Stack:
-        """Returns views of these layers' first ranks."""
-        factors = {module: self.factors[module] for module in ranks}
-        return Stack({m: (a[:, : ranks[m]], b[:, :, : ranks[m]]) for m, (a, b) in factors.items()}, self.scale)
+        """Returns views of these layers' first ranks, as many as a slot has for them (`slot_rank`)."""
+        factors = {}
+        for module, rank in ranks.items():
+            a, b = self.factors[module]
+            rank = slot_rank(rank, a.dtype)
+            factors[module] = (a[:, :rank], b[:, :, :rank])
+        return Stack(factors, self.scale)
 
     def rows(self, rows: slice | list[int]) -> Stack:
         """Returns some of the LoRAs: views for a slice, copies for a list."""
@@ -108,6 +114,11 @@ def stacked(loras: Sequence[Mapping[str, int]], fixed: int = 0) -> list[list[int
     return list(stacks.values())
 
 
+def slot_rank(rank: int, dtype: torch.dtype) -> int:
+    """Returns the ranks of a slot for LoRAs of this rank; those beyond it are zeros."""
+    return -(-rank // ALIGNED_RANKS) * ALIGNED_RANKS if dtype.itemsize == 2 else rank
+
+
 def slot_dtype(transformer: nn.Module) -> torch.dtype:
     """Returns the transformer's compute dtype; float32 if a slot cannot have it."""
     dtype = getattr(transformer, "dtype", None) or next(transformer.parameters()).dtype
@@ -119,7 +130,7 @@ def empty_stack(layers: Mapping[str, nn.Linear], ranks: Mapping[str, int], count
 
     Args:
         layers: of the transformer.
-        ranks: of the layers that the stack changes.
+        ranks: the LoRAs' highest in each layer that the stack changes; `slot_rank` rounds them.
         count: LoRAs.
         dtype: of the factors.
     """
@@ -127,6 +138,7 @@ def empty_stack(layers: Mapping[str, nn.Linear], ranks: Mapping[str, int], count
     for module, rank in ranks.items():
         layer = layers[module]
         device = _device(layer)
+        rank = slot_rank(rank, dtype)
         a = torch.zeros(count, rank, layer.in_features, dtype=dtype, device=device)
         b = torch.zeros(count, layer.out_features, rank, dtype=dtype, device=device)
         factors[module] = (a, b)

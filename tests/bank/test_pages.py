@@ -94,16 +94,17 @@ def test_what_was_fetched_is_not_copied_again():
 def test_bytes_of_a_page_and_pages_of_a_budget(adapter):
     ranks = module_ranks([{"a": 2}, {"a": 1, "b": 3}])
     assert ranks == {"a": 2, "b": 3}
-    one = stack_bytes(SHAPES, ranks, torch.bfloat16)
-    assert one == 2 * (2 * 12 + 3 * 7)
+    one = stack_bytes(SHAPES, ranks, torch.float32)
+    assert one == 4 * (2 * 12 + 3 * 7)
+    assert stack_bytes(SHAPES, {"a": 2, "b": 9}, torch.bfloat16) == 2 * (8 * 12 + 16 * 7), "multiples of 8 in 16 bits"
     teachers = [{"a": 2}] * 5 + [{"a": 1, "b": 3}] * 5
-    resident = resident_bytes(SHAPES, teachers, torch.bfloat16)
-    assert resident == 2 * (5 * 2 * 12 + 5 * (1 * 12 + 3 * 7))
+    resident = resident_bytes(SHAPES, teachers, torch.float32)
+    assert resident == 4 * (5 * 2 * 12 + 5 * (1 * 12 + 3 * 7))
 
     def fit(budget):
-        return pages_that_fit(budget / 1e9, SHAPES, teachers, torch.bfloat16)
+        return pages_that_fit(budget / 1e9, SHAPES, teachers, torch.float32)
 
-    assert pages_that_fit(None, SHAPES, teachers, torch.bfloat16) is None
+    assert pages_that_fit(None, SHAPES, teachers, torch.float32) is None
     assert fit(resident) is None
     assert fit(resident - 1) == (resident - 1) // one
     assert fit(2.5 * one) == 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 
 from helpers.linear_cases import (
+    DEVICE,
     DTYPES,
     Case,
     assert_as_accurate_as_eager,
@@ -20,6 +22,8 @@ from helpers.linear_cases import (
     upstream_of,
 )
 
+from clora.bank.bank import AdapterBank
+from clora.lora.state import LoRAModule, LoRAState
 from csrc_triton import replay
 from csrc_triton.multi_lora import launch
 from csrc_triton.multi_lora.op import multi_lora_linears
@@ -69,6 +73,32 @@ def test_rows_that_are_not_aligned_take_pointers(monkeypatch, change):
     seen = launches(monkeypatch)
     assert_as_accurate_as_eager(ours("fused"), make(CASES["tails"]._replace(**change), torch.float16))
     assert not [kernel for kernel, _ in seen if kernel == "fused_kernel"]
+
+
+@pytest.mark.parametrize("pages", [None, 2])
+def test_loras_of_any_rank_take_hardware_copies_in_a_bank_of_16_bits(monkeypatch, pages):
+    """Also those of layers that share an input, whose ranks stand side by side."""
+    monkeypatch.setenv("CLORA_BACKEND", "triton")
+    monkeypatch.setenv("CLORA_DESIGN", "fused")
+    ranks = {"to_q": 5, "to_k": 12, "to_v": 3}
+    layers, modules, projections = nn.Module(), {}, []
+    for i, (name, rank) in enumerate(ranks.items()):
+        given = make(Case(20, 48, 80, 1, rank, [0, -1]), torch.float16, torch.float16, seed=i)
+        x, weight, bias, a, b = given[:5]
+        layer = nn.Linear(48, 80)
+        layer.weight.data, layer.bias.data = weight, bias
+        layers.add_module(name, layer.requires_grad_(False))
+        modules[name] = LoRAModule(a[0], b[0])
+        projections.append((weight, bias, a, b))
+    seen = launches(monkeypatch)
+    with AdapterBank(layers, {"lora": LoRAState(modules)}, pages=pages) as bank, torch.no_grad():
+        with bank.placed(torch.tensor([0])) as slots, bank.route(slots, [0, -1]):
+            found = [layers.get_submodule(name)(x) for name in ranks]
+    assert [kernel for kernel, _ in seen] == ["shrink_kernel", *["fused_kernel"] * 3]
+    assert seen[0][1]["ALIGNED"]
+    one, ids = torch.ones(1, device=DEVICE), torch.tensor([0, -1], device=DEVICE)
+    for y, projection in zip(found, projections, strict=True):
+        torch.testing.assert_close(y, multi_lora_linear(x, *projection, one, ids), rtol=1e-2, atol=1e-2)
 
 
 def from_odd_memory(tensor):

@@ -135,7 +135,7 @@ def bank_bytes(facts: Facts, config: DistillConfig) -> int:
     """Bytes of the bank: the critic, and the teachers or as many as fit. Raises CloraError for too few."""
     teachers = list(facts.teachers.values())
     pages = pages_that_fit(config.train.teacher_memory_gb, facts.shapes, teachers, facts.dtype)
-    critic = trained_values(facts, config.student.rank) * facts.dtype.itemsize
+    critic = stack_bytes(facts.shapes, dict.fromkeys(facts.student, config.student.rank), facts.dtype)
     if pages is None:
         return critic + resident_bytes(facts.shapes, teachers, facts.dtype)
     return critic + pages * stack_bytes(facts.shapes, module_ranks(teachers), facts.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -115,17 +116,20 @@ def test_the_merged_weight_is_the_largest_that_a_pass_makes(adapter, monkeypatch
     assert planned["merged weight"] == max(made)
 
 
-def test_pages_take_what_a_paged_bank_uses(adapter):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("paged", [False, True])
+def test_slots_and_pages_take_what_a_bank_uses(adapter, dtype, paged):
     """Of teachers of other ranks and layers than the critic's."""
-    transformer = adapter.pipeline.transformer
+    transformer = copy.deepcopy(adapter.pipeline.transformer).to(dtype)
     teachers = random_teachers(transformer, 3)
-    facts = facts_of(transformer, teachers)
-    budget = 2.2e-9 * stack_bytes(facts.shapes, module_ranks(list(facts.teachers.values())), torch.float32)
+    facts = dataclasses.replace(facts_of(transformer, teachers), dtype=dtype)
+    pair = 2.2e-9 * stack_bytes(facts.shapes, module_ranks(list(facts.teachers.values())), dtype)
+    budget = pair if paged else None
     config = tiny_config(list(teachers), student={"rank": RANK}, train={"teacher_memory_gb": budget})
     critic = random_lora(transformer, RANK, 0)
     pages = teacher_pages(budget, transformer, list(teachers.values()))
     with AdapterBank(transformer, {"critic": critic, **teachers}, pages=pages, fixed=1) as bank:
-        assert pages == 2
+        assert pages == (2 if paged else None)
         assert bank_bytes(facts, config) == bank.bytes().device
 
 
