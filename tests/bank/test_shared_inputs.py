@@ -168,8 +168,10 @@ def test_an_output_is_handed_out_once_and_never_to_another_pass(model, inputs, c
         assert calls == [2, 2]
         key = attn.to_k(x)
     with bank.route(bank.slots(), -torch.ones_like(ids)):
-        assert not torch.equal(attn.to_k(x)[0], key[0])
-        assert torch.equal(attn.to_k(x)[1], key[1])
+        base = attn.to_k(x)
+    assert not torch.allclose(base[0], key[0], **TOLERANCE)
+    # A base row, but among others: with other BLAS libraries the product's last digit differs.
+    torch.testing.assert_close(base[1], key[1], **TOLERANCE)
 
 
 def test_nothing_is_kept_after_the_pass(model, inputs):
