@@ -118,7 +118,7 @@ def test_slots_have_the_transformers_dtype(loras):
     states = loras(transformer)
     transformer.to(torch.bfloat16)
     bank = clora.attach(transformer, states)
-    values = sum(2 * 5 * sum(module.delta().shape) for module in states["b"].modules.values())
+    values = sum(2 * 8 * sum(module.delta().shape) for module in states["b"].modules.values())  # of 5 ranks
     assert bank.bytes() == (2 * values, 0)
     batch = batch_of(FAMILIES[0], tiny_transformer(FAMILIES[0]), 3)
     batch = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
