@@ -85,23 +85,9 @@ def coarse_to_fine_loss(
     dtype = torch.promote_types(torch.promote_types(velocity.dtype, x.dtype), torch.float32)
     scores = Scores(*(t.detach().to(dtype) for t in scores))
     v, x, sigma, weight, anchor_target = (t.detach().to(dtype) for t in (velocity, x, sigma, weight, anchor_target))
-
-    # [3, R]: the rows of each kind. A row's part of the loss is its term by the number of rows of its kind, so that
-    # factor [R] is d loss / d row over the row's elements.
-    members = torch.stack([kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR)])
-    counts = members.sum(1, keepdim=True).clamp(min=1)
-    factor = (members.to(dtype) / counts).sum(0) * weight / v.shape[1:].numel()
-    d = scores.sigma.shape[0]  # the rest are anchors
-    dmd = _dmd_rows(v[:d], x[:d], sigma[:d], scores, guidance, factor[:d])
-    anchors = _anchor_rows(v[d:], anchor_target, factor[d:])
-    rows, norm, gradient = (torch.cat(parts) for parts in zip(dmd, anchors, strict=True))
-    rows = weight * rows
-    gradient = gradient.to(gradient_dtype(velocity.dtype))
-
-    means = [torch.where(m, rows, 0.0).sum() / count for m, count in zip(members, counts.squeeze(1), strict=True)]
-    terms = dict(zip(("dmd_bs", "dmd_ts", "anchor"), means, strict=True))
-    terms |= {"gradient_norm": norm, "nonfinite": ~torch.isfinite(rows), "velocity_gradient": gradient}
-    return _WithGradient.apply(velocity, means[0] + means[1] + means[2], gradient), terms
+    loss, terms = _loss(v, x, sigma, kind, weight, scores, anchor_target, guidance)
+    gradient = terms["velocity_gradient"].to(gradient_dtype(velocity.dtype))
+    return _WithGradient.apply(velocity, loss, gradient), terms | {"velocity_gradient": gradient}
 
 
 def gradient_dtype(velocity: torch.dtype) -> torch.dtype:
@@ -127,6 +113,34 @@ class _WithGradient(torch.autograd.Function):
 def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of velocity (of `dtype`) from `velocity_gradient` and the gradient of the loss; has none itself."""
     return (upstream.detach() * gradient).to(dtype)
+
+
+def _loss(
+    v: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    kind: Tensor,
+    weight: Tensor,
+    scores: Scores,
+    anchor_target: Tensor,
+    guidance: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms (see `coarse_to_fine_loss`) of detached arguments of one dtype; the gradient has it too."""
+    # [3, R]: the rows of each kind. A row's part of the loss is its term by the number of rows of its kind, so that
+    # factor [R] is d loss / d row over the row's elements.
+    members = torch.stack([kind == k for k in (BACKWARD_SIMULATION, TARGET_SIMULATION, ANCHOR)])
+    counts = members.sum(1, keepdim=True).clamp(min=1)
+    factor = (members.to(v.dtype) / counts).sum(0) * weight / v.shape[1:].numel()
+    d = scores.sigma.shape[0]  # the rest are anchors
+    dmd = _dmd_rows(v[:d], x[:d], sigma[:d], scores, guidance, factor[:d])
+    anchors = _anchor_rows(v[d:], anchor_target, factor[d:])
+    rows, norm, gradient = (torch.cat(parts) for parts in zip(dmd, anchors, strict=True))
+    rows = weight * rows
+
+    means = [torch.where(m, rows, 0.0).sum() / count for m, count in zip(members, counts.squeeze(1), strict=True)]
+    terms = dict(zip(("dmd_bs", "dmd_ts", "anchor"), means, strict=True))
+    terms |= {"gradient_norm": norm, "nonfinite": ~torch.isfinite(rows), "velocity_gradient": gradient}
+    return means[0] + means[1] + means[2], terms
 
 
 def _dmd_rows(
