@@ -124,6 +124,7 @@ class AdapterBank:
         self._ranks = dict(zip(self.names, loras, strict=True))
         self._layers: dict[str, nn.Linear] = {module: transformer.get_submodule(module) for module in ranks}
         self._groups = shared_inputs({module: layer.in_features for module, layer in self._layers.items()})
+        self._fixed = fixed
         self._resident = len(states) if pages is None else fixed
         paged = range(self._resident, len(states))
         pool = empty_stack(self._layers, module_ranks([loras[i] for i in paged]), pages or 0, self.dtype)
@@ -150,7 +151,7 @@ class AdapterBank:
         ]
         self._pages = Pages([stacks[self._paged_in[i]] for i in paged], on_host, pages or 0, self._device)
         if self.dtype.itemsize == 2:
-            self._measure_strengths(fixed)
+            self._measure_strengths()
         own = [stack for i, stack in enumerate(stacks) if i not in self._paged_in.values()]
         self._bytes = BankBytes(sum(bytes_of(stack.factors) for stack in [*own, pool]), sum(map(bytes_of, on_host)))
 
@@ -158,9 +159,9 @@ class AdapterBank:
             transformer.set_submodule(module, RoutedLinear(layer, module, self))
         self._is_attached = True
 
-    def _measure_strengths(self, fixed: int) -> None:
+    def _measure_strengths(self) -> None:
         """Gives the stacks the strengths of the LoRAs that stay as they are; those of paged ones wait for their page."""
-        constant = {stack for lora, (stack, _) in self._all.places.items() if lora >= fixed}
+        constant = {stack for lora, (stack, _) in self._all.places.items() if lora >= self._fixed}
         # Once for all LoRAs: a transformer is large. Fake weights, of which passes are only counted, have no norm.
         norms = {
             module: layer.weight.float().norm()
@@ -227,7 +228,15 @@ class AdapterBank:
         return slots
 
     def write(self, name: str, slots: Slots) -> None:
-        """Sets a slot to that of the same name in ``slots``, rounded to the bank's dtype; ranks must not be higher."""
+        """Sets a slot to that of the same name in ``slots``, rounded to the bank's dtype; ranks must not be higher.
+
+        Raises:
+            CloraError: the bank has no such LoRA.
+            ValueError: it is none of the first ``fixed``. The strength that the others are merged by in 16 bits is measured
+                once.
+        """
+        if index_of(name, self.names) >= self._fixed:
+            raise ValueError(f"expected one of the first fixed={self._fixed} LoRAs, which may change, found {name!r}")
         fill(self._all.slot(name), slots.slot(name))
 
     @contextmanager

@@ -95,6 +95,17 @@ def test_a_weight_is_measured_once_for_all_loras(monkeypatch):
             measured.clear()
 
 
+@pytest.mark.parametrize("pages", [None, 1])
+def test_a_lora_that_was_measured_is_not_written_over(pages):
+    """Its strength would be that of before, and could let a weak LoRA be merged in 16 bits."""
+    layers = Layers(torch.bfloat16)
+    weak, strong = lora(layers, 0.01, 1), lora(layers, 0.5, 2)
+    with AdapterBank(layers, {"critic": strong, "strong": strong}, pages=pages, fixed=1) as bank:
+        bank.write("critic", bank.trained("critic", weak))
+        with pytest.raises(ValueError, match="expected one of the first fixed=1 LoRAs, which may change, found 'strong'"):
+            bank.write("strong", bank.trained("strong", weak))
+
+
 @pytest.mark.parametrize(("strength", "known"), [(1.0, True), (2.0, True), (0.5, False)])
 def test_a_weakened_pass_merges_nothing(strength, known, given):
     layers = Layers(torch.bfloat16)
