@@ -21,11 +21,24 @@ from clora.files import replacing
 from clora.hashing import digest, tensor_digest
 
 
-class DamagedCheckpoint(CloraError):
+class UnusableCheckpoint(CloraError):
+    """A checkpoint that a run cannot go on from.
+
+    Args:
+        reason: why.
+        advice: what to do where the run needs it; without, where it goes on from another one or begins anew.
+    """
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+
+
+class DamagedCheckpoint(UnusableCheckpoint):
     """A file that is not the checkpoint that was written."""
 
     def __init__(self, path: Path, found: object):
-        super().__init__(f"checkpoint {path} is damaged ({found}); remove it to start from the one before or anew")
+        super().__init__(f"checkpoint {path} is damaged ({found})", "remove it to start from the one before or anew")
 
 
 def save_state(

@@ -12,7 +12,7 @@ from clora.config.reading import REMOVED
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.progress import say
-from clora.training.checkpoint import DamagedCheckpoint, load_values, stated_values
+from clora.training.checkpoint import DamagedCheckpoint, UnusableCheckpoint, load_values, stated_values
 
 # Settings that a resumed run may change: they bound its length and its memory, choose among what it kept, or name where
 # files are.
@@ -35,23 +35,6 @@ FREE_TO_CHANGE = {
 }
 # These may be lowered, which is the advice where a run diverged.
 RATES = ("learning_rate", "anchor_learning_rate", "critic_learning_rate")
-
-
-class OtherRun(CloraError):
-    """A checkpoint that was written with other settings or on other inputs.
-
-    Args:
-        reason: what differs.
-        advice: how to continue it nevertheless.
-    """
-
-    def __init__(self, reason: str, advice: str):
-        super().__init__(f"{reason}; {advice}")
-        self.reason = reason
-
-
-class NoUpdateLeft(CloraError):
-    """Effects were added to a run that has ended."""
 
 
 class Checkpoints:
@@ -115,7 +98,7 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 if found[0] == self.finished:  # what was loaded of it is no beginning
                     raise
-                say(f"{error}")
+                say(f"{error.reason} and is passed over")
                 self._damaged.add(found[0])
                 self._start, self._searched = None, False
 
@@ -189,7 +172,7 @@ class Checkpoints:
                 values = load_values(file)
                 notes = check_resumable(file, values, config, self.inputs)
             except DamagedCheckpoint as error:
-                say(f"{error}")
+                say(f"{error.reason} and is passed over")
                 self._damaged.add(file)
                 continue
             for note in notes:
@@ -208,11 +191,8 @@ class Checkpoints:
         try:
             values = load_values(self.finished)
             notes = check_resumable(self.finished, values, config, self.inputs)
-        except NoUpdateLeft:
-            raise
-        except CloraError as error:
-            reason = error.reason if isinstance(error, OtherRun) else error
-            say(f"training begins anew, and not where the finished run has ended: {reason}")
+        except UnusableCheckpoint as error:
+            say(f"training begins anew, and not where the finished run has ended: {error.reason}")
             return None
         for note in notes:
             say(note)
@@ -251,10 +231,10 @@ def check_resumable(
         if isinstance(found, Mapping) and not isinstance(values["config"].get(section), Mapping):
             raise DamagedCheckpoint(path, f"its settings of {section} are {values['config'].get(section)!r}")
     if values["update"] > config.train.updates:
-        raise CloraError(
-            f"checkpoint {path} has made {values['update']} updates, more than train.updates: {config.train.updates}; set "
-            f"that to {values['update']} to end the run there, higher to go on, or remove the checkpoint to start from "
-            "the beginning"
+        raise UnusableCheckpoint(
+            f"checkpoint {path} has made {values['update']} updates, more than train.updates: {config.train.updates}",
+            f"set that to {values['update']} to end the run there, higher to go on, or remove the checkpoint to start from "
+            "the beginning",
         )
     written, notes = _with_lower_rates(values["config"], current, values["update"])
     added = _added_effects(written, current)
@@ -297,18 +277,18 @@ def _added_note(path: Path, values: Mapping[str, Any], names: Sequence[str], con
     """Returns the note that a run goes on with more effects.
 
     Raises:
-        NoUpdateLeft: the run has ended, so that they would not be learned.
-        CloraError: an earlier version's checkpoint, which does not state whether the other inputs are the same.
+        CloraError: the run has ended, so that they would not be learned.
+        UnusableCheckpoint: of an earlier version, which does not state whether the other inputs are the same.
     """
     listed, update = ", ".join(names), values["update"]
     if "inputs" not in values:
-        raise CloraError(
-            f"checkpoint {path} was written by an earlier version, to which no effect can be added ({listed}); choose "
-            "another output"
+        raise UnusableCheckpoint(
+            f"checkpoint {path} was written by an earlier version, to which no effect can be added ({listed})",
+            "choose another output",
         )
     if config.train.progress(update, values["seconds"]) >= 1:
         minutes = f", train.minutes above {values['seconds'] / 60:.3g}" if config.train.minutes is not None else ""
-        raise NoUpdateLeft(
+        raise CloraError(
             f"effects: {listed} would be added to a run that has ended; set train.updates above {update}{minutes}, by as "
             f"much as they are to be trained, or remove {path} to train all effects from the beginning"
         )
@@ -347,16 +327,16 @@ def check_same(written: Mapping[str, Any], current: Mapping[str, Any], path: Pat
     for key, reason in REMOVED.items():
         section, _, name = key.partition(".")
         if name in written.get(section, {}) and name not in current.get(section, {}):
-            raise CloraError(
-                f"checkpoint {path} was written by an earlier version with {key}, which was removed, since {reason}; "
-                "continue it with that version, or remove it to start from the beginning"
+            raise UnusableCheckpoint(
+                f"checkpoint {path} was written by an earlier version with {key}, which was removed, since {reason}",
+                "continue it with that version, or remove it to start from the beginning",
             )
     changed = []
     for key in current:
         if written.get(key) != current[key]:
             changed += _named(key, written.get(key), current[key])
     if changed:
-        raise OtherRun(
+        raise UnusableCheckpoint(
             f"checkpoint {path} was written by another run ({'; '.join(changed)})",
             "restore the old settings and files to continue it (effects may be added after the others, learning rates "
             "lowered), or remove it to start from the beginning",
@@ -390,7 +370,7 @@ def _check_inputs(written: Any, current: Mapping[str, str], path: Path) -> None:
             changes.append(f"{name} has changed")
     if changes:
         shown = "\n  ".join([*changes[:10], *([f"and {len(changes) - 10} more"] if len(changes) > 10 else [])])
-        raise OtherRun(
+        raise UnusableCheckpoint(
             f"checkpoint {path} was trained on other inputs:\n  {shown}\n",
             "restore them to continue it, or remove it to start from the beginning",
         )

@@ -137,3 +137,6 @@ def test_why_a_finished_run_is_not_continued_is_said(make_config, tmp_path, caps
     said = capsys.readouterr().err
     assert "training begins anew, and not where the finished run has ended: checkpoint" in said
     assert ANEW[change] in said
+    assert "from the beginning" not in said, "it begins there without being asked"
+    assert "to start" not in said
+    assert "to go on" not in said
