@@ -26,6 +26,9 @@ if not torch.cuda.is_available():
     # so that every test process has to choose before any test module is read.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Runs whose bits are compared have the same threads, whatever else keeps the cores busy: clora chooses none.
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 from clora.models.conditioning import Conditioning, Text  # noqa: E402
 
 

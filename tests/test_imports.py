@@ -29,7 +29,7 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "bank": GROUND | {"lora", "ops"},
     "data": ENGINE - {"ops"},
     "report": GROUND,
-    "training": ENGINE | {"data", "stopping"},
+    "training": ENGINE | {"data", "stopping", "threads"},
     "collection": GROUND | {"lora", "config", "models", "bank", "data", "report"},
     "studio": ENGINE | {"data", "report", "training"},
     "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping"},

@@ -83,6 +83,7 @@ def measure(case: StepCase, way: str, device: torch.device, updates: int) -> dic
         stamps.append(clock.now())
         losses.append({name: values.get(name, 0.0) for name in LOSSES})
 
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # every way's: clora chooses no others
     gc.collect()
     before = peak_bytes(device)
     WAYS[way](World(case, device, updates), report)

@@ -6,8 +6,8 @@ Source: docs/method.md section 4.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning
 from clora.progress import say
 from clora.stopping import StopRequest
+from clora.threads import choose_threads
 from clora.training.checkpoint import DamagedCheckpoint, load_state, save_state
 from clora.training.divergence import CALM_CHANGE, CALM_RISE, SOON, LossLevels
 from clora.training.faults import StepCheck, raise_explosion, raise_first
@@ -82,6 +83,7 @@ class DistillTrainer:
         self.update = 0
         self.seconds = 0.0
         self.matching = False
+        self.threads: int | None = None
 
     def fit(self, report: Report, checkpoints: Checkpoints | None = None, stop: StopRequest | None = None) -> None:
         """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
@@ -102,9 +104,10 @@ class DistillTrainer:
             checkpoints.resume(self.config, lambda file: self.load(file, checkpoints.inputs))
         start = time.monotonic() - self.seconds
         stop = stop or StopRequest()
-        if train.gradient_rows == "auto" and self.update == 0:
-            self._choose_rows()
         with ExitStack() as ways:
+            ways.enter_context(self._chosen_threads())
+            if train.gradient_rows == "auto":
+                self._choose_rows()
             ways.enter_context(stop.gently())
             if train.compile:
                 ways.enter_context(compiled_blocks(self.bank))
@@ -139,8 +142,30 @@ class DistillTrainer:
             raise CloraError(f"{error}. {checkpoints.go_back()}") from error
         return values
 
+    @contextmanager
+    def _chosen_threads(self) -> Iterator[None]:
+        """Inside, a training on a CPU has the threads that were chosen at its beginning: its last digits depend on them."""
+        if self.sampler.device.type != "cpu":
+            yield
+            return
+        current = torch.get_num_threads()
+        self.threads, line = choose_threads(current, self.threads)
+        if line:
+            say(line)
+        if self.threads == current:
+            yield
+            return
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(current)  # the user's process goes on
+
     def _choose_rows(self) -> None:
         """Chooses the rows of a pass with gradients once, at the run's beginning: its last digits depend on them."""
+        if self.steps.gradient_rows is not None:
+            say(f"a pass that learns takes {self.steps.gradient_rows} rows, as before (train.gradient_rows: auto)")
+            return
         data = self.data
         row = Conditioning(data.text[data.student_text[0, 0, :1]], data.sources[0, :1])
         with recomputed_blocks(self.bank) if self.config.train.gradient_checkpointing else nullcontext():
@@ -216,6 +241,7 @@ class DistillTrainer:
             "calm": self._is_calm(),
             "levels": self.levels.state(),
             "gradient_rows": self.steps.gradient_rows,
+            "threads": self.threads,
             "config": resumable_settings(self.config),
             "inputs": dict(inputs or {}),
         }
@@ -236,7 +262,9 @@ class DistillTrainer:
         self.matching = values["matching"]
         self.levels.load_state(values.get("levels", {}))
         if self.config.train.gradient_rows == "auto":
-            self.steps.gradient_rows = values.get("gradient_rows")  # earlier versions had no bound by default
+            # Stated or chosen; of a run without a bound there is none, and it is chosen now.
+            self.steps.gradient_rows = values.get("gradient_rows")
+        self.threads = values.get("threads")  # none of an earlier version, or on a GPU
         self._check_complete(path, tensors)
         with torch.no_grad():
             for name, own in self._tensors().items():

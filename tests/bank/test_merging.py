@@ -102,7 +102,9 @@ def test_a_lora_that_was_measured_is_not_written_over(pages):
     weak, strong = lora(layers, 0.01, 1), lora(layers, 0.5, 2)
     with AdapterBank(layers, {"critic": strong, "strong": strong}, pages=pages, fixed=1) as bank:
         bank.write("critic", bank.trained("critic", weak))
-        with pytest.raises(ValueError, match="expected one of the first fixed=1 LoRAs, which may change, found 'strong'"):
+        with pytest.raises(
+            ValueError, match="expected one of the first fixed=1 LoRAs, which may change, found 'strong'"
+        ):
             bank.write("strong", bank.trained("strong", weak))
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, read_collection
 from clora.collection.write import SCHEDULER_FILE, WEIGHTS_DIGEST, _scheduler_text
 from clora.commands.distill import CACHE, FINISHED
-from clora.hashing import tensor_digest
+from clora.hashing import digest, tensor_digest
 from clora.training.checkpoint import load_values
 
 # The first place of each phase is the first that has this in its path.
@@ -105,3 +106,12 @@ def zeros(content: bytes, chance: random.Random) -> bytes:
 
 
 DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (cut, flip, empty, zeros)
+
+
+def rewrite(file, change, hashed=True):
+    """Changes tensors and values of a file, with the hash of what it has then, or without one."""
+    with safe_open(file, "pt") as opened:
+        flat, values = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(opened.metadata()["values"])  # noqa: SIM118
+    text = json.dumps(change(flat, values))
+    digests = {"sha256": digest([text, tensor_digest(flat)])} if hashed else {}
+    save_file(flat, file, {"values": text, **digests})

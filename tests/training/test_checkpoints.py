@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from helpers.trainers import changed, make_trainer, slots
-from safetensors import safe_open
-from safetensors.torch import save_file
+from helpers.written import rewrite
 
 from clora.errors import CloraError
-from clora.hashing import digest, tensor_digest
 from clora.testing import tiny_config
 from clora.training.checkpoint import DamagedCheckpoint, load_values
 from clora.training.resume import Checkpoints
@@ -85,15 +81,6 @@ def test_without_a_whole_file_nothing_is_trained(adapter, written):
         file.write_bytes(b"")
     with make_trainer(adapter, train=TRAIN) as trainer, pytest.raises(CloraError, match="none .* is whole; remove"):
         trainer.fit(ignore, Checkpoints(folder))
-
-
-def rewrite(file, change, hashed=True):
-    """Changes tensors and values of a file, with the hash of what it has then, or without one."""
-    with safe_open(file, "pt") as opened:
-        flat, values = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(opened.metadata()["values"])  # noqa: SIM118
-    text = json.dumps(change(flat, values))
-    digests = {"sha256": digest([text, tensor_digest(flat)])} if hashed else {}
-    save_file(flat, file, {"values": text, **digests})
 
 
 def without(prefix):

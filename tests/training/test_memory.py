@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.trainers import make_trainer
+from helpers.written import rewrite
 
 from clora.training import steps
 from clora.training.memory import free_memory, kept_bytes, rows_that_fit
@@ -64,6 +65,32 @@ def test_what_was_chosen_stays_with_the_run(adapter, tmp_path, monkeypatch, caps
 def test_what_is_stated_stands_over_what_was_chosen(adapter, tmp_path, stated):
     run(adapter, tmp_path, 1)
     assert run(adapter, tmp_path, 2, gradient_rows=stated)[0] == stated
+
+
+def without_rows(folder, update):
+    """Makes a checkpoint one of an earlier version, which did not record the rows."""
+    file = Checkpoints(folder).path(update)
+
+    def change(flat, values):
+        return {name: value for name, value in values.items() if name != "gradient_rows"}
+
+    rewrite(file, change)
+
+
+@pytest.mark.parametrize("before", [5, None, "not recorded"])
+def test_a_statement_that_is_removed_leaves_its_number_or_a_choice(adapter, tmp_path, before, capsys):
+    """Never no bound: nobody asked for it any longer."""
+    run(adapter, tmp_path, 1, gradient_rows=5 if before == 5 else None)
+    if before == "not recorded":
+        without_rows(tmp_path, 1)
+    assert "a pass that learns" not in capsys.readouterr().err
+    rows, _ = run(adapter, tmp_path, 2)
+    if before == 5:
+        assert rows == 5
+        assert "a pass that learns takes 5 rows, as before" in capsys.readouterr().err
+    else:
+        assert rows > 1
+        assert f"a pass that learns takes {rows} rows (train.gradient_rows: auto)" in capsys.readouterr().err
 
 
 def test_a_choice_draws_nothing_and_learns_nothing(adapter):
