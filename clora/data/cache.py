@@ -5,6 +5,7 @@ One safetensors file per entry. Its header holds the entry's key, as JSON, and t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -103,7 +104,7 @@ class Entries(Sequence[Entry]):
             CloraError: an entry is not finite, or cannot be written.
         """
         # Reading comes first and whole, so that ``make`` knows all that it has to do.
-        names = [digest({"version": VERSION, "kind": self._kind, **key}) for key in keys]
+        names = [self._name(key) for key in keys]
         for name in dict.fromkeys(names):
             if name not in self._layouts:
                 entry = self._read(name)
@@ -138,9 +139,10 @@ class Entries(Sequence[Entry]):
             with safe_open(path, "pt") as file:
                 entry = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
                 header = file.metadata()
-            if header["sha256"] == tensor_digest(entry):
+            is_whole = header["sha256"] == tensor_digest(entry) and self._name(json.loads(header["key"])) == name
+            if is_whole:
                 return entry
-        except (OSError, SafetensorError, TypeError, KeyError):
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             pass
         say(f"{path} is damaged; rebuilding it")
         return None
@@ -150,6 +152,9 @@ class Entries(Sequence[Entry]):
             header = {"key": canonical(key), "sha256": tensor_digest(entry)}
             content = save({part: tensor.contiguous() for part, tensor in entry.items()}, header)
             write_atomic(self._path(name), content)
+
+    def _name(self, key: Key) -> str:
+        return digest({"version": VERSION, "kind": self._kind, **key})
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"

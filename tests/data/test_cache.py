@@ -104,7 +104,15 @@ def other_names(path):
     save_file({"pixels": load_file(path)["latents"]}, path, {"sha256": tensor_digest(entry(0)), "key": "{}"})
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty, another_file, other_names])
+def another_key(path):
+    save_file(entry(0), path, {"sha256": tensor_digest(entry(0)), "key": "{}"})
+
+
+def no_key(path):
+    save_file(entry(0), path, {"sha256": tensor_digest(entry(0)), "key": "{"})
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, another_file, other_names, another_key, no_key])
 def test_a_damaged_entry_is_reported_in_one_line_and_made_again(tmp_path, capsys, damage):
     cache = Cache(tmp_path)
     entries(cache, "text", KEYS[:1], make([]))
