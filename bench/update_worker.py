@@ -20,6 +20,13 @@ from clora.studio import assets
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.teachers import load_teachers
 
+try:
+    from clora.heap import keep_freed_memory
+except ModuleNotFoundError:  # earlier commits
+    pass
+else:
+    keep_freed_memory()
+
 EFFECTS = list(DEFAULT_EFFECTS)
 STATUS = Path("/proc/self/status")
 

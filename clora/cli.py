@@ -16,6 +16,7 @@ from rich.text import Text
 
 from clora.errors import CloraError, printable
 from clora.files import TEMPLATES
+from clora.heap import keep_freed_memory
 from clora.progress import say
 from clora.stopping import Stopped
 from clora.threads import limit_spinning
@@ -60,6 +61,7 @@ Folder = Annotated[Path | None, typer.Argument(help="Studio folder; by default t
 def main() -> None:
     """Runs the command line; a user's mistake is printed without a traceback, and the exit code is 1."""
     limit_spinning()  # before a command imports torch
+    keep_freed_memory()
     try:
         try:
             app()

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "locks": {"errors"},
     "stopping": set(),
     "threads": set(),
+    "heap": set(),
     "ops": {"errors", "csrc_triton"},
     "lora": {"errors", "files", "hashing", "version"},
     "config": {"errors", "files"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "studio": ENGINE | {"data", "report", "training"},
     "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping"},
     "testing": ENGINE | {"data", "studio"},
-    "cli": GROUND | {"threads", "stopping", "lora", "config", "studio", "commands"},
+    "cli": GROUND | {"threads", "heap", "stopping", "lora", "config", "studio", "commands"},
     "__main__": {"cli"},
 }
 # What may be imported inside a function, and why.
