@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FILLING_TOKENS = {"cpu": 640, "cuda": 8192}
+FILLING_TOKENS = {"cpu": 768, "cuda": 8192}
 """Tokens from which a product takes hardly less time for each. On a CPU measured with the studio (`python -m bench.update`):
 3 rows of 192 tokens at once need a sixth of the memory of all 22, and 4 % more time. On a GPU a prediction."""
 SHARE = 0.5
