@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sides = {
                 machine.commit(arguments.against): (arguments.against, [kind]),
                 "ours, no bound": (ROOT, [kind]),
-                "ours, 4 rows": (ROOT, [kind, "--rows", "4"]),
+                "ours, 3 rows": (ROOT, [kind, "--rows", "3"]),
             }
             record[kind] = in_turns(sides, arguments.rounds)
             record["conditions"][kind] = {"clock": CLOCK, **host}

@@ -60,7 +60,7 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 "batch_size": 8,
                 "learning_rate": 5e-4,
                 # As `clora.training.memory` would choose, but the same on every machine, since the last digits depend on it.
-                "gradient_rows": 4,
+                "gradient_rows": 3,
                 "critic_learning_rate": 6e-4,
                 "minutes": minutes,
             },

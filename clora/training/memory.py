@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FILLING_TOKENS = {"cpu": 768, "cuda": 8192}
+FILLING_TOKENS = {"cpu": 640, "cuda": 8192}
 """Tokens from which a product takes hardly less time for each. On a CPU measured with the studio (`python -m bench.update`):
-3 rows of 192 tokens at once need a sixth of the memory of all 22, and 4 % more time. On a GPU a prediction."""
+3 rows of 192 tokens at once need an eighth of the memory of all 22 and a sixth more time, 4 rows a sixth of the memory and a
+twelfth more time: 1.6 times the memory of three copies of the model. On a GPU a prediction."""
 SHARE = 0.5
 """Of the free memory, for the graphs of these rows: scoring needs some, too, and other processes may."""
 

@@ -17,7 +17,7 @@ GB = 10**9
 @pytest.mark.parametrize(
     ("tokens", "row_bytes", "free", "device_type", "expected"),
     [
-        (192, 30e6, 8 * GB, "cpu", 4),
+        (192, 30e6, 8 * GB, "cpu", 3),
         (192, 30e6, None, "mps", 42),
         (8500, 4 * GB, 80 * GB, "cuda", 1),
         (2000, 10 * GB, 80 * GB, "cuda", 4),
