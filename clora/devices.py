@@ -76,14 +76,7 @@ def find_device(device: str) -> torch.device:
 
 
 def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of this name; ``auto`` is bfloat16 where matrix units compute in it, CUDA and `has_amx`, else float32."""
-    if dtype == "auto":
-        is_fast = device.type == "cuda" or (device.type == "cpu" and has_amx())
-        dtype = "bfloat16" if is_fast else "float32"
-    return getattr(torch, dtype)
-
-
-def has_amx() -> bool:
-    """Reports whether the CPU multiplies matrices in bfloat16 by AMX; False for earlier PyTorch, which does not say."""
-    # Other CPUs take as long in bfloat16 as in float32 or longer.
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    """Returns the dtype of this name; ``auto`` is bfloat16 on CUDA, else float32."""
+    # On every CPU: a run that is stopped on one with AMX, which bfloat16 makes faster, may go on on another.
+    name = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    return getattr(torch, name)
