@@ -40,3 +40,31 @@ def test_a_freed_block_stays_in_the_heap_unless_the_user_has_set_the_allocator(g
     if done.stderr.strip() == "other":
         pytest.skip("another C library")
     assert done.stdout.strip() == expected, done.stderr
+
+
+FREED = """
+import platform
+import torch
+from clora.heap import keep_freed_memory
+from clora.training.memory import free_memory
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
+if platform.libc_ver()[0] != "glibc":
+    raise SystemExit("other")
+keep_freed_memory()
+held = [torch.ones(2 << 20) for _ in range(64)]
+last = torch.ones(1000)
+before = resident()
+del held
+kept = resident()
+free_memory(torch.device("cpu"))
+print(before - kept < 100, before - resident() > 400)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is of Linux")
+def test_what_is_kept_counts_as_free_memory():
+    done = subprocess.run([sys.executable, "-c", FREED], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    if done.stderr.strip() == "other":
+        pytest.skip("another C library")
+    assert done.stdout.strip() == "True True", done.stderr

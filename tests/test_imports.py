@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"errors", "files", "hashing", "devices", "progress", "version"}
+GROUND = {"heap", "errors", "files", "hashing", "devices", "progress", "version"}
 ENGINE = GROUND | {"ops", "lora", "config", "flow", "models", "bank"}
 MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "version": set(),
@@ -35,7 +35,7 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "studio": ENGINE | {"data", "report", "training"},
     "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping"},
     "testing": ENGINE | {"data", "studio"},
-    "cli": GROUND | {"threads", "heap", "stopping", "lora", "config", "studio", "commands"},
+    "cli": GROUND | {"threads", "stopping", "lora", "config", "studio", "commands"},
     "__main__": {"cli"},
 }
 # What may be imported inside a function, and why.

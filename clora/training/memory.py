@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clora.heap import return_freed_memory
+
 FILLING_TOKENS = {"cpu": 640, "cuda": 8192}
 """Tokens from which a product takes hardly less time for each. On a CPU measured with the studio (`python -m bench.update`):
 3 rows of 192 tokens at once need an eighth of the memory of all 22 and a sixth more time, 4 rows a sixth of the memory and a
@@ -38,6 +40,7 @@ def free_memory(device: torch.device) -> int | None:
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
+    return_freed_memory()  # it is free for the next pass, but the system would count it as used
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return 1024 * int(fields["MemAvailable"].split()[0])
 
