@@ -45,6 +45,8 @@ class Tape:
         self._device = first.get_device() if first.is_cuda else None
         self.is_complete = True
         """False if a step used a tensor of unknown origin, so that there is nothing to replay."""
+        self.choices: dict[tuple, bool] = {}
+        """What the caller has chosen for calls of this signature, by what it depends on besides."""
 
     def add_operation(self, function: Callable, arguments: tuple, options: dict, result: Any) -> None:
         """Adds ``function(*arguments, **options)``; its tensors come before its other arguments."""

@@ -234,7 +234,7 @@ def _aligned(*tensors: Tensor, first: int = 0) -> bool:
 
 
 def _start(tensor: Tensor) -> int:
-    """The address of the first element; of a tensor that is traced its place in the storage, which torch.compile aligns."""
+    """The address of the first element; of a tensor that is traced its place in the storage, which PyTorch aligns."""
     if type(tensor) in (Tensor, Parameter):
         return tensor.data_ptr()  # a storage may begin anywhere: in a file that is mapped, in memory of other libraries
     return tensor.storage_offset() * tensor.element_size()

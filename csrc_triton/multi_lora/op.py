@@ -23,11 +23,8 @@ from csrc_triton.multi_lora.passes import Layer, Upstream, backward, forward, la
 from csrc_triton.registration import is_traced, kernel_op
 
 KERNEL_DESIGNS = ("fused", "split")
-MAX_CHOICES = 4096
-"""Of about a kilobyte each; when they are too many, all are dropped."""
-
-_is_merged: dict[tuple, bool] = {}
-"""Whether an adapter is merged in calls of a tape, by tape, runs and strengths: to choose takes half as long as a replay."""
+MAX_CHOICES = 64
+"""Of a tape; when they are too many, all are dropped."""
 
 
 def multi_lora_linear_triton(
@@ -167,13 +164,14 @@ def recorded(
     if tape is None:
         return None
     if runs is not None:
-        # All calls of a tape have the same shapes, dtypes and device, so that nothing else decides.
-        key = (tape, runs, *strengths)
-        is_merged = _is_merged.get(key)
+        # All calls of a tape have the same shapes, dtypes and device, so that nothing else decides. To choose takes half as
+        # long as a replay.
+        key = (runs, *strengths)
+        is_merged = tape.choices.get(key)
         if is_merged is None:
-            if len(_is_merged) >= MAX_CHOICES:
-                _is_merged.clear()
-            is_merged = _is_merged[key] = bool(merged_in_all(x, projections, runs, strengths, design))
+            if len(tape.choices) >= MAX_CHOICES:
+                tape.choices.clear()
+            is_merged = tape.choices[key] = bool(merged_in_all(x, projections, runs, strengths, design))
         if is_merged:
             return None
     return _compute(tape.replay, tensors, design)

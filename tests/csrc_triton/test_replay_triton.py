@@ -231,7 +231,7 @@ def choices(monkeypatch):
         return own(x, projections, runs, strengths, design)
 
     monkeypatch.setattr(op, "merged_in_all", merged_in_all)
-    monkeypatch.setattr(op, "_is_merged", {})
+    monkeypatch.setattr(replay, "_tapes", {})
     return made
 
 
@@ -275,7 +275,7 @@ def test_the_choices_that_are_kept_are_bounded(choices, monkeypatch):
     arguments = make(SMALL)
     for i in range(9):
         routed(arguments, SMALL.ids, (0.1, i / 10))
-        assert len(op._is_merged) <= 3
+        assert all(len(tape.choices) <= 3 for tape in replay._tapes.values())
     assert len(choices) == 8  # the first call was not recorded yet
 
 
