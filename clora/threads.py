@@ -51,13 +51,14 @@ def choose_threads(current: int, before: int | None = None) -> tuple[int, str]:
         number = min(before, possible)
         return number, _other(number, before) if number < before else f"training runs on {_threads(number)}, as before"
     busy = busy_cores(cores)
-    if busy is None:
-        return possible, ""
-    number = max(1, min(possible, len(cores) - round(busy)))
-    limit = "" if quota is None else f", a quota of {quota:g}"
-    return number, (
-        f"training runs on {_threads(number)} ({len(cores)} cores, {round(busy)} busy{limit}; OMP_NUM_THREADS sets another "
-        "number)"
+    number = possible if busy is None else max(1, min(possible, len(cores) - round(busy)))
+    if busy is None and number == current:
+        return number, ""
+    limits = "" if busy is None else f", {round(busy)} busy"
+    limits += "" if quota is None else f", a quota of {quota:g}"
+    return (
+        number,
+        f"training runs on {_threads(number)} ({len(cores)} cores{limits}; OMP_NUM_THREADS sets another number)",
     )
 
 

@@ -84,7 +84,7 @@ class Slots:
         return self.stacks[stack].row(row)
 
     def state(self, name: str) -> LoRAState:
-        """Copies one slot as a LoRA."""
+        """Copies one slot as a LoRA, of the slot's rank: in 16 bits the next multiple of 8."""
         return copied_state(self.slot(name))
 
 
