@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     """Lets glibc reuse what tensors of up to 32 MiB have freed, up to 2 GiB, unless the user has set its allocator.
 
     By its defaults glibc moves the bound between heap and mapped blocks while the program runs, which leaves holes: a
-    training step of the studio then has a third more memory at its peak (`python -m bench.update`). Other C libraries are
+    matching update of the studio with 3 rows a pass took 98 and 106 MiB so, and 75 and 77 with these. Other C libraries are
     left as they are.
     """
     is_set = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")

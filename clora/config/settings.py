@@ -234,7 +234,7 @@ class DistillConfig(FrozenModel):
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
         dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32.
-            On a CPU bfloat16 is faster only with AMX. The LoRAs, their optimizer and the losses are float32 in any case.
+            bfloat16 is faster on a CPU with AMX too. The LoRAs, their optimizer and the losses are float32 in any case.
     """
 
     pipeline: PathOrHubId
