@@ -102,7 +102,7 @@ def cases(adapters: int = 4, samples: int = 4, width: int = 64, rank: int = 16) 
         calls[f"{design}: {STUDENT} and its gradients"] = partial(gradients, design)
     chosen = passes.design_of(x, weight, a, None)
     for name, count in {"one layer": 1, "q, k, v": 3}.items():
-        routed = {"runs": runs, "strengths": [strengths] * count}
+        routed = {"runs": runs, "strengths": [strengths] * count, **ops.chosen()}
         as_routed = partial(ops.multi_lora_linears, x, [layer] * count, scale, ids, **routed)
         calls[f"{chosen}: {name}, as the bank calls it"] = as_routed
     return calls

@@ -32,7 +32,7 @@ __all__ = [
     "TARGET_SIMULATION",
     "Run",
     "Scores",
-    "check_choices",
+    "chosen",
     "coarse_to_fine_loss",
     "multi_lora_add",
     "multi_lora_linear",
@@ -105,8 +105,9 @@ def _choice(backend: str | None) -> str:
 
 
 def _source(backend: str | None) -> str:
-    """Returns the variable or argument that chose the backend, for messages."""
-    return f"{VARIABLE}={os.environ.get(VARIABLE, '')}" if backend is None else f"backend={backend!r}"
+    """Returns the variable or argument that chose the backend, for messages; an argument may come from `chosen`."""
+    variable = os.environ.get(VARIABLE, "")
+    return f"{VARIABLE}={variable}" if backend in (None, variable) else f"backend={backend!r}"
 
 
 def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | None) -> None:
@@ -191,8 +192,8 @@ def multi_lora_linear(
         strengths: size of each adapter against the weight's, ``|scale B A| / |W|``; None for unknown or trained adapters,
             which are not merged in 16 bits.
         backend: `auto`, `triton` or `eager` for this call; None takes `CLORA_BACKEND`.
-        design: `merged`, `fused` or `split` for this call; None takes `CLORA_DESIGN`, and the fastest that is exact enough
-            where that is unset or empty.
+        design: `merged`, `fused` or `split` for this call, or `auto`, the fastest of them that is exact enough; None takes
+            `CLORA_DESIGN`, and `auto` where that is unset or empty.
 
     Raises:
         ValueError: a shape or dtype is wrong, or the runs are those of another number of samples.
@@ -253,7 +254,7 @@ def multi_lora_linears(
     if len(gaps) == 1 and not covered("multi_lora_linear", gaps[0], x.device, backend):
         return _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, design)
     if any(gaps):  # layer by layer, those that the kernels cover on them
-        options = {"runs": runs, "backend": backend, "design": design}
+        options = {"runs": runs, "backend": backend, "design": design or "auto"}
         outputs = []
         for i, projection in enumerate(projections):
             own = {"strengths": strengths[i : i + 1], "out": out and out[i : i + 1]}
@@ -312,18 +313,24 @@ def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, des
 
 
 def _design(design: str | None) -> str | None:
-    """Returns the design that the argument or `CLORA_DESIGN` names, or None for the fastest."""
-    choice = os.environ.get(DESIGN) or None if design is None else design
-    if choice not in (None, *DESIGNS):
+    """Returns the design that the argument or `CLORA_DESIGN` names; None for `auto`, the fastest that is exact enough."""
+    choice = os.environ.get(DESIGN) or "auto" if design is None else design
+    if choice == "auto":
+        return None
+    if choice not in DESIGNS:
         source = f"{DESIGN}={choice}" if design is None else f"design={choice!r}"
-        raise CloraError(f"{source}: expected one of {', '.join(DESIGNS)}{nearest(str(choice).lower(), DESIGNS)}")
+        known = ("auto", *DESIGNS)
+        raise CloraError(f"{source}: expected one of {', '.join(known)}{nearest(str(choice).lower(), known)}")
     return choice
 
 
-def check_choices() -> None:
-    """Raises CloraError where `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning: a run finds out before its first pass."""
-    _choice(None)
-    _design(None)
+def chosen() -> dict[str, str]:
+    """Returns the `backend` and `design` that the environment chooses, for calls that shall not read it one by one.
+
+    Raises:
+        CloraError: `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning.
+    """
+    return {"backend": _choice(None), "design": _design(None) or "auto"}
 
 
 def multi_lora_add(

@@ -128,7 +128,15 @@ def signature(function: Callable, tensors: Sequence[Tensor | None], others: tupl
     traits = [
         t
         if t is None
-        else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNMENT, learns and t.requires_grad)
+        # To hash strides takes the host long. Those of dimensions of size 1, which is_contiguous passes over, are never used.
+        else (
+            t.shape,
+            t.is_contiguous() or t.stride(),
+            t.dtype,
+            t.device,
+            t.data_ptr() % ALIGNMENT,
+            learns and t.requires_grad,
+        )
         for t in tensors
     ]
     autocast = torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu")

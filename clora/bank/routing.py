@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from clora.bank.slots import Factors, Slots
 from clora.devices import send
 from clora.errors import CloraError
-from clora.ops import Run, multi_lora_add, multi_lora_linears, runs_of
+from clora.ops import Run, chosen, multi_lora_add, multi_lora_linears, runs_of
 
 SHARED_INPUTS = (
     ("to_q", "to_k", "to_v"),
@@ -73,6 +73,7 @@ class RoutedPass:
         parts: of the rows of a layer's input, by their number.
         by_value: which rows use which stack and LoRA is read from the ids on the device, so that a CUDA graph fits other
             batches; as within torch.compile.
+        choices: backend and design of the ops, read from the environment once a pass.
     """
 
     num_samples: int
@@ -83,6 +84,7 @@ class RoutedPass:
     waiting: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     parts: dict[int, Sequence[Part]] = field(default_factory=dict)
     by_value: bool = False
+    choices: Mapping[str, str] = field(default_factory=chosen)
 
     @staticmethod
     def of(
@@ -169,15 +171,18 @@ class RoutedPass:
         """Adds a stack's low-rank part to the outputs of layers; those without an output yet get theirs with the base."""
         factors = {module: stack.factors[module] for module in modules if module in stack.factors}
         later = [module for module in factors if module not in outputs]
+        backend = self.choices["backend"]
         for module in factors:
             if module not in later:
-                outputs[module] = multi_lora_add(outputs[module], x, *factors[module], stack.scale, ids)
+                base = outputs[module]
+                outputs[module] = multi_lora_add(base, x, *factors[module], stack.scale, ids, backend=backend)
         if later:
             projections = [(self.layers[m].weight, self.layers[m].bias, *factors[m]) for m in later]
             # A graph must not depend on them.
             strengths = None if runs is None else [stack.strengths.get(module) for module in later]
             out = [places[module] for module in later] if places else None
-            together = multi_lora_linears(x, projections, stack.scale, ids, runs=runs, strengths=strengths, out=out)
+            routed = {"runs": runs, "strengths": strengths, "out": out}
+            together = multi_lora_linears(x, projections, stack.scale, ids, **routed, **self.choices)
             outputs.update(zip(later, together, strict=True))
 
     def _parts(self, x: Tensor, modules: tuple[str, ...]) -> Sequence[Part]:

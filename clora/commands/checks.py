@@ -22,7 +22,7 @@ from clora.lora.load import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
-from clora.ops import check_choices
+from clora.ops import chosen
 from clora.training.student import student_layers
 
 
@@ -61,7 +61,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
         with problems.catch():
             check(argument)
     with problems.catch():
-        check_choices()
+        chosen()
     _check_named_files(config.model_dump(), problems)
     return problems
 

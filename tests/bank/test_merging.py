@@ -8,6 +8,7 @@ from torch import nn
 
 from clora.bank import routing
 from clora.bank.bank import AdapterBank
+from clora.errors import CloraError
 from clora.lora.state import LoRAModule, LoRAState
 
 WIDTH, TOKENS, RANK = 32, 64, 4
@@ -40,9 +41,9 @@ def given(monkeypatch):
     seen = []
     own = routing.multi_lora_linears
 
-    def op(x, projections, scale, ids, *, runs, strengths, out):
+    def op(x, projections, scale, ids, *, runs, strengths, **options):
         seen.append((runs, strengths[0]))
-        return own(x, projections, scale, ids, runs=runs, strengths=strengths, out=out)
+        return own(x, projections, scale, ids, runs=runs, strengths=strengths, **options)
 
     monkeypatch.setattr(routing, "multi_lora_linears", op)
     return seen
@@ -136,3 +137,15 @@ def test_parts_of_a_pass_are_one_output_with_and_without_gradient(given):
             rows.append(sample @ weight.T + layer.bias)
         expected = torch.stack(rows)
     torch.testing.assert_close(outputs[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_reads_the_choices_of_the_environment_once(monkeypatch):
+    layers = Layers(torch.float32)
+    monkeypatch.setenv("CLORA_BACKEND", "eager")
+    x = torch.randn(1, TOKENS, WIDTH)
+    with AdapterBank(layers, {"strong": lora(layers, 0.5, 2)}) as bank, torch.no_grad():
+        with bank.route(bank.slots(), [0]):
+            monkeypatch.setenv("CLORA_BACKEND", "trition")
+            layers(x)
+        with pytest.raises(CloraError, match="CLORA_BACKEND=trition"), bank.route(bank.slots(), [0]):
+            layers(x)

@@ -188,7 +188,11 @@ def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("CLORA_DESIGN", "merge", "CLORA_DESIGN=merge: expected one of merged, fused, split; did you mean 'merged'?"),
+        (
+            "CLORA_DESIGN",
+            "merge",
+            "CLORA_DESIGN=merge: expected one of auto, merged, fused, split; did you mean 'merged'?",
+        ),
         ("CLORA_BACKEND", "cuda", "CLORA_BACKEND=cuda: expected one of auto, triton, eager"),
     ],
 )

@@ -178,7 +178,11 @@ def test_a_forced_merge_needs_the_runs():
     x, layers, scale, ids = merging_inputs([0, 1])
     with pytest.raises(CloraError, match="merged needs `runs`"):
         multi_lora_linears(x, layers, scale, ids, backend="triton", design="merged")
-    with pytest.raises(CloraError, match="design='fuse': expected one of merged, fused, split; did you mean 'fused'"):
+    with pytest.raises(
+        CloraError, match="design='fuse': expected one of auto, merged, fused, split; did you mean 'fused'"
+    ):
         multi_lora_linears(x, layers, scale, ids, design="fuse")
+    same = [multi_lora_linears(x, layers, scale, ids, design=design)[0] for design in ("auto", None)]
+    torch.testing.assert_close(*same, rtol=0, atol=0)
     with pytest.raises(CloraError, match="fused .*is one of the Triton kernels"):
         multi_lora_linears(x, layers, scale, ids, backend="eager", design="fused")
