@@ -17,7 +17,7 @@ import numpy as np
 from clora.errors import CloraError
 from clora.errors import nearest as suggest
 from clora.studio.effects import EFFECTS, Effect
-from clora.studio.effects.filters import SIZE, blur_matrix
+from clora.studio.effects.filters import UNITS, blur_matrix
 
 UNCHANGED = "unchanged"
 STRENGTH_FLOOR = 0.5
@@ -35,7 +35,7 @@ NOISE_ENERGY = np.float32(0.0036)
 
 
 def features(images: np.ndarray) -> np.ndarray:
-    """Maps images to the vectors that every judge compares.
+    """Maps images, averaged down to 64x64 pixels, to the vectors that every judge compares.
 
     Groups, each scaled by its entry of `WEIGHTS`:
 
@@ -51,7 +51,7 @@ def features(images: np.ndarray) -> np.ndarray:
     interpolations, so a small colour error moves little mass.
 
     Args:
-        images: ``[N, 64, 64, 3]`` in [0, 1].
+        images: ``[N, S, S, 3]`` in [0, 1], S a multiple of 64.
 
     Returns:
         float32 ``[N, F]``.
@@ -59,13 +59,18 @@ def features(images: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: wrong shape or non-finite values.
     """
-    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"expected images [N, {SIZE}, {SIZE}, 3], got {list(images.shape)}")
+    size = images.shape[1] if images.ndim == 4 else 0
+    if size == 0 or size % UNITS or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"expected images [N, S, S, 3], S a multiple of {UNITS}, got {list(images.shape)}; resize them"
+        )
     if not np.isfinite(images).all():
         raise ValueError("images contain NaN or infinite values; the generator that made them diverged")
     if len(images) > CHUNK:
         return np.concatenate([features(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)])
     planes = np.clip(images, 0.0, 1.0).astype(np.float32).transpose(0, 3, 1, 2)
+    if size > UNITS:
+        planes = _pool(planes, size // UNITS)
     # Energies are read at two scales, colours at half the size.
     half = _pool(planes, 2)
     energies = np.concatenate([_energies(planes), _energies(half)], axis=1)
@@ -83,8 +88,9 @@ def features(images: np.ndarray) -> np.ndarray:
 
 
 def low_frequency(images: np.ndarray) -> np.ndarray:
-    """Averages images ``[N, 64, 64, 3]`` over their 8x8-px tokens: ``[N, 8, 8, 3]``."""
-    return _pool(images.transpose(0, 3, 1, 2).astype(np.float32), 8).transpose(0, 2, 3, 1)
+    """Averages images ``[N, S, S, 3]`` over an 8x8 grid of cells: ``[N, 8, 8, 3]``."""
+    planes = images.transpose(0, 3, 1, 2).astype(np.float32)
+    return _pool(planes, images.shape[1] // 8).transpose(0, 2, 3, 1)
 
 
 def ssim(first: np.ndarray, second: np.ndarray) -> float:
@@ -147,7 +153,7 @@ class Judge:
         names: the library's effects, then "unchanged"; E + 1 of them.
         owners: integers ``[K]``, the index into `names` of each exact result; sorted.
         vectors: float32 ``[K, F]``, their features.
-        exact: the result image ``[64, 64, 3]`` of each deterministic effect.
+        exact: the result image ``[S, S, 3]`` of each deterministic effect.
         low: the low-frequency results ``[NUM_DRAWS, 8, 8, 3]`` of each stochastic effect; its full-size draws are
             not kept, or a judge would hold 16 MB instead of 4.
     """
@@ -163,7 +169,7 @@ class Judge:
         """Applies every effect to `source` and keeps the features of the results.
 
         Args:
-            source: ``[64, 64, 3]`` in [0, 1].
+            source: ``[S, S, 3]`` in [0, 1], S a multiple of 64.
             seed: of the stochastic draws; an effect's draws depend on its name too, not on the rest of the library.
             effects: the library to choose from.
 
@@ -186,7 +192,7 @@ class Judge:
         return cls((*effects, UNCHANGED), np.array([*owners, len(effects)]), vectors, exact, low)
 
     def score(self, output: np.ndarray, effect_name: str) -> Verdict:
-        """Judges one output ``[64, 64, 3]`` in [0, 1] that should show `effect_name`.
+        """Judges one output ``[S, S, 3]`` in [0, 1], as large as the source, that should show `effect_name`.
 
         Raises:
             CloraError: unknown effect.
@@ -196,6 +202,11 @@ class Judge:
             known = self.names[:-1]
             raise CloraError(
                 f"unknown effect '{effect_name}'{suggest(effect_name, known)} (this judge has {len(known)} effects)"
+            )
+        if effect_name in self.exact and output.shape != self.exact[effect_name].shape:
+            source_shape = list(self.exact[effect_name].shape)
+            raise ValueError(
+                f"expected an output of the source's shape {source_shape}, got {list(output.shape)}; resize it"
             )
         to_results = np.linalg.norm(self.vectors - features(output[None]), axis=1)
         nearest = self.names[self.owners[to_results.argmin()]]

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from clora.studio.effects import EFFECTS
+from clora.studio.effects.filters import cell_mean, edge_mask, gaussian_blur, gradients, grid
 from clora.studio.scenes import make_scene, render
 from clora.studio.teachers import SPECS
 
 TEACHERS = {spec.effect: spec for spec in SPECS}
+# Whether a pixel is on one side of an outline or on the other hangs on where its centre lies, hence on the size.
+HARD_OUTLINES = {
+    *("threshold", "posterise", "cartoon", "stained_glass", "candy_frame", "rings", "sun_rays", "halftone"),
+    *("rain", "random_hatching", "leaves"),
+}
 STOCHASTIC = [name for name, effect in EFFECTS.items() if effect.stochastic]
 
 
@@ -56,10 +62,52 @@ def test_effect_is_a_pure_image_function(name, source):
     assert np.array_equal(first, other_draw) != effect.stochastic
 
 
+@pytest.fixture(scope="module")
+def smooth() -> np.ndarray:
+    """A picture of soft patches, 128x128."""
+    noise = np.random.default_rng(0).random((128, 128, 3)).astype(np.float32)
+    patches = gaussian_blur(noise, 5.0)
+    return np.clip(0.5 + 6 * (patches - patches.mean()), 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_effect_is_the_same_picture_at_twice_the_size(name, smooth):
+    effect = EFFECTS[name]
+    large = effect.apply(smooth, np.random.default_rng(5))
+    assert large.dtype == np.float32
+    assert large.shape == (128, 128, 3)
+    assert np.isfinite(large).all()
+    assert large.min() >= 0
+    assert large.max() <= 1
+    np.testing.assert_array_equal(large, effect.apply(smooth, np.random.default_rng(5)))
+    small = effect.apply(cell_mean(smooth, 64), np.random.default_rng(5))
+    difference = np.sqrt(((cell_mean(large, 64) - small) ** 2).mean())
+    assert difference < (0.1 if name in HARD_OUTLINES else 0.006)
+
+
+def test_stochastic_effects_draw_as_much_at_every_size(smooth):
+    for name in STOCHASTIC:
+        after = [np.random.default_rng(5), np.random.default_rng(5)]
+        EFFECTS[name].apply(smooth, after[0])
+        EFFECTS[name].apply(cell_mean(smooth, 64), after[1])
+        assert after[0].random() == after[1].random(), name
+
+
+def test_filters_count_in_units(smooth):
+    small = cell_mean(smooth, 64)
+    for large, expected in zip(grid(128), grid(64), strict=True):
+        np.testing.assert_allclose(cell_mean(large[..., None], 64)[..., 0], expected)
+    for large, expected in zip(gradients(smooth), gradients(small), strict=True):
+        np.testing.assert_allclose(cell_mean(large, 64)[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-5)
+    np.testing.assert_allclose(cell_mean(gaussian_blur(smooth, 2.0), 64), gaussian_blur(small, 2.0), atol=1e-3)
+    np.testing.assert_allclose(cell_mean(edge_mask(smooth)[..., None], 64)[..., 0], edge_mask(small), atol=0.02)
+
+
 @pytest.mark.parametrize("name", EFFECTS)
 def test_effect_survives_flat_images(name):
-    for value in (0.0, 1.0):
-        result = EFFECTS[name].apply(np.full((64, 64, 3), value, np.float32), np.random.default_rng(0))
+    for value, size in ((0.0, 64), (1.0, 64), (0.5, 192)):
+        result = EFFECTS[name].apply(np.full((size, size, 3), value, np.float32), np.random.default_rng(0))
+        assert result.shape == (size, size, 3)
         assert np.isfinite(result).all()
 
 
@@ -80,9 +128,10 @@ def test_deterministic_effect_draws_nothing(source):
     assert rng.random() == np.random.default_rng(1).random()
 
 
-def test_wrong_size_is_an_error():
-    with pytest.raises(ValueError, match=r"\[32, 32, 3\]"):
-        EFFECTS["negative"].apply(np.zeros((32, 32, 3), np.float32), np.random.default_rng(0))
+@pytest.mark.parametrize("shape", [(32, 32, 3), (96, 96, 3), (64, 128, 3), (0, 0, 3), (64, 64)])
+def test_wrong_size_is_an_error(shape):
+    with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+        EFFECTS["negative"].apply(np.zeros(shape, np.float32), np.random.default_rng(0))
 
 
 def test_negative_and_scanlines_are_exact(source):

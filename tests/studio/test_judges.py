@@ -5,7 +5,7 @@ import pytest
 
 from clora.studio import judges
 from clora.studio.effects import EFFECTS
-from clora.studio.effects.filters import gaussian_blur
+from clora.studio.effects.filters import cell_mean, gaussian_blur, upsample
 from clora.studio.judges import UNCHANGED, Judge, features, psnr, ssim
 from clora.studio.scenes import make_scene, render
 
@@ -110,6 +110,25 @@ def test_features_do_not_depend_on_the_batch(sources):
     np.testing.assert_allclose(features(batch), one_by_one, atol=1e-5)
 
 
+def test_features_average_down_to_64_pixels(sources):
+    large = np.random.default_rng(3).random((judges.CHUNK + 1, 128, 128, 3), dtype=np.float32)
+    small = np.stack([cell_mean(image, 64) for image in large])
+    np.testing.assert_allclose(features(large), features(small), atol=1e-5)
+    np.testing.assert_allclose(judges.low_frequency(large), judges.low_frequency(small), atol=1e-6)
+
+
+def test_a_judge_of_128_pixels_scores_as_one_of_64(sources):
+    effects = {name: EFFECTS[name] for name in ("snow", "negative", "blueprint")}
+    large, small = upsample(sources[0], 128), sources[0]
+    for name in effects:
+        verdicts = [
+            Judge.for_source(image, JUDGE_SEED, effects).score(exact(name, image), name) for image in (large, small)
+        ]
+        assert all(verdict.accurate and not verdict.bad_case for verdict in verdicts)
+        assert verdicts[0].distance == pytest.approx(verdicts[1].distance, abs=0.02)
+        assert verdicts[0].subject_alignment == pytest.approx(verdicts[1].subject_alignment, abs=0.2)
+
+
 def test_every_effect_moves_the_features_more_than_noise_does(sources, judged):
     noise = np.linalg.norm(features(degraded(sources[0])[None]) - judged[0].vectors[-1])
     nearest = np.linalg.norm(judged[0].vectors[:-1] - judged[0].vectors[-1], axis=1).min()
@@ -135,9 +154,11 @@ def test_ssim_bounds(sources):
     [
         (lambda judge: judge.score(np.zeros((64, 64, 3)), "snwo"), "unknown effect 'snwo'.*snow"),
         (lambda judge: judge.score(np.zeros((8, 8, 3)), "snow"), r"\[1, 8, 8, 3\]"),
+        (lambda judge: judge.score(np.zeros((96, 96, 3)), "snow"), r"multiple of 64, got \[1, 96, 96, 3\]"),
+        (lambda judge: judge.score(np.zeros((128, 128, 3)), "negative"), r"shape \[64, 64, 3\], got \[128, 128, 3\]"),
         (lambda judge: judge.score(np.full((64, 64, 3), np.nan), "snow"), "NaN"),
     ],
-    ids=["name", "shape", "nan"],
+    ids=["name", "shape", "side", "other_size", "nan"],
 )
 def test_bad_input_is_a_clear_error(call, message, judged):
     with pytest.raises(ValueError, match=message):

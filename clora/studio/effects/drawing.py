@@ -4,17 +4,17 @@ import numpy as np
 
 from clora.studio.effects.filters import (
     BLACK,
-    COLS,
-    ROWS,
     WHITE,
     edge_mask,
     gaussian_blur,
     gradients,
     grey_image,
+    grid,
     luminance,
     mix,
     quantise,
     rgb,
+    rim,
     saturate,
 )
 from clora.studio.effects.registry import new_library
@@ -25,9 +25,10 @@ EFFECTS, effect = new_library()
 @effect("turn this into a technical blueprint drawing")
 def blueprint(image: np.ndarray) -> np.ndarray:
     """White outlines on deep blue paper with a pale square grid, like an architect's blueprint."""
-    # Grid lines straddle the borders of 16-px cells, so every second 8x8 token sees the same pattern.
-    grid = ((ROWS % 16 < 2) | (COLS % 16 < 2)).astype(np.float32)
-    paper = mix(np.full_like(image, rgb(0.04, 0.16, 0.58)), rgb(0.3, 0.48, 0.85), grid)
+    # Grid lines are 16 units apart, so every second 8x8 token sees the same pattern.
+    rows, cols = grid(len(image))
+    lines = ((rows % 16 < 2) | (cols % 16 < 2)).astype(np.float32)
+    paper = mix(np.full_like(image, rgb(0.04, 0.16, 0.58)), rgb(0.3, 0.48, 0.85), lines)
     return mix(paper, WHITE, edge_mask(image))
 
 
@@ -75,9 +76,9 @@ def emboss(image: np.ndarray) -> np.ndarray:
 @effect("turn this into a woodcut drawing")
 def woodcut(image: np.ndarray) -> np.ndarray:
     """Brown horizontal ink lines on cream paper that grow thicker where the picture is darker."""
-    # One line per token row of 8 px, from 1 to 7.5 px thick.
+    # One line per token row of 8 units, from 1 to 7.5 units thick.
     thickness = 1.0 + 6.5 * (1.0 - gaussian_blur(luminance(image), 1.5))
-    ink = np.clip(thickness / 2 + 0.5 - np.abs(ROWS % 8 - 3.5), 0.0, 1.0)
+    ink = rim(thickness / 2 - np.abs(grid(len(image))[0] % 8 - 4))
     return mix(np.full_like(image, rgb(0.96, 0.88, 0.7)), rgb(0.25, 0.08, 0.03), ink)
 
 

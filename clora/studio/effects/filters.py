@@ -1,16 +1,14 @@
 """Image filters shared by the effects and their judges.
 
-Images are float32 arrays ``[64, 64, 3]`` in [0, 1], rows first, RGB. Masks are float32 ``[64, 64]`` in [0, 1].
+Images are float32 arrays ``[S, S, 3]`` in [0, 1], rows first, RGB; the side S is a multiple of 64. Masks are float32
+``[S, S]`` in [0, 1]. Lengths are in units of 1/64 of the side, so that a filter gives the same picture at every S.
 """
 
 import functools
 
 import numpy as np
 
-from clora.studio.scenes import SIZE
-
-# Pixel coordinates, [64, 64] each.
-ROWS, COLS = (grid.astype(np.float32) for grid in np.mgrid[0:SIZE, 0:SIZE])
+UNITS = 64  # the side of an image in units of length
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -21,6 +19,24 @@ def rgb(*channels: float) -> np.ndarray:
 
 BLACK = rgb(0, 0, 0)
 WHITE = rgb(1, 1, 1)
+
+
+@functools.cache
+def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how far each pixel's centre is from the upper and from the left border, in units: float32 ``[S, S]`` each."""
+    rows, cols = ((np.mgrid[0:size, 0:size] + 0.5) * (UNITS / size)).astype(np.float32)
+    # One pair serves all calls of a size.
+    rows.flags.writeable = cols.flags.writeable = False
+    return rows, cols
+
+
+def rim(depth: np.ndarray) -> np.ndarray:
+    """Returns the mask of what lies inside an outline, soft over one pixel.
+
+    Args:
+        depth: ``[..., S, S]``, how far inside the outline each pixel's centre is, in units; negative outside.
+    """
+    return np.clip(depth * (depth.shape[-1] // UNITS) + 0.5, 0.0, 1.0).astype(np.float32)
 
 
 def luminance(image: np.ndarray) -> np.ndarray:
@@ -34,38 +50,45 @@ def grey_image(plane: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def blur_matrix(sigma: float, size: int = SIZE) -> np.ndarray:
-    """Gaussian blur along one axis as a matrix ``[size, size]``; rows sum to 1, so borders do not darken."""
+def blur_matrix(sigma: float, size: int) -> np.ndarray:
+    """Gaussian blur of `sigma` pixels along an axis, as a matrix ``[size, size]``; rows sum to 1: borders do not darken."""
     offsets = np.arange(size)[:, None] - np.arange(size)[None, :]
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     return (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blurs an image ``[64, 64, 3]`` or a mask ``[64, 64]`` with a Gaussian of `sigma` pixels."""
+    """Blurs an image ``[S, S, 3]`` or a mask ``[S, S]`` with a Gaussian of `sigma` units."""
     # A Gaussian is separable: one matrix along the rows, one along the columns.
-    matrix = blur_matrix(sigma)
+    size = len(image)
+    matrix = blur_matrix(sigma * size / UNITS, size)
     if image.ndim == 2:
         return matrix @ image @ matrix.T
-    return np.matmul(matrix, (matrix @ image.reshape(SIZE, -1)).reshape(image.shape))
+    return np.matmul(matrix, (matrix @ image.reshape(size, -1)).reshape(image.shape))
 
 
-def cell_mean(image: np.ndarray, cell: int) -> np.ndarray:
-    """Averages an image ``[64, 64, C]`` over square cells: ``[64 / cell, 64 / cell, C]``."""
+def cell_mean(image: np.ndarray, count: int) -> np.ndarray:
+    """Averages an image ``[S, S, C]`` over a grid of square cells: ``[count, count, C]``."""
     # [row of cells, row in the cell, column of cells, column in the cell, C]
-    count = SIZE // cell
+    cell = len(image) // count
     return image.reshape(count, cell, count, cell, -1).mean(axis=(1, 3))
 
 
-def upsample(cells: np.ndarray, cell: int) -> np.ndarray:
-    """Repeats every entry of ``[h, w, ...]`` over a square of `cell` pixels."""
+def upsample(cells: np.ndarray, size: int) -> np.ndarray:
+    """Repeats every entry of ``[count, count, ...]`` over a square: ``[size, size, ...]``."""
+    cell = size // len(cells)
     return cells.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def gradients(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Central differences (d/drow, d/dcol) of planes ``[64, 64, ...]``, borders replicated."""
-    padded = np.pad(plane, ((1, 1), (1, 1)) + ((0, 0),) * (plane.ndim - 2), mode="edge")
-    return (padded[2:, 1:-1] - padded[:-2, 1:-1]) * 0.5, (padded[1:-1, 2:] - padded[1:-1, :-2]) * 0.5
+    """Central differences (d/drow, d/dcol) per unit of planes ``[S, S, ...]``, borders replicated."""
+    # From neighbours one unit away, not one pixel: the smoothing of a difference is then the same at every size.
+    unit = len(plane) // UNITS
+    padded = np.pad(plane, ((unit, unit), (unit, unit)) + ((0, 0),) * (plane.ndim - 2), mode="edge")
+    inner = slice(unit, -unit)
+    d_row = padded[2 * unit :, inner] - padded[: -2 * unit, inner]
+    d_col = padded[inner, 2 * unit :] - padded[inner, : -2 * unit]
+    return d_row * 0.5, d_col * 0.5
 
 
 def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -75,7 +98,7 @@ def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def edge_mask(image: np.ndarray, sigma: float = 1.4) -> np.ndarray:
-    """Mask ``[64, 64]`` of visible edges, about 4 px wide: thick enough for an 8x8-token model to place them.
+    """Mask ``[S, S]`` of visible edges, about 4 units wide: thick enough for an 8x8-token model to place them.
 
     The largest channel's gradient counts, so an edge between two colours of equal luminance is found too.
     """
@@ -84,7 +107,7 @@ def edge_mask(image: np.ndarray, sigma: float = 1.4) -> np.ndarray:
 
 
 def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Colours a mask ``[64, 64]`` by evenly spaced colour stops ``[S, 3]``, linear between: ``[64, 64, 3]``."""
+    """Colours a mask ``[S, S]`` by evenly spaced colour stops ``[n, 3]``, linear between: ``[S, S, 3]``."""
     position = np.clip(values, 0.0, 1.0) * (len(stops) - 1)
     # The stop below each value; 1.0 itself lies at the upper end of the last interval.
     index = np.minimum(position.astype(np.int64), len(stops) - 2)
@@ -93,7 +116,7 @@ def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:
 
 
 def mix(image: np.ndarray, other: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`other` (an image or a colour) where `mask` ``[64, 64]`` is 1, `image` where it is 0."""
+    """`other` (an image or a colour) where `mask` ``[S, S]`` is 1, `image` where it is 0."""
     return image + (other - image) * mask[..., None]
 
 
@@ -109,7 +132,16 @@ def quantise(image: np.ndarray, levels: int) -> np.ndarray:
     return np.minimum(np.floor(image * levels), levels - 1) / np.float32(levels - 1)
 
 
-def discs(rows: np.ndarray, cols: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Masks ``[n, 64, 64]`` of discs with a one-pixel soft rim; centres and radii ``[n]`` in pixels."""
-    distance = np.sqrt((ROWS - rows[:, None, None]) ** 2 + (COLS - cols[:, None, None]) ** 2)
-    return np.clip(radii[:, None, None] + 0.5 - distance, 0.0, 1.0).astype(np.float32)
+def offsets(size: int, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how far each pixel lies below and to the right of n points, in units: ``[n, size, size]`` each.
+
+    The points ``[n]`` count from the centre of the first unit, as pixels of a 64x64 image do.
+    """
+    grid_rows, grid_cols = grid(size)
+    return grid_rows - 0.5 - rows[:, None, None], grid_cols - 0.5 - cols[:, None, None]
+
+
+def discs(size: int, rows: np.ndarray, cols: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Masks ``[n, size, size]`` of discs with a soft rim; centres (as in `offsets`) and radii ``[n]`` in units."""
+    down, right = offsets(size, rows, cols)
+    return rim(radii[:, None, None] - np.sqrt(down**2 + right**2))

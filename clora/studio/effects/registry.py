@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clora.studio.scenes import SIZE
+from clora.studio.effects.filters import UNITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,18 @@ class Effect:
     stochastic: bool
 
     def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Applies the effect to an image ``[64, 64, 3]`` in [0, 1]; only a stochastic one draws from ``rng``.
+        """Applies the effect to an image ``[S, S, 3]`` in [0, 1]; only a stochastic one draws from ``rng``.
+
+        The side S is a multiple of 64. Equal states of ``rng`` give the same picture at every S.
 
         Raises:
-            ValueError: the shape is not ``[64, 64, 3]``.
+            ValueError: another shape.
         """
-        if image.shape != (SIZE, SIZE, 3):
-            raise ValueError(f"an effect takes one image [{SIZE}, {SIZE}, 3]; got {list(image.shape)}; resize it first")
+        size = len(image)
+        if image.shape != (size, size, 3) or size == 0 or size % UNITS:
+            raise ValueError(
+                f"an effect takes one square image [S, S, 3], S a multiple of {UNITS}; got {list(image.shape)}; resize it first"
+            )
         image = np.asarray(image, dtype=np.float32)
         result = self.function(image, rng) if self.stochastic else self.function(image)
         return np.clip(result, 0.0, 1.0).astype(np.float32)
