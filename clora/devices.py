@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from clora.errors import CloraError, check_device_name
 
+DTYPES = ("float32", "bfloat16")
+"""The names of those that a run computes in."""
+
 
 def send(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """Copies a tensor to a device (and a dtype); a source in the CPU's ordinary memory may be changed at once."""
@@ -76,7 +79,20 @@ def find_device(device: str) -> torch.device:
 
 
 def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Returns the dtype of this name; ``auto`` is bfloat16 on CUDA, else float32."""
-    # On every CPU: a run that is stopped on one with AMX, which bfloat16 makes faster, may go on on another.
-    name = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    return getattr(torch, name)
+    """Returns the dtype of this name; ``auto`` is that of `auto_dtype`."""
+    return getattr(torch, auto_dtype(device) if dtype == "auto" else dtype)
+
+
+def auto_dtype(device: torch.device) -> str:
+    """Returns the name of the dtype that ``auto`` is for a new run: bfloat16 on CUDA, else float32."""
+    return earlier_auto(device)
+
+
+def earlier_auto(device: torch.device) -> str:
+    """Returns the name of the dtype that ``auto`` was before runs recorded what they computed in."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name that configs and records have for a dtype, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

@@ -23,6 +23,7 @@ from clora.collection.metadata import (
     to_metadata,
 )
 from clora.config.settings import DistillConfig
+from clora.devices import dtype_name
 from clora.errors import CloraError
 from clora.files import check_writable, remove_file, replacing, write_atomic
 from clora.hashing import tensor_digest
@@ -86,7 +87,7 @@ def make_collection(
             call=dict(adapter.student_call),
         ),
         scheduler=scheduler_config(config.sampler.shift),
-        provenance=config.recorded(include=SHARED_SETTINGS),
+        provenance=config.recorded(include=SHARED_SETTINGS) | {"dtype": dtype_name(adapter.latent_dtype)},
     )
 
 
@@ -154,8 +155,8 @@ def _scheduler_text(collection: Collection) -> str:
     return json.dumps(collection.scheduler, indent=2, sort_keys=True) + "\n"
 
 
-def is_finished(folder: Path, collection: Collection) -> bool:
-    """Returns whether a folder holds this collection as it was written, by any version of clora.
+def is_finished(folder: Path, *collections: Collection) -> bool:
+    """Returns whether a folder holds one of these collections as it was written, by any version of clora.
 
     Compared are the description, the values of all weights with the hash beside them (earlier versions stated none), and
     the scheduler. Of the card, which a person may edit, only clora's mark is looked for.
@@ -170,7 +171,7 @@ def is_finished(folder: Path, collection: Collection) -> bool:
         return False
     return (
         # Another version's collection of the same run is finished too.
-        found.model_copy(update={"version": collection.version}) == collection
+        any(found == collection.model_copy(update={"version": found.version}) for collection in collections)
         and source.metadata.get(WEIGHTS_DIGEST, weights_sha256) == weights_sha256
         and scheduler == _scheduler_text(found)
         and CARD_MARK in card

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from clora.collection.write import (
     write_collection,
 )
 from clora.commands.checks import find_file_problems
+from clora.commands.folder import CACHE, CHECKPOINT, EARLIER_CHECKPOINT, FINISHED, with_run_dtype
 from clora.commands.inputs import Inputs, hash_pictures, inputs_digest, read_inputs, trained_on
 from clora.config.settings import DistillConfig
 from clora.config.training import TrainConfig
@@ -42,12 +43,6 @@ from clora.stopping import Stopped, StopRequest, stop_requests
 from clora.training.resume import Checkpoints
 from clora.training.student import student_layers, train_student
 from clora.training.trainer import Report
-
-CACHE = ".clora-cache"
-"""In the output folder; huggingface_hub has a .cache of its own in a folder that it downloaded."""
-CHECKPOINT = f"{CACHE}/checkpoints"
-FINISHED = f"{CACHE}/finished.safetensors"
-EARLIER_CHECKPOINT = ".checkpoint.safetensors"
 
 
 def distill(
@@ -96,6 +91,10 @@ def distill(
 def _distill(
     config: DistillConfig, output: Path, cache: Cache, destination: Destination | None, stop: StopRequest
 ) -> Path:
+    device = find_device(config.device)
+    config, line = with_run_dtype(config, device)
+    if line:
+        say(line)
     with stage("load pipeline and LoRAs", None):
         config, adapter = load_adapter(config)
         transformer = adapter.pipeline.transformer
@@ -103,6 +102,7 @@ def _distill(
         # Before training, so that the hashes are those of the files that were read.
         inputs = read_inputs(config, adapter.pipeline)
         collection = _describe(config, adapter, teachers, inputs_digest(config, inputs))
+        same = [collection, *_as_before(collection, [inputs_digest(config, inputs, d) for d in ("auto", config.dtype)])]
     # Rendering takes hours; wrong layers, CUDA graphs that cannot be and a checkpoint of another run are refused before it.
     student_layers(transformer, config.student.targets)
     if config.train.cuda_graphs:
@@ -115,7 +115,7 @@ def _distill(
         earlier=output / EARLIER_CHECKPOINT,
         finished=output / FINISHED,
     )
-    is_done = is_finished(output, collection)
+    is_done = is_finished(output, *same)
     if is_done and checkpoints.has_end(config):
         # The run was stopped between its collection and its end. Without samples it goes on from its last checkpoint,
         # which is the trained one, and writes the same collection.
@@ -127,7 +127,6 @@ def _distill(
         say(_upload_notice(destination))
     repo_id = None if destination is None else destination.repo_id
     if not is_done:
-        device = find_device(config.device)
         with _told_what_is_kept(checkpoints):
             data = encode_data(config, adapter, teachers, cache, device)
             _check_unchanged(inputs, config)
@@ -139,7 +138,7 @@ def _distill(
     elif destination is not None:
         name_repository(output, destination.repo_id, destination.samples)
     if destination is not None:
-        _upload_verified(output, collection, destination)
+        _upload_verified(output, same, destination)
     return output
 
 
@@ -165,13 +164,13 @@ def _upload_notice(destination: Destination) -> str:
     )
 
 
-def _upload_verified(output: Path, collection: Collection, destination: Destination) -> None:
-    """Uploads a collection as it was written.
+def _upload_verified(output: Path, same: Sequence[Collection], destination: Destination) -> None:
+    """Uploads a collection as it was written, by this version or an earlier one (`_as_before`).
 
     Raises:
         CloraError: its files have changed since, or it cannot be uploaded.
     """
-    if not is_finished(output, collection):
+    if not is_finished(output, *same):
         raise CloraError(
             f"{output} is not uploaded: its files are no longer as they were written; run the command again"
         )
@@ -196,6 +195,13 @@ def _describe(
     )
     provenance = {**collection.provenance, "inputs_sha256": inputs_sha256}
     return collection.model_copy(update={"provenance": provenance})
+
+
+def _as_before(collection: Collection, digests: Iterable[str]) -> Iterator[Collection]:
+    """The same run's description as earlier versions wrote it, without its dtype, with each of the hashes that they had."""
+    settings = {name: value for name, value in collection.provenance.items() if name != "dtype"}
+    for inputs_sha256 in digests:
+        yield collection.model_copy(update={"provenance": {**settings, "inputs_sha256": inputs_sha256}})
 
 
 def _name_of_base(pipeline: Any, folder: Path) -> str:

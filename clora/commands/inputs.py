@@ -60,7 +60,7 @@ def hash_pictures(config: DistillConfig) -> dict[str, dict[str, str]]:
     return pictures
 
 
-def inputs_digest(config: DistillConfig, inputs: Inputs) -> str:
+def inputs_digest(config: DistillConfig, inputs: Inputs, dtype: str = "auto") -> str:
     """Hashes all settings and inputs of a run: prompts, pictures and instructions too, which no collection states.
 
     Left out are the places where it runs and writes, and the teachers' files, whose hashes the collection has.
@@ -68,10 +68,12 @@ def inputs_digest(config: DistillConfig, inputs: Inputs) -> str:
     Args:
         config: the settings, the guidance filled in.
         inputs: of this config.
+        dtype: stands for the setting. A collection states what was computed in; earlier versions hashed what was set.
     """
+    settings = config.recorded(exclude={"pipeline": True, "output": True, "device": True, "data": {"cache"}})
     return digest(
         {
-            "settings": config.recorded(exclude={"pipeline": True, "output": True, "device": True, "data": {"cache"}}),
+            "settings": {**settings, "dtype": dtype},
             "instructions": inputs.instructions,
             "pictures": inputs.pictures,
             "pipeline": inputs.components,

@@ -13,6 +13,7 @@ from clora.config.settings import DistillConfig
 from clora.errors import CloraError
 from clora.progress import say
 from clora.training.checkpoint import DamagedCheckpoint, UnusableCheckpoint, load_values, stated_values
+from clora.training.dtypes import check_dtype
 
 # Settings that a resumed run may change: they bound its length and its memory, choose among what it kept, or name where
 # files are.
@@ -208,7 +209,8 @@ def _is_calm(file: Path) -> bool:
 
 def resumable_settings(config: DistillConfig) -> dict[str, Any]:
     """Returns the settings that a resumed run must share with the one that it continues."""
-    return config.recorded(exclude={"output": True, "device": True, **FREE_TO_CHANGE})
+    # The dtype that was computed in is a value of its own: what ``auto`` is depends on the machine.
+    return config.recorded(exclude={"output": True, "device": True, "dtype": True, **FREE_TO_CHANGE})
 
 
 def check_resumable(
@@ -226,6 +228,7 @@ def check_resumable(
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):
             raise DamagedCheckpoint(path, f"its value {name!r} is {values.get(name)!r}")
+    check_dtype(path, values, config)
     current = resumable_settings(config)
     for section, found in current.items():
         if isinstance(found, Mapping) and not isinstance(values["config"].get(section), Mapping):

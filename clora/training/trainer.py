@@ -20,6 +20,7 @@ from clora.bank.graphs import graphed_blocks
 from clora.bank.recompute import recomputed_blocks
 from clora.config.settings import DistillConfig
 from clora.data.batches import BatchSampler, DistillData
+from clora.devices import dtype_name
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
@@ -242,6 +243,7 @@ class DistillTrainer:
             "levels": self.levels.state(),
             "gradient_rows": self.steps.gradient_rows,
             "threads": self.threads,
+            "dtype": dtype_name(self.steps.dtype),
             "config": resumable_settings(self.config),
             "inputs": dict(inputs or {}),
         }

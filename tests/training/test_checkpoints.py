@@ -101,6 +101,7 @@ def value(name, found):
 
 
 ODD = {
+    "a dtype of no run": value("dtype", "int8"),
     "no optimizer": without("optimizer/"),
     "no critic's optimizer": without(f"optimizer/{CRITIC}/"),
     "half of an optimizer": without(f"optimizer/{STUDENT}/0/"),

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clora.commands.checks import Problems, check_layers, check_prompts, find_file_problems
+from clora.commands.folder import with_run_dtype
 from clora.commands.plan import cost, needs
 from clora.config.settings import DistillConfig
 from clora.data.prepare import DataCount, count_data, pairs_note
@@ -55,6 +56,9 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
 
 
 def _model_plan(config: DistillConfig, device: torch.device, problems: Problems, notes: list[str]) -> dict[str, Any]:
+    config, note = with_run_dtype(config, device)
+    if note:
+        notes.append(note)
     dtype = find_dtype(config.dtype, device)
     folder = pipeline_folder(config.pipeline)
     pipeline = skeleton(str(folder), dtype)
@@ -94,7 +98,7 @@ def _model_plan(config: DistillConfig, device: torch.device, problems: Problems,
     model = {
         "pipeline": type(pipeline).__name__,
         "parameters": sum(p.numel() for p in transformer.parameters()),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": config.dtype,
         "layers": len(layers),
         "student_parameters": needs.trained_values(facts, config.student.rank),
         "tokens": cost.num_tokens(adapter),

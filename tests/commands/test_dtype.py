@@ -1,0 +1,187 @@
+"""``dtype: auto`` is what the run was begun in, on whatever machine it goes on or is found finished."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.trainers import stop_at
+from helpers.written import files_of, rewrite
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from clora import devices
+from clora.collection.metadata import LORA_FILE, read_collection
+from clora.commands.distill import CHECKPOINT, FINISHED, distill
+from clora.commands.inputs import inputs_digest, read_inputs
+from clora.commands.plan.make import make_plan
+from clora.errors import CloraError
+from clora.models.loading import load_adapter
+from clora.training.checkpoint import load_values
+from clora.training.trainer import DistillTrainer
+
+MACHINES = {"float32": "bfloat16", "bfloat16": "float32"}
+"""What ``auto`` is where a run begins, and where it goes on."""
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what ``auto`` is for a new run."""
+
+    def change(dtype):
+        monkeypatch.setattr(devices, "auto_dtype", lambda device: dtype)
+
+    return change
+
+
+@pytest.fixture
+def stopped(make_config, machine, monkeypatch):
+    """Begins a run on a machine and stops it before its third update; returns its config and folder."""
+
+    def begin(dtype, there):
+        machine(there)
+        config = make_config(train={"updates": 3, "checkpoint_every": 1}, dtype=dtype)
+        with monkeypatch.context() as patch:
+            stop_at(2, patch)
+            with pytest.raises(KeyboardInterrupt):
+                distill(config)
+        return config
+
+    return begin
+
+
+def newest(output):
+    return output / CHECKPOINT / "00000002.safetensors"
+
+
+@pytest.mark.parametrize("there", MACHINES)
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_stopped_run_goes_on_in_its_dtype(stopped, machine, tmp_path, capsys, dtype, there):
+    config = stopped(dtype, there)
+    taken = there if dtype == "auto" else dtype
+    assert load_values(newest(tmp_path / "out"))["dtype"] == taken
+    whole = distill(config.model_copy(update={"output": str(tmp_path / "whole")}))
+    machine(MACHINES[there])
+    capsys.readouterr()
+    distill(config)
+    said = capsys.readouterr().err
+    assert "resuming at update 2" in said
+    assert (f"dtype: auto is {taken} here, as of the run that" in said) == (dtype == "auto")
+    assert read_collection(tmp_path / "out").provenance["dtype"] == taken
+    assert (tmp_path / "out" / LORA_FILE).read_bytes() == (whole / LORA_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("there", MACHINES)
+@pytest.mark.parametrize(("dtype", "alone"), [("auto", False), ("auto", True), ("float32", False)])
+def test_a_finished_run_stays_finished(make_config, machine, tmp_path, capsys, dtype, there, alone):
+    machine(there)
+    config = make_config(dtype=dtype)
+    distill(config)
+    if alone:
+        (tmp_path / "out" / FINISHED).unlink()  # as where the collection was copied
+    before = files_of(tmp_path / "out")
+    machine(MACHINES[there])
+    distill(config)
+    assert "nothing is trained" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("there", MACHINES)
+def test_a_finished_run_is_lengthened_in_its_dtype(make_config, machine, tmp_path, capsys, there):
+    machine(there)
+    distill(make_config(train={"updates": 1}, dtype="auto"))
+    machine(MACHINES[there])
+    distill(make_config(train={"updates": 2}, dtype="auto"))
+    assert "going on at update 1" in capsys.readouterr().err
+    assert read_collection(tmp_path / "out").provenance["dtype"] == there
+
+
+@pytest.mark.parametrize("there", MACHINES)
+def test_auto_is_the_same_run_as_its_dtype(stopped, tmp_path, capsys, there):
+    config = stopped("auto", there)
+    distill(config.model_copy(update={"dtype": there}))
+    assert "resuming at update 2" in capsys.readouterr().err
+    distill(config)
+    assert "nothing is trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", MACHINES)
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_stopped_run_in_another_dtype_is_refused(stopped, monkeypatch, dtype, there):
+    config = stopped(dtype, there)
+    taken = there if dtype == "auto" else dtype
+    other = MACHINES[taken]
+    monkeypatch.setattr(DistillTrainer, "_iterate", None)  # nothing is trained
+    expected = rf"expected dtype {taken}, found {other}; set dtype to {taken} or auto to continue it, or remove it"
+    with pytest.raises(CloraError, match=expected):
+        distill(config.model_copy(update={"dtype": other}))
+
+
+def test_a_finished_run_in_another_dtype_is_another_run(make_config, tmp_path, capsys):
+    config = make_config(dtype="float32")
+    distill(config)
+    distill(config.model_copy(update={"dtype": "bfloat16"}))
+    said = capsys.readouterr().err
+    assert "training begins anew, and not where the finished run has ended" in said
+    assert "expected dtype float32, found bfloat16" in said
+    assert read_collection(tmp_path / "out").provenance["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_checkpoint_that_lacks_the_dtype_goes_on(stopped, machine, tmp_path, capsys, dtype):
+    config = stopped(dtype, "float32")
+
+    def as_before(flat, values):
+        del values["dtype"]
+        return {**values, "config": {**values["config"], "dtype": dtype}}
+
+    rewrite(newest(tmp_path / "out"), as_before)
+    machine("bfloat16")
+    distill(config)
+    assert "resuming at update 2" in capsys.readouterr().err
+    assert read_collection(tmp_path / "out").provenance["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("now", ["auto", "float32"])
+def test_a_collection_that_lacks_the_dtype_counts(make_config, machine, capsys, dtype, now):
+    """Earlier versions hashed the setting instead."""
+    machine("float32")
+    config = make_config(dtype=dtype)
+    output = distill(config)
+    filled, adapter = load_adapter(config)
+    with safe_open(output / LORA_FILE, "pt") as file:
+        header = file.metadata()
+    provenance = json.loads(header["clora.provenance"])
+    assert provenance.pop("dtype") == "float32"
+    provenance["inputs_sha256"] = inputs_digest(filled, read_inputs(filled, adapter.pipeline), dtype)
+    header["clora.provenance"] = json.dumps(provenance)
+    save_file(load_file(output / LORA_FILE), output / LORA_FILE, header)
+    (output / FINISHED).unlink()
+    before = files_of(output)
+    machine("bfloat16")
+    distill(config.model_copy(update={"dtype": now}))
+    assert "nothing is trained" in capsys.readouterr().err
+    assert files_of(output) == before
+
+
+def test_what_cannot_be_read_has_no_dtype(make_config, machine, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LORA_FILE).write_bytes(b"damaged")
+    machine("bfloat16")
+    distill(make_config(dtype="auto"))
+    assert read_collection(tmp_path / "out").provenance["dtype"] == "bfloat16"
+
+
+def test_a_plan_counts_the_dtype_that_the_run_takes(make_config, machine):
+    config = make_config(dtype="auto")
+    machine("bfloat16")
+    new = make_plan(config)
+    machine("float32")
+    distill(config)
+    machine("bfloat16")
+    begun = make_plan(config)
+    assert (new["model"]["dtype"], begun["model"]["dtype"]) == ("bfloat16", "float32")
+    assert begun["memory"]["base"] == 2 * new["memory"]["base"]
+    assert [note for note in begun["notes"] if note.startswith("dtype: auto is float32 here, as of the run that")]
+    assert not [note for note in new["notes"] if "dtype" in note]
