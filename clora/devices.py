@@ -84,8 +84,15 @@ def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def auto_dtype(device: torch.device) -> str:
-    """Returns the name of the dtype that ``auto`` is for a new run: bfloat16 on CUDA, else float32."""
-    return earlier_auto(device)
+    """Returns the name of the dtype that ``auto`` is for a new run: bfloat16 on CUDA and on CPUs with AMX, else float32."""
+    is_fast = device.type == "cuda" or (device.type == "cpu" and has_amx())
+    return "bfloat16" if is_fast else "float32"
+
+
+def has_amx() -> bool:
+    """Reports whether the CPU multiplies matrices in bfloat16 by AMX; False before PyTorch 2.11, which does not say."""
+    # Other CPUs take as long in bfloat16 as in float32, or longer.
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def earlier_auto(device: torch.device) -> str:

@@ -164,6 +164,7 @@ def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections
             "critic_learning_rate": 1e-2,
         },
         "device": "cpu",
+        "dtype": "float32",  # the same on every CPU
     }
     for name, value in sections.items():
         tree[name] = {**tree.get(name, {}), **value} if isinstance(value, Mapping) else value

@@ -58,12 +58,18 @@ def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
     assert find_device("auto") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_is_bfloat16_only_on_cuda(monkeypatch, amx):
-    # A run that was stopped on one CPU must go on on any other.
+@pytest.mark.parametrize(("amx", "on_cpu"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_only_where_matrix_units_compute_in_it(monkeypatch, amx, on_cpu):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
     found = [find_dtype("auto", torch.device(device)) for device in ("cuda", "cpu", "mps")]
-    assert found == [torch.bfloat16, torch.float32, torch.float32]
+    assert found == [torch.bfloat16, on_cpu, torch.float32]
+
+
+def test_other_processors_and_earlier_pytorch_have_no_amx(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64"}, raising=False)
+    assert find_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert find_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 def test_a_named_dtype_is_taken_anywhere():

@@ -233,8 +233,8 @@ class DistillConfig(FrozenModel):
         prompts: writing of prompts; it does not affect training, so it is left out when a config is dumped.
         seed: every random number follows from it.
         device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
-        dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA, else float32.
-            bfloat16 is faster on a CPU with AMX too. The LoRAs, their optimizer and the losses are float32 in any case.
+        dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA and on CPUs with AMX,
+            else float32, and stays what the run was begun in. LoRAs, optimizer and losses are float32 in any case.
     """
 
     pipeline: PathOrHubId

@@ -26,10 +26,10 @@ MACHINES = {"float32": "bfloat16", "bfloat16": "float32"}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Sets what ``auto`` is for a new run."""
+    """Sets whether the CPU has AMX, by what ``auto`` is for a new run."""
 
     def change(dtype):
-        monkeypatch.setattr(devices, "auto_dtype", lambda device: dtype)
+        monkeypatch.setattr(devices, "has_amx", lambda: dtype == "bfloat16")
 
     return change
 

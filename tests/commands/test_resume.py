@@ -87,7 +87,8 @@ def test_what_earlier_versions_wrote_counts_as_the_same_run(make_config, adapter
     """They compared and hashed ``~`` as it was written, and other settings, of which none changes this run."""
     monkeypatch.setenv("HOME", str(tmp_path))
     files = sorted(write_images(tmp_path / "own", 2).iterdir())
-    config = make_config(data={"sources": "~/own"}, output="~/out", objective={"target_simulation": False})
+    sections = {"output": "~/out", "objective": {"target_simulation": False}, "dtype": "auto"}
+    config = make_config(data={"sources": "~/own"}, **sections)
     left_out = {"pipeline": True, "output": True, "device": True, "data": {"cache"}}
     settings = as_before(config.model_dump(mode="json", exclude=left_out))
     assert settings["data"]["sources"] == "~/own"

@@ -78,6 +78,7 @@ def config_file(tiny_folder, files, tmp_path, monkeypatch):
             "train": {"updates": 1, "critic_ratio": 1, "batch_size": 4},
             "prompts": {"triggers": 2, "general": 12},
             "device": "cpu",
+            "dtype": "float32",
         }
         for name, values in sections.items():
             tree[name] = {**tree.get(name, {}), **values}
