@@ -40,16 +40,16 @@ def choose_threads(current: int, before: int | None = None) -> tuple[int, str]:
         before: of the run's checkpoint, taken again where it is possible.
 
     Returns:
-        The number, and a line for the user; it is empty where the user's number, or torch's, simply stays.
+        The number, and a line for the user; it is empty where a run begins with the user's number, or torch's.
     """
     cores = usable_cores()
     if is_users(current, cores):
-        return current, "" if before in (None, current) else _other(current, before)
+        return current, "" if before is None else _resumed(current, before)
     quota = cpu_quota()
     possible = current if quota is None else max(1, min(current, math.ceil(quota)))
     if before is not None:
         number = min(before, possible)
-        return number, _other(number, before) if number < before else f"training runs on {_threads(number)}, as before"
+        return number, _resumed(number, before)
     busy = busy_cores(cores)
     number = possible if busy is None else max(1, min(possible, len(cores) - round(busy)))
     if busy is None and number == current:
@@ -62,7 +62,9 @@ def choose_threads(current: int, before: int | None = None) -> tuple[int, str]:
     )
 
 
-def _other(number: int, before: int) -> str:
+def _resumed(number: int, before: int) -> str:
+    if number == before:
+        return f"training runs on {_threads(number)}, as before"
     return f"training runs on {_threads(number)}; it ran on {before} before: the last digits may differ from here on"
 
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "training": ENGINE | {"data", "stopping", "threads"},
     "collection": GROUND | {"lora", "config", "models", "bank", "data", "report"},
     "studio": ENGINE | {"data", "report", "training"},
-    "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping"},
+    "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping", "threads"},
     "testing": ENGINE | {"data", "studio"},
     "cli": GROUND | {"threads", "stopping", "lora", "config", "studio", "commands"},
     "__main__": {"cli"},

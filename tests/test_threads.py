@@ -145,7 +145,7 @@ def test_a_user_s_number_stays(machine, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(name, "8")
             assert threads.choose_threads(8) == (8, "")
-            assert threads.choose_threads(8, 8) == (8, "")
+            assert threads.choose_threads(8, 8) == (8, "training runs on 8 threads, as before")
             assert "it ran on 2 before" in threads.choose_threads(8, 2)[1]
     for core in range(8):
         topology = machine / "CORES" / f"cpu{core}" / "topology"

@@ -38,6 +38,7 @@ from clora.studio.evaluation import general_accuracy, general_cases, held_out_so
 from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes
 from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
+from clora.threads import usable_cores
 from clora.training.student import train_student
 
 # 496 updates reached an effect accuracy of 70 %, 861 of 86 %.
@@ -51,6 +52,7 @@ class Run:
     folder: Path
     config: DistillConfig
     full: bool
+    threads: int | None = None  # of a training on a CPU
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -70,9 +72,12 @@ class Run:
         """Explains poor effects, where the time held too few updates."""
         if self.full or self.updates >= ENOUGH_UPDATES:
             return None
+        cores = len(usable_cores())
+        few = self.threads is not None and self.threads < cores
+        used = f" on {self.threads} thread{'s' * (self.threads != 1)} of {cores} cores" if few else ""
         return (
-            f"only {self.updates} updates fitted into the time, where two idle cores make about 860: expect poor effects. "
-            "Run it again with less running beside it, or with --full"
+            f"only {self.updates} updates fitted into the time{used}, where two idle cores make about 860: expect poor "
+            "effects. Run it again with less running beside it, or with --full"
         )
 
 
@@ -167,6 +172,8 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
     with training_bar(f"distil {len(loras)} effects", run.config.train) as show:
 
         def report(update: int, values: Mapping[str, float]) -> None:
+            if run.config.device == "cpu":
+                run.threads = torch.get_num_threads()  # those that the training has taken
             for name, value in values.items():
                 run.curves.setdefault(name, []).append((update, value))
             show(update, values)
@@ -258,6 +265,8 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
     metrics = {
         "seed": run.config.seed,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": run.threads,
+        "dtype": run.config.dtype,
         "updates": run.updates,
         "warning": run.warning,
         "targets_precomputed": not run.full,

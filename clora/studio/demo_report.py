@@ -102,8 +102,8 @@ def write_report(
 
     Args:
         folder: where to; created where it is missing.
-        metrics: ``seed, device, updates, warning, targets_precomputed, seconds, peak_rss_mb, effects, rows`` as `clora
-            demo` documents them; a row for each of `METHODS`. A value that is not finite is written as null.
+        metrics: ``seed, device, threads, dtype, updates, warning, targets_precomputed, seconds, peak_rss_mb, effects, rows``
+            as `clora demo` documents them; a row for each of `METHODS`. A value that is not finite is written as null.
         columns: titles of the C columns of pictures.
         images: ``[E, C, H, W, 3]`` in [0, 1], a row for each of the metrics' effects.
         curves: name to (update, value) pairs.

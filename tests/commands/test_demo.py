@@ -72,6 +72,7 @@ def test_the_demo_writes_everything_it_promises(short, tmp_path, capsys):
     assert (metrics["seed"], metrics["device"], metrics["effects"]) == (3, "cpu", list(DEFAULT_EFFECTS))
     assert metrics["targets_precomputed"] is True
     assert metrics["updates"] == 2
+    assert (metrics["threads"], metrics["dtype"]) == (torch.get_num_threads(), "float32")
     assert metrics["warning"].startswith(warning)
     assert {"load", "targets", "train", "export", "evaluate"} <= metrics["seconds"].keys()
     assert 0 < metrics["peak_rss_mb"] < 6000
@@ -132,6 +133,28 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
     pipe.load_lora_weights(collection)
     unmerged = demo.stock_edit(pipe, config, source, prompt, 0)
     assert np.abs(outputs["sepia"][0] - unmerged).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("threads", "expected"),
+    [(1, "the time on 1 thread of 2 cores, where"), (2, "the time, where"), (None, "the time, where")],
+)
+def test_too_few_updates_are_explained_by_the_threads(monkeypatch, tmp_path, threads, expected):
+    monkeypatch.setattr(demo, "usable_cores", lambda: {0, 1})
+    run = demo.Run(tmp_path, demo_config(["sepia"], 0), full=False, threads=threads, curves={"loss": [(5, 0.1)]})
+    assert expected in run.warning
+
+
+def test_the_threads_of_a_training_are_noted(monkeypatch, tmp_path):
+    def train_student(config, adapter, teachers, data, report):
+        report(demo.ENOUGH_UPDATES, {"loss": 0.0})
+
+    monkeypatch.setattr(demo, "train_student", train_student)
+    for device, expected in (("cpu", torch.get_num_threads()), ("cuda:0", None)):
+        config = demo_config(["sepia"], 0).model_copy(update={"device": device})
+        run = demo.Run(tmp_path, config, full=False)
+        demo.train(run, None, {"sepia": None}, None)
+        assert (run.threads, run.warning) == (expected, None)
 
 
 def test_an_unknown_effect_is_refused_before_anything_is_written(tmp_path):

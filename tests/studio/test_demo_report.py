@@ -44,6 +44,8 @@ def metrics():
     return {
         "seed": 1,
         "device": "cpu",
+        "threads": 1,
+        "dtype": "float32",
         "updates": 496,
         "warning": "only 496 updates & poor effects",
         "targets_precomputed": True,
@@ -78,7 +80,7 @@ def test_metrics_are_valid_json(folder):
     assert by_method["base"]["psnr"] is None
     assert by_method["clora"]["general_accuracy"] == 0.5
     assert (found["updates"], found["warning"]) == (496, "only 496 updates & poor effects")
-    assert list(found)[4:] == ["targets_precomputed", "seconds", "peak_rss_mb", "effects", "rows"]
+    assert list(found)[6:] == ["targets_precomputed", "seconds", "peak_rss_mb", "effects", "rows"]
 
 
 def test_page_is_self_contained(folder):
@@ -88,7 +90,7 @@ def test_page_is_self_contained(folder):
     assert page.count("<img") == 2 * 3 + 1  # pictures and the one curve with points
     assert "a&lt;b&gt;&amp;c" in page
     assert "a<b>" not in page
-    assert "on cpu, 496 updates, measured" in page
+    assert "on cpu (1 thread) in float32, 496 updates, measured" in page
     assert "only 496 updates &amp; poor effects" in page
     assert page.count("<th") == page.count("</th>") + page.count("<thead")
     assert "prefers-color-scheme: dark" in page
