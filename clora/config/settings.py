@@ -232,9 +232,10 @@ class DistillConfig(FrozenModel):
         train: the training settings, at least `updates`.
         prompts: writing of prompts; it does not affect training, so it is left out when a config is dumped.
         seed: every random number follows from it.
-        device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``.
-        dtype: of the pipeline's weights and of the arithmetic in it; ``auto`` is bfloat16 on CUDA and on CPUs with AMX,
-            else float32, and stays what the run was begun in. LoRAs, optimizer and losses are float32 in any case.
+        device: ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:0``. On a CPU a training takes as many threads as cores are free
+            when it begins. A run that goes on keeps them, unless the user has set a number (``OMP_NUM_THREADS``).
+        dtype: of the pipeline's weights and of the arithmetic in it. ``auto`` is bfloat16 on CUDA and on CPUs with AMX, else
+            float32; a run keeps what it began with. LoRAs, optimizer and losses are float32 in any case.
     """
 
     pipeline: PathOrHubId
@@ -257,8 +258,7 @@ class DistillConfig(FrozenModel):
             chosen: ``include`` or ``exclude`` of pydantic's ``model_dump``.
         """
         settings = self.model_dump(mode="json", **chosen)
-        # A run that does what an earlier version did has that version's record: without the settings that it lacked, with
-        # those that it had.
+        # A run that does what an earlier version did has that version's record.
         for section, values in ADDED.items():
             found = settings.get(section, {})
             for key, value in values.items():
