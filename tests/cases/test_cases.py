@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+from helpers import forked
 
 FOLDER = Path(__file__).parent
+SECONDS = 120
+
+
+def run(program: str, folder: str, said: str) -> None:
+    """Runs a program as its user does, in this process."""
+    forked.write_to(said)
+    os.environ.pop("TRITON_INTERPRET", None)  # for the tests of the kernels
+    os.chdir(folder)
+    runpy.run_path(program, run_name="__main__")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="processes are forked as on POSIX")
 @pytest.mark.parametrize("program", sorted(file.name for file in FOLDER.glob("case*.py")))
 def test_case(program, tmp_path):
-    # As a user runs it: the interpreter of Triton is for the tests of the kernels.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, FOLDER / program], env=environment, capture_output=True, text=True, cwd=tmp_path
-    )
-    if "Traceback" in run.stderr:
-        pytest.fail(f"{program} broke before it could judge:\n{run.stdout}{run.stderr}")
-    assert run.returncode == 0, run.stdout + run.stderr
+    (tmp_path / "work").mkdir()
+    process = forked.start(run, str(FOLDER / program), str(tmp_path / "work"), str(tmp_path / "said"))
+    process.join(SECONDS)
+    said = (tmp_path / "said").read_text("utf-8")
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"{program} takes longer than {SECONDS} s:\n{said}")
+    if "Traceback" in said:
+        pytest.fail(f"{program} broke before it could judge:\n{said}")
+    assert process.exitcode == 0, said

@@ -16,15 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Loaded once, in the process that all runs are forked from: a run then takes about a second.
-PRELOADED = (
-    "clora.commands.distill",
-    "diffusers.models.autoencoders.autoencoder_kl_flux2",
-    "diffusers.models.transformers.transformer_flux2",
-    "diffusers.pipelines.flux2.pipeline_flux2_klein",
-    "diffusers.loaders.peft",
-    "transformers.models.qwen3.modeling_qwen3",
-)
+from helpers import forked
+
 OPERATIONS = frozenset({"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"})
 SECONDS = 120
 
@@ -114,10 +107,7 @@ class Runs:
         record = self.records / str(len(self.started))
         record.mkdir(parents=True)
         words = [str(argument) for argument in arguments]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
-        process = context.Process(target=_run, args=(words, str(self.folder), str(record), fault or Fault()))
-        process.start()
+        process = forked.start(_run, words, str(self.folder), str(record), fault or Fault())
         self.started.append(Run(process, record))
         return self.started[-1]
 
@@ -135,10 +125,7 @@ class Runs:
 
 def _run(words: Sequence[str], folder: str, record: str, fault: Fault) -> None:
     """The command line as a shell starts it, in this process."""
-    said = os.open(f"{record}/said", os.O_WRONLY | os.O_CREAT)
-    for descriptor in (1, 2):
-        os.dup2(said, descriptor)
-    sys.stdin = open(os.devnull)  # noqa: SIM115
+    forked.write_to(f"{record}/said")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
