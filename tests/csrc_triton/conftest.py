@@ -1,5 +1,7 @@
 """What the kernels' tests share; they run in Triton's interpreter where there is no GPU (tests/conftest.py)."""
 
+import os
+
 import pytest
 import torch
 
@@ -28,6 +30,13 @@ def _targets(item) -> set[str]:
     for value in parameters:
         named.update(part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, str))
     return named & TARGETS
+
+
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory):
+    """A folder for compiled kernels, one for all workers: tests of one file may run in several, and compile the same ones."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "triton"
 
 
 @pytest.fixture

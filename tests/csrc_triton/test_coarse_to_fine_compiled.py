@@ -33,13 +33,13 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(triton_cache):
     """Returns found("few") or found("rest"): the printed result of this file run as a script."""
     pytest.importorskip("triton")
 
     @cache
     def run(which):
-        folder = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+        folder = {"TRITON_CACHE_DIR": str(triton_cache)}
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
         command = [sys.executable, __file__, which]

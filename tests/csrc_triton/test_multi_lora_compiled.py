@@ -63,13 +63,13 @@ TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcge
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(triton_cache):
     """Returns found("few") or found("rest"): the printed result of this file run as a script."""
     pytest.importorskip("triton")
 
     @cache
     def run(which):
-        folder = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+        folder = {"TRITON_CACHE_DIR": str(triton_cache)}
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [sys.executable, __file__, which]
         out = subprocess.run(command, env=inherited | folder, capture_output=True, text=True, timeout=900)

@@ -16,12 +16,12 @@ CALLS = [f"{design} {name}" for design in ("fused", "split") for name in ("one l
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def launched(triton_cache):
     """What the launcher got, by call: of the JIT, then of the replay. This file is run as a script."""
     pytest.importorskip("triton")
     if torch.version.hip:
         pytest.skip("only for NVIDIA GPUs")
-    folder = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    folder = {"TRITON_CACHE_DIR": str(triton_cache)}
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, __file__], env=inherited | folder, capture_output=True, text=True, timeout=600
