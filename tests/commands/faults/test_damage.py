@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from helpers.fault_runs import Fault
+from helpers.jobs import make_job
 from helpers.written import DAMAGES, Written, flip, zeros
 
 from clora.collection.metadata import LORA_FILE
@@ -20,11 +21,18 @@ by_name = pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage._
 @pytest.fixture(scope="session")
 def half_way(tree, whole, tmp_path_factory):
     """An output with two checkpoints and all entries of the cache, of a run killed before it exports."""
-    from helpers.jobs import make_job
-
     job = make_job(tmp_path_factory.mktemp("half_way"), tree)
     assert job.run(Fault(whole[1]["exporting"][0], (signal.SIGKILL,)))[0] == -signal.SIGKILL
     return job.output
+
+
+@pytest.fixture(scope="session")
+def longer(tree, tmp_path_factory):
+    """What an undisturbed run of six updates writes."""
+    job = make_job(tmp_path_factory.mktemp("longer"), tree)
+    code, said = job.run(train__updates=6)
+    assert code == 0, said
+    return Written.read(job.output)
 
 
 def spoil(files, damage, seed=0):
@@ -91,12 +99,10 @@ def test_a_card_that_has_lost_its_mark_may_be_a_persons(job, whole):
 
 @by_name
 @pytest.mark.slow
-def test_a_damaged_last_checkpoint_is_not_gone_on_from(job, whole, damage):
-    longer = job.run(output="longer", train__updates=6)
-    assert longer[0] == 0
+def test_a_damaged_last_checkpoint_is_not_gone_on_from(job, whole, longer, damage):
     shutil.copytree(whole[2], job.output)
     spoil([job.output / FINISHED], damage)
     code, said = job.run(train__updates=6)
     assert code == 0, said
     assert "going on" not in said
-    assert Written.read(job.output) == Written.read(job.folder / "longer")
+    assert Written.read(job.output) == longer
