@@ -125,11 +125,11 @@ def test_recomputed_activations_give_the_same_gradients(device_adapter, inputs, 
     transformer = device_adapter.pipeline.transformer
     bank = AdapterBank(transformer, random_teachers(transformer, 2))
     student = bank.slots(["effect_0"], trainable=True)
-    x, sigma, conditioning = inputs(2)
+    x, sigma, conditioning = inputs(1)  # of several samples: tests/models/test_every_family.py, on eager PyTorch
     conditioning = Conditioning(conditioning.text.to(DEVICE), conditioning.source.to(DEVICE))
     for recompute in (transformer.disable_gradient_checkpointing, transformer.enable_gradient_checkpointing):
         recompute()
-        with bank.route(student, torch.zeros(2, dtype=torch.int64, device=DEVICE)):
+        with bank.route(student, torch.zeros(1, dtype=torch.int64, device=DEVICE)):
             loss = device_adapter.velocity(x.to(DEVICE), sigma.to(DEVICE), conditioning).square().mean()
             found.append(torch.autograd.grad(loss, student.parameters()))
         shrinks.append(launched.pop("shrink_kernel"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from itertools import product
 
 import pytest
 from helpers.fault_runs import Fault
@@ -17,7 +16,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 PHASES = ("encoding", "rendering", "training", "exporting")
 QUICK = [("rendering", "SIGHUP"), ("training", "SIGTERM"), ("exporting", "SIGINT")]
-ALL = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in product(PHASES, CODES)]
+OTHERS = [("encoding", "SIGTERM"), *((phase, "SIGINT") for phase in PHASES[:3]), ("exporting", "SIGHUP")]
+"""Each phase with Ctrl-C and with one other signal: SIGTERM and SIGHUP differ only in their number (`clora.stopping`)."""
+ALL = [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)]
 
 
 def assert_stopped(job, found, name):
