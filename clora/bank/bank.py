@@ -6,7 +6,7 @@ merged between passes. See docs/method.md section 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -70,11 +70,14 @@ class RoutedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        running = self._bank[0].running
+        bank = self._bank[0]
+        running = bank.running
         if running is None:
             raise CloraError(
                 "the transformer has an adapter bank attached: run it inside bank.route(...), or detach the bank"
             )
+        if bank.observer is not None:
+            bank.observer(self.module, x)
         return running.output(self.module, x)
 
 
@@ -121,6 +124,7 @@ class AdapterBank:
         self.names = tuple(states)
         self.dtype = dtype or slot_dtype(transformer)
         self.running: RoutedPass | None = None
+        self.observer: Callable[[str, Tensor], None] | None = None
         self._ranks = dict(zip(self.names, loras, strict=True))
         self._layers: dict[str, nn.Linear] = {module: transformer.get_submodule(module) for module in ranks}
         self._groups = shared_inputs({module: layer.in_features for module, layer in self._layers.items()})
@@ -267,6 +271,19 @@ class AdapterBank:
             yield
         finally:
             self.running = before
+
+    @contextmanager
+    def observed(self, observer: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Inside, ``observer(module, x)`` is called with the input ``[B, ..., K]`` of every layer of a pass, before its output.
+
+        Unlike torch's hooks it leaves the layers plain, so that a pass computes what it does without. Passes inside must be
+        neither compiled nor recorded as CUDA graphs: these would call it only once.
+        """
+        before, self.observer = self.observer, observer
+        try:
+            yield
+        finally:
+            self.observer = before
 
     @contextmanager
     def placed(self, ids: Tensor) -> Iterator[Slots]:
