@@ -141,9 +141,41 @@ class Batch:
         )
 
 
-_Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""B rows of one stream: effect as in `Batch`, table rows of the student's, teacher's and empty prompts, ``[B]`` each,
-then sources ``[B, S, C]`` and targets ``[B, T, C]``."""
+class Rows(NamedTuple):
+    """B rows of one stream.
+
+    Attributes:
+        effect: ``[B]`` as in `Batch`.
+        student, teacher, empty: ``[B]`` rows of the student's, the teacher's and the empty prompts in `DistillData.text`.
+        source: ``[B, S, C]``.
+        target: ``[B, T, C]``; zeros ``[1, 1, 1]`` where there is none.
+    """
+
+    effect: Tensor
+    student: Tensor
+    teacher: Tensor
+    empty: Tensor
+    source: Tensor
+    target: Tensor
+
+
+def effect_rows(
+    data: DistillData, objective: ObjectiveConfig, effect: Tensor, sample: Tensor, phrasing: Tensor
+) -> Rows:
+    """Reads rows of the effect stream: these samples ``[B]`` of these effects, in these phrasings of the student's prompt."""
+    teacher = data.teacher_text[effect, sample]
+    # Orthogonal prompting (4b): the student reads trigger and description, else the teacher's own prompt.
+    student = data.student_text[effect, phrasing, sample] if objective.orthogonal_prompting else teacher
+    empty = data.empty_text[effect, sample]
+    return Rows(effect, student, teacher, empty, data.sources[effect, sample], data.targets[effect, sample])
+
+
+def general_rows(data: DistillData, pair: Tensor) -> Rows:
+    """Reads rows of the pairs ``[B]``: the student and its teacher, the base, read the same instruction."""
+    source, instruction, empty = data.general_pairs[pair].unbind(1)
+    target = torch.zeros(1, 1, 1) if data.general_targets is None else data.general_targets[pair]
+    effect = torch.full_like(pair, GENERAL)
+    return Rows(effect, instruction, instruction, empty, data.general_sources[source], target)
 
 
 class BatchSampler:
@@ -204,11 +236,11 @@ class BatchSampler:
     def gather(self, general: Tensor) -> Batch:
         """A batch whose rows are of the general stream where ``general [B]`` is true, else of the effect stream."""
         # Both streams are drawn for every row, so that later random numbers do not depend on how many are of which.
-        rows = self._effect_rows()
+        rows: Sequence[Tensor] = self._effect_rows()
         num_pairs = len(self.data.general_pairs)
         pair = self._pick(num_pairs) if num_pairs else None
         if general.any():
-            streams = zip(rows, self._general_rows(pair), strict=True)
+            streams = zip(rows, general_rows(self.data, pair), strict=True)
             rows = [torch.where(general.view(-1, *[1] * (own.ndim - 1)), other, own) for own, other in streams]
         effect, student, teacher, empty, source, target = rows
         # The three conditionings differ in their prompts only, so that they share the images.
@@ -226,25 +258,13 @@ class BatchSampler:
             has_target=~general if self.data.general_targets is None else torch.ones_like(general),
         )
 
-    def _effect_rows(self) -> _Rows:
+    def _effect_rows(self) -> Rows:
         """A random effect, sample and phrasing for each row."""
         data = self.data
         effect = self._pick(len(data.effects))
         sample = self._pick(data.targets.shape[1])
         phrasing = self._pick(data.student_text.shape[1])
-        teacher = data.teacher_text[effect, sample]
-        # Orthogonal prompting (4b): the student reads trigger and description, else the teacher's own prompt.
-        student = data.student_text[effect, phrasing, sample] if self.objective.orthogonal_prompting else teacher
-        empty = data.empty_text[effect, sample]
-        return effect, student, teacher, empty, data.sources[effect, sample], data.targets[effect, sample]
-
-    def _general_rows(self, pair: Tensor) -> _Rows:
-        """Rows of the pairs ``[B]``: the student and its teacher, the base, read the same instruction."""
-        data = self.data
-        source, instruction, empty = data.general_pairs[pair].unbind(1)
-        target = torch.zeros(1, 1, 1) if data.general_targets is None else data.general_targets[pair]
-        effect = torch.full_like(pair, GENERAL)
-        return effect, instruction, instruction, empty, data.general_sources[source], target
+        return effect_rows(data, self.objective, effect, sample, phrasing)
 
     def _pick(self, count: int) -> Tensor:
         return torch.randint(count, (self.batch_size,), generator=self.generator)
