@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -50,11 +51,13 @@ class PassCost:
         flops: floating-point operations of the forward pass, LoRA of the student's rank included.
         saved: bytes kept for the backward pass.
         saved_checkpointed: the same with gradient checkpointing.
+        inputs: vectors that each of the student's layers reads.
     """
 
     flops: float
     saved: int
     saved_checkpointed: int
+    inputs: Mapping[str, int] = field(default_factory=dict)
 
 
 def pass_cost(adapter: ModelAdapter, layers: list[str], rank: int, text_shape: tuple[int, int]) -> PassCost:
@@ -79,13 +82,14 @@ def pass_cost(adapter: ModelAdapter, layers: list[str], rank: int, text_shape: t
                 # One slot, for the student: the two products of its LoRA are part of every pass.
                 slots = bank.trained("student", lora)
                 counter = FlopCounterMode(display=False)
-                with counter:
+                inputs: dict[str, int] = {}
+                with counter, bank.observed(lambda layer, x: inputs.update({layer: x.shape[:-1].numel()})):
                     saved = _saved_bytes(adapter, bank, slots, text_shape)
                 with recomputed_blocks(bank):
                     checkpointed = _saved_bytes(adapter, bank, slots, text_shape)
             except Exception as error:  # a pass that reads values, or wants more than zeros, raises whatever it meets
                 raise Uncounted(adapter, error) from error
-    return PassCost(counter.get_total_flops(), saved, checkpointed)
+    return PassCost(counter.get_total_flops(), saved, checkpointed, inputs)
 
 
 def _saved_bytes(adapter: ModelAdapter, bank: AdapterBank, slots: Slots, text_shape: tuple[int, int]) -> int:

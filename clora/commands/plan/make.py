@@ -40,7 +40,7 @@ def make_plan(config: DistillConfig) -> dict[str, Any]:
         A dictionary that can be written as JSON: ``problems`` (one message each) and ``notes`` (likewise, no mistakes).
         Where the pipeline can be read and its passes counted, it has these keys too. ``model``: pipeline, parameters,
         dtype, layers, student parameters. ``memory``: bytes by part, ``peak``, ``device`` bytes or None. ``rows``: most
-        rows of a pass. ``disk``: bytes by part, ``free``. ``passes`` of one row: rendering, per update, all. ``time``:
+        rows of a pass. ``disk``: bytes by part, ``free``. ``passes`` of one row: rendering, start, per update, all. ``time``:
         measured rate of the device in FLOP/s, and seconds at that rate; ``train.minutes`` bounds training.
     """
     problems = find_file_problems(config)
@@ -127,8 +127,8 @@ def _estimates(
 ) -> dict[str, Any]:
     """Memory, rows, disk, passes and time; adds a problem where memory or disk do not suffice."""
     train = config.train
-    parts = needs.memory(facts, config)
     available = cost.device_memory(device)
+    parts = needs.memory(facts, config, available)
     if available is not None and needs.peak(parts) > available:
         problems.append(_too_large(parts, available, config))
     files = needs.disk(facts, config, encoded)
@@ -139,6 +139,7 @@ def _estimates(
     # Passes of one row, and the seconds of each at the rate of the device.
     passes = {
         "rendering": num_passes(config, renders),
+        "start": needs.start_passes(facts, config, needs.start_groups(facts, config, available)),
         "anchoring update": needs.anchoring_passes(config),
         "update": needs.forward_passes(config),
     }
@@ -146,8 +147,8 @@ def _estimates(
     seconds = facts.cost.flops / rate
     anchoring = round(config.anchor_share * train.updates)
     training = anchoring * passes["anchoring update"] + (train.updates - anchoring) * passes["update"]
-    # train.minutes bounds the training, never the rendering before it.
-    passes["all"] = passes["rendering"] + min(training, 60 * (train.minutes or math.inf) / seconds)
+    # train.minutes bounds the training, never the rendering and the start before it.
+    passes["all"] = passes["rendering"] + passes["start"] + min(training, 60 * (train.minutes or math.inf) / seconds)
     return {
         "memory": {**parts, "peak": needs.peak(parts), "device": available},
         "rows": {
@@ -177,6 +178,7 @@ def _too_large(parts: Mapping[str, int], available: int, config: DistillConfig) 
         f"student.rank below {config.student.rank}": True,
         "train.teacher_memory_gb": train.teacher_memory_gb is None,
         "train.optimizer_bits=8": train.optimizer_bits == 32,
+        "student.init=merge": parts["start"] == needs.peak(parts),
     }
     return (
         f"device memory: about {_size(needs.peak(parts))} are needed, the device has {_size(available)}; the largest part is "
@@ -200,7 +202,9 @@ def _tables(plan: Mapping[str, Any]) -> Iterator[Table]:
     model, passes, time = plan["model"], plan["passes"], plan["time"]
     rows = ", ".join(f"{count} {kind}" for kind, count in plan["rows"].items())
     size = {name: "unknown" if value is None else _size(value) for name, value in plan["memory"].items()}
-    before = {f"{name}, before the others": size.pop(name) for name in ("encoders", "rendering")}
+    before = {f"{name}, before the others": size.pop(name) for name in needs.BEFORE}
+    if not plan["memory"]["start"]:
+        del before["start, before the others"]
     rate = f"{time['flops_per_second'] / 1e12:.3g} TFLOP/s of a matrix product, measured on {time['device']}"
     bound = "all" if time["minutes"] is None else f"all, train.minutes = {time['minutes']:g}"
     yield _table(
@@ -221,10 +225,12 @@ def _tables(plan: Mapping[str, Any]) -> Iterator[Table]:
             name: f"{passes[count]:.4g} passes, {_duration(time[seconds])}"
             for name, count, seconds in (
                 ("rendering of targets", "rendering", "rendering"),
+                ("least-squares start", "start", "start"),
                 ("update while anchoring", "anchoring update", "anchoring_update"),
                 ("update after it", "update", "update"),
                 (bound, "all", "all"),
             )
+            if count != "start" or passes["start"]
         },
     )
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,11 +18,21 @@ from clora.config.settings import DistillConfig
 from clora.config.training import TrainConfig
 from clora.data.prepare import renders_general
 from clora.data.rendering import GENERAL_AT_ONCE, TEACHERS_AT_ONCE, samples_at_once
+from clora.training.least_squares import (
+    adapted_layers,
+    layer_groups,
+    moment_bytes,
+    rows_at_once,
+    solving_bytes,
+    start_rows,
+)
 
 MASTER = GRADIENT = 4
 """Bytes of a trained value and of its gradient, float32 both."""
 MOMENTS = {"adamw": 2, "muon": 1}
 """Values that an optimizer keeps for each trained one."""
+BEFORE = ("encoders", "rendering", "start")
+"""Parts of the memory that are not there while a run trains."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,47 @@ def forward_passes(config: DistillConfig) -> float:
     return critic + learning * (scored + anchored) + scored * config.sampler.rows_per_scored_sample
 
 
+def start_groups(facts: Facts, config: DistillConfig, available: int | None) -> list[list[str]]:
+    """Returns the layers that a least-squares start fits, in the groups for which its passes are repeated; none for others.
+
+    Args:
+        facts: of the pipeline and its teachers.
+        config: the settings.
+        available: bytes of the device; None for unknown.
+    """
+    if config.student.init != "least_squares":
+        return []
+    layers = adapted_layers(facts.student, list(facts.teachers.values()))
+    sizes = {layer: moment_bytes(facts.shapes[layer], _ranks(facts, layer)) for layer in layers}
+    # When a run groups them, only the base and the teachers are on the device.
+    free = None if available is None else max(0, available - facts.transformer - bank_bytes(facts, config))
+    return layer_groups(sizes, free)
+
+
+def _ranks(facts: Facts, layer: str) -> list[int]:
+    """The ranks of the teachers that change a layer."""
+    return [teacher[layer] for teacher in facts.teachers.values() if layer in teacher]
+
+
+def start_passes(facts: Facts, config: DistillConfig, groups: Sequence[Sequence[str]]) -> float:
+    """Forward passes of one row that a least-squares start costs: its own, and what their inputs' moments take."""
+    each, general = start_rows(config, renders_general(config))
+    # A product x x^T is two operations for each pair of a vector's values.
+    moments = sum(2 * facts.cost.inputs[layer] * facts.shapes[layer][1] ** 2 for layer in chain(*groups))
+    return (each * len(facts.teachers) + general) * (len(groups) + moments / facts.cost.flops)
+
+
+def start_bytes(facts: Facts, config: DistillConfig, groups: Sequence[Sequence[str]]) -> int:
+    """Bytes beside base and teachers while the start is fitted: a group's moments, and its passes or the fit of a layer."""
+    block = rows_at_once(config) * facts.cost.saved // facts.blocks
+    most = 0
+    for group in groups:
+        sizes = [(facts.shapes[layer], _ranks(facts, layer)) for layer in group]
+        fit = max(solving_bytes(*size) for size in sizes)
+        most = max(most, sum(moment_bytes(*size) for size in sizes) + max(fit, block))
+    return most
+
+
 def trained_values(facts: Facts, rank: int) -> int:
     """Values of the student's LoRA: ``rank x (in + out)`` for each of its layers."""
     return rank * sum(sum(facts.shapes[name]) for name in facts.student)
@@ -159,10 +211,16 @@ def state_bytes(train: TrainConfig) -> int:
     return critic + (critic if train.optimizer == "adamw" else 4 * MOMENTS[train.optimizer])
 
 
-def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
+def memory(facts: Facts, config: DistillConfig, available: int | None = None) -> dict[str, int]:
     """Device memory by part, in bytes; ``encoders`` leave the device before the others come.
 
-    ``rendering`` is everything on the device while targets are rendered; the student's average counts as student.
+    ``rendering`` is everything on the device while targets are rendered, ``start`` while a least-squares start is fitted, 0 for
+    other starts; the student's average counts as student.
+
+    Args:
+        facts: of the pipeline and its teachers.
+        config: the settings.
+        available: bytes of the device, of which a least-squares start fills a part; None for unknown.
 
     Raises:
         CloraError: ``train.teacher_memory_gb`` holds too few teachers.
@@ -178,9 +236,12 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
     saved = facts.cost.saved_checkpointed if train.gradient_checkpointing else facts.cost.saved
     recomputed = rows if train.gradient_checkpointing else 0
     learning = rows * saved + max(recomputed, scoring_rows(config)) * block
+    groups = start_groups(facts, config, available)
+    start = facts.transformer + bank + start_bytes(facts, config, groups) + merged if groups else 0
     return {
         "encoders": facts.encoders,
         "rendering": facts.transformer + bank + rendering_rows(config) * block + merged,
+        "start": start,
         "base": facts.transformer,
         "teachers": bank,
         "student and critic": num_kept(train) * values * MASTER,
@@ -192,9 +253,8 @@ def memory(facts: Facts, config: DistillConfig) -> dict[str, int]:
 
 
 def peak(parts: Mapping[str, int]) -> int:
-    """The most memory at once: encoding, rendering, or training."""
-    before = ("encoders", "rendering")
-    return max(*(parts[name] for name in before), sum(size for name, size in parts.items() if name not in before))
+    """The most memory at once: encoding, rendering, fitting the start, or training."""
+    return max(*(parts[name] for name in BEFORE), sum(size for name, size in parts.items() if name not in BEFORE))
 
 
 def disk(facts: Facts, config: DistillConfig, encoded: int) -> dict[str, int]:
