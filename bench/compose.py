@@ -37,7 +37,7 @@ from clora.studio.effects import EFFECTS
 from clora.studio.judges import features
 from clora.studio.pixels import to_images, to_tensor
 from clora.studio.teachers import load_teachers, teacher_path
-from clora.training.student import train_student
+from clora.training.student import first_student, train_student
 
 SEEDS = (0, 1, 2)
 NUM_SCENES = 6
@@ -76,8 +76,9 @@ def train(folder: Path, seed: int, updates: int) -> None:
     adapter = assets.load_studio(assets.ASSETS, "cpu")
     loras = load_teachers(adapter, assets.ASSETS, DEFAULT_EFFECTS)
     data = demo_data(adapter, loras, config, assets.ASSETS, recompute=False)
+    start = first_student(config, adapter, loras, data)
     with training_bar(f"seed {seed}", config.train) as report:
-        student = train_student(config, adapter, dict(loras), data, report)
+        student = train_student(config, adapter, dict(loras), data, report, start=start)
     files = {name: teacher_path(assets.ASSETS, name) for name in loras}
     about = make_collection(config, adapter, "clora-studio", files, dict.fromkeys(loras, "Apache-2.0"))
     write_collection(student, about, folder, torch.float16)

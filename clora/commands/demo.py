@@ -39,7 +39,7 @@ from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes
 from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
 from clora.threads import usable_cores
-from clora.training.student import train_student
+from clora.training.student import first_student, train_student
 
 # 496 updates reached an effect accuracy of 70 %, 861 of 86 %.
 ENOUGH_UPDATES = 700
@@ -169,6 +169,7 @@ def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bo
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
     """Trains the student under a progress bar and returns its LoRA."""
+    start = first_student(run.config, adapter, loras, data)
     with training_bar(f"distil {len(loras)} effects", run.config.train) as show:
 
         def report(update: int, values: Mapping[str, float]) -> None:
@@ -178,7 +179,7 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
                 run.curves.setdefault(name, []).append((update, value))
             show(update, values)
 
-        student = train_student(run.config, adapter, dict(loras), data, report)
+        student = train_student(run.config, adapter, dict(loras), data, report, start=start)
     if run.warning is not None:
         say(run.warning)
     return student

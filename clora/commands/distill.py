@@ -41,7 +41,7 @@ from clora.models.loading import load_adapter, load_teacher
 from clora.progress import say, stage, up_to
 from clora.stopping import Stopped, StopRequest, stop_requests
 from clora.training.resume import Checkpoints
-from clora.training.student import student_layers, train_student
+from clora.training.student import first_student, student_layers, train_student
 from clora.training.trainer import Report
 
 
@@ -130,8 +130,9 @@ def _distill(
         with _told_what_is_kept(checkpoints):
             data = encode_data(config, adapter, teachers, cache, device)
             _check_unchanged(inputs, config)
+            start = first_student(config, adapter, teachers, data, checkpoints)
             with training_bar(f"distil into {output.name}", config.train) as report:
-                student = train_student(config, adapter, teachers, data, report, checkpoints, stop)
+                student = train_student(config, adapter, teachers, data, report, checkpoints, stop, start)
             write_collection(student, collection, output, transformer.dtype, repo_id)
             _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
         _tidy_up(output, config, checkpoints)

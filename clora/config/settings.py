@@ -150,12 +150,12 @@ class StudentConfig(FrozenModel):
 
     Attributes:
         rank: its rank; alpha is equal.
-        init: start from nothing (zero ``lora_B``) or from a merge of the teachers.
+        init: a zero delta, the mean of the teachers (``merge``), or one fitted to what they do (``least_squares``; method.md 4d).
         targets: suffixes of the names of the layers to adapt; None for all linear layers of the blocks.
     """
 
     rank: Rank
-    init: Literal["zero", "merge"] = "zero"
+    init: Literal["zero", "merge", "least_squares"] = "zero"
     targets: tuple[NonEmpty, ...] | None = None
 
 

@@ -146,9 +146,10 @@ def test_too_few_updates_are_explained_by_the_threads(monkeypatch, tmp_path, thr
 
 
 def test_the_threads_of_a_training_are_noted(monkeypatch, tmp_path):
-    def train_student(config, adapter, teachers, data, report):
+    def train_student(config, adapter, teachers, data, report, start):
         report(demo.ENOUGH_UPDATES, {"loss": 0.0})
 
+    monkeypatch.setattr(demo, "first_student", lambda *_: None)
     monkeypatch.setattr(demo, "train_student", train_student)
     for device, expected in (("cpu", torch.get_num_threads()), ("cuda:0", None)):
         config = demo_config(["sepia"], 0).model_copy(update={"device": device})

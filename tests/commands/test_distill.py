@@ -123,7 +123,7 @@ def test_given_targets_are_not_rendered_and_general_ones_are(make_config, monkey
         seen.setdefault("names", []).append(list(teachers))
         return render(adapter, teachers, *rest)
 
-    def train(config, used, teachers, data, report, checkpoints, stop):
+    def train(config, used, teachers, data, report, checkpoints, *rest):
         seen.update(data=data, checkpoints=checkpoints)
         raise KeyboardInterrupt
 

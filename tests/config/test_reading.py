@@ -140,7 +140,7 @@ def test_frozen(load):
         ("sampler.steps=0", r"sampler\.steps"),
         ("objective.switch_probability=1.5", r"objective\.switch_probability: expected less than or equal to 1"),
         ("train.minutes=.inf", r"train\.minutes: expected a finite number"),
-        ("student.init=random", r"student\.init: expected 'zero' or 'merge', found 'random'"),
+        ("student.init=random", r"student\.init: expected 'zero', 'merge' or 'least_squares', found 'random'"),
         ("device=gpu", "device: expected auto, cpu"),
         ("effects=[]", r"effects: expected at least 1 item"),
         ("effects.1.name=snow fall", "two effects have the name 'snow fall'"),
