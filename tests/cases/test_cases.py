@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,24 @@ SECONDS = 120
 def run(program: str, folder: str, said: str) -> None:
     """Runs a program as its user does, in this process."""
     forked.write_to(said)
-    os.environ.pop("TRITON_INTERPRET", None)  # for the tests of the kernels
     os.chdir(folder)
     runpy.run_path(program, run_name="__main__")
+
+
+def refuse_interpreter() -> None:
+    """Ends with 1 where Triton's kernels are interpreted."""
+    from csrc_triton.registration import INTERPRETED
+
+    sys.exit(INTERPRETED or "TRITON_INTERPRET" in os.environ)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="processes are forked as on POSIX")
+def test_programs_run_without_the_interpreter_of_kernels():
+    pytest.importorskip("triton")
+    process = forked.start(refuse_interpreter)
+    process.join(SECONDS)
+    assert process.exitcode == 0
 
 
 @pytest.mark.slow

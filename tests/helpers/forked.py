@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import pytest
+
 PRELOADED = (
     "clora.commands.distill",
     "diffusers.models.autoencoders.autoencoder_kl_flux2",
@@ -18,11 +20,14 @@ PRELOADED = (
 
 
 def start(target: Callable[..., None], *arguments: object) -> multiprocessing.Process:
-    """Calls a function of a module in a process of its own."""
+    """Calls a function of a module in a process of its own, which has a user's environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     process = context.Process(target=target, args=arguments)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # For the tests of the kernels. The server, which the first process starts, reads it as it loads Triton.
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        process.start()
     return process
 
 
