@@ -46,7 +46,7 @@ def choose_threads(current: int, before: int | None = None) -> tuple[int, str]:
     if is_users(current, cores):
         return current, "" if before is None else _resumed(current, before)
     quota = cpu_quota()
-    possible = current if quota is None else max(1, min(current, math.ceil(quota)))
+    possible = _within(quota, current)
     if before is not None:
         number = min(before, possible)
         return number, _resumed(number, before)
@@ -60,6 +60,15 @@ def choose_threads(current: int, before: int | None = None) -> tuple[int, str]:
         number,
         f"training runs on {_threads(number)} ({len(cores)} cores{limits}; OMP_NUM_THREADS sets another number)",
     )
+
+
+def idle_threads(current: int) -> int:
+    """Returns the threads that `choose_threads` would choose for a new training on a machine without other work."""
+    return current if is_users(current, usable_cores()) else _within(cpu_quota(), current)
+
+
+def _within(quota: float | None, threads: int) -> int:
+    return threads if quota is None else max(1, min(threads, math.ceil(quota)))
 
 
 def _resumed(number: int, before: int) -> str:

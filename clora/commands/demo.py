@@ -38,7 +38,7 @@ from clora.studio.evaluation import general_accuracy, general_cases, held_out_so
 from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes
 from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
-from clora.threads import usable_cores
+from clora.threads import idle_threads
 from clora.training.student import first_student, train_student
 
 # 496 updates reached an effect accuracy of 70 %, 861 of 86 %.
@@ -72,9 +72,9 @@ class Run:
         """Explains poor effects, where the time held too few updates."""
         if self.full or self.updates >= ENOUGH_UPDATES:
             return None
-        cores = len(usable_cores())
-        few = self.threads is not None and self.threads < cores
-        used = f" on {self.threads} thread{'s' * (self.threads != 1)} of {cores} cores" if few else ""
+        idle = idle_threads(torch.get_num_threads())
+        few = self.threads is not None and self.threads < idle
+        used = f" on {self.threads} of {idle} threads" if few else ""
         return (
             f"only {self.updates} updates fitted into the time{used}, where two idle cores make about 860: expect poor "
             "effects. Run it again with less running beside it, or with --full"

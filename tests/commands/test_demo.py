@@ -137,21 +137,24 @@ def test_the_exported_lora_and_its_scheduler_are_what_is_judged(short, monkeypat
 
 @pytest.mark.parametrize(
     ("threads", "expected"),
-    [(1, "the time on 1 thread of 2 cores, where"), (2, "the time, where"), (None, "the time, where")],
+    [(1, "the time on 1 of 2 threads, where"), (2, "the time, where"), (None, "the time, where")],
 )
 def test_too_few_updates_are_explained_by_the_threads(monkeypatch, tmp_path, threads, expected):
-    monkeypatch.setattr(demo, "usable_cores", lambda: {0, 1})
+    monkeypatch.setattr(demo, "idle_threads", lambda current: 2)
     run = demo.Run(tmp_path, demo_config(["sepia"], 0), full=False, threads=threads, curves={"loss": [(5, 0.1)]})
     assert expected in run.warning
 
 
 def test_the_threads_of_a_training_are_noted(monkeypatch, tmp_path):
     def train_student(config, adapter, teachers, data, report, start):
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)  # a number of its own
         report(demo.ENOUGH_UPDATES, {"loss": 0.0})
+        torch.set_num_threads(before)
 
     monkeypatch.setattr(demo, "first_student", lambda *_: None)
     monkeypatch.setattr(demo, "train_student", train_student)
-    for device, expected in (("cpu", torch.get_num_threads()), ("cuda:0", None)):
+    for device, expected in (("cpu", torch.get_num_threads() + 1), ("cuda:0", None)):
         config = demo_config(["sepia"], 0).model_copy(update={"device": device})
         run = demo.Run(tmp_path, config, full=False)
         demo.train(run, None, {"sepia": None}, None)
