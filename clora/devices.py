@@ -6,6 +6,7 @@ of tensors to send, from noise levels and routes to encoded prompts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -90,8 +91,14 @@ def auto_dtype(device: torch.device) -> str:
 
 
 def has_amx() -> bool:
-    """Reports whether the CPU multiplies matrices in bfloat16 by AMX; False before PyTorch 2.11, which does not say."""
-    # Other CPUs take as long in bfloat16 as in float32, or longer.
+    """Reports whether the CPU multiplies matrices in bfloat16 by AMX; False before PyTorch 2.11, which does not say.
+
+    Other CPUs take longer in bfloat16 than in float32, most of them several times as long. So do those whose user keeps
+    oneDNN, which multiplies, from AMX (https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html).
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if "AMX" not in limit.upper() and limit.upper() not in ("ALL", "DEFAULT"):
+        return False
     return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clora.bank.slots import fill
-from clora.devices import copies_later, find_device, find_dtype, send, take
+from clora.devices import copies_later, find_device, find_dtype, has_amx, send, take
 from clora.errors import CloraError
 
 gpu = pytest.mark.gpu
@@ -60,6 +60,8 @@ def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("amx", "on_cpu"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bfloat16_only_where_matrix_units_compute_in_it(monkeypatch, amx, on_cpu):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
     found = [find_dtype("auto", torch.device(device)) for device in ("cuda", "cpu", "mps")]
     assert found == [torch.bfloat16, on_cpu, torch.float32]
@@ -70,6 +72,30 @@ def test_other_processors_and_earlier_pytorch_have_no_amx(monkeypatch):
     assert find_dtype("auto", torch.device("cpu")) == torch.float32
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert find_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("limits", "amx"),
+    [
+        ({}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "ALL"}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "default"}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX10_1_512_AMX_FP16"}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
+        ({"ONEDNN_MAX_CPU_ISA": "avx2"}, False),
+        ({"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, False),
+        ({"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "AVX2"}, False),
+        ({"ONEDNN_MAX_CPU_ISA": "ALL", "DNNL_MAX_CPU_ISA": "AVX2"}, True),
+    ],
+)
+def test_a_user_may_keep_onednn_from_amx(monkeypatch, limits, amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    assert has_amx() == amx
 
 
 def test_a_named_dtype_is_taken_anywhere():
