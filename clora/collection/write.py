@@ -22,8 +22,7 @@ from clora.collection.metadata import (
     read_collection,
     to_metadata,
 )
-from clora.config.settings import DistillConfig
-from clora.devices import dtype_name
+from clora.config.settings import DistillConfig, EffectConfig
 from clora.errors import CloraError
 from clora.files import check_writable, remove_file, replacing, write_atomic
 from clora.hashing import tensor_digest
@@ -31,6 +30,7 @@ from clora.lora.save import check_storable, save_lora
 from clora.lora.source import open_lora, weights_digest
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
+from clora.models.loading import run_dtype
 from clora.version import __version__
 
 CARD_FILE = "README.md"
@@ -65,7 +65,7 @@ def make_collection(
     effects = tuple(
         CollectedEffect(
             name=effect.name,
-            prompts=effect.student_prompts if own_prompts else (effect.prompt,),
+            prompts=_asked(config, effect),
             teacher=loras[effect.name].name,
             teacher_sha256=weights_digest(loras[effect.name]),
             trigger=effect.trigger if own_prompts else None,
@@ -87,7 +87,21 @@ def make_collection(
             call=dict(adapter.student_call),
         ),
         scheduler=scheduler_config(config.sampler.shift),
-        provenance=config.recorded(include=SHARED_SETTINGS) | {"dtype": dtype_name(adapter.latent_dtype)},
+        provenance=config.recorded(include=SHARED_SETTINGS) | {"dtype": run_dtype(config)},
+    )
+
+
+def _asked(config: DistillConfig, effect: EffectConfig) -> tuple[str, ...]:
+    """The prompts by which the student is asked for an effect."""
+    return effect.student_prompts if config.objective.orthogonal_prompting else (effect.prompt,)
+
+
+def has_settings(collection: Collection, config: DistillConfig) -> bool:
+    """Returns whether a collection states a config's settings and prompts; base, LoRAs, pictures and dtype may differ."""
+    return (
+        {name: collection.provenance.get(name) for name in SHARED_SETTINGS} == config.recorded(include=SHARED_SETTINGS)
+        and collection.sampling.size == config.data.size
+        and {e.name: e.prompts for e in collection.effects} == {e.name: _asked(config, e) for e in config.effects}
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from clora.config.settings import DistillConfig, EffectConfig
-from clora.devices import find_device, find_dtype, move
+from clora.devices import dtype_name, find_device, find_dtype, move
 from clora.errors import CloraError
 from clora.lora.load import NOTHING, load_lora
 from clora.lora.state import LoRAState
@@ -80,10 +80,17 @@ def load_teacher(effect: EffectConfig, transformer: torch.nn.Module) -> LoRAStat
     return state
 
 
+def run_dtype(config: DistillConfig) -> str:
+    """Returns the name of the dtype that a config's pipeline is loaded in, which checkpoints and collection record.
+
+    It is not that of the latents, which some families keep in another one, nor of every weight.
+    """
+    return dtype_name(find_dtype(config.dtype, find_device(config.device)))
+
+
 def load_adapter(config: DistillConfig) -> tuple[DistillConfig, ModelAdapter]:
-    """Loads a config's pipeline onto the CPU, in the dtype of its device; see `adapt` for the result."""
-    dtype = find_dtype(config.dtype, find_device(config.device))
-    return adapt(config, load_pipeline(config.pipeline, "cpu", dtype))
+    """Loads a config's pipeline onto the CPU, in the dtype of `run_dtype`; see `adapt` for the result."""
+    return adapt(config, load_pipeline(config.pipeline, "cpu", getattr(torch, run_dtype(config))))
 
 
 def adapt(config: DistillConfig, pipeline) -> tuple[DistillConfig, ModelAdapter]:

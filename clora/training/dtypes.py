@@ -10,6 +10,7 @@ import torch
 
 from clora.config.settings import DistillConfig
 from clora.devices import DTYPES, earlier_auto, find_device
+from clora.models.loading import run_dtype
 from clora.training.checkpoint import DamagedCheckpoint, UnusableCheckpoint
 
 
@@ -32,10 +33,10 @@ def recorded_dtype(path: Path, values: Mapping[str, Any], device: torch.device) 
 
 
 def check_dtype(path: Path, values: Mapping[str, Any], config: DistillConfig) -> None:
-    """Raises CloraError if a run was begun in another dtype than the config states; ``auto`` is that of the run."""
-    written = recorded_dtype(path, values, find_device(config.device))
-    if config.dtype not in ("auto", written):
+    """Raises CloraError if a run was begun in another dtype than that of the config (`run_dtype`)."""
+    written, found = recorded_dtype(path, values, find_device(config.device)), run_dtype(config)
+    if found != written:
         raise UnusableCheckpoint(
-            f"checkpoint {path} is of a run in another dtype: expected dtype {written}, found {config.dtype}",
+            f"checkpoint {path} is of a run in another dtype: expected dtype {written}, found {found}",
             f"set dtype to {written} or auto to continue it, or remove it to start from the beginning",
         )

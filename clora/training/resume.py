@@ -228,7 +228,6 @@ def check_resumable(
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):
             raise DamagedCheckpoint(path, f"its value {name!r} is {values.get(name)!r}")
-    check_dtype(path, values, config)
     current = resumable_settings(config)
     for section, found in current.items():
         if isinstance(found, Mapping) and not isinstance(values["config"].get(section), Mapping):
@@ -244,6 +243,8 @@ def check_resumable(
     check_same({**written, "effects": [*written["effects"], *added]} if added else written, current, path)
     if added:
         notes.append(_added_note(path, values, [effect["name"] for effect in added], config))
+    # Before the inputs: the base's fingerprints depend on it.
+    check_dtype(path, values, config)
     if "inputs" in values:
         before = written["effects"] if isinstance(written.get("effects"), Sequence) else ()
         _check_inputs(values["inputs"], _without_those_of(added, before, inputs, config), path)

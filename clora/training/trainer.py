@@ -20,11 +20,11 @@ from clora.bank.graphs import graphed_blocks
 from clora.bank.recompute import recomputed_blocks
 from clora.config.settings import DistillConfig
 from clora.data.batches import BatchSampler, DistillData
-from clora.devices import dtype_name
 from clora.errors import CloraError, about
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.conditioning import Conditioning
+from clora.models.loading import run_dtype
 from clora.progress import say
 from clora.stopping import StopRequest
 from clora.threads import choose_threads
@@ -243,7 +243,7 @@ class DistillTrainer:
             "levels": self.levels.state(),
             "gradient_rows": self.steps.gradient_rows,
             "threads": self.threads,
-            "dtype": dtype_name(self.steps.dtype),
+            "dtype": run_dtype(self.config),
             "config": resumable_settings(self.config),
             "inputs": dict(inputs or {}),
         }

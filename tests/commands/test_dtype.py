@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
-from helpers.trainers import stop_at
+import torch
+from helpers import tiny_z_image
+from helpers.trainers import make_trainer, stop_at
 from helpers.written import files_of, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from clora import devices
 from clora.collection.metadata import LORA_FILE, read_collection
 from clora.commands.distill import CHECKPOINT, FINISHED, distill
+from clora.commands.folder import with_run_dtype
 from clora.commands.inputs import inputs_digest, read_inputs
 from clora.commands.plan.make import make_plan
 from clora.errors import CloraError
+from clora.lora.save import save_lora
 from clora.models.loading import load_adapter
+from clora.testing import random_lora
 from clora.training.checkpoint import load_values
 from clora.training.trainer import DistillTrainer
 
@@ -28,8 +33,12 @@ MACHINES = {"float32": "bfloat16", "bfloat16": "float32"}
 def machine(monkeypatch):
     """Sets whether the CPU has AMX, by what ``auto`` is for a new run."""
 
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
     def change(dtype):
-        monkeypatch.setattr(devices, "has_amx", lambda: dtype == "bfloat16")
+        capabilities = {"amx_bf16": dtype == "bfloat16"}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
 
     return change
 
@@ -48,6 +57,24 @@ def stopped(make_config, machine, monkeypatch):
         return config
 
     return begin
+
+
+@pytest.fixture
+def z_image(make_config, tmp_path):
+    """Makes configs of a family whose latents are in float32, whatever the dtype of its base."""
+    pipeline = tiny_z_image.tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "z")
+    lora = str(tmp_path / "z.safetensors")
+    save_lora(random_lora(pipeline.transformer, 2, 1), tmp_path / "z.safetensors")
+
+    def make(**sections):
+        config = make_config(
+            data={"size": (64, 80), "max_sequence_length": 56}, pipeline=str(tmp_path / "z"), **sections
+        )
+        effects = tuple(effect.model_copy(update={"lora": lora}) for effect in config.effects)
+        return config.model_copy(update={"effects": effects})
+
+    return make
 
 
 def newest(output):
@@ -142,27 +169,134 @@ def test_a_checkpoint_that_lacks_the_dtype_goes_on(stopped, machine, tmp_path, c
     assert read_collection(tmp_path / "out").provenance["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-@pytest.mark.parametrize("now", ["auto", "float32"])
-def test_a_collection_that_lacks_the_dtype_counts(make_config, machine, capsys, dtype, now):
-    """Earlier versions hashed the setting instead."""
-    machine("float32")
-    config = make_config(dtype=dtype)
-    output = distill(config)
+def make_collection_earlier(output, config):
+    """Earlier versions recorded no dtype; they hashed the setting."""
     filled, adapter = load_adapter(config)
     with safe_open(output / LORA_FILE, "pt") as file:
         header = file.metadata()
     provenance = json.loads(header["clora.provenance"])
-    assert provenance.pop("dtype") == "float32"
-    provenance["inputs_sha256"] = inputs_digest(filled, read_inputs(filled, adapter.pipeline), dtype)
+    del provenance["dtype"]
+    provenance["inputs_sha256"] = inputs_digest(filled, read_inputs(filled, adapter.pipeline), config.dtype)
     header["clora.provenance"] = json.dumps(provenance)
     save_file(load_file(output / LORA_FILE), output / LORA_FILE, header)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("now", ["auto", "float32"])
+def test_a_collection_that_lacks_the_dtype_counts(make_config, machine, capsys, dtype, now):
+    machine("float32")
+    config = make_config(dtype=dtype)
+    output = distill(config)
+    make_collection_earlier(output, config)
     (output / FINISHED).unlink()
     before = files_of(output)
     machine("bfloat16")
     distill(config.model_copy(update={"dtype": now}))
     assert "nothing is trained" in capsys.readouterr().err
     assert files_of(output) == before
+
+
+def test_a_finished_run_of_before_counts_in_the_dtype_that_it_was_set_to(make_config, machine, capsys):
+    machine("float32")
+    config = make_config(dtype="bfloat16")
+    output = distill(config)
+    make_collection_earlier(output, config)
+
+    def as_before(flat, values):
+        del values["dtype"]
+        return {**values, "config": {**values["config"], "dtype": "bfloat16"}}
+
+    rewrite(output / FINISHED, as_before)
+    before = files_of(output)
+    distill(config.model_copy(update={"dtype": "auto"}))
+    assert "nothing is trained" in capsys.readouterr().err
+    assert files_of(output) == before
+
+
+@pytest.mark.parametrize(("dtype", "there"), [("bfloat16", "float32"), ("auto", "bfloat16")])
+def test_the_dtype_is_the_base_s_and_not_that_of_the_latents(
+    z_image, machine, monkeypatch, tmp_path, capsys, dtype, there
+):
+    machine(there)
+    config = z_image(train={"updates": 3, "checkpoint_every": 1}, dtype=dtype)
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    assert load_values(newest(tmp_path / "out"))["dtype"] == "bfloat16"
+    machine("float32")
+    capsys.readouterr()
+    distill(config)
+    said = capsys.readouterr().err
+    assert "resuming at update 2" in said
+    assert said.count("several times slower") == 1
+    assert read_collection(tmp_path / "out").provenance["dtype"] == "bfloat16"
+    distill(config)
+    assert "nothing is trained" in capsys.readouterr().err
+
+
+def test_latents_may_have_a_dtype_that_no_base_has(adapter, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(adapter), "latent_dtype", torch.float16)
+    with make_trainer(adapter) as trainer:
+        trainer.save(tmp_path / "checkpoint.safetensors")
+        trainer.load(tmp_path / "checkpoint.safetensors")
+    assert load_values(tmp_path / "checkpoint.safetensors")["dtype"] == "float32"
+
+
+def test_auto_is_the_dtype_only_of_a_run_that_would_go_on_or_is_finished(make_config, machine, tmp_path):
+    machine("bfloat16")
+    settings = {"dtype": "auto", "sampler": {"guidance": None}}  # the family's, which nobody knows yet
+    output = distill(make_config(**settings))
+    machine("float32")
+
+    def taken(first=(), **changed):
+        return with_run_dtype(make_config(first, **settings | changed), torch.device("cpu"))[0].dtype
+
+    for changed in ({}, {"train": {"updates": 3}}, {"train": {"learning_rate": 1e-3}}):
+        assert taken(**changed) == "bfloat16", changed
+    others = (
+        {"seed": 5},
+        {"sampler": {"guidance": 2.0}},
+        {"sampler": {"guidance": None, "teacher_guidance": 2.0}},
+        {"train": {"updates": 1}},
+        {"data": {"size": (32, 64)}},
+        {"first": {"prompt": "make it another"}},
+    )
+    for changed in others:
+        assert taken(**changed) == "float32", changed
+    # Checkpoints of another run, and damaged ones, hide neither the finished run nor its collection alone.
+    (output / CHECKPOINT).mkdir()
+    for change in ({"dtype": "complex64"}, {"dtype": "float32", "config": {}}, {"config": None}, {"inputs": []}):
+        shutil.copy(output / FINISHED, newest(output))
+        rewrite(newest(output), lambda flat, values, change=change: {**values, **change})
+        assert taken() == "bfloat16", change
+    (output / FINISHED).unlink()
+    assert taken() == "bfloat16"
+    for changed in (*others, {"train": {"updates": 3}}):
+        assert taken(**changed) == "float32", changed
+
+
+def test_another_run_s_checkpoint_is_refused_by_what_differs(stopped, machine):
+    config = stopped("auto", "bfloat16")
+    machine("float32")
+    with pytest.raises(CloraError, match="seed was 0, is 5"):
+        distill(config.model_copy(update={"seed": 5}))
+
+
+def test_bfloat16_on_a_cpu_without_amx_is_named_slow(make_config, machine, capsys):
+    cpu, config = torch.device("cpu"), make_config(dtype="bfloat16")
+    machine("bfloat16")
+    assert with_run_dtype(config, cpu)[1] == ""
+    distill(config.model_copy(update={"dtype": "auto"}))
+    machine("float32")
+    capsys.readouterr()
+    slow = "mostly several times slower than float32 on a CPU without AMX, and PyTorch finds none here; set float32"
+    assert with_run_dtype(config, cpu)[1] == f"dtype: bfloat16 is {slow}"
+    assert [note for note in make_plan(config)["notes"] if slow in note]
+    inherited = with_run_dtype(config.model_copy(update={"dtype": "auto"}), cpu)[1]
+    assert inherited.startswith("dtype: auto is bfloat16 here, as of the run that")
+    assert inherited.endswith(f"{slow} and another output to begin anew")
+    assert with_run_dtype(make_config(dtype="float32"), cpu)[1] == ""
 
 
 def test_what_cannot_be_read_has_no_dtype(make_config, machine, tmp_path):
