@@ -25,6 +25,7 @@ from bench.timing import UNFINISHED, countdown
 from clora.data.generation import Generator
 from clora.lora.state import LoRAState
 from clora.models.conditioning import Conditioning
+from clora.progress import say
 from clora.studio import assets, evaluation
 from clora.studio.effects import EFFECTS
 from clora.studio.pixels import to_tensor
@@ -249,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = arguments.device
     left = countdown(arguments.budget_s)
     place = machine.slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    folder = new_folder(parser.out(arguments, "requests") / place)
+    others = ["requests"] if set(arguments.adapters) <= set(ADAPTERS) else ["requests", "adapters"]
+    folder = new_folder(parser.out(arguments, *others) / place)
     tables = []
     for count in arguments.adapters:
         path = folder / f"serving-{count}.json"
@@ -302,6 +304,9 @@ def measure(
         if served is None:
             return
         record["served"].append({"round": turn, "arrival": arrival, "way": way, **served.figures()})
+        say(
+            f"{record['name']}: {len(record['served'])} of {rounds * len(ARRIVALS) * len(WAYS)} streams, {way}, {arrival}"
+        )
         save(record)
 
 

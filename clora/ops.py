@@ -113,9 +113,11 @@ def _source(backend: str | None) -> str:
 def _fall_back(op: str, obstacle: Obstacle, device_type: str, backend: str | None) -> None:
     """Raises if the user chose Triton; otherwise logs why eager PyTorch runs."""
     if _choice(backend) == "triton":
-        remedy = f"{obstacle.remedy}, or use" if obstacle.remedy else "use"
-        found = f"{_source(backend)}, but {op} cannot run on Triton: {obstacle.reason}"
-        raise CloraError(f"{found}; {remedy} backend 'auto'")
+        source = _source(backend)
+        remedy = f"unset {VARIABLE}" if source.startswith(VARIABLE) else "use backend 'auto'"
+        if obstacle.remedy:
+            remedy = f"{obstacle.remedy}, or {remedy}"
+        raise CloraError(f"{source}, but {op} cannot run on Triton: {obstacle.reason}; {remedy}")
     _report(obstacle.reason, device_type)
 
 

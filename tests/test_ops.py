@@ -107,7 +107,7 @@ def test_an_explicit_triton_runs_on_an_amd_gpu_which_has_no_cuda_capability(mach
         (CPU, {}, "the tensors are on cpu, and the kernels need a GPU; move them to one, or"),
         (CPU, {"import_error": "No module"}, r"Triton cannot be imported \(No module\); install it with `pip install"),
         (GPU, {"import_error": "No module"}, r"Triton cannot be imported \(No module\); install it with `pip install"),
-        (GPU, {"capability": (7, 0)}, "cuda:0 has compute capability 7.0, and Triton needs 8.0; use backend 'auto'"),
+        (GPU, {"capability": (7, 0)}, "cuda:0 has compute capability 7.0, and Triton needs 8.0; "),
     ],
 )
 def test_an_explicit_triton_that_cannot_run_raises(machine, monkeypatch, by, device, pretended, message):
@@ -116,7 +116,7 @@ def test_an_explicit_triton_that_cannot_run_raises(machine, monkeypatch, by, dev
     asked, argument = ("CLORA_BACKEND=triton", None) if by == "variable" else ("backend='triton'", "triton")
     with pytest.raises(CloraError, match=f"^{asked}, but some_op cannot run on Triton: {message}") as error:
         use_triton("some_op", device, argument)
-    assert str(error.value).endswith("use backend 'auto'")
+    assert str(error.value).endswith("unset CLORA_BACKEND" if by == "variable" else "use backend 'auto'")
 
 
 def test_the_interpreter_runs_when_triton_is_asked_for_and_never_by_itself(machine, caplog):

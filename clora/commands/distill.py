@@ -92,9 +92,10 @@ def _distill(
     config: DistillConfig, output: Path, cache: Cache, destination: Destination | None, stop: StopRequest
 ) -> Path:
     device = find_device(config.device)
+    is_auto = config.dtype == "auto"
     config, line = with_run_dtype(config, device)
-    if line:
-        say(line)
+    if line or (is_auto and config.dtype != "float32"):
+        say(line or f"dtype: auto is {config.dtype} here")
     with stage("load pipeline and LoRAs", None):
         config, adapter = load_adapter(config)
         transformer = adapter.pipeline.transformer

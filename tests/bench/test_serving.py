@@ -98,10 +98,18 @@ def test_the_whole_command_resumes(tmp_path, monkeypatch, capsys):
     assert main(options) == 0
     record = json.loads((tmp_path / "cpu" / "serving-1.json").read_text())
     assert len(record["served"]) == 8  # four ways, two kinds of arrivals
-    assert "| set_adapters |" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "| set_adapters |" in shown.out
+    assert "serving-1: 8 of 8 streams, fuse_lora per request, poisson" in shown.err
     del record["served"][-1]
     (tmp_path / "cpu" / "serving-1.json").write_text(json.dumps(record))
     assert main(options) == 0
     again = json.loads((tmp_path / "cpu" / "serving-1.json").read_text())
     assert again["served"][:-1] == record["served"]
     assert len(again["served"]) == 8
+
+
+def test_other_numbers_of_loras_do_not_go_where_results_are_committed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--adapters", "8", "51"])
+    assert "found --adapters with another value; add --out FOLDER" in capsys.readouterr().err

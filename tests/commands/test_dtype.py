@@ -288,6 +288,7 @@ def test_bfloat16_on_a_cpu_without_amx_is_named_slow(make_config, machine, capsy
     machine("bfloat16")
     assert with_run_dtype(config, cpu)[1] == ""
     distill(config.model_copy(update={"dtype": "auto"}))
+    assert "dtype: auto is bfloat16 here\n" in capsys.readouterr().err
     machine("float32")
     capsys.readouterr()
     slow = "mostly several times slower than float32 on a CPU without AMX, and PyTorch finds none here; set float32"
