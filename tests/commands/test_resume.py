@@ -55,6 +55,23 @@ def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_confi
     assert "finished collection of other settings or inputs, which this run replaces" in capsys.readouterr().err
 
 
+def test_a_least_squares_start_is_fitted_once_before_the_training(make_config, monkeypatch, capsys, tmp_path):
+    """Its progress is shown before that of the training; a run that goes on has its student in the checkpoint."""
+    config = make_config(student={"init": "least_squares"}, train={"checkpoint_every": 1}, data={"general_targets": 3})
+    with monkeypatch.context() as patch:
+        stop_at(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    before, fitted, after = capsys.readouterr().err.partition("least-squares start: done")
+    assert fitted
+    assert "distil into" not in before
+    assert "distil into" in after
+    resumed = load_file(distill(config) / LORA_FILE)
+    assert "least-squares" not in capsys.readouterr().err
+    whole = load_file(distill(config.model_copy(update={"output": str(tmp_path / "whole")})) / LORA_FILE)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
 def test_a_finished_collection_is_not_trained_again(finished, tmp_path, capsys):
     config, trained = finished
     before = files_of(tmp_path / "out")
