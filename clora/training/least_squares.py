@@ -215,6 +215,8 @@ def _batches(config: DistillConfig, data: DistillData, each: int, general: int) 
     generator = torch.Generator().manual_seed(config.seed + _SEED)
     for effect in (*range(len(data.effects)), GENERAL):
         count = general if effect == GENERAL else each
+        if count == 0:
+            continue
         samples = len(data.general_pairs) if effect == GENERAL else data.targets.shape[1]
         # Every target in turn.
         sample = torch.randperm(samples, generator=generator).repeat(-(-count // samples))[:count]

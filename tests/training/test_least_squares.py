@@ -39,7 +39,9 @@ def job(adapter, teachers, rank=FULL, general=True, **sections):
     """The arguments of a start."""
     config = tiny_config(list(teachers), student={"rank": rank, "init": "least_squares"}, **sections)
     data = random_data(adapter, list(teachers))
-    if general:
+    if not general:
+        data = replace(data, general_pairs=data.general_pairs[:0])
+    else:
         targets = torch.randn(
             len(data.general_pairs), *adapter.latent_shape, generator=torch.Generator().manual_seed(1)
         )
