@@ -32,8 +32,6 @@ from clora.training.rows import slices
 
 ROWS = 32
 """Rows of each effect."""
-GENERAL_WEIGHT = 1.0
-"""Weight of a general row, which nothing is to change, against one of an effect."""
 ROWS_AT_ONCE = 16
 """Rows of a pass, where ``train.forward_rows`` does not state them."""
 _SEED = 1 << 31
@@ -125,10 +123,9 @@ class Moments:
 
     def add(self, effect: int, x: Tensor) -> None:
         """Adds inputs ``[B, ..., in]`` of an effect, or of the general stream."""
-        weight = GENERAL_WEIGHT if effect == GENERAL else 1.0
         for rows in x.flatten(0, -2).split(_TOKENS_AT_ONCE):
             rows = rows.to(self.inputs.device, torch.float32)
-            self.inputs.addmm_(rows.T, rows, alpha=weight)
+            self.inputs.addmm_(rows.T, rows)
             if effect in self.loras:
                 self._changed[effect].addmm_(self._lora_A[effect] @ rows.T, rows)
 
