@@ -37,14 +37,18 @@ setup(
     description="Many effect LoRAs and few-step sampling in one LoRA, for stock diffusers pipelines",
     long_description=README.read_text("utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
+    # The code. The studio's photographs have licences of their own, which the second file lists.
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "clora/studio/assets/photographs/ATTRIBUTION.md"],
     python_requires=">=3.10",
     # Two packages on purpose: the kernels live beside clora, and only clora/ops.py imports their ops.
     # Stated so that an editable install is a path file, which type checkers follow; otherwise it is an import hook.
     package_dir={"": "."},
     packages=find_packages(include=["clora", "clora.*", "csrc_triton", "csrc_triton.*"]),
-    package_data={"clora": ["py.typed", "templates/*", "studio/assets/**"], "csrc_triton": ["multi_lora/designs.json"]},
+    package_data={
+        "clora": ["py.typed", "templates/*", "studio/assets/**", "studio/making/outlines.json"],
+        "csrc_triton": ["multi_lora/designs.json"],
+    },
     install_requires=REQUIRES,
     extras_require={
         "test": TEST,
