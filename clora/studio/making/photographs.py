@@ -98,7 +98,7 @@ def make_picture(content: bytes, row: Row, outline: Outline | None) -> bytes:
         CloraError: it cannot be read, or is a cut-out without outline and without transparent parts.
     """
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         image.load()
     except (OSError, SyntaxError) as error:
         raise CloraError(f"{row.path} in {row.package} cannot be read ({error}); download the package again") from error
