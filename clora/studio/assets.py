@@ -35,9 +35,9 @@ def load_studio(folder: Path, device: str | torch.device = "auto") -> Flux2Klein
     return studio_adapter(load_pipeline(str(pipeline_folder(folder)), str(device)))
 
 
-def studio_adapter(pipeline) -> Flux2KleinAdapter:
-    """Wraps a pipeline with the studio's sizes."""
-    return Flux2KleinAdapter(pipeline, (SIZE, SIZE), MAX_SEQUENCE_LENGTH)
+def studio_adapter(pipeline, size: int = SIZE) -> Flux2KleinAdapter:
+    """Wraps a pipeline for pictures of ``size x size`` pixels."""
+    return Flux2KleinAdapter(pipeline, (size, size), MAX_SEQUENCE_LENGTH)
 
 
 def provenance(folder: Path) -> dict:

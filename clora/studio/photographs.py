@@ -1,4 +1,4 @@
-"""The studio's photographs: the table of a folder, its pictures by split, and random crops of them.
+"""The studio's photographs: the table of a folder and its pictures by split.
 
 A folder has a ``photographs.csv`` with one row for each picture, and the pictures. No photograph is in two splits, and a
 cut-out is in the split of the photograph that it was cut from.
@@ -24,7 +24,6 @@ TABLE = "photographs.csv"
 KINDS = ("background", "cutout")
 SPLITS = ("train", "validation", "held_out")
 LICENCE = re.compile(r"PD|CC0-1\.0|CC-BY(-SA)?(-\d\.\d(-[A-Z]{2})?)?")
-MIN_CROP = 0.4  # of the short side
 
 
 class Row(NamedTuple):
@@ -211,30 +210,3 @@ def _read_picture(path: Path, mode: str) -> np.ndarray:
         ) from error
     pixels.flags.writeable = False
     return pixels
-
-
-def crop(photograph: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draws a random square of a photograph.
-
-    Its side is log-uniform between 0.4 of the short side and all of it, but not shorter than ``size`` where the
-    photograph is large enough, since an enlarged crop would be blurred. Half of the crops are mirrored.
-
-    Args:
-        photograph: uint8 ``[H, W, 3]``.
-        rng: the source of chance; equal states draw equal crops.
-        size: side of the result in pixels.
-
-    Returns:
-        float32 ``[size, size, 3]`` in [0, 1], resized with antialiasing.
-    """
-    height, width = photograph.shape[:2]
-    short = min(height, width)
-    least = min(short, max(MIN_CROP * short, size))
-    side = round(float(np.exp(rng.uniform(np.log(least), np.log(short)))))
-    left = int(rng.integers(width - side + 1))
-    top = int(rng.integers(height - side + 1))
-    square = photograph[top : top + side, left : left + side]
-    resized = np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS))
-    if rng.random() < 0.5:
-        resized = resized[:, ::-1]
-    return resized.astype(np.float32) / 255

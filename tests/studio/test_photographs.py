@@ -9,7 +9,7 @@ from helpers.packages import picture
 
 from clora.errors import CloraError
 from clora.studio.making.attribution import attribution
-from clora.studio.photographs import PHOTOGRAPHS, SPLITS, TABLE, Row, crop, load_photographs, read_table
+from clora.studio.photographs import PHOTOGRAPHS, SPLITS, TABLE, Row, load_photographs, read_table
 
 BACKGROUND = {
     "file": "a.png",
@@ -105,30 +105,6 @@ def test_a_picture_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(size=(40, 30))[:300])
     with pytest.raises(CloraError, match=r"a\.png, which cannot be read"):
         photographs.backgrounds("train")
-
-
-def test_crops_repeat_and_stay_in_the_photograph():
-    photograph = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-    first = [crop(photograph, np.random.default_rng(seed), 32) for seed in range(30)]
-    for seed, image in enumerate(first):
-        np.testing.assert_array_equal(image, crop(photograph, np.random.default_rng(seed), 32))
-        assert (image.shape, image.dtype) == ((32, 32, 3), np.float32)
-        assert image.min() >= 0
-        assert image.max() <= 1
-    assert len({image.tobytes() for image in first}) == 30
-
-
-def test_half_of_the_crops_are_mirrored_and_none_is_enlarged():
-    ramp = np.repeat(np.arange(100, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2)
-    crops = [crop(ramp, np.random.default_rng(seed), 64) for seed in range(200)]
-    rises = [image[0, -1, 0] > image[0, 0, 0] for image in crops]
-    assert 70 < sum(rises) < 130
-    # Each column is at least one apart from the next: a side of 64 or more.
-    assert min(np.ptp(image) * 255 for image in crops) > 60
-
-
-def test_a_photograph_smaller_than_the_crop_is_enlarged():
-    assert crop(np.zeros((20, 50, 3), np.uint8), np.random.default_rng(0), 64).shape == (64, 64, 3)
 
 
 def test_the_shipped_photographs_are_complete():

@@ -1,0 +1,130 @@
+"""Edits of single objects and of the background behind them."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from clora.studio.next.edits.registry import Outcome, Source, new_families, rgb_of
+from clora.studio.next.effects.filters import UNITS, gaussian_blur, grey_image, luminance, mix
+from clora.studio.next.scenes import (
+    KINDS,
+    Shape,
+    contour,
+    draw,
+    random_pattern,
+    random_thing,
+    recoloured,
+    render,
+    render_background,
+)
+
+FAMILIES, edit = new_families()
+
+
+@edit(
+    "make the {a} {b}",
+    "change the {a} to {b}",
+    "paint the {a} {b}",
+    "turn the {a} {b}",
+    "recolour the {a} in {b}",
+    of_objects=True,
+    share=2.0,
+)
+def recolour(source: Source) -> Outcome:
+    objects = list(source.scene.objects)
+    i = int(source.rng.integers(len(objects)))
+    name = objects[i].name
+    colour = source.colour(objects[i].colour or "")
+    objects[i] = recoloured(objects[i], colour)
+    return source.with_objects(objects), name, colour
+
+
+@edit("make every object {a}", "paint all the objects {a}", "turn all things {a}", of_objects=True)
+def recolour_all(source: Source) -> Outcome:
+    colour = source.colour()
+    return source.with_objects(recoloured(thing, colour) for thing in source.scene.objects), colour, ""
+
+
+@edit(
+    "remove the {a}",
+    "delete the {a}",
+    "take the {a} away",
+    "erase the {a}",
+    "get rid of the {a}",
+    of_objects=True,
+    share=1.6,
+)
+def remove(source: Source) -> Outcome:
+    objects = list(source.scene.objects)
+    gone = objects.pop(int(source.rng.integers(len(objects))))
+    return source.with_objects(objects), gone.name, ""
+
+
+@edit("remove all objects", "leave only the background", "erase every object", of_objects=True)
+def remove_all(source: Source) -> Outcome:
+    return source.with_objects(()), "", ""
+
+
+@edit(
+    "make the background {a}",
+    "change the background to {a}",
+    "put everything on a {a} background",
+    "replace the backdrop with plain {a}",
+    of_objects=True,
+    share=1.6,
+)
+def background(source: Source) -> Outcome:
+    colour = source.colour(*source.scene.background.colours)
+    plain = replace(random_pattern(source.rng, colour), noise=0.0)
+    return render(replace(source.scene, background=plain), source.size), colour, ""
+
+
+@edit(
+    "make only the background grey",
+    "remove the colour behind the objects",
+    "drain the backdrop of colour",
+    of_objects=True,
+)
+def background_grey(source: Source) -> Outcome:
+    return _over(source, grey_image(luminance(render_background(source.scene.background, source.size)))), "", ""
+
+
+@edit("blur only the background", "put the backdrop out of focus", "keep only the objects sharp", of_objects=True)
+def background_blur(source: Source) -> Outcome:
+    return _over(source, gaussian_blur(render_background(source.scene.background, source.size), 2.5)), "", ""
+
+
+def _over(source: Source, image: np.ndarray) -> np.ndarray:
+    """Draws the scene's objects over another background."""
+    for thing in source.scene.objects:
+        image = draw(image, thing)
+    return image
+
+
+@edit(
+    "outline every object in {a}",
+    "draw {a} contours around the objects",
+    "give all things a {a} outline",
+    of_objects=True,
+)
+def outline(source: Source) -> Outcome:
+    colour = source.colour()
+    image = source.image
+    for thing in source.scene.objects:
+        image = mix(image, rgb_of(colour), contour(thing, source.size))
+    return image, colour, ""
+
+
+@edit("add a {a}", "put a {a} somewhere in the picture", "draw a {a} on it", random=True, share=1.2)
+def add_shape(source: Source) -> Outcome:
+    kind = source.one_of(KINDS)
+    centre = (float(source.rng.uniform(12, UNITS - 12)), float(source.rng.uniform(12, UNITS - 12)))
+    shape = Shape(kind, source.colour(), centre, float(source.rng.uniform(8, 12)), 0.0, 0.1)
+    return draw(source.image, shape), shape.name, ""
+
+
+@edit("add one {a}", "place the picture of a {a} in it", "show a {a} too", random=True, share=1.2)
+def add_thing(source: Source) -> Outcome:
+    cutouts = source.photographs.cutouts("train")
+    noun = source.one_of(tuple(sorted({cutout.noun for cutout in cutouts})))
+    return draw(source.image, random_thing(source.rng, cutouts, noun)), noun, ""

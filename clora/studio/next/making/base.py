@@ -1,0 +1,202 @@
+"""The studio's base model: a tiny FLUX.2 [klein] transformer trained on general edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clora.files import write_atomic
+from clora.flow.matching import flow_matching_losses
+from clora.models.conditioning import Conditioning, Text
+from clora.models.families.flux2 import Flux2KleinAdapter
+from clora.studio.assets import studio_adapter
+from clora.studio.next.edits import FAMILIES, Edit, sample_edit
+from clora.studio.next.making.precision import reduced_precision
+from clora.studio.next.scenes import make_scene
+from clora.studio.photographs import Photographs
+from clora.studio.pixels import to_tensor
+from clora.training.checkpoint import load_state, save_state
+from clora.training.optimizers import Muon
+from clora.training.resume import check_same
+
+RATES = {"matrices": 3e-3, "rest": 1.5e-3}
+EMPTY_PROMPT_SHARE = 0.1
+EMA_DECAY = 0.998
+CHECKPOINT_EVERY = 250
+FIXED_UPDATES = 200
+SHIFT = 3.0  # of the noise levels
+ROWS = {64: 16, 128: 6}
+"""Of an update, by the side of its pictures."""
+SMALL_SHARE = 2 / 3
+"""Updates on 64 x 64 only; then these and 128 x 128 take turns."""
+
+
+def make_transformer():
+    """Makes an untrained ``Flux2Transformer2DModel`` of 1 + 3 blocks, 4 heads x 64 (5.5M parameters).
+
+    Modulation and output layers start at zero, so that every block starts as the identity (DiT, "adaLN-Zero").
+    """
+    from diffusers import Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=3,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        timestep_guidance_channels=64,
+        axes_dims_rope=(16, 16, 16, 16),
+        guidance_embeds=False,
+    )
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name or name.startswith(("proj_out", "norm_out.linear")):
+            torch.nn.init.zeros_(parameter)
+    return transformer
+
+
+def make_pipeline(vae, text_encoder, tokenizer, transformer):
+    """Makes the stock pipeline with a static time shift of 3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def save_pipeline(pipeline, folder: Path) -> None:
+    """Saves the pipeline with fp16 weights, which diffusers loads as fp32; transformers would keep fp16."""
+    for component in (pipeline.transformer, pipeline.vae):
+        component.half()
+    pipeline.save_pretrained(folder)
+    # diffusers writes where the parts were loaded from, a path of this machine.
+    for config in folder.rglob("*.json"):
+        values = json.loads(config.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            write_atomic(config, json.dumps(values, indent=2) + "\n")
+
+
+def families_without_slots() -> tuple[str, ...]:
+    """Returns the kinds of edit whose instructions name no colour or object."""
+    return tuple(name for name, family in FAMILIES.items() if "{" not in "".join(family.phrasings))
+
+
+def draw_edits(
+    size: int, update: int, seed: int, families: Sequence[str] | None = None, photographs: Photographs | None = None
+) -> list[Edit]:
+    """Draws the edits of an update, one of each of its scenes."""
+    rng = np.random.default_rng([seed, update, 3])
+    edits = []
+    for _ in range(ROWS[size]):
+        family = None if families is None else str(rng.choice(families))
+        scene = make_scene(int(rng.integers(1 << 62)), "train", 1, photographs)
+        edits.append(sample_edit(scene, rng, family, size, photographs))
+    return edits
+
+
+def train_base(
+    pipeline,
+    updates: int,
+    seed: int,
+    checkpoint: Path,
+    photographs: Photographs,
+    report: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Trains the pipeline's transformer by flow matching on edits, none of them twice; leaves its averaged weights in it.
+
+    The first updates draw only edits whose instruction names no colour or object, so that the transformer soon listens
+    to its text. One prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
+    """
+    transformer = pipeline.transformer.train().requires_grad_(True)
+    adapters = {size: studio_adapter(pipeline, size) for size in ROWS}
+    parameters = dict(transformer.named_parameters())
+    optimizers = make_optimizers(parameters)
+    generator = torch.Generator().manual_seed(seed)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    # A checkpoint belongs to one recipe.
+    recipe = {"updates": updates, "seed": seed, "rows": str(ROWS), "pictures": len(photographs.rows)}
+    # Views of all that training changes: read by checkpoints, written by a resumed run.
+    state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
+    state |= {f"average.{name}": weight for name, weight in average.items()}
+    embeddings: dict[str, Tensor] = {}
+    for update in range(resume(checkpoint, state, optimizers, generator, recipe), updates):
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
+            optimizer.zero_grad(set_to_none=True)
+        size = 128 if update >= SMALL_SHARE * updates and update % 2 else 64
+        families = families_without_slots() if update < FIXED_UPDATES else None
+        edits = draw_edits(size, update, seed, families, photographs)
+        loss = _loss(adapters[size], edits, embeddings, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        # A plain mean of all weights so far, until the decay gives the last ones more weight.
+        share = max(1 - EMA_DECAY, 1 / (update + 1))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], share)
+        report(update + 1, {"loss": float(loss.detach())})
+        if (update + 1) % CHECKPOINT_EVERY == 0:
+            save_state(checkpoint, state, optimizers, generator, {"update": update + 1, "recipe": recipe})
+    for name, weight in average.items():
+        parameters[name].data.copy_(weight)
+    transformer.eval().requires_grad_(False)
+
+
+def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
+    """Makes Muon for the matrices of the blocks, AdamW for embeddings, modulation, biases, norms and the output."""
+    matrices, rest = [], []
+    for name, parameter in parameters.items():
+        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
+    return {
+        "matrices": Muon(matrices, RATES["matrices"]),
+        "rest": torch.optim.AdamW(rest, RATES["rest"], betas=(0.9, 0.98), weight_decay=0.01),
+    }
+
+
+def resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:
+    """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
+    if not checkpoint.exists():
+        return 0
+    tensors, values = load_state(checkpoint, optimizers, generator)
+    check_same(values.get("recipe", {}), recipe, checkpoint)
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
+    return values["update"]
+
+
+def learning_rate_factor(update: int, updates: int) -> float:
+    """Linear warm-up over 50 updates, flat, linear decay to zero over the last 40 %."""
+    return min((update + 1) / 50, 1.0, (updates - update) / (0.4 * updates))
+
+
+def _loss(
+    adapter: Flux2KleinAdapter,
+    edits: Sequence[Edit],
+    embeddings: dict[str, Tensor],
+    generator: torch.Generator,
+) -> Tensor:
+    """Computes the loss of an update's edits; ``embeddings`` keeps the prompts that were encoded, ``[L, D]`` each."""
+    dropped = torch.rand(len(edits), generator=generator) < EMPTY_PROMPT_SHARE
+    prompts = ["" if drop else edit.instruction for edit, drop in zip(edits, dropped, strict=True)]
+    if new := sorted(set(prompts) - embeddings.keys()):
+        embeddings |= zip(new, adapter.encode_prompts(new).embeds, strict=True)
+    pictures = np.stack([edit.source for edit in edits] + [edit.result for edit in edits])
+    latents = adapter.encode_images(to_tensor(pictures))
+    reference, x0 = latents.to(adapter.pipeline.transformer.device).split(len(edits))
+    conditioning = Conditioning(Text(torch.stack([embeddings[prompt] for prompt in prompts])), reference).to(x0.device)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        with reduced_precision(x.device):
+            return adapter.velocity(x, sigma, conditioning).float()
+
+    return flow_matching_losses(velocity, x0, SHIFT, generator).mean()

@@ -1,0 +1,172 @@
+"""Rebuilding the studio from seeds: stages that can run one by one, each recorded in ``provenance.json`` when done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from clora.devices import find_device
+from clora.errors import CloraError, nearest
+from clora.files import check_writable, write_atomic
+from clora.hashing import file_digest
+from clora.progress import stage, up_to
+from clora.studio.assets import PROVENANCE, SEED, load_studio, provenance, studio_adapter
+from clora.studio.next import text
+from clora.studio.next.making import base, text_training, vae
+from clora.studio.next.quality import base_quality, vae_quality
+from clora.studio.photographs import PHOTOGRAPHS, TABLE, Photographs, load_photographs
+
+VAE_UPDATES = 4000
+TEXT_UPDATES = 900
+BASE_UPDATES = 12_000
+CASES = 160
+
+Made = tuple[dict[str, object], list[str]]
+"""Measured numbers, and the files to hash."""
+
+
+class Stage(NamedTuple):
+    """One stage: ``make(folder, device, photographs)`` writes to the folder; the stages that it needs."""
+
+    make: Callable[[Path, torch.device, Photographs], Made]
+    needs: tuple[str, ...]
+
+
+def build(folder: Path, stages: Sequence[str] | None = None, device: str = "auto", photos: Path | None = None) -> None:
+    """Builds the studio in ``folder`` from a folder of photographs (default: those that ship).
+
+    Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; a base that was
+    cut off resumes from its last checkpoint, ``.base.safetensors``.
+
+    Raises:
+        CloraError: unknown stage or device, or the folder cannot be written.
+    """
+    target = find_device(device)
+    photographs = load_photographs(photos or PHOTOGRAPHS)
+    folder = check_writable(folder)
+    for name in stages or ():
+        if name not in STAGES:
+            raise CloraError(f"unknown stage {name!r}; the stages are {list(STAGES)}{nearest(name, STAGES)}")
+    for name in stages or STAGES:
+        # Checked in turn, since a stage that is made anew puts those after it out of date.
+        if not stages and _is_done(folder, name, photographs):
+            continue
+        missing = [needed for needed in STAGES[name].needs if needed not in provenance(folder)]
+        if missing:
+            remedy = f"name {missing[0]} in --stages, too"
+            raise CloraError(f"stage {name!r} needs {missing} first; {remedy}")
+        _make(folder, name, target, photographs)
+
+
+def _is_done(folder: Path, name: str, photographs: Photographs) -> bool:
+    """A stage is done if it is recorded, its files are the recorded ones, and so are those it was made from."""
+    entry = provenance(folder).get(name, {})
+    files = entry.get("sha256", {})
+    same = all((folder / file).exists() and file_digest(folder / file) == files[file] for file in files)
+    return bool(files) and same and entry["inputs"] == _inputs(folder, name, photographs)
+
+
+def _inputs(folder: Path, name: str, photographs: Photographs) -> dict[str, str]:
+    """Returns the hashes of the files that a stage is made from: those of the stages that it needs, and the table of photographs."""
+    recorded = provenance(folder)
+    hashes = {TABLE: file_digest(photographs.folder / TABLE)}
+    for needed in STAGES[name].needs:
+        hashes |= recorded.get(needed, {}).get("sha256", {})
+    return hashes
+
+
+def _make(folder: Path, name: str, device: torch.device, photographs: Photographs) -> None:
+    """Runs a stage and records it in the provenance."""
+    import diffusers
+    import transformers
+
+    start = time.monotonic()
+    measured, files = STAGES[name].make(folder, device, photographs)
+    entry = {
+        "command": f"python -m clora.studio.next.making.build DIR --stages {name}",
+        "seed": SEED,
+        "seconds": round(time.monotonic() - start, 1),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "measured": measured,
+        "inputs": _inputs(folder, name, photographs),
+        "sha256": {file: file_digest(folder / file) for file in files},
+    }
+    write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
+
+
+def _vae_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    checkpoint = folder / ".vae.safetensors"
+    with stage("autoencoder", VAE_UPDATES) as advance:
+        model = vae.train_vae(VAE_UPDATES, SEED, checkpoint, photographs, device, up_to(advance))
+    model.half().save_pretrained(folder / "pipeline" / "vae")
+    checkpoint.unlink(missing_ok=True)
+    return vae_quality(model.float()), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
+
+
+def _text_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    torch.manual_seed(SEED)
+    tokenizer = text.train_tokenizer(text.prompt_corpus())
+    encoder = text.make_text_encoder(len(tokenizer)).to(device)
+    with stage("text encoder", TEXT_UPDATES) as advance:
+        accuracy = text_training.train_text_encoder(encoder, tokenizer, TEXT_UPDATES, SEED, up_to(advance))
+    tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
+    encoder.save_pretrained(folder / "pipeline" / "text_encoder")
+    files = ["pipeline/text_encoder/model.safetensors", "pipeline/tokenizer/tokenizer.json"]
+    return {"reading_accuracy": accuracy}, files
+
+
+def _base_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    from diffusers import AutoencoderKLFlux2
+    from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+
+    torch.manual_seed(SEED)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer")
+    encoder = Qwen3ForCausalLM.from_pretrained(folder / "pipeline" / "text_encoder").eval()
+    autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
+    pipeline = base.make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
+    pipeline.to(device)
+    checkpoint = folder / ".base.safetensors"
+    with stage("base model", BASE_UPDATES) as advance:
+        base.train_base(pipeline, BASE_UPDATES, SEED, checkpoint, photographs, up_to(advance))
+    base.save_pipeline(pipeline, folder / "pipeline")
+    checkpoint.unlink(missing_ok=True)
+    pipeline = load_studio(folder, device).pipeline
+    measured = {str(size): base_quality(studio_adapter(pipeline, size), CASES) for size in base.ROWS}
+    return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
+
+
+STAGES = {
+    "vae": Stage(_vae_stage, ()),
+    "text": Stage(_text_stage, ()),
+    "base": Stage(_base_stage, ("vae", "text")),
+}
+
+
+def main() -> None:
+    """Builds the stages that are named, or all."""
+    parser = argparse.ArgumentParser("python -m clora.studio.next.making.build", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stages", help=f"separated by commas; all by default: {','.join(STAGES)}")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--photos", type=Path, help="folder of photographs; by default those that ship")
+    arguments = parser.parse_args()
+    stages = arguments.stages.split(",") if arguments.stages else None
+    build(arguments.folder, stages, arguments.device, arguments.photos)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The first stages of the build: a decoder and a base that go on where they stopped, measured on held-out photographs."""
+
+import numpy as np
+import pytest
+import torch
+
+from clora.models.loading import load_pipeline
+from clora.studio.assets import pipeline_folder, studio_adapter
+from clora.studio.next.making import base, vae
+from clora.studio.next.quality import base_quality, general_cases, vae_quality
+from clora.studio.next.scenes import make_scene, render
+from clora.studio.photographs import load_photographs
+from clora.studio.pixels import to_tensor
+
+
+class Stopped(Exception):
+    """Stands for a machine that stops."""
+
+
+def stop_at(last):
+    def report(update, values):
+        if update == last:
+            raise Stopped
+
+    return report
+
+
+def ignore(update, values):
+    pass
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(vae, "SAMPLES", 8)
+    monkeypatch.setattr(vae, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(base, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(base, "ROWS", {64: 2, 128: 1})
+
+
+def test_a_stopped_autoencoder_goes_on(small, tmp_path):
+    arguments = (4, 0, tmp_path / "state.safetensors", load_photographs(), torch.device("cpu"))
+    whole = vae.train_vae(*arguments[:2], tmp_path / "other.safetensors", *arguments[3:], ignore)
+    with pytest.raises(Stopped):
+        vae.train_vae(*arguments, stop_at(3))
+    resumed = vae.train_vae(*arguments, ignore)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
+    found = vae_quality(resumed, 2)
+    assert set(found) == {"psnr_64", "psnr_128"}
+
+
+def test_the_encoder_keeps_what_matters():
+    images = vae.training_images(np.random.default_rng(0), 16, 64, load_photographs())
+    model = vae.make_vae().eval()
+    vae.set_linear_encoder(model, images)
+    scenes = to_tensor(np.stack([render(make_scene(i, "held_out")) for i in range(4)]))
+    with torch.no_grad():
+        latents = model.encode(scenes).latent_dist.mode()
+    # Another picture has other latents, by about the scale of the latents.
+    assert (latents[0] - latents[1]).square().mean() > 0.1 * latents.square().mean()
+
+
+def test_a_stopped_base_goes_on(small, tmp_path):
+    def train(checkpoint, report):
+        torch.manual_seed(0)
+        pipeline = load_pipeline(str(pipeline_folder()), "cpu")
+        pipeline.transformer = base.make_transformer()
+        base.train_base(pipeline, 6, 0, checkpoint, load_photographs(), report)
+        return pipeline
+
+    whole = train(tmp_path / "other.safetensors", ignore)
+    with pytest.raises(Stopped):
+        train(tmp_path / "state.safetensors", stop_at(5))
+    resumed = train(tmp_path / "state.safetensors", ignore)
+    for name, weight in whole.transformer.state_dict().items():
+        torch.testing.assert_close(resumed.transformer.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_quality_knows_exact_results(monkeypatch):
+    cases = general_cases(4, 64)
+    assert all(case.is_correct(case.edit.result) for case in cases)
+    assert not any(case.is_correct(case.edit.source) for case in cases if case.edit.family != "keep")
+    adapter = studio_adapter(load_pipeline(str(pipeline_folder()), "cpu"))
+    monkeypatch.setattr(
+        "clora.studio.next.quality.base_outputs", lambda adapter, cases: np.stack([case.edit.result for case in cases])
+    )
+    found = base_quality(adapter, 4)
+    assert found["general_accuracy"] == 1
+    assert all(value == 100 for value in found["psnr"].values())
