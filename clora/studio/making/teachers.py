@@ -117,18 +117,18 @@ def train_loras(
     ids = torch.arange(len(slots.names)).repeat_interleave(ROWS_PER_LORA)
     for update in range(UPDATES):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (update + 1) / 20, 2 * (UPDATES - update) / UPDATES)
-        losses = _losses(adapter, bank, slots, pairs, ids, generator)
+        losses = pair_losses(adapter, bank, slots, pairs, ids, generator)
         per_lora = losses.view(-1, ROWS_PER_LORA)
-        _check_finite(per_lora.detach().sum(1), slots.names, update, "loss")
+        check_finite(per_lora.detach().sum(1), slots.names, update, "loss")
         optimizer.zero_grad(set_to_none=True)
         # Summed over LoRAs, so that each has the gradient that it would have if it were trained by itself.
         per_lora.mean(1).sum().backward()
-        _check_finite(_gradient_sizes(slots), slots.names, update, "gradient")
+        check_finite(gradient_sizes(slots), slots.names, update, "gradient")
         optimizer.step()
         report(update + 1, {"loss": float(losses.detach().mean())})
 
 
-def _losses(
+def pair_losses(
     adapter: ModelAdapter,
     bank: AdapterBank,
     slots: Slots,
@@ -145,7 +145,7 @@ def _losses(
         return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, SHIFT, generator)
 
 
-def _gradient_sizes(slots: Slots) -> Tensor:
+def gradient_sizes(slots: Slots) -> Tensor:
     """Returns the sum ``[E]`` of the absolute gradients of each slot."""
     per_stack = []
     for stack in slots.stacks:
@@ -155,7 +155,7 @@ def _gradient_sizes(slots: Slots) -> Tensor:
     return torch.stack([per_stack[stack][row] for stack, row in places])
 
 
-def _check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:
+def check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:
     """Raises CloraError where one of ``values [E]`` is not finite."""
     bad = ~torch.isfinite(values)
     if bad.any():

@@ -105,14 +105,14 @@ def test_a_nan_names_update_and_lora(adapter, pairs, monkeypatch):
 
 def test_an_infinite_gradient_names_the_lora_and_changes_nothing(adapter, pairs, monkeypatch):
     """A finite loss whose gradient is not: the root of zero."""
-    real, seen = teachers._losses, {}
+    real, seen = teachers.pair_losses, {}
 
     def steep(adapter, bank, slots, *rest):
         parameters = list(slots.parameters())
         seen["now"], seen["before"] = parameters, [p.detach().clone() for p in parameters]
         return real(adapter, bank, slots, *rest) + torch.sqrt(0 * parameters[0][1].sum())
 
-    monkeypatch.setattr(teachers, "_losses", steep)
+    monkeypatch.setattr(teachers, "pair_losses", steep)
     with pytest.raises(CloraError, match="update 1: the gradient of LoRA 'second' is not finite"):
         train(adapter, pairs, 2, monkeypatch)
     assert all(torch.equal(now, before) for now, before in zip(seen["now"], seen["before"], strict=True))
