@@ -1,0 +1,200 @@
+"""Training the studio's teachers by flow matching on pairs from photographs, group by group, one slot for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clora.bank.bank import AdapterBank
+from clora.bank.slots import Slots
+from clora.hashing import tensor_digest
+from clora.lora.layers import block_layers, linear_shapes
+from clora.lora.state import LoRAState, fresh_lora
+from clora.models.families.flux2 import Flux2KleinAdapter
+from clora.studio.assets import studio_adapter
+from clora.studio.making.teachers import Pairs, check_finite, gradient_sizes, pair_losses
+from clora.studio.next.effects import EFFECTS
+from clora.studio.next.making.base import resume
+from clora.studio.next.making.precision import reduced_precision
+from clora.studio.next.scenes import make_scene, render
+from clora.studio.next.teachers import PAIRS, TEACHERS, kind_of
+from clora.studio.photographs import Photographs
+from clora.studio.pixels import to_tensor
+from clora.studio.teachers import TeacherSpec
+from clora.training.checkpoint import save_state
+
+FIRST_SCENE = 200_000_000
+UPDATES = 1000
+"""Of each group."""
+GROUP = 10
+"""Teachers that are trained together, at most: all fifty would need five times the memory."""
+ROWS = {64: 2, 128: 1}
+"""Of each teacher in an update, by the side of its pictures."""
+LEARNING_RATE = 2e-3
+CHECKPOINT_EVERY = 100
+
+
+def groups(specs: Sequence[TeacherSpec]) -> list[tuple[TeacherSpec, ...]]:
+    """Splits teachers into groups of at most `GROUP` that have the same number of pairs."""
+    made = []
+    # Those of the same layers are neighbours: a pass multiplies their rows at once.
+    ordered = sorted(specs, key=lambda spec: (num_pairs(spec), spec.attention_only))
+    for _, equal in groupby(ordered, key=num_pairs):
+        members = tuple(equal)
+        made += [members[start : start + GROUP] for start in range(0, len(members), GROUP)]
+    return made
+
+
+def num_pairs(spec: TeacherSpec) -> int:
+    """Returns how many pairs a teacher is trained on."""
+    return PAIRS[kind_of(spec.effect)]
+
+
+def train_teachers(
+    pipeline,
+    specs: Sequence[TeacherSpec],
+    seed: int,
+    checkpoint: Path,
+    photographs: Photographs,
+    report: Callable[[int, Mapping[str, float]], None],
+) -> dict[str, LoRAState]:
+    """Trains teachers, group after group; returns effect name to LoRA.
+
+    A stopped run goes on to the same bits: every group has a checkpoint of its own, which stays when it is done.
+
+    Args:
+        pipeline: the studio's, with its base.
+        specs: the teachers; a teacher's scenes depend on its effect only.
+        seed: of the first weights and the draws.
+        checkpoint: a name; a group's file has the group's number added to it (`checkpoints`).
+        photographs: whose train split the pairs are made of.
+        report: called as ``report(update, {"loss": ...})``; updates count on from group to group.
+
+    Raises:
+        CloraError: a checkpoint is of another run, or a loss or gradient is not finite; the latter names update and LoRA.
+    """
+    states: dict[str, LoRAState] = {}
+    files = checkpoints(checkpoint, specs)
+    for number, (group, file) in enumerate(zip(groups(specs), files, strict=True)):
+
+        def reported(update: int, values: Mapping[str, float], before: int = number * UPDATES) -> None:
+            report(before + update, values)
+
+        # Other first weights and draws in every group.
+        states |= train_group(pipeline, group, 1000 * seed + number, file, photographs, reported)
+    return {spec.effect: states[spec.effect] for spec in specs}
+
+
+def checkpoints(checkpoint: Path, specs: Sequence[TeacherSpec]) -> list[Path]:
+    """Returns the file of each group: ``.teachers.safetensors`` becomes ``.teachers-0.safetensors`` and so on."""
+    return [checkpoint.with_stem(f"{checkpoint.stem}-{number}") for number in range(len(groups(specs)))]
+
+
+def train_group(
+    pipeline,
+    specs: Sequence[TeacherSpec],
+    seed: int,
+    checkpoint: Path,
+    photographs: Photographs,
+    report: Callable[[int, Mapping[str, float]], None],
+) -> dict[str, LoRAState]:
+    """Trains teachers with equal numbers of pairs in one bank (see `train_teachers`); they do not influence one another."""
+    transformer = pipeline.transformer
+    generator = torch.Generator().manual_seed(seed)
+    # A checkpoint belongs to one recipe, and to the pipeline that it was trained on.
+    recipe = {
+        "updates": UPDATES,
+        "seed": seed,
+        "rows": str(ROWS),
+        "pictures": len(photographs.rows),
+        "teachers": ", ".join(f"{spec} on {num_pairs(spec)} pairs" for spec in specs),
+        "pipeline": pipeline_digest(pipeline),
+    }
+    with AdapterBank(transformer, fresh_loras(transformer, specs, generator), dtype=torch.float32) as bank:
+        slots = bank.slots(trainable=True)
+        optimizer = torch.optim.AdamW(slots.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+        # Views of the slots: read by checkpoints, written by a resumed run.
+        state = {str(i): factor.detach() for i, factor in enumerate(slots.parameters())}
+        first = resume(checkpoint, state, {"teachers": optimizer}, generator, recipe)
+        if first < UPDATES:
+            adapters = {size: studio_adapter(pipeline, size) for size in ROWS}
+            pairs = {size: encode_pairs(adapter, specs, photographs) for size, adapter in adapters.items()}
+        for update in range(first, UPDATES):
+            size = 128 if update % 2 else 64
+            loss = _step(adapters[size], bank, slots, pairs[size], optimizer, generator, update)
+            if (update + 1) % CHECKPOINT_EVERY == 0 or update + 1 == UPDATES:
+                values = {"update": update + 1, "recipe": recipe}
+                save_state(checkpoint, state, {"teachers": optimizer}, generator, values)
+            report(update + 1, {"loss": loss})
+        return {spec.effect: bank.state(spec.effect) for spec in specs}
+
+
+def pipeline_digest(pipeline) -> str:
+    """Returns the hash of the weights that make or read latents and prompts."""
+    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    return tensor_digest(
+        {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
+    )
+
+
+def fresh_loras(transformer, specs: Sequence[TeacherSpec], generator: torch.Generator) -> dict[str, LoRAState]:
+    """Makes the untrained LoRA of each teacher, by effect name."""
+    layers = block_layers(transformer)
+    attention = [name for name in layers if ".attn." in name]
+    shapes = linear_shapes(transformer)
+    return {
+        spec.effect: fresh_lora(shapes, spec.rank, generator, attention if spec.attention_only else layers)
+        for spec in specs
+    }
+
+
+def encode_pairs(adapter: Flux2KleinAdapter, specs: Sequence[TeacherSpec], photographs: Photographs) -> Pairs:
+    """Draws and encodes the pairs of teachers with equal numbers of them, at the adapter's size; the same scenes at every size."""
+    sources, targets = [], []
+    for spec in specs:
+        before, after = draw_pairs(spec, adapter.size[0], photographs)
+        sources.append(adapter.encode_images(to_tensor(before)))
+        targets.append(adapter.encode_images(to_tensor(after)))
+    text = adapter.encode_prompts([EFFECTS[spec.effect].prompt for spec in specs])
+    return Pairs(torch.stack(sources), torch.stack(targets), text)
+
+
+def draw_pairs(spec: TeacherSpec, size: int, photographs: Photographs) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a teacher's pairs: pictures before and after, ``[M, size, size, 3]`` each; no other teacher has their scenes."""
+    first = FIRST_SCENE + 1000 * TEACHERS.index(spec.effect)
+    before, after = [], []
+    for seed in range(first, first + num_pairs(spec)):
+        before.append(render(make_scene(seed, "train", photographs=photographs), size))
+        after.append(EFFECTS[spec.effect].apply(before[-1], np.random.default_rng([seed, 4])))
+    return np.stack(before), np.stack(after)
+
+
+def _step(
+    adapter: Flux2KleinAdapter,
+    bank: AdapterBank,
+    slots: Slots,
+    pairs: Pairs,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    update: int,
+) -> float:
+    """Makes one update of every slot; returns the mean loss."""
+    # Warm-up over 20 updates, flat, linear decay to zero over the last half.
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (update + 1) / 20, 2 * (UPDATES - update) / UPDATES)
+    rows = ROWS[adapter.size[0]]
+    ids = torch.arange(len(slots.names)).repeat_interleave(rows)
+    with reduced_precision(adapter.pipeline.transformer.device):
+        losses: Tensor = pair_losses(adapter, bank, slots, pairs, ids, generator)
+    per_lora = losses.view(-1, rows)
+    check_finite(per_lora.detach().sum(1), slots.names, update, "loss")
+    optimizer.zero_grad(set_to_none=True)
+    # Summed over LoRAs, so that each has the gradient that it would have if it were trained by itself.
+    per_lora.mean(1).sum().backward()
+    check_finite(gradient_sizes(slots), slots.names, update, "gradient")
+    optimizer.step()
+    return float(losses.detach().mean())

@@ -1,0 +1,83 @@
+"""The studio's fifty teachers: effect LoRAs, each in one of the file formats that people have."""
+
+from __future__ import annotations
+
+from clora.studio.next.effects import EFFECTS
+from clora.studio.teachers import TeacherSpec
+
+COLOUR_MAPS = (
+    "negative",
+    "thermal",
+    "sepia",
+    "night_vision",
+    "greyscale",
+    "cyanotype",
+    "cross_process",
+    "sunset",
+    "rainbow",
+    "vignette",
+)
+"""Effects in which a pixel depends on its own colour and its place, not on what surrounds it (but for thermal's slight blur)."""
+PAIRS = {"colour": 20, "spatial": 100, "stochastic": 100}
+"""Before/after pairs that a teacher is trained on, by its effect's kind: 20 are what real LoRAs have."""
+
+SPECS = (
+    TeacherSpec("negative", "diffusers", 8),
+    TeacherSpec("thermal", "kohya", 16),
+    TeacherSpec("sepia", "peft", 8, attention_only=True),
+    TeacherSpec("night_vision", "comfyui", 12),
+    TeacherSpec("greyscale", "diffusers", 8, attention_only=True),
+    TeacherSpec("cyanotype", "kohya", 16),
+    TeacherSpec("cross_process", "peft", 8, attention_only=True),
+    TeacherSpec("sunset", "comfyui", 12),
+    TeacherSpec("rainbow", "diffusers", 12),
+    TeacherSpec("vignette", "kohya", 8, attention_only=True),
+    TeacherSpec("blueprint", "peft", 16),
+    TeacherSpec("pencil_sketch", "comfyui", 16),
+    TeacherSpec("neon_edges", "diffusers", 16),
+    TeacherSpec("cartoon", "kohya", 16),
+    TeacherSpec("chalkboard", "peft", 16),
+    TeacherSpec("emboss", "comfyui", 16),
+    TeacherSpec("oil_paint", "diffusers", 16),
+    TeacherSpec("stained_glass", "kohya", 16),
+    TeacherSpec("pixelate", "peft", 12),
+    TeacherSpec("toy_bricks", "comfyui", 16),
+    TeacherSpec("scanlines", "diffusers", 12),
+    TeacherSpec("ribbed_glass", "kohya", 16),
+    TeacherSpec("gold_frame", "peft", 12),
+    TeacherSpec("instant_photo", "comfyui", 12),
+    TeacherSpec("film_strip", "diffusers", 12),
+    TeacherSpec("porthole", "kohya", 12),
+    TeacherSpec("mirror", "peft", 16),
+    TeacherSpec("water_reflection", "comfyui", 16),
+    TeacherSpec("underwater", "diffusers", 16),
+    TeacherSpec("snow", "kohya", 16),
+    TeacherSpec("rain", "peft", 16),
+    TeacherSpec("rain_drops", "comfyui", 16),
+    TeacherSpec("leaves", "diffusers", 16),
+    TeacherSpec("confetti", "kohya", 16),
+    TeacherSpec("hearts", "peft", 16),
+    TeacherSpec("bubbles", "comfyui", 16),
+    TeacherSpec("balloons", "diffusers", 16),
+    TeacherSpec("paint_splatter", "kohya", 16),
+    TeacherSpec("coffee_stains", "peft", 16),
+    TeacherSpec("fireflies", "comfyui", 12),
+    TeacherSpec("film_grain", "diffusers", 12),
+    TeacherSpec("dust_scratches", "kohya", 16),
+    TeacherSpec("light_leak", "peft", 12),
+    TeacherSpec("bokeh", "comfyui", 16),
+    TeacherSpec("lens_flare", "diffusers", 16),
+    TeacherSpec("fog", "kohya", 12),
+    TeacherSpec("fireworks", "peft", 16),
+    TeacherSpec("lightning", "comfyui", 16),
+    TeacherSpec("glitch", "diffusers", 16),
+    TeacherSpec("broken_glass", "kohya", 16),
+)
+TEACHERS = tuple(spec.effect for spec in SPECS)
+
+
+def kind_of(effect: str) -> str:
+    """Returns "colour", "spatial" or "stochastic": how much a teacher has to learn, and how it is measured."""
+    if EFFECTS[effect].stochastic:
+        return "stochastic"
+    return "colour" if effect in COLOUR_MAPS else "spatial"
