@@ -14,7 +14,7 @@ from clora.studio.assets import pipeline_folder, studio_adapter
 from clora.studio.making.teachers import save_teacher
 from clora.studio.next import quality
 from clora.studio.next.effects import EFFECTS
-from clora.studio.next.making import teachers
+from clora.studio.next.making import build, teachers
 from clora.studio.next.scenes import make_scene, render
 from clora.studio.next.teachers import COLOUR_MAPS, PAIRS, SPECS, TEACHERS, kind_of
 from clora.studio.photographs import load_photographs
@@ -182,3 +182,26 @@ def test_teachers_make_pictures_of_every_source(pipeline, monkeypatch):
     assert list(outputs) == ["thermal", "snow"]
     assert outputs["snow"].shape == (2, 64, 64, 3)
     assert np.abs(outputs["snow"] - outputs["thermal"]).max() > 0.01
+
+
+def test_the_stage_records_its_files(pipeline, tmp_path, monkeypatch, capsys):
+    specs = SPECS[:3]
+    (tmp_path / ".teachers-0.safetensors").touch()
+    monkeypatch.setattr(build, "SPECS", specs)
+    monkeypatch.setattr(build, "TEACHERS", tuple(spec.effect for spec in specs))
+    monkeypatch.setattr(build, "load_studio", lambda folder, device: studio_adapter(pipeline))
+    monkeypatch.setattr(teachers, "train_teachers", lambda *arguments: random_states(pipeline, specs))
+    found = quality.TeacherQuality(0.5, 20.0, 30.0)
+    monkeypatch.setattr(build, "teacher_quality", lambda adapter, loras: dict.fromkeys(loras, found))
+    measured, files = build.STAGES["teachers"].make(tmp_path, torch.device("cpu"), load_photographs())
+    assert measured["teachers"]["sepia"] == {"accuracy": 0.5, "psnr": 20.0, "ceiling": 30.0}
+    folder = "teachers/sepia/adapter_"
+    assert files == [
+        "teachers/negative.safetensors",
+        "teachers/thermal.safetensors",
+        f"{folder}config.json",
+        f"{folder}model.safetensors",
+    ]
+    assert all((tmp_path / file).exists() for file in files)
+    assert not list(tmp_path.glob(".teachers*"))
+    assert "sepia" in capsys.readouterr().out

@@ -7,10 +7,12 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
 
 from clora.devices import find_device
 from clora.errors import CloraError, nearest
@@ -18,10 +20,14 @@ from clora.files import check_writable, write_atomic
 from clora.hashing import file_digest
 from clora.progress import stage, up_to
 from clora.studio.assets import PROVENANCE, SEED, load_studio, provenance, studio_adapter
+from clora.studio.making.teachers import save_teacher
 from clora.studio.next import text
-from clora.studio.next.making import base, text_training, vae
-from clora.studio.next.quality import base_quality, vae_quality
+from clora.studio.next.making import base, teachers, text_training, vae
+from clora.studio.next.quality import base_quality, teacher_quality, teacher_table, vae_quality
+from clora.studio.next.scenes import SIZE
+from clora.studio.next.teachers import PAIRS, SPECS, TEACHERS
 from clora.studio.photographs import PHOTOGRAPHS, TABLE, Photographs, load_photographs
+from clora.studio.teachers import load_teachers
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
@@ -42,8 +48,8 @@ class Stage(NamedTuple):
 def build(folder: Path, stages: Sequence[str] | None = None, device: str = "auto", photos: Path | None = None) -> None:
     """Builds the studio in ``folder`` from a folder of photographs (default: those that ship).
 
-    Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; a base that was
-    cut off resumes from its last checkpoint, ``.base.safetensors``.
+    Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; an autoencoder, a base
+    or teachers that were cut off resume from their last checkpoint, such as ``.base.safetensors``.
 
     Raises:
         CloraError: unknown stage or device, or the folder cannot be written.
@@ -149,10 +155,30 @@ def _base_stage(folder: Path, device: torch.device, photographs: Photographs) ->
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
 
+def _teacher_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    pipeline = load_studio(folder, device).pipeline
+    checkpoint = folder / ".teachers.safetensors"
+    with stage(f"{len(SPECS)} teachers", teachers.UPDATES * len(teachers.groups(SPECS))) as advance:
+        trained = teachers.train_teachers(pipeline, SPECS, SEED, checkpoint, photographs, up_to(advance))
+    files = []
+    for spec in SPECS:
+        path = save_teacher(spec, trained[spec.effect], folder / "teachers")
+        files += [path] if path.is_file() else sorted(path.iterdir())
+    # Measured as they were written, in 16 bits.
+    adapter = studio_adapter(pipeline, SIZE)
+    quality = teacher_quality(adapter, load_teachers(adapter, folder, TEACHERS))
+    Console().print(teacher_table(quality))
+    for file in teachers.checkpoints(checkpoint, SPECS):
+        file.unlink(missing_ok=True)
+    measured = {"pairs": PAIRS, "teachers": {effect: asdict(found) for effect, found in quality.items()}}
+    return measured, [str(file.relative_to(folder)) for file in files]
+
+
 STAGES = {
     "vae": Stage(_vae_stage, ()),
     "text": Stage(_text_stage, ()),
     "base": Stage(_base_stage, ("vae", "text")),
+    "teachers": Stage(_teacher_stage, ("vae", "text", "base")),
 }
 
 
