@@ -1,6 +1,6 @@
 """Judges decide which effect an output shows, how strongly, and how much of the subject is left.
 
-One feature map (`features`) serves all effects. The distance of an output to effect e is the Euclidean feature
+One feature map (`features`, or that of the second opinion) serves all effects. The distance of an output to effect e is the Euclidean feature
 distance to the nearest of e's exact results on the same source: one for a deterministic effect, `NUM_DRAWS` for a
 stochastic one. `Judge.score` turns these distances into the numbers of the evaluation table.
 
@@ -9,7 +9,7 @@ Legend: N images, F features, K exact results of all effects on one source, E ef
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,18 +59,12 @@ def features(images: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: wrong shape or non-finite values.
     """
-    size = images.shape[1] if images.ndim == 4 else 0
-    if size == 0 or size % UNITS or images.shape[1:] != (size, size, 3):
-        raise ValueError(
-            f"expected images [N, S, S, 3], S a multiple of {UNITS}, got {list(images.shape)}; resize them"
-        )
-    if not np.isfinite(images).all():
-        raise ValueError("images contain NaN or infinite values; the generator that made them diverged")
+    check_images(images)
     if len(images) > CHUNK:
         return np.concatenate([features(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)])
     planes = np.clip(images, 0.0, 1.0).astype(np.float32).transpose(0, 3, 1, 2)
-    if size > UNITS:
-        planes = _pool(planes, size // UNITS)
+    if planes.shape[-1] > UNITS:
+        planes = _pool(planes, planes.shape[-1] // UNITS)
     # Energies are read at two scales, colours at half the size.
     half = _pool(planes, 2)
     energies = np.concatenate([_energies(planes), _energies(half)], axis=1)
@@ -85,6 +79,21 @@ def features(images: np.ndarray) -> np.ndarray:
     }
     scaled = [block * (WEIGHTS[name] / np.sqrt(block.shape[1])) for name, block in groups.items()]
     return np.concatenate(scaled, axis=1).astype(np.float32)
+
+
+def check_images(images: np.ndarray) -> None:
+    """Refuses what is not images ``[N, S, S, 3]``, S a multiple of 64.
+
+    Raises:
+        ValueError: wrong shape or non-finite values.
+    """
+    size = images.shape[1] if images.ndim == 4 else 0
+    if size == 0 or size % UNITS or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"expected images [N, S, S, 3], S a multiple of {UNITS}, got {list(images.shape)}; resize them"
+        )
+    if not np.isfinite(images).all():
+        raise ValueError("images contain NaN or infinite values; the generator that made them diverged")
 
 
 def low_frequency(images: np.ndarray) -> np.ndarray:
@@ -156,6 +165,7 @@ class Judge:
         exact: the result image ``[S, S, 3]`` of each deterministic effect.
         low: the low-frequency results ``[NUM_DRAWS, 8, 8, 3]`` of each stochastic effect; its full-size draws are
             not kept, or a judge would hold 16 MB instead of 4.
+        feature_map: maps images ``[N, S, S, 3]`` to float32 ``[N, F]``.
     """
 
     names: tuple[str, ...]
@@ -163,15 +173,23 @@ class Judge:
     vectors: np.ndarray
     exact: Mapping[str, np.ndarray]
     low: Mapping[str, np.ndarray]
+    feature_map: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
-    def for_source(cls, source: np.ndarray, seed: int, effects: Mapping[str, Effect] = EFFECTS) -> "Judge":
+    def for_source(
+        cls,
+        source: np.ndarray,
+        seed: int,
+        effects: Mapping[str, Effect] = EFFECTS,
+        feature_map: Callable[[np.ndarray], np.ndarray] = features,
+    ) -> "Judge":
         """Applies every effect to `source` and keeps the features of the results.
 
         Args:
             source: ``[S, S, 3]`` in [0, 1], S a multiple of 64.
             seed: of the stochastic draws; an effect's draws depend on its name too, not on the rest of the library.
             effects: the library to choose from.
+            feature_map: what outputs are compared by.
 
         Raises:
             ValueError: wrong shape or non-finite values.
@@ -188,8 +206,15 @@ class Judge:
             results += draws
             owners += [index] * len(draws)
         # The unchanged source comes last, as one more thing that an output can resemble.
-        vectors = features(np.stack([*results, np.asarray(source, dtype=np.float32)]))
-        return cls((*effects, UNCHANGED), np.array([*owners, len(effects)]), vectors, exact, low)
+        vectors = feature_map(np.stack([*results, np.asarray(source, dtype=np.float32)]))
+        return cls((*effects, UNCHANGED), np.array([*owners, len(effects)]), vectors, exact, low, feature_map)
+
+    def distances(self, outputs: np.ndarray) -> np.ndarray:
+        """Returns the distances of outputs ``[N, S, S, 3]`` to the nearest exact result of each of `names`: ``[N, E + 1]``."""
+        found = self.feature_map(outputs)
+        to_results = np.stack([np.linalg.norm(self.vectors - vector, axis=1) for vector in found])
+        first = np.searchsorted(self.owners, np.arange(len(self.names)))
+        return np.minimum.reduceat(to_results, first, axis=1)
 
     def score(self, output: np.ndarray, effect_name: str) -> Verdict:
         """Judges one output ``[S, S, 3]`` in [0, 1], as large as the source, that should show `effect_name`.
@@ -208,7 +233,7 @@ class Judge:
             raise ValueError(
                 f"expected an output of the source's shape {source_shape}, got {list(output.shape)}; resize it"
             )
-        to_results = np.linalg.norm(self.vectors - features(output[None]), axis=1)
+        to_results = np.linalg.norm(self.vectors - self.feature_map(output[None]), axis=1)
         nearest = self.names[self.owners[to_results.argmin()]]
         # The requested effect's exact results, several for a stochastic one: the nearest counts.
         own = np.flatnonzero(self.owners == self.names.index(effect_name))

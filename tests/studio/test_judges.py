@@ -104,6 +104,17 @@ def test_judge_is_reproducible_and_its_draws_do_not_depend_on_the_library(source
     assert judge.names == ("snow", "negative", UNCHANGED)
 
 
+def test_distances_are_those_of_the_verdicts(sources, judged):
+    names = ["negative", "snow", "confetti"]
+    outputs = np.stack([exact(name, sources[0]) for name in names])
+    distances = judged[0].distances(outputs)
+    assert distances.shape == (len(names), len(EFFECTS) + 1)
+    for output, name, row in zip(outputs, names, distances, strict=True):
+        verdict = judged[0].score(output, name)
+        assert row[judged[0].names.index(name)] == pytest.approx(verdict.distance, abs=1e-6)
+        assert judged[0].names[row.argmin()] == verdict.nearest
+
+
 def test_features_do_not_depend_on_the_batch(sources):
     batch = np.stack([exact(name, sources[0]) for name in list(EFFECTS)[: judges.CHUNK + 3]])
     one_by_one = np.concatenate([features(image[None]) for image in batch])
