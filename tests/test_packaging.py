@@ -54,7 +54,8 @@ def imported_packages():
 def test_requirements_are_what_is_imported(metadata):
     required = {canonicalize_name(Requirement(line).name) for line in metadata["install_requires"]}
     imported = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported_packages()}
-    optional = {canonicalize_name(Requirement(line).name) for line in metadata["extras_require"]["8bit"]}
+    extras = [metadata["extras_require"][name] for name in ("8bit", "judge")]
+    optional = {canonicalize_name(Requirement(line).name) for lines in extras for line in lines}
     assert imported - optional <= required
     assert optional <= imported
     assert required - imported <= NOT_IMPORTED
