@@ -12,16 +12,24 @@ from rich.table import Table
 from clora.data.generation import Generator
 from clora.errors import CloraError
 from clora.models.families.flux2 import Flux2KleinAdapter
-from clora.progress import stage
+from clora.progress import say, stage
 from clora.studio import baselines, evaluation
 from clora.studio.assets import ASSETS, load_studio
 from clora.studio.demo_config import GUIDANCE
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import Judge
 from clora.studio.pixels import to_images, to_tensor
+from clora.studio.ranking import measure_judges
 from clora.studio.teachers import TEACHERS, load_teachers
 
-FLOORS = {"vae_psnr": 30.0, "judge_accuracy": 0.99, "teacher_accuracy": 0.9, "general_accuracy": 0.9}
+FLOORS = {
+    "vae_psnr": 30.0,
+    "judge_accuracy": 0.99,
+    "judge_auroc": 0.99,
+    "second_opinion_auroc": 0.99,
+    "teacher_accuracy": 0.9,
+    "general_accuracy": 0.9,
+}
 
 
 def check(folder: Path | None = None, device: str = "auto") -> None:
@@ -33,7 +41,11 @@ def check(folder: Path | None = None, device: str = "auto") -> None:
     folder = folder or ASSETS
     adapter = load_studio(folder, device)
     loras = load_teachers(adapter, folder, TEACHERS)
-    measured = vae_quality(adapter.pipeline.vae) | {"general_accuracy": general_quality(adapter)}
+    vae = adapter.pipeline.vae
+    ranked, lines = measure_judges(
+        evaluation.held_out_sources(4), EFFECTS, lambda images: round_trip(vae, images), device
+    )
+    measured = vae_quality(vae) | ranked | {"general_accuracy": general_quality(adapter)}
     num_rows = len(TEACHERS) * evaluation.NUM_SCENES
     with stage("teachers", num_rows * 2 * (baselines.TEACHER_STEPS + baselines.STEPS)) as advance:
         rows = baselines.measure_teachers(adapter, loras, advance)
@@ -44,6 +56,8 @@ def check(folder: Path | None = None, device: str = "auto") -> None:
     for name, value, floor in results:
         table.add_row(name, f"{value:.3f}", f"{floor:.3f}", style="" if value >= floor else "red")
     Console().print(table)
+    for line in lines:
+        say(line)
     low = [name for name, value, floor in results if value < floor]
     if low:
         raise CloraError(f"below the floor: {', '.join(low)}; rebuild with `clora studio build`")
