@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,14 +80,44 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def load_image(file: str | Path, size: tuple[int, int]) -> Tensor:
     """One image as fp32 ``[3, H, W]`` in [-1, 1]; see `load_images`."""
-    height, width = size
-    with _opened(Path(file)) as opened:
-        image = _to_rgb(ImageOps.exif_transpose(opened))  # upright, whatever way the camera was held
-    # Cropped first: resizing out of a box (ImageOps.fit) mixes in pixels from beyond the crop.
-    image = _crop(image, width / height).resize((width, height), Image.Resampling.LANCZOS)
     # From uint8 [H, W, 3] to [3, H, W], 0 and 255 to -1 and 1.
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(fit(read_image(file), size).image)).permute(2, 0, 1)
     return pixels.float().div(127.5).sub(1).contiguous()
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """Reads an image in its own size: upright, RGB of 8 bits, on white where it is transparent.
+
+    Raises:
+        CloraError: as for `load_images`.
+    """
+    with _opened(Path(file)) as opened:
+        return _to_rgb(ImageOps.exif_transpose(opened))  # upright, whatever way the camera was held
+
+
+class Fitted(NamedTuple):
+    """An image that was cropped and scaled.
+
+    Attributes:
+        image: the result.
+        change: what was done, in pixels of width x height: "cropped 1200x800 to 800x800, scaled to 64x64"; empty if nothing.
+    """
+
+    image: Image.Image
+    change: str
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Fitted:
+    """Crops an image around its centre to the proportion of ``size`` (height, width), and scales it to that size."""
+    height, width = size
+    # Cropped first: resizing out of a box (ImageOps.fit) mixes in pixels from beyond the crop.
+    cropped = _crop(image, width / height)
+    fitted = cropped.resize((width, height), Image.Resampling.LANCZOS)
+    before, between, after = (f"{found.width}x{found.height}" for found in (image, cropped, fitted))
+    done = [f"cropped {before} to {between}"] if between != before else []
+    if after != between:
+        done.append(f"scaled to {after}" if done else f"scaled {before} to {after}")
+    return Fitted(fitted, ", ".join(done))
 
 
 def check_image(file: Path) -> None:

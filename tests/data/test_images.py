@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clora.data.images import encode_png, list_images, load_image, load_images
+from clora.data.images import encode_png, fit, list_images, load_image, load_images, read_image
 from clora.errors import CloraError
 from clora.files import check_writable, write_atomic
 
@@ -38,6 +38,28 @@ def test_crops_the_centre_then_resizes(tmp_path):
     Image.fromarray(wide).save(tmp_path / "a.png")
     assert torch.equal(load_image(tmp_path / "a.png", (8, 8)), torch.ones(3, 8, 8))
     assert load_image(tmp_path / "a.png", (2, 6)).shape == (3, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("size", "change"),
+    [
+        ((1200, 800), "cropped 1200x800 to 800x800, scaled to 64x64"),
+        ((100, 64), "cropped 100x64 to 64x64"),
+        ((32, 32), "scaled 32x32 to 64x64"),
+        ((64, 64), ""),
+    ],
+)
+def test_fitting_states_what_it_did(size, change):
+    fitted = fit(Image.new("RGB", size), (64, 64))
+    assert (fitted.image.size, fitted.change) == ((64, 64), change)
+
+
+def test_an_image_is_read_upright_in_its_own_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    Image.new("L", (12, 8), 7).save(tmp_path / "a.jpg", exif=exif)
+    image = read_image(tmp_path / "a.jpg")
+    assert (image.size, image.mode) == ((8, 12), "RGB")
 
 
 def test_names_are_sorted_and_clutter_is_passed_over(tmp_path, pixels):

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from clora.report.drawing import draw_curve, draw_grid, smooth
+from clora.report.drawing import draw_curve, draw_grid, draw_sheet, smooth
 
 
 def test_grid_shows_every_picture_enlarged_by_a_whole_number():
@@ -19,6 +19,22 @@ def test_grid_shows_every_picture_enlarged_by_a_whole_number():
             bottom = grid.shape[0] - (1 - r) * 198 - 6
             right = grid.shape[1] - (2 - c) * 198 - 6
             assert np.array_equal(grid[bottom - 192 : bottom : 12, right - 192 : right : 12], pixels[r, c])
+
+
+def test_a_sheet_shows_every_picture_with_sharp_pixels_above_its_label():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    sheet = draw_sheet(["source", "snow", "colour_static", "in several words", "OneWordOfVeryManyLetters"], pixels)
+    below = (sheet.shape[0] - 14) // 2
+    for i, picture in enumerate(pixels):
+        y, x = 14 + i // 3 * below, 14 + i % 3 * (256 + 14)
+        assert np.array_equal(sheet[y : y + 256 : 4, x : x + 256 : 4], picture)
+        assert sheet[y + 256 : y + below - 5, x : x + 256].min() < 100, "the label is missing"
+        assert (sheet[:, x + 256 : x + 256 + 14] == 255).all(), "the label leaves its column"
+
+
+def test_a_sheet_of_many_or_of_large_pictures_stays_small():
+    assert draw_sheet(["a"] * 51, np.zeros((51, 16, 16, 3), np.uint8)).shape[1] == 14 + 4 * (256 + 14)
+    assert draw_sheet(["a"], np.zeros((1, 600, 1200, 3), np.uint8)).shape[1] == 21 + 384 + 21
 
 
 def test_curve_is_a_png():
