@@ -132,6 +132,38 @@ def demo(
     typer.echo(f"report: {report}")
 
 
+@app.command("try")
+def try_(
+    collection: Annotated[
+        str | None, typer.Argument(help="Folder, file or hub id of a collection; by default the demo's.")
+    ] = None,
+    photo: Annotated[
+        Path | None, typer.Argument(help="Picture of any size and proportion; a collection of the studio needs none.")
+    ] = None,
+    effects: Annotated[
+        str | None, typer.Option(help="Names of effects, separated by commas; by default all of the collection.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The sheet, a PNG file.")] = Path("sheet.png"),
+    pictures: Annotated[Path | None, typer.Option(help="Folder for the single pictures, in their full size.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the noise.")] = 0,
+    device: Device = "auto",
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the base model, where the collection states none that can be found."),
+    ] = None,
+) -> None:
+    """Edit your own picture with every effect of a collection; one sheet shows the picture and all results.
+
+    Runs the stock pipeline of the collection's base model. The picture is cropped around its centre.
+
+    Example: [bold]clora try clora-demo/collection photo.jpg --effects snow,sepia[/bold]
+    """
+    from clora.commands.try_ import try_collection
+
+    names = None if effects is None else _split(effects)
+    typer.echo(f"sheet: {try_collection(collection, photo, names, out, pictures, seed, device, pipeline)}")
+
+
 @app.command()
 def distill(
     config: Config,

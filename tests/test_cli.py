@@ -68,7 +68,7 @@ def lora(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("distill",), ("prompts",), ("inspect",), ("export",), ("studio",), ("studio", "build")],
+    [(), ("demo",), ("try",), ("distill",), ("prompts",), ("inspect",), ("export",), ("studio",), ("studio", "build")],
 )
 def test_help(run, command):
     code, out, _ = run(*command, "--help")
@@ -193,6 +193,15 @@ def test_demo_bad_input(run, engine, tmp_path):
     assert (code, "expected names" in err) == (1, True)
     assert calls == []
     assert not (tmp_path / "o").exists()
+
+
+def test_try_arguments(run, engine, tmp_path):
+    calls = engine("clora.commands.try_", "try_collection")
+    options = ("--effects", "a, b", "--out", "o.png", "--pictures", "p", "--seed", 3, "--pipeline", "me/base")
+    assert run("try", "me/collection", tmp_path / "a.jpg", *options)[:2] == (0, "sheet: /studio\n")
+    assert run("try")[0] == 0
+    chosen = ("me/collection", tmp_path / "a.jpg", ["a", "b"], Path("o.png"), Path("p"), 3, "auto", "me/base")
+    assert calls == [chosen, (None, None, None, Path("sheet.png"), None, 0, "auto", None)]
 
 
 def test_distill(run, engine, tmp_path):

@@ -115,7 +115,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     with run.timed("export"), stage("export", None):
         files = {name: teacher_path(folder, name) for name in names}
         licenses = dict.fromkeys(names, "Apache-2.0")
-        description = make_collection(run.config, adapter, "clora-studio", files, licenses)
+        description = make_collection(run.config, adapter, assets.BASE_MODEL, files, licenses)
         collection = write_collection(student, description, run.folder / "collection", torch.float16)
     if rows is None:
         with run.timed("baselines"):

@@ -15,6 +15,7 @@ from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 ASSETS = Path(__file__).parent / "assets"  # the shipped studio
+BASE_MODEL = "clora-studio"  # as collections name the shipped pipeline
 PROVENANCE = "provenance.json"
 SEED = 0  # of every stage of the build
 
