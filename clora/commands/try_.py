@@ -79,9 +79,9 @@ def try_collection(
 
 
 def _is_picture(path: str) -> bool:
-    """Returns True for a file whose name ends as that of a picture does."""
+    """Returns True for the name of a picture's file; one that is missing is not looked for on the Hub."""
     local = user_path(path)
-    return local.is_file() and local.suffix.lower() in Image.registered_extensions()
+    return not local.is_dir() and local.suffix.lower() in Image.registered_extensions()
 
 
 def _default_collection() -> Path:

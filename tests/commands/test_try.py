@@ -103,6 +103,8 @@ def test_the_demos_collection_and_a_scene_of_the_studio_are_the_defaults(tmp_pat
     picture(1, (100, 150)).save("photo.png")
     try_collection("photo.png", device="cpu")
     assert "picture: photo.png, cropped 150x100 to 100x100, scaled to 64x64" in capsys.readouterr().err
+    with pytest.raises(CloraError, match="found nothing"):
+        try_collection("photos/a.jpg", device="cpu")  # a hub id, if it were no picture
 
 
 def test_without_a_collection_the_message_says_how_to_get_one(tmp_path, monkeypatch):
