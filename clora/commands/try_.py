@@ -62,19 +62,20 @@ def try_collection(
     """
     if photo is None and collection is not None and _is_picture(collection):
         collection, photo = None, Path(collection)
+    photo = None if photo is None else user_path(photo)
     path = find_collection(_default_collection() if collection is None else collection)
     effects = load_collection(path)
     # Each name once; one that the collection lacks is an error.
     calls = {name: effects[name] for name in (effects if names is None else names)}
     described = effects.collection
-    files = _files(out, pictures, list(calls), photo)
+    labels = [SOURCE, *calls]
+    files = _files(out, pictures, labels, photo)
     target = find_device(device)
     base = _find_base(described, pipeline)
     fitted = _read_photo(photo, described)
     pipe = _load(base, target, described)
     apply(pipe, path)
-    results = {SOURCE: fitted.image, **_edit(pipe, fitted.image, calls, seed)}
-    _write(results, files)
+    _write(labels, [fitted.image, *_edit(pipe, fitted.image, list(calls.values()), seed)], files)
     return files[0]
 
 
@@ -94,8 +95,8 @@ def _default_collection() -> Path:
     return OF_THE_DEMO
 
 
-def _files(out: Path, pictures: Path | None, names: Sequence[str], photo: Path | None) -> list[Path]:
-    """Returns the paths of the sheet, and of the source and each effect if they are wanted; checks them."""
+def _files(out: Path, pictures: Path | None, labels: Sequence[str], photo: Path | None) -> list[Path]:
+    """Returns the paths of the sheet, and of each single picture if they are wanted; checks them."""
     out = user_path(out)
     if out.suffix.lower() != ".png" or out.is_dir():
         found = "a folder" if out.is_dir() else f"{out.name!r}"
@@ -104,7 +105,7 @@ def _files(out: Path, pictures: Path | None, names: Sequence[str], photo: Path |
     if pictures is not None:
         folder = check_writable(pictures)
         # Names come out of a file that anyone may have made. Numbers keep the sheet's order, and apart what becomes the same.
-        safe = [re.sub(r"[^\w-]+", "_", name)[:100] for name in (SOURCE, *names)]
+        safe = [re.sub(r"[^\w-]+", "_", label)[:60] for label in labels]
         files += [folder / f"{i:02d}_{name}.png" for i, name in enumerate(safe)]
     for file in files:
         if photo is not None and file.exists() and photo.exists() and file.samefile(photo):
@@ -136,7 +137,6 @@ def _read_photo(photo: Path | None, collection: Collection) -> Fitted:
             )
         name, image = "a held-out scene of the studio", Image.fromarray(to_bytes(held_out_sources(1)[0]))
     else:
-        photo = user_path(photo)
         if not photo.is_file():
             found = "a folder" if photo.is_dir() else "a device or a pipe" if photo.exists() else "nothing"
             raise CloraError(f"{photo}: expected a picture's file, found {found}")
@@ -160,23 +160,23 @@ def _load(base: str, device: torch.device, collection: Collection) -> Any:
     return pipe
 
 
-def _edit(pipe: Any, source: Image.Image, calls: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Image.Image]:
+def _edit(pipe: Any, source: Image.Image, calls: Sequence[Mapping[str, Any]], seed: int) -> list[Image.Image]:
     """Edits the picture with each effect by the pipeline's own call."""
-    results = {}
+    results = []
     with stage("edit", len(calls)) as advance:
         # One by one: not every pipeline takes several prompts, and an effect's noise depends on no other effect.
-        for name, call in calls.items():
+        for call in calls:
             torch.manual_seed(seed)  # the sampler re-noises from the global generator
-            results[name] = pipe(image=source, **call).images[0]
+            results.append(pipe(image=source, **call).images[0])
             advance(1)
     return results
 
 
-def _write(results: Mapping[str, Image.Image], files: Sequence[Path]) -> None:
+def _write(labels: Sequence[str], results: Sequence[Image.Image], files: Sequence[Path]) -> None:
     """Writes the sheet to the first file, and each picture to those that follow."""
-    images = [image.convert("RGB") for image in results.values()]
+    images = [image.convert("RGB") for image in results]
     # Not every pipeline keeps to the size of its call.
     cells = np.stack([np.asarray(image.resize(images[0].size)) for image in images])
-    write_atomic(files[0], encode_png(draw_sheet(list(results), cells)))
+    write_atomic(files[0], encode_png(draw_sheet(labels, cells)))
     for file, image in zip(files[1:], images, strict=False):  # none, if only the sheet is wanted
         write_atomic(file, encode_png(np.asarray(image)))

@@ -34,7 +34,8 @@ def write(adapter, tmp_path):
 
     def make(**values):
         student = random_lora(adapter.pipeline.transformer, 4, 7)
-        described = describe(SNOW, MOEBIUS, **{"base_model": LOCAL, "provenance": {"dtype": "float32"}, **values})
+        effects = values.pop("effects", (SNOW, MOEBIUS))
+        described = describe(*effects, **{"base_model": LOCAL, "provenance": {"dtype": "float32"}, **values})
         return write_collection(student, described, tmp_path / "collection", torch.float32)
 
     return make
@@ -151,6 +152,15 @@ def test_a_base_that_cannot_be_loaded_names_the_option(write, photo, monkeypatch
     monkeypatch.setattr(try_, "load_pipeline", fail)
     with pytest.raises(CloraError, match="pipeline 'some/pipeline'.*--pipeline names another place of some/pipeline"):
         try_collection(str(write(base_model="some/pipeline")), photo, out=tmp_path / "sheet.png", device="cpu")
+
+
+def test_an_effect_may_have_any_name(write, photo, tiny_folder, tmp_path):
+    names = ("source", "a/b", "a b", "\u96ea" * 200)
+    folder = write(effects=tuple(effect(name, ("make it",)) for name in names))
+    out, options = tmp_path / "s.png", {"pictures": tmp_path / "all", "pipeline": str(tiny_folder), "device": "cpu"}
+    try_collection(str(folder), photo, out=out, **options)
+    found = sorted(file.stem for file in (tmp_path / "all").iterdir())
+    assert found == ["00_source", "01_source", "02_a_b", "03_a_b", "04_" + "\u96ea" * 60]
 
 
 def test_an_edit_that_fails_leaves_nothing(write, photo, tiny_folder, monkeypatch, tmp_path):
