@@ -32,6 +32,7 @@ __all__ = [
     "TARGET_SIMULATION",
     "Run",
     "Scores",
+    "check_choices",
     "chosen",
     "coarse_to_fine_loss",
     "multi_lora_add",
@@ -296,9 +297,7 @@ def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, des
     for projection in projections:
         multi_lora.check_shapes(x, *projection, scale, adapter_ids)
     if design == "fused":
-        raise CloraError(
-            f"design fused ({DESIGN} or `design`) is one of the Triton kernels, which do not run here; use split"
-        )
+        raise _no_kernels()
     # torch.compile would make a graph for every batch.
     if not torch.compiler.is_compiling() and all(is_plain(x, *layer[:2], scale) for layer in projections):
         if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
@@ -333,6 +332,19 @@ def chosen() -> dict[str, str]:
         CloraError: `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning.
     """
     return {"backend": _choice(None), "design": _design(None) or "auto"}
+
+
+def check_choices(device: torch.device) -> None:
+    """Raises CloraError where `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning, or cannot be obeyed on a device."""
+    on_triton = use_triton("multi_lora_linear", device)
+    if _design(None) == "fused" and not on_triton:
+        raise _no_kernels()
+
+
+def _no_kernels() -> CloraError:
+    return CloraError(
+        f"design fused ({DESIGN} or `design`) is one of the Triton kernels, which do not run here; use split or auto"
+    )
 
 
 def multi_lora_add(

@@ -22,7 +22,7 @@ from clora.lora.load import lora_ranks
 from clora.lora.source import open_lora
 from clora.models import ModelAdapter
 from clora.models.common import check_lengths
-from clora.ops import chosen
+from clora.ops import check_choices
 from clora.training.student import student_layers
 
 
@@ -60,8 +60,6 @@ def find_file_problems(config: DistillConfig) -> Problems:
     ):
         with problems.catch():
             check(argument)
-    with problems.catch():
-        chosen()
     _check_named_files(config.model_dump(), problems)
     return problems
 
@@ -78,6 +76,7 @@ def add_file_problems(error: CloraError, path: str | Path, overrides: Iterable[s
 
 def _check_device(config: DistillConfig) -> None:
     device = find_device(config.device)
+    check_choices(device)
     if config.train.cuda_graphs:
         check_graphs_on(device)
 

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLFlux2
 from helpers.pictures import write_images
 from safetensors.torch import load_file, save_file
 
+from clora import ops
 from clora.commands.checks import find_file_problems
 from clora.commands.distill import distill
 from clora.data import rendering as targets_module
@@ -185,6 +186,15 @@ def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text() == "my project"
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Triton's kernels cannot run, not even interpreted."""
+    ops._obstacle.cache_clear()
+    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    yield
+    ops._obstacle.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
@@ -194,9 +204,13 @@ def test_a_readme_of_someone_elses_is_not_overwritten(make_config, tmp_path):
             "CLORA_DESIGN=merge: expected one of auto, merged, fused, split; did you mean 'merged'?",
         ),
         ("CLORA_BACKEND", "cuda", "CLORA_BACKEND=cuda: expected one of auto, triton, eager"),
+        ("CLORA_BACKEND", "triton", "CLORA_BACKEND=triton, but multi_lora_linear cannot run on Triton"),
+        ("CLORA_DESIGN", "fused", "which do not run here; use split or auto"),
     ],
 )
-def test_a_wrong_variable_is_refused_before_anything_is_loaded(make_config, monkeypatch, variable, value, message):
+def test_a_wrong_variable_is_refused_before_anything_is_loaded(
+    make_config, monkeypatch, no_kernels, variable, value, message
+):
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr("clora.commands.distill.load_adapter", lambda config: pytest.fail("loaded"))
     config = make_config()
