@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from clora.studio.pixels import to_tensor
 from clora.training.checkpoint import load_state, save_state
 from clora.training.optimizers import Muon
 from clora.training.resume import check_same
+
+Prepared = TypeVar("Prepared")
 
 RATES = {"matrices": 3e-3, "rest": 1.5e-3}
 EMPTY_PROMPT_SHARE = 0.1
@@ -129,14 +133,19 @@ def train_base(
     state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     state |= {f"average.{name}": weight for name, weight in average.items()}
     embeddings: dict[str, Tensor] = {}
-    for update in range(resume(checkpoint, state, optimizers, generator, recipe), updates):
+
+    def prepare(update: int) -> tuple[int, Batch]:
+        size = 128 if update >= SMALL_SHARE * updates and update % 2 else 64
+        families = families_without_slots() if update < FIXED_UPDATES else None
+        return size, encode_edits(adapters[size], draw_edits(size, update, seed, families, photographs), embeddings)
+
+    for update, (size, batch) in ahead(
+        prepare, range(resume(checkpoint, state, optimizers, generator, recipe), updates)
+    ):
         for name, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
             optimizer.zero_grad(set_to_none=True)
-        size = 128 if update >= SMALL_SHARE * updates and update % 2 else 64
-        families = families_without_slots() if update < FIXED_UPDATES else None
-        edits = draw_edits(size, update, seed, families, photographs)
-        loss = _loss(adapters[size], edits, embeddings, generator)
+        loss = _loss(adapters[size], batch, embeddings[""], generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         for optimizer in optimizers.values():
@@ -179,24 +188,44 @@ def learning_rate_factor(update: int, updates: int) -> float:
     return min((update + 1) / 50, 1.0, (updates - update) / (0.4 * updates))
 
 
-def _loss(
-    adapter: Flux2KleinAdapter,
-    edits: Sequence[Edit],
-    embeddings: dict[str, Tensor],
-    generator: torch.Generator,
-) -> Tensor:
-    """Computes the loss of an update's edits; ``embeddings`` keeps the prompts that were encoded, ``[L, D]`` each."""
-    dropped = torch.rand(len(edits), generator=generator) < EMPTY_PROMPT_SHARE
-    prompts = ["" if drop else edit.instruction for edit, drop in zip(edits, dropped, strict=True)]
-    if new := sorted(set(prompts) - embeddings.keys()):
+class Batch(NamedTuple):
+    """Encoded edits, on the CPU: ``sources`` and ``targets [N, T, C]``, embedded instructions ``text [N, L, D]``."""
+
+    sources: Tensor
+    targets: Tensor
+    text: Tensor
+
+
+def encode_edits(adapter: Flux2KleinAdapter, edits: Sequence[Edit], embeddings: dict[str, Tensor]) -> Batch:
+    """Encodes edits; ``embeddings`` keeps the prompts that were encoded, ``[L, D]`` each, the empty one among them."""
+    prompts = [edit.instruction for edit in edits]
+    if new := sorted({*prompts, ""} - embeddings.keys()):
         embeddings |= zip(new, adapter.encode_prompts(new).embeds, strict=True)
     pictures = np.stack([edit.source for edit in edits] + [edit.result for edit in edits])
-    latents = adapter.encode_images(to_tensor(pictures))
-    reference, x0 = latents.to(adapter.pipeline.transformer.device).split(len(edits))
-    conditioning = Conditioning(Text(torch.stack([embeddings[prompt] for prompt in prompts])), reference).to(x0.device)
+    sources, targets = adapter.encode_images(to_tensor(pictures)).cpu().split(len(edits))
+    return Batch(sources, targets, torch.stack([embeddings[prompt] for prompt in prompts]))
+
+
+def ahead(prepare: Callable[[int], Prepared], updates: range) -> Iterator[tuple[int, Prepared]]:
+    """Yields each update with what it needs, which a thread prepares while the update before it runs."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = {update: pool.submit(prepare, update) for update in updates[:1]}
+        for update in updates:
+            found = waiting.pop(update).result()
+            if update + 1 in updates:
+                waiting[update + 1] = pool.submit(prepare, update + 1)
+            yield update, found
+
+
+def _loss(adapter: Flux2KleinAdapter, batch: Batch, empty: Tensor, generator: torch.Generator) -> Tensor:
+    """Computes the loss of an update's edits; ``empty`` is the embedded empty prompt ``[L, D]``."""
+    dropped = torch.rand(len(batch.text), generator=generator) < EMPTY_PROMPT_SHARE
+    text = Text(torch.where(dropped[:, None, None], empty, batch.text))
+    device = adapter.pipeline.transformer.device
+    conditioning = Conditioning(text, batch.sources).to(device)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         with reduced_precision(x.device):
             return adapter.velocity(x, sigma, conditioning).float()
 
-    return flow_matching_losses(velocity, x0, SHIFT, generator).mean()
+    return flow_matching_losses(velocity, batch.targets.to(device), SHIFT, generator).mean()

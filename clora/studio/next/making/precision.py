@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clora.devices import has_amx
 
 
 @contextmanager
 def reduced_precision(device: torch.device) -> Iterator[None]:
-    """Computes in bfloat16 on GPUs and on CPUs with AMX, where it is faster; weights stay as they are.
-
-    Attention is computed as products and a softmax: the fused kernel's backward pass in bfloat16 is slow on CPUs.
-    """
-    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    """Computes in bfloat16 on GPUs and on CPUs with AMX, where it is faster; weights stay as they are."""
+    if device.type == "cpu" and not has_amx():
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with torch.autocast(device.type, torch.bfloat16):
         yield
