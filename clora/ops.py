@@ -45,6 +45,9 @@ __all__ = [
 VARIABLE = "CLORA_BACKEND"
 DESIGN = "CLORA_DESIGN"
 BACKENDS = ("auto", "triton", "eager")
+NO_KERNELS = (
+    f"design fused ({DESIGN} or `design`) is one of the Triton kernels, which do not run here; use split or auto"
+)
 MIN_CAPABILITY = (8, 0)
 """Oldest NVIDIA GPU that Triton supports (Ampere)."""
 
@@ -297,7 +300,7 @@ def _eager_linears(x, projections, scale, adapter_ids, runs, strengths, out, des
     for projection in projections:
         multi_lora.check_shapes(x, *projection, scale, adapter_ids)
     if design == "fused":
-        raise _no_kernels()
+        raise CloraError(NO_KERNELS)
     # torch.compile would make a graph for every batch.
     if not torch.compiler.is_compiling() and all(is_plain(x, *layer[:2], scale) for layer in projections):
         if runs is None and type(adapter_ids) is Tensor and adapter_ids.device.type == "cpu":
@@ -326,25 +329,15 @@ def _design(design: str | None) -> str | None:
 
 
 def chosen() -> dict[str, str]:
-    """Returns the `backend` and `design` that the environment chooses, for calls that shall not read it one by one.
-
-    Raises:
-        CloraError: `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning.
-    """
+    """Returns the `backend` and `design` that the environment chooses; raises CloraError where one has no meaning."""
     return {"backend": _choice(None), "design": _design(None) or "auto"}
 
 
 def check_choices(device: torch.device) -> None:
     """Raises CloraError where `CLORA_BACKEND` or `CLORA_DESIGN` has no meaning, or cannot be obeyed on a device."""
-    on_triton = use_triton("multi_lora_linear", device)
-    if _design(None) == "fused" and not on_triton:
-        raise _no_kernels()
-
-
-def _no_kernels() -> CloraError:
-    return CloraError(
-        f"design fused ({DESIGN} or `design`) is one of the Triton kernels, which do not run here; use split or auto"
-    )
+    design, on_triton = _design(None), use_triton("multi_lora_linear", device)
+    if design == "fused" and not on_triton:
+        raise CloraError(NO_KERNELS)
 
 
 def multi_lora_add(
@@ -360,13 +353,7 @@ def multi_lora_add(
     """Adds each sample's low-rank delta to the output of a base layer that was computed elsewhere.
 
     Meaning, arguments and result: `csrc_triton.multi_lora.reference.multi_lora_add`. The calls that the Triton kernels
-    do not cover: `csrc_triton.multi_lora.checks.unsupported_add`.
-
-    Args:
-        backend: as in `multi_lora_linear`.
-
-    Raises:
-        ValueError, CloraError: as `multi_lora_linear`.
+    do not cover: `csrc_triton.multi_lora.checks.unsupported_add`. ``backend`` and errors are those of `multi_lora_linear`.
     """
     arguments = (y, x, lora_A, lora_B, scale, adapter_ids)
     if use_triton("multi_lora_add", x.device, backend):
@@ -395,10 +382,7 @@ def coarse_to_fine_loss(
     """Loss of the student: distribution matching and trajectory anchoring, with its terms.
 
     Meaning, arguments and result: `csrc_triton.coarse_to_fine.reference.coarse_to_fine_loss`. The Triton kernels cover
-    all of it but fp64 (`csrc_triton.coarse_to_fine.op.unsupported`).
-
-    Args:
-        backend: `auto`, `triton` or `eager` for this call; None takes `CLORA_BACKEND`.
+    all of it but fp64 (`csrc_triton.coarse_to_fine.op.unsupported`). ``backend`` is that of `multi_lora_linear`.
 
     Raises:
         ValueError: a shape is wrong.
