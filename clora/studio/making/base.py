@@ -161,7 +161,7 @@ def train_base(
     # Views of all that training changes: read by checkpoints, written by a resumed run.
     state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     state |= {f"average.{name}": weight for name, weight in average.items()}
-    start = _resume(checkpoint, state, optimizers, generator, recipe)
+    start = resume(checkpoint, state, optimizers, generator, recipe)
     everything, focus, fixed = map(pool.entries, (FAMILIES, FOCUS_FAMILIES, families_without_slots()))
     for update in range(start, updates):
         for name, optimizer in optimizers.items():
@@ -195,7 +195,7 @@ def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Opti
     }
 
 
-def _resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:
+def resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:
     """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
     if not checkpoint.exists():
         return 0

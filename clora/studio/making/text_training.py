@@ -49,16 +49,21 @@ def draw_sentences(seed: int, count: int) -> list[tuple[str, Meaning]]:
 
 
 def train_text_encoder(
-    encoder, tokenizer, updates: int, seed: int, report: Callable[[int, dict[str, float]], None]
+    encoder,
+    tokenizer,
+    updates: int,
+    seed: int,
+    report: Callable[[int, dict[str, float]], None],
+    draw: Callable[[int, int], list[tuple[str, Meaning]]] = draw_sentences,
 ) -> float:
     """Trains the encoder in place and freezes it; ``report(update, {"loss": ...})`` after each update.
 
-    The reading is asked for at the last tokens and all of the padding, which the transformer sees too.
+    ``draw(seed, count)`` draws the sentences. The reading is asked for at the last tokens and all of the padding, which the transformer sees too.
 
     Returns:
         The share of held-out sentences that are read wholly right at the last position.
     """
-    texts, meanings = zip(*draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED), strict=True)
+    texts, meanings = zip(*draw(seed, NUM_SENTENCES + NUM_CHECKED), strict=True)
     tokens, mask = (tensor.to(encoder.device) for tensor in tokenize(tokenizer, texts))
     # The four parts of a meaning, [N, 4]; a part's values are numbered apart from those of the others.
     parts = [np.unique(part, return_inverse=True)[1] for part in zip(*meanings, strict=True)]

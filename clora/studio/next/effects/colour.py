@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from clora.studio.effects.registry import new_library
 from clora.studio.next.effects.filters import (
     UNITS,
     WHITE,
@@ -19,7 +20,6 @@ from clora.studio.next.effects.filters import (
     screen,
     smoothstep,
 )
-from clora.studio.next.effects.registry import new_library
 
 EFFECTS, effect = new_library()
 

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from clora.studio.effects.registry import new_library
 from clora.studio.next.effects.filters import (
     BLACK,
     UNITS,
@@ -26,7 +27,6 @@ from clora.studio.next.effects.filters import (
     smoothstep,
     upsample,
 )
-from clora.studio.next.effects.registry import new_library
 
 EFFECTS, effect = new_library()
 

@@ -5,6 +5,7 @@ What is drawn are positions, lengths and grids in units: one state of the genera
 
 import numpy as np
 
+from clora.studio.effects.registry import new_library
 from clora.studio.next.effects.filters import (
     UNITS,
     WHITE,
@@ -21,7 +22,6 @@ from clora.studio.next.effects.filters import (
     smoothstep,
     upsample,
 )
-from clora.studio.next.effects.registry import new_library
 from clora.studio.next.effects.shapes import around, discs, line, scatter
 
 EFFECTS, effect = new_library(stochastic=True)

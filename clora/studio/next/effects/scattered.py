@@ -6,6 +6,7 @@ Things are at least about 3 units wide: a few-step regression would blur them, a
 
 import numpy as np
 
+from clora.studio.effects.registry import new_library
 from clora.studio.next.effects.filters import (
     BLACK,
     WHITE,
@@ -19,7 +20,6 @@ from clora.studio.next.effects.filters import (
     screen,
     smoothstep,
 )
-from clora.studio.next.effects.registry import new_library
 from clora.studio.next.effects.shapes import around, blob, discs, heart, line, maple, scatter, willow
 
 EFFECTS, effect = new_library(stochastic=True)

@@ -5,6 +5,7 @@ Periodic patterns are aligned to the grid of latent tokens, 8 units each.
 
 import numpy as np
 
+from clora.studio.effects.registry import new_library
 from clora.studio.next.effects.filters import (
     BLACK,
     UNITS,
@@ -24,7 +25,6 @@ from clora.studio.next.effects.filters import (
     smoothstep,
     upsample,
 )
-from clora.studio.next.effects.registry import new_library
 
 EFFECTS, effect = new_library()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,23 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clora.files import write_atomic
 from clora.flow.matching import flow_matching_losses
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.assets import studio_adapter
+from clora.studio.making.base import RATES, make_optimizers, resume
 from clora.studio.next.edits import FAMILIES, Edit, sample_edit
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene
 from clora.studio.photographs import Photographs
 from clora.studio.pixels import to_tensor
-from clora.training.checkpoint import load_state, save_state
-from clora.training.optimizers import Muon
-from clora.training.resume import check_same
+from clora.training.checkpoint import save_state
 
 Prepared = TypeVar("Prepared")
 
-RATES = {"matrices": 3e-3, "rest": 1.5e-3}
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
@@ -63,31 +59,6 @@ def make_transformer():
         if "modulation" in name or name.startswith(("proj_out", "norm_out.linear")):
             torch.nn.init.zeros_(parameter)
     return transformer
-
-
-def make_pipeline(vae, text_encoder, tokenizer, transformer):
-    """Makes the stock pipeline with a static time shift of 3."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-
-    return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-
-
-def save_pipeline(pipeline, folder: Path) -> None:
-    """Saves the pipeline with fp16 weights, which diffusers loads as fp32; transformers would keep fp16."""
-    for component in (pipeline.transformer, pipeline.vae):
-        component.half()
-    pipeline.save_pretrained(folder)
-    # diffusers writes where the parts were loaded from, a path of this machine.
-    for config in folder.rglob("*.json"):
-        values = json.loads(config.read_text())
-        if values.pop("_name_or_path", None) is not None:
-            write_atomic(config, json.dumps(values, indent=2) + "\n")
 
 
 def families_without_slots() -> tuple[str, ...]:
@@ -159,28 +130,6 @@ def train_base(
     for name, weight in average.items():
         parameters[name].data.copy_(weight)
     transformer.eval().requires_grad_(False)
-
-
-def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
-    """Makes Muon for the matrices of the blocks, AdamW for embeddings, modulation, biases, norms and the output."""
-    matrices, rest = [], []
-    for name, parameter in parameters.items():
-        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
-    return {
-        "matrices": Muon(matrices, RATES["matrices"]),
-        "rest": torch.optim.AdamW(rest, RATES["rest"], betas=(0.9, 0.98), weight_decay=0.01),
-    }
-
-
-def resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:
-    """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
-    if not checkpoint.exists():
-        return 0
-    tensors, values = load_state(checkpoint, optimizers, generator)
-    check_same(values.get("recipe", {}), recipe, checkpoint)
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
-    return values["update"]
 
 
 def learning_rate_factor(update: int, updates: int) -> float:

@@ -20,14 +20,18 @@ from clora.files import check_writable, write_atomic
 from clora.hashing import file_digest
 from clora.progress import stage, up_to
 from clora.studio.assets import PROVENANCE, SEED, load_studio, provenance, studio_adapter
+from clora.studio.making.base import make_pipeline, save_pipeline
 from clora.studio.making.teachers import save_teacher
-from clora.studio.next import text
-from clora.studio.next.making import base, teachers, text_training, vae
+from clora.studio.making.text_training import train_text_encoder
+from clora.studio.next.making import base, teachers, vae
+from clora.studio.next.making.text_training import draw_sentences
 from clora.studio.next.quality import base_quality, teacher_quality, teacher_table, vae_quality
 from clora.studio.next.scenes import SIZE
 from clora.studio.next.teachers import PAIRS, SPECS, TEACHERS
+from clora.studio.next.text import prompt_corpus
 from clora.studio.photographs import PHOTOGRAPHS, TABLE, Photographs, load_photographs
 from clora.studio.teachers import load_teachers
+from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
@@ -125,10 +129,10 @@ def _vae_stage(folder: Path, device: torch.device, photographs: Photographs) -> 
 
 def _text_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
     torch.manual_seed(SEED)
-    tokenizer = text.train_tokenizer(text.prompt_corpus())
-    encoder = text.make_text_encoder(len(tokenizer)).to(device)
+    tokenizer = train_tokenizer(prompt_corpus())
+    encoder = make_text_encoder(len(tokenizer)).to(device)
     with stage("text encoder", TEXT_UPDATES) as advance:
-        accuracy = text_training.train_text_encoder(encoder, tokenizer, TEXT_UPDATES, SEED, up_to(advance))
+        accuracy = train_text_encoder(encoder, tokenizer, TEXT_UPDATES, SEED, up_to(advance), draw_sentences)
     tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
     encoder.save_pretrained(folder / "pipeline" / "text_encoder")
     files = ["pipeline/text_encoder/model.safetensors", "pipeline/tokenizer/tokenizer.json"]
@@ -143,12 +147,12 @@ def _base_stage(folder: Path, device: torch.device, photographs: Photographs) ->
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer")
     encoder = Qwen3ForCausalLM.from_pretrained(folder / "pipeline" / "text_encoder").eval()
     autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
-    pipeline = base.make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
+    pipeline = make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
     pipeline.to(device)
     checkpoint = folder / ".base.safetensors"
     with stage("base model", BASE_UPDATES) as advance:
         base.train_base(pipeline, BASE_UPDATES, SEED, checkpoint, photographs, up_to(advance))
-    base.save_pipeline(pipeline, folder / "pipeline")
+    save_pipeline(pipeline, folder / "pipeline")
     checkpoint.unlink(missing_ok=True)
     pipeline = load_studio(folder, device).pipeline
     measured = {str(size): base_quality(studio_adapter(pipeline, size), CASES) for size in base.ROWS}

@@ -17,9 +17,9 @@ from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.assets import studio_adapter
+from clora.studio.making.base import resume
 from clora.studio.making.teachers import Pairs, check_finite, gradient_sizes, pair_losses
 from clora.studio.next.effects import EFFECTS
-from clora.studio.next.making.base import resume
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene, render
 from clora.studio.next.teachers import PAIRS, TEACHERS, kind_of
