@@ -35,7 +35,7 @@ from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
-BASE_UPDATES = 12_000
+BASE_UPDATES = 10_000
 CASES = 160
 
 Made = tuple[dict[str, object], list[str]]

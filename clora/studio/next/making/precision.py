@@ -1,11 +1,14 @@
-"""The precision in which the studio is trained."""
+"""How the studio is trained fast: in bfloat16 where it is faster, with attention that a CPU is quick at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from clora.devices import has_amx
 
@@ -16,5 +19,34 @@ def reduced_precision(device: torch.device) -> Iterator[None]:
     if device.type == "cpu" and not has_amx():
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16):
+    plain = PlainAttention() if device.type == "cpu" else nullcontext()
+    with plain, torch.autocast(device.type, torch.bfloat16):
         yield
+
+
+class PlainAttention(TorchFunctionMode):
+    """Within it, attention is two products and a softmax.
+
+    On a CPU the backward pass of torch's fused attention in bfloat16 takes three times as long (torch 2.13, 4 heads of 64,
+    192 tokens).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return plain_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_,
+) -> Tensor:
+    """Attends to all of ``[B, heads, T, D]``; the softmax is taken in float32. The studio has no masks."""
+    assert attn_mask is None and not dropout_p and not is_causal
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    return torch.matmul(scores.float().softmax(-1).to(value.dtype), value)
