@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from clora.flow.matching import flow_matching_losses
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
-from clora.studio.assets import studio_adapter
 from clora.studio.making.base import RATES, make_optimizers, resume
 from clora.studio.next.edits import FAMILIES, Edit, sample_edit
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene
 from clora.studio.photographs import Photographs
 from clora.studio.pixels import to_tensor
+from clora.studio.text import MAX_SEQUENCE_LENGTH
 from clora.training.checkpoint import save_state
 
 Prepared = TypeVar("Prepared")
@@ -37,6 +37,8 @@ FITTED = 32
 SHIFT = 3.0  # of the noise levels
 ROWS = {64: 24, 128: 8}
 """Of an update, by the side of its pictures."""
+TEXT_LENGTHS = (40, MAX_SEQUENCE_LENGTH, 40)
+"""Positions of the text, padding included, of updates in turn: a pipeline may be called with either."""
 SMALL_SHARE = 2 / 3
 """Updates on 64 x 64 only; then these and 128 x 128 take turns."""
 
@@ -98,7 +100,9 @@ def train_base(
     to its text. One prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
     """
     transformer = pipeline.transformer.train().requires_grad_(True)
-    adapters = {size: studio_adapter(pipeline, size) for size in ROWS}
+    adapters = {
+        (size, length): Flux2KleinAdapter(pipeline, (size, size), length) for size in ROWS for length in TEXT_LENGTHS
+    }
     parameters = dict(transformer.named_parameters())
     optimizers = make_optimizers(parameters)
     generator = torch.Generator().manual_seed(seed)
@@ -109,22 +113,23 @@ def train_base(
     state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     state |= {f"average.{name}": weight for name, weight in average.items()}
     embeddings: dict[str, Tensor] = {}
-    encode = linear_encoder(adapters[64])
+    encode = linear_encoder(adapters[64, MAX_SEQUENCE_LENGTH])
 
-    def prepare(update: int) -> tuple[int, Batch]:
+    def prepare(update: int) -> tuple[Flux2KleinAdapter, Batch]:
         size = 128 if update >= SMALL_SHARE * updates and update % 2 else 64
         families = families_without_slots() if update < FIXED_UPDATES else None
-        return size, encode_edits(
-            adapters[size], encode, draw_edits(size, update, seed, families, photographs), embeddings
-        )
+        edits = draw_edits(size, update, seed, families, photographs)
+        batch = encode_edits(adapters[size, MAX_SEQUENCE_LENGTH], encode, edits, embeddings)
+        length = TEXT_LENGTHS[update % len(TEXT_LENGTHS)]
+        return adapters[size, length], batch._replace(text=batch.text[:, :length])
 
-    for update, (size, batch) in ahead(
+    for update, (adapter, batch) in ahead(
         prepare, range(resume(checkpoint, state, optimizers, generator, recipe), updates)
     ):
         for name, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
             optimizer.zero_grad(set_to_none=True)
-        loss = _loss(adapters[size], batch, embeddings[""], generator)
+        loss = _loss(adapter, batch, embeddings[""], generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         for optimizer in optimizers.values():
@@ -196,7 +201,7 @@ def ahead(prepare: Callable[[int], Prepared], updates: range) -> Iterator[tuple[
 def _loss(adapter: Flux2KleinAdapter, batch: Batch, empty: Tensor, generator: torch.Generator) -> Tensor:
     """Computes the loss of an update's edits; ``empty`` is the embedded empty prompt ``[L, D]``."""
     dropped = torch.rand(len(batch.text), generator=generator) < EMPTY_PROMPT_SHARE
-    text = Text(torch.where(dropped[:, None, None], empty, batch.text))
+    text = Text(torch.where(dropped[:, None, None], empty[: batch.text.shape[1]], batch.text))
     device = adapter.pipeline.transformer.device
     conditioning = Conditioning(text, batch.sources).to(device)
 
