@@ -6,8 +6,9 @@ import torch
 
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
+from clora.studio.next.evaluation import general_cases
 from clora.studio.next.making import base, vae
-from clora.studio.next.quality import base_quality, general_cases, vae_quality
+from clora.studio.next.quality import base_quality, vae_quality
 from clora.studio.next.scenes import make_scene, render
 from clora.studio.photographs import load_photographs
 from clora.studio.pixels import to_tensor
@@ -82,7 +83,7 @@ def test_quality_knows_exact_results(monkeypatch):
     assert not any(case.is_correct(case.edit.source) for case in cases if case.edit.family != "keep")
     adapter = studio_adapter(load_pipeline(str(pipeline_folder()), "cpu"))
     monkeypatch.setattr(
-        "clora.studio.next.quality.base_outputs", lambda adapter, cases: np.stack([case.edit.result for case in cases])
+        "clora.studio.next.quality.base_outputs", lambda adapter, count: np.stack([case.edit.result for case in cases])
     )
     found = base_quality(adapter, 4)
     assert found["general_accuracy"] == 1

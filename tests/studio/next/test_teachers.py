@@ -14,6 +14,7 @@ from clora.studio.assets import pipeline_folder, studio_adapter
 from clora.studio.making.teachers import save_teacher
 from clora.studio.next import quality
 from clora.studio.next.effects import EFFECTS
+from clora.studio.next.evaluation import held_out_sources
 from clora.studio.next.making import build, teachers
 from clora.studio.next.scenes import make_scene, render
 from clora.studio.next.teachers import COLOUR_MAPS, PAIRS, SPECS, TEACHERS, kind_of
@@ -150,8 +151,9 @@ def test_formats_round_trip(spec, pipeline, tmp_path):
 def test_exact_pictures_are_right_and_above_the_floors(pipeline, monkeypatch):
     effects = ("thermal", "pixelate", "snow")
 
-    def exact(adapter, loras, sources):
+    def exact(adapter, loras, count):
         rng = np.random.default_rng(9)
+        sources = held_out_sources(count, 64)
         return {effect: np.stack([EFFECTS[effect].apply(source, rng) for source in sources]) for effect in loras}
 
     monkeypatch.setattr(quality, "teacher_outputs", exact)
@@ -177,8 +179,7 @@ def test_floors_of_steep_maps_follow_the_autoencoder():
 
 def test_teachers_make_pictures_of_every_source(pipeline, monkeypatch):
     monkeypatch.setattr(quality, "TEACHER_STEPS", 1)
-    sources = np.stack([render(make_scene(seed, "held_out")) for seed in range(2)])
-    outputs = quality.teacher_outputs(studio_adapter(pipeline), random_states(pipeline, [THERMAL, SNOW]), sources)
+    outputs = quality.teacher_outputs(studio_adapter(pipeline), random_states(pipeline, [THERMAL, SNOW]), 2)
     assert list(outputs) == ["thermal", "snow"]
     assert outputs["snow"].shape == (2, 64, 64, 3)
     assert np.abs(outputs["snow"] - outputs["thermal"]).max() > 0.01

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from safetensors.numpy import save
 
 from clora.devices import find_device
 from clora.errors import CloraError, nearest
@@ -23,6 +24,9 @@ from clora.studio.assets import PROVENANCE, SEED, load_studio, provenance, studi
 from clora.studio.making.base import make_pipeline, save_pipeline
 from clora.studio.making.teachers import save_teacher
 from clora.studio.making.text_training import train_text_encoder
+from clora.studio.next import targets
+from clora.studio.next.baselines import measure_baselines
+from clora.studio.next.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.next.making import base, teachers, vae
 from clora.studio.next.making.text_training import draw_sentences
 from clora.studio.next.quality import base_quality, teacher_quality, teacher_table, vae_quality
@@ -35,7 +39,7 @@ from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
-BASE_UPDATES = 10_000
+BASE_UPDATES = 7500
 CASES = 160
 
 Made = tuple[dict[str, object], list[str]]
@@ -178,11 +182,30 @@ def _teacher_stage(folder: Path, device: torch.device, photographs: Photographs)
     return measured, [str(file.relative_to(folder)) for file in files]
 
 
+def _target_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    adapter = load_studio(folder, device)
+    loras = load_teachers(adapter, folder, DEFAULT_EFFECTS)
+    made = targets.make_targets(adapter, loras, demo_config(DEFAULT_EFFECTS, SEED))
+    write_atomic(folder / targets.TARGETS, made.serialise())
+    return {"sources_per_effect": targets.TARGET_SOURCES, "general": len(made.general)}, [targets.TARGETS]
+
+
+def _baseline_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    adapter = load_studio(folder, device)
+    rows = measure_baselines(adapter, load_teachers(adapter, folder, DEFAULT_EFFECTS))
+    images = {f"{name}/{effect}": picture for name, row in rows.items() for effect, picture in row.pictures.items()}
+    write_atomic(folder / "baselines.json", json.dumps({name: row.to_json() for name, row in rows.items()}) + "\n")
+    write_atomic(folder / "baselines.safetensors", save(images))
+    return {name: row.row() for name, row in rows.items()}, ["baselines.json", "baselines.safetensors"]
+
+
 STAGES = {
     "vae": Stage(_vae_stage, ()),
     "text": Stage(_text_stage, ()),
     "base": Stage(_base_stage, ("vae", "text")),
     "teachers": Stage(_teacher_stage, ("vae", "text", "base")),
+    "targets": Stage(_target_stage, ("vae", "text", "base", "teachers")),
+    "baselines": Stage(_baseline_stage, ("vae", "text", "base", "teachers")),
 }
 
 
