@@ -32,7 +32,7 @@ from clora.progress import say, stage
 from clora.studio import assets, baselines, evaluation, targets
 from clora.studio.baselines import Measured, grid_pictures, grid_scene
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
-from clora.studio.demo_report import write_report
+from clora.studio.demo_report import Shown, write_report
 from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects
 from clora.studio.judges import Verdict
@@ -286,8 +286,13 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
         f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
         f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best]:.1%}"
     )
+    sources = held_out_sources(evaluation.NUM_SCENES)
+    gallery = [
+        Shown(name, EFFECTS[name].prompt, to_bytes(sources[grid_scene(name)]), rows["clora"].pictures[name])
+        for name in names
+    ]
     columns, images = _grid(names, rows, best)
-    return write_report(run.folder, metrics, columns, images, run.curves)
+    return write_report(run.folder, metrics, gallery, columns, images, run.curves)
 
 
 def _peak_megabytes() -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_CELL = 192  # pixels that a small picture is enlarged to, nearest neighbour
+_CELL = 192  # pixels that a small picture is enlarged to
 _GAP = 6
 _FONT_SIZE = 17
 _SHEET_CELL = 256
@@ -27,10 +27,8 @@ def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -
     Returns:
         uint8 ``[H', W', 3]``.
     """
-    # Enlarged by a whole number, so that every pixel is a sharp square.
     factor = max(1, _CELL // max(pixels.shape[2:4]))
-    pixels = pixels.repeat(factor, axis=2).repeat(factor, axis=3)
-    height, width = pixels.shape[2:4]
+    height, width = (factor * side for side in pixels.shape[2:4])
     font = ImageFont.load_default(_FONT_SIZE)
     titles = [_wrap(label, font, width) for label in columns]
     names = [_wrap(label.replace("_", " "), font, 150) for label in rows]
@@ -47,7 +45,7 @@ def draw_grid(columns: Sequence[str], rows: Sequence[str], pixels: np.ndarray) -
         y = top + r * (height + _GAP)
         draw.multiline_text((left - _GAP, y + height // 2), name, "black", font, anchor="rm", align="right")
         for c in range(len(columns)):
-            canvas.paste(Image.fromarray(pixels[r, c]), (left + c * (width + _GAP), y))
+            canvas.paste(_enlarged(Image.fromarray(pixels[r, c]), factor), (left + c * (width + _GAP), y))
     return np.asarray(canvas)
 
 
@@ -82,13 +80,17 @@ def draw_sheet(labels: Sequence[str], pixels: np.ndarray) -> np.ndarray:
 
 
 def _sheet_cell(picture: Image.Image) -> Image.Image:
-    """Enlarges a small picture by a whole number, so that every pixel is a sharp square; scales a large one down."""
+    """Enlarges a small picture by a whole number; scales a large one down."""
     longest = max(picture.size)
     if longest > _SHEET_MOST:
         picture.thumbnail((_SHEET_MOST, _SHEET_MOST), Image.Resampling.LANCZOS)
         return picture
-    factor = max(1, _SHEET_CELL // longest)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return _enlarged(picture, max(1, _SHEET_CELL // longest))
+
+
+def _enlarged(picture: Image.Image, factor: int) -> Image.Image:
+    """Enlarges smoothly: of a photograph nobody wants to see the squares."""
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
 
 
 def draw_curve(points: Sequence[tuple[int, float]]) -> bytes:

@@ -80,6 +80,17 @@ COLUMNS = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Shown:
+    """One effect for the page's first screen: the prompt that asks for it, and uint8 ``[H, W, 3]`` before and after."""
+
+    effect: str
+    prompt: str
+    source: np.ndarray
+    result: np.ndarray
+
+
 METHODS = {
     "teachers_80": "one LoRA each, 80 passes",
     "teachers_8": "one LoRA each, 8 passes",
@@ -94,6 +105,7 @@ METHODS = {
 def write_report(
     folder: str | Path,
     metrics: Mapping[str, Any],
+    gallery: Sequence[Shown],
     columns: Sequence[str],
     images: np.ndarray,
     curves: Mapping[str, Curve],
@@ -104,6 +116,8 @@ def write_report(
         folder: where to; created where it is missing.
         metrics: ``seed, device, threads, dtype, updates, warning, targets_precomputed, seconds, peak_rss_mb, effects, rows``
             as `clora demo` documents them; a row for each of `METHODS`. A value that is not finite is written as null.
+            ``intervals`` of a row and ``against_teachers``, the paired differences of clora's from theirs, may be missing.
+        gallery: what the first screen shows.
         columns: titles of the C columns of pictures.
         images: ``[E, C, H, W, 3]`` in [0, 1], a row for each of the metrics' effects.
         curves: name to (update, value) pairs.
@@ -121,13 +135,15 @@ def write_report(
     if images.ndim != 5 or images.shape[:2] != (len(effects), len(columns)) or images.shape[4] != 3:
         raise ValueError(f"expected images [{len(effects)}, {len(columns)}, H, W, 3], found {images.shape}")
     pixels = to_bytes(images)
-    pictures = [[data_uri(encode_png(image)) for image in row] for row in pixels]
+    pictures = [[_embedded(image) for image in row] for row in pixels]
     # The page is complete before the first file is written.
     page = render_page(
         "report.html.j2",
         metrics=metrics,
         headline=_headline(metrics["rows"]),
+        gallery=[(shown.effect, shown.prompt, *map(_embedded, (shown.source, shown.result))) for shown in gallery],
         columns=COLUMNS,
+        differences=_differences(metrics.get("against_teachers", {})),
         best=_best(metrics["rows"]),
         methods=METHODS,
         grid_columns=columns,
@@ -138,6 +154,22 @@ def write_report(
     write_atomic(folder / "grid.png", encode_png(draw_grid(columns, effects, pixels)))
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _embedded(picture: np.ndarray) -> str:
+    return data_uri(encode_png(picture))
+
+
+def _differences(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Returns the title of each column, clora's value minus the teachers', and its interval."""
+    shown = []
+    for column in COLUMNS:
+        if column.key in found:
+            low, high = found[column.key]["interval"]
+            shown.append(
+                (column.title, column.show(found[column.key]["mean"]), f"{column.show(low)} to {column.show(high)}")
+            )
+    return shown
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clora.data.images import encode_png
 from clora.errors import CloraError
-from clora.studio.demo_report import write_report
+from clora.studio.demo_report import Shown, write_report
 from clora.studio.pixels import to_bytes
 
 EFFECTS = ["snow", "a<b>&c"]
@@ -61,12 +61,17 @@ def images():
     return np.random.default_rng(0).random((2, 3, 16, 16, 3))
 
 
+def gallery(images):
+    pixels = to_bytes(images)
+    return [Shown(name, f"make it <{name}>", pixels[i, 0], pixels[i, 2]) for i, name in enumerate(EFFECTS)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, metrics, images):
     folder = tmp_path_factory.mktemp("report") / "new"
     curve = [(i, float(i)) for i in range(50)]
     curves = {"dmd_bs": [*curve, (50, float("nan"))], "empty": []}
-    assert write_report(folder, metrics, COLUMNS, images, curves).is_file()
+    assert write_report(folder, metrics, gallery(images), COLUMNS, images, curves).is_file()
     return folder
 
 
@@ -87,10 +92,10 @@ def test_page_is_self_contained(folder):
     page = (folder / "report.html").read_text()
     assert not re.search(r"https?://|<script|<link|@import", page)
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
-    assert page.count("<img") == 2 * 3 + 1  # pictures and the one curve with points
+    assert page.count("<img") == 2 * 2 + 2 * 3 + 1  # before and after, pictures and the one curve with points
     assert "a&lt;b&gt;&amp;c" in page
     assert "a<b>" not in page
-    assert "on cpu (1 thread) in float32, 496 updates, measured" in page
+    assert "on cpu (1 thread) in float32, 496 updates." in page
     assert "only 496 updates &amp; poor effects" in page
     assert page.count("<th") == page.count("</th>") + page.count("<thead")
     assert "prefers-color-scheme: dark" in page
@@ -107,6 +112,22 @@ def test_table(folder):
     assert page.count('<td class="best">50.0 %</td>') == 4  # a tie is bold everywhere
 
 
+def test_intervals_and_differences_are_shown(tmp_path, metrics, images):
+    rows = [{**row, "intervals": {"effect_accuracy": [0.91, 0.98]}} for row in metrics["rows"]]
+    difference = {"effect_accuracy": {"mean": -0.02, "interval": [-0.04, 0.01]}}
+    found = {**metrics, "rows": rows, "against_teachers": difference}
+    page = write_report(tmp_path, found, gallery(images), COLUMNS, images, {}).read_text()
+    assert page.count("<small>91.0 % to 98.0 %</small>") == len(rows)
+    assert "effect accuracy -2.0 % (-4.0 % to 1.0 %)." in page
+
+
+def test_the_first_pictures_are_before_and_after(folder):
+    page = (folder / "report.html").read_text()
+    first = page[page.index('class="gallery"') : page.index('class="figures"')]
+    assert first.count("<span>source</span><span>clora</span>") == 2
+    assert "make it &lt;snow&gt;" in first
+
+
 def test_grid_is_enlarged(folder):
     image = np.asarray(Image.open(folder / "grid.png"))
     assert image.shape[0] > 2 * 192
@@ -120,11 +141,11 @@ def test_png_shows_the_pixels(images):
 
 def test_wrong_grid_shape(tmp_path, metrics):
     with pytest.raises(ValueError, match=r"expected images \[2, 3, H, W, 3\]"):
-        write_report(tmp_path, metrics, COLUMNS, np.zeros((3, 2, 4, 4, 3)), {})
+        write_report(tmp_path, metrics, [], COLUMNS, np.zeros((3, 2, 4, 4, 3)), {})
     assert not list(tmp_path.iterdir())
 
 
 def test_unwritable(tmp_path, metrics, images):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CloraError, match="cannot be written"):
-        write_report(tmp_path / "file", metrics, COLUMNS, images, {})
+        write_report(tmp_path / "file", metrics, [], COLUMNS, images, {})
