@@ -22,6 +22,7 @@ from clora.studio.next import evaluation
 from clora.studio.next.demo_config import GUIDANCE, student_prompts
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.results import Measured
+from clora.studio.next.teachers import TEACHERS
 from clora.studio.pixels import to_bytes, to_images, to_tensor
 
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
@@ -65,7 +66,9 @@ class EvaluationSet:
         latents = adapter.encode_images(to_tensor(evaluation.held_out_sources(scenes, adapter.size[0])))
         # Effect by effect: the rows e N to (e + 1) N - 1 are the outputs of effect e.
         ids = torch.arange(len(effects)).repeat_interleave(scenes * noises)
-        seeds = [FIRST_EFFECT_SEED + i for i in range(len(ids))]
+        # The same for an effect whatever others it is measured with.
+        first = [FIRST_EFFECT_SEED + 1000 * TEACHERS.index(effect) for effect in effects]
+        seeds = [start + i for start in first for i in range(scenes * noises)]
         return EvaluationSet(adapter, tuple(effects), ids, latents.repeat(len(effects) * noises, 1, 1), seeds)
 
     def conditioning(self, text: Text) -> Conditioning:
@@ -164,12 +167,9 @@ def measure_baselines(adapter: Flux2KleinAdapter, loras: Mapping[str, LoRAState]
 
 def grid_pictures(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Picks the picture of each effect for the grid from its outputs ``[N, S, S, 3]``, as uint8."""
-    return {
-        effect: to_bytes(images[grid_scene(index) % len(images)])
-        for index, (effect, images) in enumerate(outputs.items())
-    }
+    return {effect: to_bytes(images[grid_scene(effect) % len(images)]) for effect, images in outputs.items()}
 
 
-def grid_scene(index: int) -> int:
-    """Returns the held-out scene that shows effect ``index`` of a run in the grid of pictures."""
-    return index % evaluation.NUM_SCENES
+def grid_scene(effect: str) -> int:
+    """Returns the held-out scene that shows an effect in the grid of pictures."""
+    return TEACHERS.index(effect) % evaluation.NUM_SCENES

@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 
+from clora.progress import stage
 from clora.studio.judges import Judge, Verdict, features
 from clora.studio.next.edits import FAMILIES, Edit, sample_edit
 from clora.studio.next.effects import EFFECTS
@@ -74,13 +75,14 @@ def held_out_sources(count: int, size: int) -> np.ndarray:
 
 @cache
 def judges(count: int, size: int) -> tuple[Judge, ...]:
-    """Makes one judge per held-out scene, a second of one core each."""
-
-    def make(index: int) -> Judge:
-        return Judge.for_source(held_out_sources(count, size)[index], index, EFFECTS)
-
-    with ThreadPoolExecutor() as pool:
-        return tuple(pool.map(make, range(count)))
+    """Makes one judge per held-out scene, which takes one core a second."""
+    sources = held_out_sources(count, size)
+    made = []
+    with stage("make judges", count) as advance, ThreadPoolExecutor() as pool:
+        for judge in pool.map(lambda index: Judge.for_source(sources[index], index, EFFECTS), range(count)):
+            made.append(judge)
+            advance(1)
+    return tuple(made)
 
 
 def judge_effects(
