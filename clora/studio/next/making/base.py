@@ -171,7 +171,8 @@ def linear_encoder(adapter: Flux2KleinAdapter) -> Encoder:
 
     noise = 0.3 * torch.randn(FITTED, 3, *adapter.size, generator=torch.Generator().manual_seed(0))
     latents = adapter.encode_images(noise).cpu()
-    weight = torch.linalg.lstsq(patches(noise).flatten(0, 1), latents.flatten(0, 1)).solution
+    # In fp64: the last digits of an fp32 solution depend on where its memory lies.
+    weight = torch.linalg.lstsq(*(x.flatten(0, 1).double() for x in (patches(noise), latents))).solution.float()
     return lambda pictures: patches(pictures) @ weight
 
 
@@ -180,8 +181,9 @@ def encode_edits(
 ) -> Batch:
     """Encodes edits; ``embeddings`` keeps the prompts that were encoded, ``[L, D]`` each, the empty one among them."""
     prompts = [edit.instruction for edit in edits]
-    if new := sorted({*prompts, ""} - embeddings.keys()):
-        embeddings |= zip(new, adapter.encode_prompts(new).embeds, strict=True)
+    for prompt in sorted({*prompts, ""} - embeddings.keys()):
+        # One by one: the last digits must not depend on what a run that was stopped had encoded before.
+        embeddings[prompt] = adapter.encode_prompts([prompt]).embeds[0]
     pictures = np.stack([edit.source for edit in edits] + [edit.result for edit in edits])
     sources, targets = encode(to_tensor(pictures)).split(len(edits))
     return Batch(sources, targets, torch.stack([embeddings[prompt] for prompt in prompts]))
