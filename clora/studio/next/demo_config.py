@@ -13,7 +13,7 @@ GUIDANCE = 0.5
 NUM_GENERAL = 192  # of the default run; the targets of these ship
 FULL_GENERAL = 1536
 DEFAULT_EFFECTS = ("thermal", "cyanotype", "neon_edges", "pixelate", "gold_frame", "mirror", "snow", "bubbles")
-ANCHOR_UPDATES, MATCHING_UPDATES = 240, 120
+ANCHOR_UPDATES, MATCHING_UPDATES = 500, 55
 FULL_ANCHOR_UPDATES, FULL_MATCHING_UPDATES = 2500, 420
 
 
