@@ -18,6 +18,7 @@ from PIL import Image
 
 from clora.errors import CloraError, nearest
 from clora.files import read_text
+from clora.hashing import file_digest
 
 PHOTOGRAPHS = Path(__file__).parent / "assets" / "photographs"  # the shipped folder
 TABLE = "photographs.csv"
@@ -69,6 +70,10 @@ class Photographs:
         self.rows = rows
         self._backgrounds: dict[str, list[np.ndarray]] = {}
         self._cutouts: dict[str, list[Cutout]] = {}
+
+    def digest(self) -> str:
+        """Returns the hash of the table, by which a run knows its pictures."""
+        return file_digest(self.folder / TABLE)
 
     def backgrounds(self, split: str) -> list[np.ndarray]:
         """Returns the photographs of a split, in the table's order: uint8 ``[H, W, 3]``, not writable.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clora.flow.matching import flow_matching_losses
+from clora.hashing import tensor_digest
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.making.base import RATES, make_optimizers, resume
@@ -68,6 +69,12 @@ def make_transformer():
     return transformer
 
 
+def pipeline_digest(pipeline, parts: Sequence[str]) -> str:
+    """Returns the hash of the weights of some parts, on which the training of a checkpoint depends."""
+    states = {part: getattr(pipeline, part).state_dict() for part in parts}
+    return tensor_digest({f"{part}.{key}": tensor for part, state in states.items() for key, tensor in state.items()})
+
+
 def families_without_slots() -> tuple[str, ...]:
     """Returns the kinds of edit whose instructions name no colour or object."""
     return tuple(name for name, family in FAMILIES.items() if "{" not in "".join(family.phrasings))
@@ -108,7 +115,13 @@ def train_base(
     generator = torch.Generator().manual_seed(seed)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     # A checkpoint belongs to one recipe.
-    recipe = {"updates": updates, "seed": seed, "rows": str(ROWS), "pictures": len(photographs.rows)}
+    recipe = {
+        "updates": updates,
+        "seed": seed,
+        "rows": str(ROWS),
+        "pictures": photographs.digest(),
+        "pipeline": pipeline_digest(pipeline, ("vae", "text_encoder")),
+    }
     # Views of all that training changes: read by checkpoints, written by a resumed run.
     state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
     state |= {f"average.{name}": weight for name, weight in average.items()}

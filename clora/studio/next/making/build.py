@@ -120,6 +120,9 @@ def _make(folder: Path, name: str, device: torch.device, photographs: Photograph
         "sha256": {file: file_digest(folder / file) for file in files},
     }
     write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
+    # Not before: what was trained is measured for minutes, and a stop there must not cost the training.
+    for checkpoint in folder.glob(f".{name}*.safetensors"):
+        checkpoint.unlink()
 
 
 def _vae_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
@@ -127,7 +130,6 @@ def _vae_stage(folder: Path, device: torch.device, photographs: Photographs) -> 
     with stage("autoencoder", VAE_UPDATES) as advance:
         model = vae.train_vae(VAE_UPDATES, SEED, checkpoint, photographs, device, up_to(advance))
     model.half().save_pretrained(folder / "pipeline" / "vae")
-    checkpoint.unlink(missing_ok=True)
     return vae_quality(model.float()), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
 
 
@@ -157,7 +159,6 @@ def _base_stage(folder: Path, device: torch.device, photographs: Photographs) ->
     with stage("base model", BASE_UPDATES) as advance:
         base.train_base(pipeline, BASE_UPDATES, SEED, checkpoint, photographs, up_to(advance))
     save_pipeline(pipeline, folder / "pipeline")
-    checkpoint.unlink(missing_ok=True)
     pipeline = load_studio(folder, device).pipeline
     measured = {str(size): base_quality(studio_adapter(pipeline, size), CASES) for size in base.ROWS}
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
@@ -176,8 +177,6 @@ def _teacher_stage(folder: Path, device: torch.device, photographs: Photographs)
     adapter = studio_adapter(pipeline, SIZE)
     quality = teacher_quality(adapter, load_teachers(adapter, folder, TEACHERS))
     Console().print(teacher_table(quality))
-    for file in teachers.checkpoints(checkpoint, SPECS):
-        file.unlink(missing_ok=True)
     measured = {"pairs": PAIRS, "teachers": {effect: asdict(found) for effect, found in quality.items()}}
     return measured, [str(file.relative_to(folder)) for file in files]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clora.bank.bank import AdapterBank
 from clora.bank.slots import Slots
-from clora.hashing import tensor_digest
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models.families.flux2 import Flux2KleinAdapter
@@ -20,6 +19,7 @@ from clora.studio.assets import studio_adapter
 from clora.studio.making.base import resume
 from clora.studio.making.teachers import Pairs, check_finite, gradient_sizes, pair_losses
 from clora.studio.next.effects import EFFECTS
+from clora.studio.next.making.base import pipeline_digest
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene, render
 from clora.studio.next.teachers import PAIRS, TEACHERS, kind_of
@@ -111,9 +111,9 @@ def train_group(
         "updates": UPDATES,
         "seed": seed,
         "rows": str(ROWS),
-        "pictures": len(photographs.rows),
+        "pictures": photographs.digest(),
         "teachers": ", ".join(f"{spec} on {num_pairs(spec)} pairs" for spec in specs),
-        "pipeline": pipeline_digest(pipeline),
+        "pipeline": pipeline_digest(pipeline, ("transformer", "vae", "text_encoder")),
     }
     with AdapterBank(transformer, fresh_loras(transformer, specs, generator), dtype=torch.float32) as bank:
         slots = bank.slots(trainable=True)
@@ -132,14 +132,6 @@ def train_group(
                 save_state(checkpoint, state, {"teachers": optimizer}, generator, values)
             report(update + 1, {"loss": loss})
         return {spec.effect: bank.state(spec.effect) for spec in specs}
-
-
-def pipeline_digest(pipeline) -> str:
-    """Returns the hash of the weights that make or read latents and prompts."""
-    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    return tensor_digest(
-        {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
-    )
 
 
 def fresh_loras(transformer, specs: Sequence[TeacherSpec], generator: torch.Generator) -> dict[str, LoRAState]:

@@ -89,7 +89,7 @@ def train_vae(
     optimizers = {"decoder": torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)}
     generator = torch.Generator().manual_seed(seed)
     state = {name: weight for name, weight in vae.state_dict().items() if weight.is_floating_point()}
-    recipe = {"updates": updates, "seed": seed, "pictures": len(photographs.rows)}
+    recipe = {"updates": updates, "seed": seed, "pictures": photographs.digest()}
     for update in range(resume(checkpoint, state, optimizers, generator, recipe), updates):
         # Warm-up over 5 % of the updates, flat, then down to zero over the last half.
         factor = min((update + 1) / (0.05 * updates), 1.0, 2 * (updates - update) / updates)
