@@ -74,6 +74,10 @@ def save_pipeline(pipeline, folder: Path) -> None:
     """Saves the pipeline with fp16 weights, which diffusers loads as fp32; transformers would keep fp16."""
     for component in (pipeline.transformer, pipeline.vae):
         component.half()
+    # A call leaves its padding and truncation in the tokenizer.
+    words = pipeline.tokenizer.backend_tokenizer
+    words.no_padding()
+    words.no_truncation()
     pipeline.save_pretrained(folder)
     # diffusers writes where the parts were loaded from, a path of this machine.
     for config in folder.rglob("*.json"):

@@ -1,11 +1,14 @@
 """The first stages of the build: a decoder and a base that go on where they stopped, measured on held-out photographs."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
+from clora.studio.making.base import save_pipeline
 from clora.studio.next.evaluation import general_cases
 from clora.studio.next.making import base, vae
 from clora.studio.next.quality import base_quality, vae_quality
@@ -88,3 +91,14 @@ def test_quality_knows_exact_results(monkeypatch):
     found = base_quality(adapter, 4)
     assert found["general_accuracy"] == 1
     assert all(value == 100 for value in found["psnr"].values())
+
+
+def test_a_saved_tokenizer_is_the_one_that_was_loaded(tmp_path):
+    pipeline = load_pipeline(str(pipeline_folder()), "cpu")
+    words = pipeline.tokenizer.backend_tokenizer
+    words.no_truncation()
+    words.no_padding()
+    before = json.loads(words.to_str())
+    studio_adapter(pipeline).encode_prompts(["make it warm"])
+    save_pipeline(pipeline, tmp_path)
+    assert json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text()) == before
