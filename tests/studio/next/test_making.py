@@ -69,7 +69,7 @@ def test_a_stopped_base_goes_on(small, tmp_path):
         torch.manual_seed(0)
         pipeline = load_pipeline(str(pipeline_folder()), "cpu")
         pipeline.transformer = base.make_transformer()
-        base.train_base(pipeline, 6, 0, checkpoint, load_photographs(), report)
+        base.train_base(pipeline, base.Phase(6, fixed=2, small=0.5), 0, checkpoint, load_photographs(), report)
         return pipeline
 
     whole = train(tmp_path / "other.safetensors", ignore)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from clora.hashing import tensor_digest
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.making.base import RATES, make_optimizers, resume
-from clora.studio.next.edits import FAMILIES, Edit, sample_edit
+from clora.studio.next.edits import FAMILIES, Edit, drawing, objects, sample_edit, scattering, tones
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene
 from clora.studio.photographs import Photographs
@@ -30,7 +30,6 @@ Encoder = Callable[[Tensor], Tensor]
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
-FIXED_UPDATES = 200
 TOKEN = 8
 """Pixels along a side of a token."""
 FITTED = 32
@@ -40,8 +39,34 @@ ROWS = {64: 24, 128: 8}
 """Of an update, by the side of its pictures."""
 TEXT_LENGTHS = (40, MAX_SEQUENCE_LENGTH, 40)
 """Positions of the text, padding included, of updates in turn: a pipeline may be called with either."""
-SMALL_SHARE = 2 / 3
-"""Updates on 64 x 64 only; then these and 128 x 128 take turns."""
+FOCUS = {
+    **dict.fromkeys(scattering.FAMILIES, 6.0),
+    **dict.fromkeys(drawing.FAMILIES, 2.0),
+    **dict.fromkeys(objects.FAMILIES, 2.5),
+    **dict.fromkeys(tones.FAMILIES, 0.5),
+    **dict.fromkeys(("edges", "inked", "outline", "levels", "three_tones"), 3.0),
+}
+"""How often the kinds of edit are drawn that came out worst: marks at random places, lines, single objects."""
+
+
+class Phase(NamedTuple):
+    """A part of the training, with a checkpoint and a schedule of its own.
+
+    Attributes:
+        updates: their number.
+        fixed: so many of the first draw only edits whose instruction names no colour or object, so that the transformer soon
+            listens to its text.
+        small: the share of updates on 64 x 64 only; then these and 128 x 128 take turns.
+        shares: kind of edit to how often it is drawn; None for the kinds' own shares.
+    """
+
+    updates: int
+    fixed: int = 0
+    small: float = 0.0
+    shares: Mapping[str, float] | None = None
+
+
+PHASES = (Phase(7500, fixed=200, small=2 / 3), Phase(7500, shares=FOCUS))
 
 
 def make_transformer():
@@ -75,19 +100,24 @@ def pipeline_digest(pipeline, parts: Sequence[str]) -> str:
     return tensor_digest({f"{part}.{key}": tensor for part, state in states.items() for key, tensor in state.items()})
 
 
-def families_without_slots() -> tuple[str, ...]:
-    """Returns the kinds of edit whose instructions name no colour or object."""
-    return tuple(name for name, family in FAMILIES.items() if "{" not in "".join(family.phrasings))
+def families_without_slots() -> dict[str, float]:
+    """Returns the kinds of edit whose instructions name no colour or object, with equal shares."""
+    return {name: 1.0 for name, family in FAMILIES.items() if "{" not in "".join(family.phrasings)}
 
 
 def draw_edits(
-    size: int, update: int, seed: int, families: Sequence[str] | None = None, photographs: Photographs | None = None
+    size: int,
+    rng: np.random.Generator,
+    shares: Mapping[str, float] | None = None,
+    photographs: Photographs | None = None,
 ) -> list[Edit]:
-    """Draws the edits of an update, one of each of its scenes."""
-    rng = np.random.default_rng([seed, update, 3])
+    """Draws the edits of an update, one of each of its scenes; ``shares`` as in `Phase`."""
     edits = []
     for _ in range(ROWS[size]):
-        family = None if families is None else str(rng.choice(families))
+        family = None
+        if shares is not None:
+            weights = np.array([*shares.values()])
+            family = str(rng.choice([*shares], p=weights / weights.sum()))
         scene = make_scene(int(rng.integers(1 << 62)), "train", 1, photographs)
         edits.append(sample_edit(scene, rng, family, size, photographs))
     return edits
@@ -95,7 +125,7 @@ def draw_edits(
 
 def train_base(
     pipeline,
-    updates: int,
+    phase: Phase,
     seed: int,
     checkpoint: Path,
     photographs: Photographs,
@@ -103,9 +133,9 @@ def train_base(
 ) -> None:
     """Trains the pipeline's transformer by flow matching on edits, none of them twice; leaves its averaged weights in it.
 
-    The first updates draw only edits whose instruction names no colour or object, so that the transformer soon listens
-    to its text. One prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
+    One prompt in ten is empty, for guidance. Resumes from ``checkpoint`` if it exists.
     """
+    updates = phase.updates
     transformer = pipeline.transformer.train().requires_grad_(True)
     adapters = {
         (size, length): Flux2KleinAdapter(pipeline, (size, size), length) for size in ROWS for length in TEXT_LENGTHS
@@ -116,11 +146,11 @@ def train_base(
     average = {name: p.detach().clone() for name, p in parameters.items()}
     # A checkpoint belongs to one recipe.
     recipe = {
-        "updates": updates,
+        "phase": str(phase),
         "seed": seed,
         "rows": str(ROWS),
         "pictures": photographs.digest(),
-        "pipeline": pipeline_digest(pipeline, ("vae", "text_encoder")),
+        "pipeline": pipeline_digest(pipeline, ("transformer", "vae", "text_encoder")),
     }
     # Views of all that training changes: read by checkpoints, written by a resumed run.
     state = {f"weight.{name}": p.detach() for name, p in parameters.items()}
@@ -129,9 +159,9 @@ def train_base(
     encode = linear_encoder(adapters[64, MAX_SEQUENCE_LENGTH])
 
     def prepare(update: int) -> tuple[Flux2KleinAdapter, Batch]:
-        size = 128 if update >= SMALL_SHARE * updates and update % 2 else 64
-        families = families_without_slots() if update < FIXED_UPDATES else None
-        edits = draw_edits(size, update, seed, families, photographs)
+        size = 128 if update >= phase.small * updates and update % 2 else 64
+        shares = families_without_slots() if update < phase.fixed else phase.shares
+        edits = draw_edits(size, np.random.default_rng([seed, update, 3]), shares, photographs)
         batch = encode_edits(adapters[size, MAX_SEQUENCE_LENGTH], encode, edits, embeddings)
         length = TEXT_LENGTHS[update % len(TEXT_LENGTHS)]
         return adapters[size, length], batch._replace(text=batch.text[:, :length])
@@ -151,7 +181,7 @@ def train_base(
         share = max(1 - EMA_DECAY, 1 / (update + 1))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], share)
         report(update + 1, {"loss": float(loss.detach())})
-        if (update + 1) % CHECKPOINT_EVERY == 0:
+        if (update + 1) % CHECKPOINT_EVERY == 0 or update + 1 == updates:
             save_state(checkpoint, state, optimizers, generator, {"update": update + 1, "recipe": recipe})
     for name, weight in average.items():
         parameters[name].data.copy_(weight)

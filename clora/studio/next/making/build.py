@@ -39,7 +39,6 @@ from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
-BASE_UPDATES = 7500
 CASES = 160
 
 Made = tuple[dict[str, object], list[str]]
@@ -155,9 +154,11 @@ def _base_stage(folder: Path, device: torch.device, photographs: Photographs) ->
     autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
     pipeline = make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
     pipeline.to(device)
-    checkpoint = folder / ".base.safetensors"
-    with stage("base model", BASE_UPDATES) as advance:
-        base.train_base(pipeline, BASE_UPDATES, SEED, checkpoint, photographs, up_to(advance))
+    for number, phase in enumerate(base.PHASES):
+        # Other draws in each phase. A phase that is done is read from its checkpoint.
+        file, seed = folder / f".base-{number}.safetensors", SEED + 1000 * number
+        with stage(f"base model, part {number + 1} of {len(base.PHASES)}", phase.updates) as advance:
+            base.train_base(pipeline, phase, seed, file, photographs, up_to(advance))
     save_pipeline(pipeline, folder / "pipeline")
     pipeline = load_studio(folder, device).pipeline
     measured = {str(size): base_quality(studio_adapter(pipeline, size), CASES) for size in base.ROWS}
