@@ -40,6 +40,7 @@ from clora.models import ModelAdapter
 from clora.models.loading import load_adapter, load_teacher
 from clora.progress import say, stage, up_to
 from clora.stopping import Stopped, StopRequest, stop_requests
+from clora.studio import assets
 from clora.training.resume import Checkpoints
 from clora.training.student import first_student, student_layers, train_student
 from clora.training.trainer import Report
@@ -207,7 +208,9 @@ def _as_before(collection: Collection, digests: Iterable[str]) -> Iterator[Colle
 
 
 def _name_of_base(pipeline: Any, folder: Path) -> str:
-    """Names a local pipeline: the hub id that it was once loaded from, if its folder states one."""
+    """Names a local pipeline: the studio's, or the hub id that it was once loaded from, if its folder states one."""
+    if folder.resolve() == (assets.ASSETS / "pipeline").resolve():
+        return assets.BASE_MODEL
     stated = json.loads((folder / "model_index.json").read_text("utf-8")).get("_name_or_path")
     if isinstance(stated, str) and is_repo_id(stated) and not Path(stated).exists():
         return stated

@@ -1,4 +1,4 @@
-"""``clora demo`` on the studio of photographs: effects become one LoRA; a stock pipeline runs it and the judges measure the result."""
+"""``clora demo``: the studio's effects become one LoRA; a stock pipeline runs it and the judges measure the result."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from clora.collection.write import check_output, make_collection, write_collecti
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData
-from clora.data.images import encode_png
+from clora.data.images import encode_png, fit
 from clora.devices import find_device
-from clora.errors import CloraError, nearest
 from clora.files import check_writable, write_atomic
 from clora.lora.state import LoRAState
 from clora.models.loading import load_pipeline
@@ -31,18 +30,20 @@ from clora.studio import assets
 from clora.studio.demo_report import Shown, write_report
 from clora.studio.next import baselines, evaluation, targets
 from clora.studio.next.baselines import grid_scene
-from clora.studio.next.demo_config import DEFAULT_EFFECTS, demo_config
+from clora.studio.next.demo_config import DEFAULT_EFFECTS, STEPS, TEACHER_STEPS, demo_config
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.evaluation import held_out_sources
 from clora.studio.next.results import Measured
 from clora.studio.next.scenes import SIZE
 from clora.studio.next.targets import Targets
-from clora.studio.next.teachers import TEACHERS
+from clora.studio.next.teachers import check_effects
+from clora.studio.photographs import load_photographs
 from clora.studio.pixels import to_bytes
 from clora.studio.teachers import load_teachers, teacher_path
 from clora.training.student import first_student, train_student
 
-NUM_SAVED = 8  # held-out scenes, for a user's own calls
+PHOTOGRAPHS = (5, 31, 1, 17, 23, 19, 21, 11)
+"""Of those that are held out, the ones that the report shows."""
 NOT_STATED = ("intervals", "outputs")  # in the collection
 
 
@@ -107,7 +108,7 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
             rows = baselines.measure_baselines(adapter, loras)
     with run.timed("evaluate"):
         rows["clora"], gallery = evaluate_collection(run.config, folder, collection)
-    save_held_out(run.folder)
+    save_held_out(run.folder, run.config.data.size)
     # The same weights again, now with the measured values in their metadata.
     metrics = {
         name: value for name, value in rows["clora"].row().items() if value is not None and name not in NOT_STATED
@@ -117,19 +118,16 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     return _report(run, rows, gallery, folder, collection)
 
 
-def save_held_out(folder: Path) -> None:
-    """Writes the scenes that a demo is judged on as ``held-out/0.png``, ..., for a user's own calls."""
-    for index, scene in enumerate(held_out_sources(evaluation.NUM_SCENES, SIZE)[:NUM_SAVED]):
-        write_atomic(folder / "held-out" / f"{index}.png", encode_png(to_bytes(scene)))
+def held_out_photographs(size: tuple[int, int]) -> list[Image.Image]:
+    """Returns photographs that no training has seen, cropped around their centres, in ``size`` (height, width)."""
+    backgrounds = load_photographs().backgrounds("held_out")
+    return [fit(Image.fromarray(backgrounds[index]), size).image for index in PHOTOGRAPHS]
 
 
-def check_effects(names: Sequence[str]) -> list[str]:
-    """Returns each name once. Raises CloraError with the nearest name where the studio has no teacher."""
-    known = list(TEACHERS)
-    for name in names:
-        if name not in known:
-            raise CloraError(f"unknown effect {name!r}; the studio has teachers for {known}{nearest(name, known)}")
-    return list(dict.fromkeys(names))
+def save_held_out(folder: Path, size: tuple[int, int]) -> None:
+    """Writes the photographs of the report as ``held-out/0.png``, ..., for a user's own calls."""
+    for index, picture in enumerate(held_out_photographs(size)):
+        write_atomic(folder / "held-out" / f"{index}.png", encode_png(np.asarray(picture)))
 
 
 def shipped_targets(folder: Path, names: Sequence[str]) -> Targets | None:
@@ -198,19 +196,19 @@ def evaluate_collection(config: DistillConfig, folder: Path, collection: Path) -
     rows = baselines.EvaluationSet.encode(adapter, names)
     general = baselines.general_rows(adapter, evaluation.NUM_GENERAL)
     text = adapter.encode_prompts([effect.student_prompts[0] for effect in config.effects])
-    with stage("evaluate", (len(rows.ids) + evaluation.NUM_GENERAL) * baselines.STEPS) as advance:
+    with stage("evaluate", (len(rows.ids) + evaluation.NUM_GENERAL) * STEPS) as advance:
         measured = baselines.measure_one_lora(None, rows, text, general, advance)
-    sources = held_out_sources(evaluation.NUM_SCENES, config.data.size[0])
+    photographs = held_out_photographs(config.data.size)
     gallery = []
     for index, effect in enumerate(config.effects):
-        source = sources[grid_scene(effect.name)]
-        result = stock_edit(pipe, config, source, effect.student_prompts[0], seed=index)
-        gallery.append(Shown(effect.name, EFFECTS[effect.name].prompt, to_bytes(source), to_bytes(result)))
+        source = np.asarray(photographs[index % len(photographs)])
+        result = stock_edit(pipe, config, source / 255, effect.student_prompts[0], seed=index)
+        gallery.append(Shown(effect.name, EFFECTS[effect.name].prompt, source, to_bytes(result)))
     return measured, gallery
 
 
 def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
-    """Edits one picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
+    """Edits one picture by the stock pipeline's own call: ``[H, W, 3]`` in [0, 1], of ``config.data.size``, to the same."""
     # As users call it: the pipeline draws its noise from the global generator.
     torch.manual_seed(seed)
     result = pipe(
@@ -247,6 +245,7 @@ def _report(run: Run, rows: Mapping[str, Measured], gallery: Sequence[Shown], fo
             for method, row in rows.items()
         ],
         "against_teachers": rows["clora"].difference(rows["teachers_80"]),
+        "against_base": {"general_accuracy": rows["clora"].difference(rows["base"])["general_accuracy"]},
     }
     accuracy = {method: values["effect_accuracy"] for method, values in measured.items()}
     # The merge that a user would choose, by the measured accuracy.
@@ -272,7 +271,7 @@ def _peak_megabytes() -> int | None:
 def _sizes(
     names: Sequence[str], rows: Mapping[str, Measured], folder: Path, collection: Path
 ) -> dict[str, dict[str, float]]:
-    """Files a user keeps, their megabytes, and passes per picture, by method."""
+    """Returns the files to keep, their megabytes, and the passes for a picture, by method."""
 
     def megabytes(path: Path) -> float:
         files = [path] if path.is_file() else path.rglob("*.safetensors")
@@ -280,12 +279,12 @@ def _sizes(
 
     # A user of single LoRAs keeps one file for each effect.
     many = sum(megabytes(teacher_path(folder, name)) for name in names)
-    merges = {name: {"files": 1, "megabytes": rows[name].megabytes, "nfe": 8} for name in baselines.MERGES}
+    merges = {name: {"files": 1, "megabytes": rows[name].megabytes, "nfe": STEPS} for name in baselines.MERGES}
     return merges | {
-        "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
-        "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": 8},
-        "base": {"files": 0, "megabytes": 0.0, "nfe": 8},
-        "clora": {"files": 1, "megabytes": round(megabytes(collection), 2), "nfe": 8},
+        "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 2 * TEACHER_STEPS},
+        "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": STEPS},
+        "base": {"files": 0, "megabytes": 0.0, "nfe": STEPS},
+        "clora": {"files": 1, "megabytes": round(megabytes(collection), 2), "nfe": STEPS},
     }
 
 

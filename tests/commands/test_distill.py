@@ -24,6 +24,7 @@ from clora.lora.load import load_lora, read_lora
 from clora.lora.source import find_weights
 from clora.lora.state import LoRAState
 from clora.models import loading
+from clora.studio import assets
 from clora.testing import SIZE, tiny_config, tiny_pipeline
 
 EFFECTS = ("blueprint", "snow")
@@ -179,3 +180,7 @@ def test_a_teacher_that_is_not_exact_is_reported(monkeypatch, capsys):
     assert (
         f"effect full: 1 layers without low rank became factors, error {error:.2%} at most" in capsys.readouterr().err
     )
+
+
+def test_a_collection_of_the_studio_names_it_as_the_demos_does():
+    assert engine._name_of_base(None, assets.pipeline_folder()) == assets.BASE_MODEL

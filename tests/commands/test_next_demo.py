@@ -7,17 +7,24 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from clora.collection.metadata import read_collection
-from clora.commands import next_demo
+from clora.collection.metadata import LORA_FILE, read_collection
+from clora.collection.write import make_collection, write_collection
+from clora.commands import next_demo as demo
+from clora.data.generation import Generator
 from clora.errors import CloraError
+from clora.models.loading import load_pipeline
+from clora.studio import assets
 from clora.studio.assets import ASSETS
 from clora.studio.making.teachers import save_teacher
 from clora.studio.next import baselines, evaluation, targets
 from clora.studio.next.demo_config import demo_config
+from clora.studio.next.evaluation import held_out_sources
 from clora.studio.next.making.teachers import fresh_loras
 from clora.studio.next.teachers import SPECS, TEACHERS
+from clora.studio.pixels import to_bytes
 from clora.studio.teachers import load_teachers, teacher_path
 
 NAMES = ["thermal", "snow"]
@@ -43,9 +50,9 @@ def short(monkeypatch, tmp_path):
             save_teacher(SPECS[TEACHERS.index(name)], state, tmp_path / "studio" / "teachers")
         return load_teachers(adapter, tmp_path / "studio", names)
 
-    monkeypatch.setattr(next_demo, "demo_config", config)
-    monkeypatch.setattr(next_demo, "load_teachers", teachers)
-    monkeypatch.setattr(next_demo, "teacher_path", lambda folder, name: teacher_path(tmp_path / "studio", name))
+    monkeypatch.setattr(demo, "demo_config", config)
+    monkeypatch.setattr(demo, "load_teachers", teachers)
+    monkeypatch.setattr(demo, "teacher_path", lambda folder, name: teacher_path(tmp_path / "studio", name))
     monkeypatch.setattr(evaluation, "NUM_SCENES", 1)
     monkeypatch.setattr(evaluation, "NUM_GENERAL", 2)
     monkeypatch.setattr(baselines, "TEACHER_STEPS", 1)
@@ -54,7 +61,7 @@ def short(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_writes_everything_it_promises(short, tmp_path, capsys):
-    report = next_demo.run_demo(tmp_path / "out", 3, NAMES, full=True, device="cpu")
+    report = demo.run_demo(tmp_path / "out", 3, NAMES, full=True, device="cpu")
     assert "effect accuracy on held-out scenes: clora" in capsys.readouterr().out
     files = {"report.html", "grid.png", "metrics.json", "collection", "held-out"}
     assert {path.name for path in report.parent.iterdir()} == files
@@ -74,15 +81,68 @@ def test_the_demo_writes_everything_it_promises(short, tmp_path, capsys):
     assert 'src="http' not in report.read_text("utf-8"), "the report must open offline"
 
 
-def test_unknown_effects_are_named():
-    with pytest.raises(CloraError, match=r"unknown effect 'snwo'.*'snow'"):
-        next_demo.check_effects(["snwo"])
-    assert next_demo.check_effects(["snow", "snow"]) == ["snow"]
-
-
 def test_targets_are_rendered_where_some_do_not_ship(monkeypatch):
     made = targets.Targets({"thermal": torch.zeros(1, 1, 1)}, torch.zeros(1, 1, 1))
     monkeypatch.setattr(targets, "load_targets", lambda folder: made)
-    assert next_demo.shipped_targets(ASSETS, ["thermal"]) is made
-    assert next_demo.shipped_targets(ASSETS, NAMES) is None
-    assert next_demo.shipped_rows(ASSETS, NAMES) is None
+    assert demo.shipped_targets(ASSETS, ["thermal"]) is made
+    assert demo.shipped_targets(ASSETS, NAMES) is None
+    assert demo.shipped_rows(ASSETS, NAMES) is None
+
+
+def test_an_unknown_effect_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(CloraError, match=r"unknown effect 'sno'; .*; did you mean 'snow'.*\?$"):
+        demo.run_demo(tmp_path / "out", 0, ["sno"], full=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_collection_that_is_there_is_replaced_with_notice(monkeypatch, tmp_path, capsys):
+    (tmp_path / "collection").mkdir()
+    (tmp_path / "collection" / LORA_FILE).write_bytes(b"an earlier demo's")
+    monkeypatch.setattr(assets, "load_studio", None)  # the notice comes before any work
+    with pytest.raises(TypeError):
+        demo.run_demo(tmp_path, 0, None, full=False)
+    assert "holds a finished demo, which this run replaces at its end" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CloraError, match="is a file"):
+        demo.run_demo(tmp_path / "file", 0, None, full=False)
+
+
+def test_the_threads_of_a_training_are_noted(monkeypatch, tmp_path):
+    def train_student(config, adapter, teachers, data, report, start):
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)  # a number of its own
+        report(1, {"loss": 0.0})
+        torch.set_num_threads(before)
+
+    monkeypatch.setattr(demo, "first_student", lambda *_: None)
+    monkeypatch.setattr(demo, "train_student", train_student)
+    for device, expected in (("cpu", torch.get_num_threads() + 1), ("cuda:0", None)):
+        run = demo.Run(tmp_path, demo_config(["sepia"], 0).model_copy(update={"device": device}))
+        demo.train(run, None, {"sepia": None}, None)
+        assert run.threads == expected
+
+
+def test_what_is_judged_are_the_stock_pipelines_results(short, monkeypatch, tmp_path):
+    """Of the exported LoRA with its scheduler, given the noise that the stock call draws."""
+    config = demo_config(["sepia"], 0).model_copy(update={"device": "cpu"})
+    adapter = assets.load_studio(ASSETS, "cpu")
+    loras = demo.load_teachers(adapter, ASSETS, ["sepia"])
+    files = {"sepia": demo.teacher_path(ASSETS, "sepia")}
+    described = make_collection(config, adapter, "studio", files, {"sepia": None})
+    collection = write_collection(loras["sepia"], described, tmp_path / "out", torch.float32)
+    torch.manual_seed(0)
+    start = torch.randn(1, 128, 8, 8).flatten(2).mT  # the pipeline draws an image and makes it tokens
+    noises = [start, *(torch.randn(1, 64, 128) for _ in range(7))]
+    monkeypatch.setattr(Generator, "_noise", lambda self, seeds, draw=0: noises[draw].expand(len(seeds), -1, -1))
+    measured, _ = demo.evaluate_collection(config, ASSETS, collection)
+    pipe = load_pipeline(str(ASSETS / "pipeline"), "cpu")
+    pipe.load_lora_weights(collection)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection / "scheduler")
+    source = held_out_sources(1, 64)[baselines.grid_scene("sepia") % 1]
+    expected = demo.stock_edit(pipe, config, source, config.effects[0].student_prompts[0], seed=0)
+    found = measured.pictures["sepia"].astype(int)
+    assert np.abs(found - to_bytes(expected)).max() <= 1
+    assert np.abs(found - to_bytes(source)).mean() > 2, "the LoRA must be in the pipeline"

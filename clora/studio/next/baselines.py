@@ -19,7 +19,7 @@ from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.progress import stage
 from clora.studio.next import evaluation
-from clora.studio.next.demo_config import GUIDANCE, student_prompts
+from clora.studio.next.demo_config import GUIDANCE, SHIFT, STEPS, TEACHER_STEPS, student_prompts
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.results import Measured
 from clora.studio.next.teachers import TEACHERS
@@ -28,9 +28,6 @@ from clora.studio.pixels import to_bytes, to_images, to_tensor
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
 MERGE_RANK = 64
 MERGE_SCENES = 12  # on which the weight of a merge is chosen
-STEPS = 8
-TEACHER_STEPS = 40
-SHIFT = 3.0
 FIRST_EFFECT_SEED = 7_000_000
 FIRST_GENERAL_SEED = 8_000_000
 
@@ -45,6 +42,7 @@ class EvaluationSet:
     Attributes:
         adapter: the studio.
         effects: the effects.
+        scenes: how many there are.
         ids: ``[E x N]``, the effect of each row.
         sources: ``[E x N, T, C]``; an effect's rows are the scenes in order, once for each noise.
         seeds: of the noise, one for each row; a method's output has the noise of all others' of its row.
@@ -52,6 +50,7 @@ class EvaluationSet:
 
     adapter: Flux2KleinAdapter
     effects: tuple[str, ...]
+    scenes: int
     ids: Tensor
     sources: Tensor
     seeds: list[int]
@@ -69,11 +68,15 @@ class EvaluationSet:
         # The same for an effect whatever others it is measured with.
         first = [FIRST_EFFECT_SEED + 1000 * TEACHERS.index(effect) for effect in effects]
         seeds = [start + i for start in first for i in range(scenes * noises)]
-        return EvaluationSet(adapter, tuple(effects), ids, latents.repeat(len(effects) * noises, 1, 1), seeds)
+        return EvaluationSet(adapter, tuple(effects), scenes, ids, latents.repeat(len(effects) * noises, 1, 1), seeds)
 
     def conditioning(self, text: Text) -> Conditioning:
-        """The rows with the prompt of their effect, of ``text``'s E."""
+        """Returns the conditioning of all rows, each with the prompt of its effect, of ``text [E]``."""
         return Conditioning(text[self.ids], self.sources)
+
+    def as_teachers(self) -> Conditioning:
+        """Returns the conditioning of all rows, each with the prompt that its teacher was trained with."""
+        return self.conditioning(self.adapter.encode_prompts([EFFECTS[effect].prompt for effect in self.effects]))
 
     def outputs(self, latents: Tensor) -> dict[str, np.ndarray]:
         """Decodes the latents of all rows: effect name to images ``[N, S, S, 3]``."""
@@ -84,7 +87,9 @@ class EvaluationSet:
     def measured(self, latents: Tensor, general: Sequence[bool] | None = None) -> Measured:
         """Judges the latents of all rows."""
         outputs = self.outputs(latents)
-        return Measured(evaluation.judge_effects(outputs), general, grid_pictures(outputs))
+        return Measured(
+            evaluation.judge_effects(outputs, self.scenes), self.scenes, general, grid_pictures(outputs, self.scenes)
+        )
 
 
 def general_rows(adapter: Flux2KleinAdapter, count: int) -> Rows:
@@ -96,16 +101,21 @@ def general_rows(adapter: Flux2KleinAdapter, count: int) -> Rows:
     return torch.zeros(len(cases), dtype=torch.int64), Conditioning(text, sources), seeds
 
 
+def full_renders(rows: EvaluationSet, generator: Generator) -> Tensor:
+    """Renders all rows by their teachers: 40 Euler steps with guidance, which are 80 passes; latents ``[E x N, T, C]``."""
+    empty = rows.adapter.encode_prompts([""])
+    return generator.euler(rows.ids, rows.as_teachers(), rows.seeds, TEACHER_STEPS, empty, GUIDANCE)
+
+
 def measure_teachers(
     adapter: Flux2KleinAdapter, teachers: Mapping[str, LoRAState], report: Report
 ) -> dict[str, Measured]:
     """Measures ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
     rows = EvaluationSet.encode(adapter, tuple(teachers))
-    conditioning = rows.conditioning(adapter.encode_prompts([EFFECTS[effect].prompt for effect in rows.effects]))
-    empty = adapter.encode_prompts([""])
     with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         generator = Generator(adapter, bank, report=report)
-        full = generator.euler(rows.ids, conditioning, rows.seeds, TEACHER_STEPS, empty, GUIDANCE)
+        full = full_renders(rows, generator)
+        conditioning = rows.as_teachers()
         euler = generator.euler(rows.ids, conditioning, rows.seeds, STEPS)
         few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS, SHIFT)
     # Teachers were not trained for 8 passes: they get the sampler that suits them better.
@@ -165,9 +175,9 @@ def measure_baselines(adapter: Flux2KleinAdapter, loras: Mapping[str, LoRAState]
     return measured
 
 
-def grid_pictures(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def grid_pictures(outputs: Mapping[str, np.ndarray], scenes: int) -> dict[str, np.ndarray]:
     """Picks the picture of each effect for the grid from its outputs ``[N, S, S, 3]``, as uint8."""
-    return {effect: to_bytes(images[grid_scene(effect) % len(images)]) for effect, images in outputs.items()}
+    return {effect: to_bytes(images[grid_scene(effect) % scenes]) for effect, images in outputs.items()}
 
 
 def grid_scene(effect: str) -> int:

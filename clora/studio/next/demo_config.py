@@ -9,8 +9,11 @@ from clora.studio.next.effects import EFFECTS
 from clora.studio.next.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
+STEPS = 8
+SHIFT = 3.0
+TEACHER_STEPS = 40
 GUIDANCE = 0.5
-NUM_GENERAL = 192  # of the default run; the targets of these ship
+NUM_GENERAL = 128  # of the default run; the targets of these ship
 FULL_GENERAL = 1536
 DEFAULT_EFFECTS = ("thermal", "cyanotype", "neon_edges", "pixelate", "gold_frame", "mirror", "snow", "bubbles")
 ANCHOR_UPDATES, MATCHING_UPDATES = 500, 55
@@ -47,7 +50,7 @@ def demo_config(effects: Sequence[str], seed: int, full: bool = False) -> Distil
                 "general_targets": FULL_GENERAL if full else NUM_GENERAL,
             },
             "student": {"rank": 64, "init": "least_squares"},
-            "sampler": {"guidance": GUIDANCE},
+            "sampler": {"steps": STEPS, "shift": SHIFT, "teacher_steps": TEACHER_STEPS, "guidance": GUIDANCE},
             "objective": {"switch_probability": 0.7 if full else 0.75},
             "train": {
                 "updates": updates,

@@ -86,21 +86,26 @@ def judges(count: int, size: int) -> tuple[Judge, ...]:
 
 
 def judge_effects(
-    outputs: Mapping[str, np.ndarray], report: Callable[[int], None] = lambda effects: None
+    outputs: Mapping[str, np.ndarray], scenes: int, report: Callable[[int], None] = lambda effects: None
 ) -> dict[str, list[Verdict]]:
     """Judges the outputs of each effect.
 
     Args:
-        outputs: effect name to images ``[N, S, S, 3]`` of the first `NUM_SCENES` held-out scenes in order, again and again:
-            output i is of scene ``i % NUM_SCENES``.
+        outputs: effect name to images ``[N, S, S, 3]`` in [0, 1] of the first held-out scenes in order, once for each noise:
+            output i is of scene ``i % scenes``.
+        scenes: how many there are; N is a multiple.
         report: called as ``report(1)`` after each effect.
 
     Returns:
         Effect name to its N verdicts.
+
+    Raises:
+        ValueError: values that are not finite, or pictures of another shape.
     """
     verdicts = {}
     for effect, images in outputs.items():
-        known = judges(min(len(images), NUM_SCENES), images.shape[1])
+        assert len(images) % scenes == 0
+        known = judges(scenes, images.shape[1])
         verdicts[effect] = [known[i % len(known)].score(image, effect) for i, image in enumerate(images)]
         report(1)
     return verdicts

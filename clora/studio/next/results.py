@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from clora.studio.judges import Verdict
-from clora.studio.next import evaluation
 from clora.studio.next.effects import EFFECTS
 
 DRAWS = 2000
@@ -28,6 +27,7 @@ class Measured:
 
     Attributes:
         verdicts: effect to the verdicts on its outputs (`evaluation.judge_effects`).
+        scenes: of an effect's outputs, which are these in order, once for each noise.
         general: which of the held-out general edits are correct; None where they were not asked for.
         pictures: effect to its output for the grid, uint8 ``[S, S, 3]``.
         megabytes: size of one LoRA in fp16.
@@ -35,6 +35,7 @@ class Measured:
     """
 
     verdicts: Mapping[str, Sequence[Verdict]]
+    scenes: int
     general: Sequence[bool] | None
     pictures: Mapping[str, np.ndarray]
     megabytes: float | None = None
@@ -68,10 +69,18 @@ class Measured:
     def _samples(self) -> dict[str, np.ndarray]:
         """Returns the independent values of each column: means over effects and noises of a scene, and general edits."""
         stochastic = {name: row for name, row in self.verdicts.items() if EFFECTS[name].stochastic}
-        samples = {name: _by_scene(self.verdicts, value) for name, value in COUNTED.items()}
-        samples["bad_case_rate_stochastic"] = _by_scene(stochastic, COUNTED["bad_case_rate"])
+        samples = {name: self._by_scene(self.verdicts, value) for name, value in COUNTED.items()}
+        samples["bad_case_rate_stochastic"] = self._by_scene(stochastic, COUNTED["bad_case_rate"])
         samples["general_accuracy"] = np.array(self.general or [], dtype=float)
         return samples
+
+    def _by_scene(
+        self, verdicts: Mapping[str, Sequence[Verdict]], value: Callable[[Verdict], float | None]
+    ) -> np.ndarray:
+        """Returns a value's mean over the effects that have it and the noises, for each scene: outputs of one scene are alike."""
+        rows = [[value(verdict) for verdict in row] for row in verdicts.values()]
+        found = np.array([row for row in rows if None not in row], dtype=float)
+        return found.reshape(len(found), -1, self.scenes).mean((0, 1)) if len(found) else np.zeros(0)
 
     def to_json(self) -> dict[str, object]:
         """Returns everything but the pictures; a verdict's fields become lists."""
@@ -80,7 +89,7 @@ class Measured:
             for effect, row in self.verdicts.items()
         }
         general = None if self.general is None else list(map(bool, self.general))
-        return {"verdicts": verdicts, "general": general, "megabytes": self.megabytes}
+        return {"verdicts": verdicts, "scenes": self.scenes, "general": general, "megabytes": self.megabytes}
 
     @staticmethod
     def from_json(values: Mapping, pictures: Mapping[str, np.ndarray]) -> Measured:
@@ -89,23 +98,13 @@ class Measured:
             effect: [Verdict(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
             for effect, columns in values["verdicts"].items()
         }
-        return Measured(verdicts, values["general"], pictures, values["megabytes"], precomputed=True)
+        return Measured(verdicts, values["scenes"], values["general"], pictures, values["megabytes"], precomputed=True)
 
 
 def interval(values: np.ndarray) -> list[float]:
     """Returns the bounds of the mean's 95 % interval, by a bootstrap over independent values ``[N]``."""
     draws = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
     return [round(float(bound), DIGITS) for bound in np.percentile(values[draws].mean(1), CONFIDENCE)]
-
-
-def _by_scene(verdicts: Mapping[str, Sequence[Verdict]], value: Callable[[Verdict], float | None]) -> np.ndarray:
-    """Returns a value's mean over the effects that have it and the noises, for each scene: outputs of one scene are alike."""
-    rows = [[value(verdict) for verdict in row] for row in verdicts.values()]
-    found = np.array([row for row in rows if None not in row], dtype=float)
-    if not len(found):
-        return np.zeros(0)
-    scenes = min(found.shape[1], evaluation.NUM_SCENES)
-    return found.reshape(len(found), -1, scenes).mean((0, 1))
 
 
 def _rounded(value: object) -> object:

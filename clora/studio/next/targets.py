@@ -26,7 +26,7 @@ from clora.studio.next.scenes import make_scene, render
 from clora.studio.pixels import to_tensor
 
 TARGETS = "targets.safetensors"
-TARGET_SOURCES = 48
+TARGET_SOURCES = 40
 FIRST_TARGET_SCENE = 300_000_000
 FIRST_GENERAL_SCENE = 400_000_000
 

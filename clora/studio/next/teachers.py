@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from clora.errors import CloraError, nearest
 from clora.studio.next.effects import EFFECTS
 from clora.studio.teachers import TeacherSpec
 
@@ -74,6 +77,15 @@ SPECS = (
     TeacherSpec("broken_glass", "kohya", 16),
 )
 TEACHERS = tuple(spec.effect for spec in SPECS)
+
+
+def check_effects(names: Iterable[str]) -> list[str]:
+    """Returns each name once. Raises CloraError with the nearest name where the studio has no teacher."""
+    for name in names:
+        if name not in TEACHERS:
+            known = f"the studio has teachers for {list(TEACHERS)}{nearest(name, TEACHERS)}"
+            raise CloraError(f"unknown effect {name!r}; {known}")
+    return list(dict.fromkeys(names))
 
 
 def kind_of(effect: str) -> str:

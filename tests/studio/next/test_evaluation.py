@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 
 from clora.studio.judges import Verdict
-from clora.studio.next import evaluation
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.evaluation import general_cases, general_results, held_out_sources, judge_effects
 from clora.studio.next.results import Measured, interval
 
 CASES = 8
 SCENES = 2
-
-
-@pytest.fixture(autouse=True)
-def few_scenes(monkeypatch):
-    monkeypatch.setattr(evaluation, "NUM_SCENES", SCENES)
 
 
 def verdict(accurate=True, psnr=20.0):
@@ -49,7 +43,7 @@ def test_exact_effects_are_right_for_every_noise():
     # Every scene once for each of two noises, in the order of an evaluation.
     sources = np.tile(held_out_sources(SCENES, 64), (2, 1, 1, 1))
     outputs = {name: np.stack([EFFECTS[name].apply(s, rng) for s in sources]) for name in ("thermal", "snow")}
-    row = Measured(judge_effects(outputs), [True, False], {}).row()
+    row = Measured(judge_effects(outputs, SCENES), SCENES, [True, False], {}).row()
     assert row["outputs"] == 8
     assert row["effect_accuracy"] == 1
     assert row["bad_case_rate"] == row["bad_case_rate_stochastic"] == 0
@@ -62,7 +56,7 @@ def test_exact_effects_are_right_for_every_noise():
 
 def test_unchanged_pictures_are_bad_cases():
     outputs = {"thermal": held_out_sources(SCENES, 64), "snow": held_out_sources(SCENES, 64)}
-    row = Measured(judge_effects(outputs), None, {}).row()
+    row = Measured(judge_effects(outputs, SCENES), SCENES, None, {}).row()
     assert row["effect_accuracy"] == row["subject_alignment"] == 0
     assert row["bad_case_rate"] == 1
     assert row["general_accuracy"] is None
@@ -71,8 +65,8 @@ def test_unchanged_pictures_are_bad_cases():
 
 def test_differences_are_paired_by_scene():
     # Each is wrong on the same scene for all noises and effects: unpaired intervals would overlap.
-    first = Measured({"thermal": [verdict(), verdict(False, 10.0)] * 2}, [True, True], {})
-    second = Measured({"thermal": [verdict(psnr=18.0), verdict(False, 8.0)] * 2}, [True, False], {})
+    first = Measured({"thermal": [verdict(), verdict(False, 10.0)] * 2}, SCENES, [True, True], {})
+    second = Measured({"thermal": [verdict(psnr=18.0), verdict(False, 8.0)] * 2}, SCENES, [True, False], {})
     found = first.difference(second)
     assert found["effect_accuracy"] == {"mean": 0, "interval": [0, 0]}
     assert found["psnr"] == {"mean": pytest.approx(2), "interval": [pytest.approx(2)] * 2}
@@ -89,7 +83,7 @@ def test_intervals_cover_the_mean_about_as_often_as_they_claim():
 
 def test_rows_are_kept_as_json():
     pictures = {"thermal": np.zeros((64, 64, 3), np.uint8)}
-    measured = Measured({"thermal": [verdict(), verdict(False, None)]}, [True, False], pictures, 1.5)
+    measured = Measured({"thermal": [verdict(), verdict(False, None)]}, SCENES, [True, False], pictures, 1.5)
     found = Measured.from_json(json.loads(json.dumps(measured.to_json())), pictures)
     assert found.verdicts == measured.verdicts
     assert found.row() == measured.row()
