@@ -9,6 +9,7 @@ import torch
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
 from clora.studio.making.base import save_pipeline
+from clora.studio.next.edits import FAMILIES, scattering
 from clora.studio.next.evaluation import general_cases
 from clora.studio.next.making import base, vae
 from clora.studio.next.quality import base_quality, vae_quality
@@ -102,3 +103,21 @@ def test_a_saved_tokenizer_is_the_one_that_was_loaded(tmp_path):
     studio_adapter(pipeline).encode_prompts(["make it warm"])
     save_pipeline(pipeline, tmp_path)
     assert json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text()) == before
+
+
+def test_one_product_stands_in_for_the_encoder():
+    adapter = studio_adapter(load_pipeline(str(pipeline_folder()), "cpu"))
+    pictures = to_tensor(np.stack([render(make_scene(i, "held_out")) for i in range(4)]))
+    expected = adapter.encode_images(pictures)
+    error = base.linear_encoder(adapter)(pictures) - expected
+    assert error.square().mean().sqrt() < 0.01 * expected.square().mean().sqrt()
+
+
+def test_shares_decide_what_is_drawn():
+    edits = base.draw_edits(64, np.random.default_rng(0), {"dots": 1.0, "warm": 3.0, "blur": 0.0})
+    families = [edit.family for edit in edits]
+    assert set(families) == {"dots", "warm"}
+    assert families.count("warm") > families.count("dots")
+    marks = sum(base.FOCUS[name] for name in scattering.FAMILIES) / sum(base.FOCUS.values())
+    assert 0.3 < marks < 0.5
+    assert base.FOCUS.keys() == FAMILIES.keys()

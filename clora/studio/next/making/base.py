@@ -112,12 +112,11 @@ def draw_edits(
     photographs: Photographs | None = None,
 ) -> list[Edit]:
     """Draws the edits of an update, one of each of its scenes; ``shares`` as in `Phase`."""
+    names = None if shares is None else [*shares]
+    weights = None if shares is None else np.array([*shares.values()]) / sum(shares.values())
     edits = []
     for _ in range(ROWS[size]):
-        family = None
-        if shares is not None:
-            weights = np.array([*shares.values()])
-            family = str(rng.choice([*shares], p=weights / weights.sum()))
+        family = None if names is None else str(rng.choice(names, p=weights))
         scene = make_scene(int(rng.integers(1 << 62)), "train", 1, photographs)
         edits.append(sample_edit(scene, rng, family, size, photographs))
     return edits
@@ -169,14 +168,8 @@ def train_base(
     for update, (adapter, batch) in ahead(
         prepare, range(resume(checkpoint, state, optimizers, generator, recipe), updates)
     ):
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = RATES[name] * learning_rate_factor(update, updates)
-            optimizer.zero_grad(set_to_none=True)
         loss = _loss(adapter, batch, embeddings[""], generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
+        _step(loss, parameters, optimizers, learning_rate_factor(update, updates))
         # A plain mean of all weights so far, until the decay gives the last ones more weight.
         share = max(1 - EMA_DECAY, 1 / (update + 1))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], share)
@@ -188,8 +181,21 @@ def train_base(
     transformer.eval().requires_grad_(False)
 
 
+def _step(
+    loss: Tensor, parameters: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer], factor: float
+) -> None:
+    """Makes one update of the parameters, at ``factor`` times the learning rates."""
+    for name, optimizer in optimizers.items():
+        optimizer.param_groups[0]["lr"] = RATES[name] * factor
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
 def learning_rate_factor(update: int, updates: int) -> float:
-    """Linear warm-up over 50 updates, flat, linear decay to zero over the last 40 %."""
+    """Returns the factor of the learning rates: linear warm-up over 50 updates, flat, linear decay to zero over the last 40 %."""
     return min((update + 1) / 50, 1.0, (updates - update) / (0.4 * updates))
 
 
@@ -204,7 +210,7 @@ class Batch(NamedTuple):
 def linear_encoder(adapter: Flux2KleinAdapter) -> Encoder:
     """Returns one product ``[N, 3, H, W] -> [N, T, 128]`` that stands in for the autoencoder's encoder.
 
-    The encoder is linear but for a relative error of .005 (`clora.studio.making.linear_encoder`), and its network took
+    The encoder is linear but for a relative error of .004 (`clora.studio.making.linear_encoder`), and its network took
     most of the time of an edit. A token is a map of the 8 x 8 pixels under it, found by least squares.
     """
 
