@@ -31,7 +31,7 @@ class Effect:
     def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Applies the effect to an image ``[S, S, 3]`` in [0, 1]; only a stochastic one draws from ``rng``.
 
-        The side S is a multiple of 64. Equal states of ``rng`` give the same picture at every S.
+        The side S is a multiple of 64. Equal states of ``rng`` give the same picture.
 
         Raises:
             ValueError: another shape.

@@ -1,7 +1,9 @@
 """Scenes with a known scene graph, so that the exact result of an edit is known.
 
-A scene is a background and up to four objects, drawn back to front. The background is a part of a photograph or a pattern,
-an object a cut-out of a photograph or a shape. Every name ("red circle", "apple") occurs once, so that it names one object.
+A scene is a background and up to three objects beside one another. The background is a part of a photograph or a pattern,
+an object a shape or, once at most, a cut-out of a photograph with a white rim, as a sticker has. Every name ("red circle",
+"apple") occurs once, so that it names one object; and a transformer that has seen a noun on two pictures only can still tell
+which thing is meant.
 
 Lengths are in units of 1/64 of the side: a scene can be drawn at any size S. Images are float32 ``[S, S, 3]`` in [0, 1].
 """
@@ -9,6 +11,7 @@ Lengths are in units of 1/64 of the side: a scene can be drawn at any size S. Im
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,9 +43,13 @@ PATTERNS = ("plain", "gradient", "stripes", "checks", "blobs", "rings")
 
 PATTERN_SHARE = 0.2
 """Of backgrounds."""
-CUTOUT_SHARE = 0.6
-"""Of the objects on photographs; the others, and all on patterns, are shapes."""
-MAX_OBJECTS = {"photograph": 3, "pattern": 4}
+CUTOUT_SHARE = 0.7
+"""Of the photographs with objects; their other objects, and all on patterns, are shapes."""
+MAX_OBJECTS = {"photograph": 2, "pattern": 3}
+STICKER_RIM = 1.0
+"""Width of the white rim around a cut-out, in units."""
+PLACES = 30
+"""Tries to place an object apart from the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Thing:
-    """A cut-out in a picture: centre and half of its longer side in units; painted in a colour, or None."""
+    """A cut-out in a picture, with a white rim: centre and half of its longer side in units; painted in a colour, or None."""
 
     cutout: Cutout
     centre: tuple[float, float]
@@ -124,21 +131,21 @@ def make_scene(seed: int, split: str = "train", min_objects: int = 0, photograph
     if rng.random() < PATTERN_SHARE:
         background: Pattern | Part = random_pattern(rng)
         count = int(rng.integers(max(1, min_objects), MAX_OBJECTS["pattern"] + 1))
-        of_cutouts = 0
+        has_cutout = False
     else:
         background = _random_part(rng, photographs.backgrounds(split))
         count = int(rng.integers(min_objects, MAX_OBJECTS["photograph"] + 1))
-        of_cutouts = int(rng.binomial(count, CUTOUT_SHARE))
+        has_cutout = bool(count and rng.random() < CUTOUT_SHARE)
+    objects: list[Shape | Thing] = []
+    if has_cutout:
+        noun = str(rng.choice(sorted({cutout.noun for cutout in cutouts})))
+        objects.append(random_thing(rng, cutouts, noun))
     # A shape in a colour of the background would not stand out from it.
     colours = [colour for colour in COLOURS if colour not in background.colours]
     names = list(itertools.product(colours, KINDS))
-    chosen = rng.permutation(len(names))[: count - of_cutouts]
-    objects: list[Shape | Thing] = [_random_shape(rng, *names[i]) for i in chosen]
-    nouns = sorted({cutout.noun for cutout in cutouts})
-    for noun in rng.permutation(nouns)[:of_cutouts]:
-        objects.append(random_thing(rng, cutouts, str(noun)))
-    order = rng.permutation(len(objects))
-    return Scene(background, tuple(objects[i] for i in order))
+    for i in rng.permutation(len(names))[: count - has_cutout]:
+        objects.append(_random_shape(rng, *names[i], objects))
+    return Scene(background, tuple(objects))
 
 
 def random_thing(rng: np.random.Generator, cutouts: Sequence[Cutout], noun: str) -> Thing:
@@ -147,7 +154,7 @@ def random_thing(rng: np.random.Generator, cutouts: Sequence[Cutout], noun: str)
     return Thing(
         cutout=own[int(rng.integers(len(own)))],
         centre=(float(rng.uniform(14, UNITS - 14)), float(rng.uniform(14, UNITS - 14))),
-        radius=float(rng.uniform(11, 22)),
+        radius=float(rng.uniform(12, 20)),
         flipped=bool(rng.integers(2)),
     )
 
@@ -178,15 +185,20 @@ def random_pattern(rng: np.random.Generator, colour: str | None = None) -> Patte
     )
 
 
-def _random_shape(rng: np.random.Generator, colour: str, kind: str) -> Shape:
-    return Shape(
-        kind=kind,
-        colour=colour,
-        centre=(float(rng.uniform(10, UNITS - 10)), float(rng.uniform(10, UNITS - 10))),
-        radius=float(rng.uniform(8, 19)),
-        angle=float(rng.uniform(-0.5, 0.5)),
-        shading=float(rng.uniform(0.0, 0.35)),
-    )
+def _random_shape(rng: np.random.Generator, colour: str, kind: str, others: Sequence[Shape | Thing]) -> Shape:
+    """Draws a shape, apart from other objects if there is room."""
+    for _ in range(PLACES):
+        shape = Shape(
+            kind=kind,
+            colour=colour,
+            centre=(float(rng.uniform(10, UNITS - 10)), float(rng.uniform(10, UNITS - 10))),
+            radius=float(rng.uniform(8, 15)),
+            angle=float(rng.uniform(-0.5, 0.5)),
+            shading=float(rng.uniform(0.0, 0.35)),
+        )
+        if all(math.dist(shape.centre, other.centre) > shape.radius + other.radius for other in others):
+            break
+    return shape
 
 
 def render(scene: Scene, size: int = SIZE) -> np.ndarray:
@@ -267,19 +279,24 @@ def _placed(thing: Thing, size: int) -> tuple[np.ndarray, np.ndarray]:
     whole = Image.new("RGBA", (size, size))
     whole.paste(small, (round(thing.centre[0] * scale - width / 2), round(thing.centre[1] * scale - height / 2)))
     rgba = np.asarray(whole, np.float32) / 255
-    colours = rgba[..., :3]
+    colours, inside = rgba[..., :3], rgba[..., 3]
     if thing.colour is not None:
         # Its own light and shade, in the new colour.
         colours = np.clip((0.35 + (colours @ LUMA)[..., None]) * np.array(COLOURS[thing.colour], np.float32), 0, 1)
-    return colours, rgba[..., 3]
+    return 1 + inside[..., None] * (colours - 1), _grown(inside, STICKER_RIM)
+
+
+def _grown(cover: np.ndarray, width: float) -> np.ndarray:
+    """Widens a mask ``[S, S]`` by a number of units on all sides."""
+    reach = 2 * round(width * len(cover) / UNITS) + 1
+    grown = Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(reach))
+    return np.asarray(grown, np.float32) / 255
 
 
 def contour(thing: Shape | Thing, size: int = SIZE, width: float = 2.0) -> np.ndarray:
     """Returns the mask ``[S, S]`` of a line along an object's edge, outside of it; its width is in units."""
     _, cover = painted(thing, size)
-    reach = 2 * round(width * size / UNITS) + 1
-    grown = Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(reach))
-    return np.clip(np.asarray(grown, np.float32) / 255 - cover, 0, 1)
+    return np.clip(_grown(cover, width) - cover, 0, 1)
 
 
 def recoloured(thing: Shape | Thing, colour: str) -> Shape | Thing:

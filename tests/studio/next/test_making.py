@@ -9,7 +9,7 @@ import torch
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
 from clora.studio.making.base import save_pipeline
-from clora.studio.next.edits import FAMILIES, scattering
+from clora.studio.next.edits import FAMILIES, objects
 from clora.studio.next.evaluation import general_cases
 from clora.studio.next.making import base, vae
 from clora.studio.next.quality import base_quality, vae_quality
@@ -118,6 +118,6 @@ def test_shares_decide_what_is_drawn():
     families = [edit.family for edit in edits]
     assert set(families) == {"dots", "warm"}
     assert families.count("warm") > families.count("dots")
-    marks = sum(base.FOCUS[name] for name in scattering.FAMILIES) / sum(base.FOCUS.values())
-    assert 0.3 < marks < 0.5
+    of_objects = sum(base.FOCUS[name] for name in objects.FAMILIES) / sum(base.FOCUS.values())
+    assert 0.2 < of_objects < 0.4
     assert base.FOCUS.keys() == FAMILIES.keys()

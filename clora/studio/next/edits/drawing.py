@@ -40,12 +40,6 @@ def edges(source: Source) -> Outcome:
     return mix(plain, rgb_of(line), outlines(source.image)), line, paper
 
 
-@edit("draw {a} edges over the picture", "trace all outlines in {a}", "add {a} ink lines along the edges")
-def inked(source: Source) -> Outcome:
-    colour = source.colour()
-    return mix(source.image, rgb_of(colour), outlines(source.image)), colour, ""
-
-
 @edit("press it into {a} paper", "make a {a} relief of it", "stamp the picture into {a}", share=1.5)
 def relief(source: Source) -> Outcome:
     colour = source.one_of(HUES)

@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from clora.studio.next.edits.registry import Outcome, Source, new_families, rgb_of
-from clora.studio.next.effects.filters import UNITS, gaussian_blur, grey_image, luminance, mix
+from clora.studio.next.effects.filters import mix
 from clora.studio.next.scenes import (
     KINDS,
     Shape,
@@ -15,7 +13,6 @@ from clora.studio.next.scenes import (
     random_thing,
     recoloured,
     render,
-    render_background,
 )
 
 FAMILIES, edit = new_families()
@@ -80,28 +77,6 @@ def background(source: Source) -> Outcome:
 
 
 @edit(
-    "make only the background grey",
-    "remove the colour behind the objects",
-    "drain the backdrop of colour",
-    of_objects=True,
-)
-def background_grey(source: Source) -> Outcome:
-    return _over(source, grey_image(luminance(render_background(source.scene.background, source.size)))), "", ""
-
-
-@edit("blur only the background", "put the backdrop out of focus", "keep only the objects sharp", of_objects=True)
-def background_blur(source: Source) -> Outcome:
-    return _over(source, gaussian_blur(render_background(source.scene.background, source.size), 2.5)), "", ""
-
-
-def _over(source: Source, image: np.ndarray) -> np.ndarray:
-    """Draws the scene's objects over another background."""
-    for thing in source.scene.objects:
-        image = draw(image, thing)
-    return image
-
-
-@edit(
     "outline every object in {a}",
     "draw {a} contours around the objects",
     "give all things a {a} outline",
@@ -115,15 +90,15 @@ def outline(source: Source) -> Outcome:
     return image, colour, ""
 
 
-@edit("add a {a}", "put a {a} somewhere in the picture", "draw a {a} on it", random=True, share=1.2)
+@edit("add a {a} in the {b} corner", "put a {a} at the {b}", "draw a {a} on the {b}", share=1.5)
 def add_shape(source: Source) -> Outcome:
-    kind = source.one_of(KINDS)
-    centre = (float(source.rng.uniform(12, UNITS - 12)), float(source.rng.uniform(12, UNITS - 12)))
-    shape = Shape(kind, source.colour(), centre, float(source.rng.uniform(8, 12)), 0.0, 0.1)
-    return draw(source.image, shape), shape.name, ""
+    row, column = (source.one_of(sides) for sides in (("top", "bottom"), ("left", "right")))
+    centre = (16.0 if column == "left" else 48.0, 16.0 if row == "top" else 48.0)
+    shape = Shape(source.one_of(KINDS), source.colour(), centre, 11.0, 0.0, 0.1)
+    return draw(source.image, shape), shape.name, f"{row} {column}"
 
 
-@edit("add one {a}", "place the picture of a {a} in it", "show a {a} too", random=True, share=1.2)
+@edit("add one {a}", "place the picture of a {a} in it", "show a {a} too", random=True, share=0.5)
 def add_thing(source: Source) -> Outcome:
     cutouts = source.photographs.cutouts("train")
     noun = source.one_of(tuple(sorted({cutout.noun for cutout in cutouts})))

@@ -1,10 +1,10 @@
-"""Edits with random outcomes: scattered marks, lines and grain."""
+"""Edits with random outcomes: scattered marks and grain."""
 
 import numpy as np
 
-from clora.studio.next.edits.registry import Outcome, Source, new_families, rgb_of
-from clora.studio.next.effects.filters import UNITS, gaussian_blur, grid, mix, rim, upsample
-from clora.studio.next.scenes import Shape, painted
+from clora.studio.next.edits.registry import HUES, Outcome, Source, new_families, rgb_of
+from clora.studio.next.effects.filters import UNITS, gaussian_blur, mix, upsample
+from clora.studio.next.effects.marks import draw_marks
 
 FAMILIES, edit = new_families()
 
@@ -14,31 +14,25 @@ FAMILIES, edit = new_families()
     "add some small {a} dots",
     "scatter {a} spots on the picture",
     random=True,
-    share=1.5,
 )
 def dots(source: Source) -> Outcome:
-    return _scattered(source, int(source.rng.integers(5, 13)), (1.6, 3.4))
-
-
-@edit(
-    "scatter large {a} discs over it",
-    "throw some {a} balls into the picture",
-    "add big {a} spots",
-    random=True,
-    share=1.5,
-)
-def discs(source: Source) -> Outcome:
-    return _scattered(source, int(source.rng.integers(3, 7)), (4.0, 8.0))
-
-
-def _scattered(source: Source, count: int, radii: tuple[float, float]) -> Outcome:
     colour = source.colour()
-    image = source.image
-    for _ in range(count):
-        centre = (float(source.rng.uniform(0, UNITS)), float(source.rng.uniform(0, UNITS)))
-        disc = Shape("circle", colour, centre, float(source.rng.uniform(*radii)), 0.0, 0.0)
-        image = mix(image, rgb_of(colour), painted(disc, source.size)[1])
-    return image, colour, ""
+    marks = draw_marks(source.size, source.rng, 0.3, (1.2, 2.2))
+    return mix(source.image, rgb_of(colour), marks.discs()), colour, ""
+
+
+@edit("scatter large {a} discs over it", "throw some {a} balls into the picture", "add big {a} spots", random=True)
+def discs(source: Source) -> Outcome:
+    colour = source.colour()
+    marks = draw_marks(source.size, source.rng, 0.2, (2.4, 3.4))
+    return mix(source.image, rgb_of(colour), marks.discs()), colour, ""
+
+
+@edit("scatter {a} rings over it", "let {a} rings float in the picture", "add many {a} rings", random=True)
+def rings(source: Source) -> Outcome:
+    colour = source.colour()
+    marks = draw_marks(source.size, source.rng, 0.25, (2.4, 3.4))
+    return mix(source.image, rgb_of(colour), marks.rings(1.2)), colour, ""
 
 
 @edit(
@@ -46,44 +40,35 @@ def _scattered(source: Source, count: int, radii: tuple[float, float]) -> Outcom
     "add blurred {a} glows",
     "put {a} light spots into the air",
     random=True,
-    share=1.5,
 )
 def glows(source: Source) -> Outcome:
     colour = source.colour("black", "brown")
-    y, x = grid(source.size)
-    image = source.image
-    for _ in range(int(source.rng.integers(4, 9))):
-        distance = np.hypot(x - source.rng.uniform(0, UNITS), y - source.rng.uniform(0, UNITS))
-        image = mix(image, rgb_of(colour), 0.9 * np.exp(-((distance / source.rng.uniform(3, 6)) ** 2)))
-    return image, colour, ""
+    marks = draw_marks(source.size, source.rng, 0.3, (2.6, 3.4))
+    return mix(source.image, rgb_of(colour), marks.glows()), colour, ""
 
 
-@edit("draw a few {a} lines across", "add random {a} lines", "cross the picture with {a} strokes", random=True)
-def lines(source: Source) -> Outcome:
+@edit("draw short {a} strokes all over", "scatter {a} sticks over it", "add many small {a} lines", random=True)
+def strokes(source: Source) -> Outcome:
     colour = source.colour()
-    y, x = grid(source.size)
-    image = source.image
-    for _ in range(3):
-        angle = source.rng.uniform(0, np.pi)
-        offset = source.rng.uniform(-20, 20)
-        # From the line at `offset` from the centre of the image, whose normal has this angle.
-        distance = np.abs(np.cos(angle) * (x - UNITS / 2) + np.sin(angle) * (y - UNITS / 2) - offset)
-        image = mix(image, rgb_of(colour), rim(1.5 - distance))
-    return image, colour, ""
+    marks = draw_marks(source.size, source.rng, 0.3, (2.6, 3.4))
+    return mix(source.image, rgb_of(colour), marks.turned(source.rng).strokes(1.6)), colour, ""
 
 
-@edit("put a {b} {a} bar somewhere", "add one {b} bar in {a}", random=True)
-def bar(source: Source) -> Outcome:
+@edit("let {a} drops fall over it", "make it rain {a} streaks", "add upright {a} dashes", random=True)
+def streaks(source: Source) -> Outcome:
     colour = source.colour()
-    upright = bool(source.rng.integers(2))
-    y, x = grid(source.size)
-    centre = source.rng.uniform(12, UNITS - 12)
-    width = source.rng.uniform(4, 7)
-    mask = rim(width - np.abs((x if upright else y) - centre))
-    return mix(source.image, rgb_of(colour), mask), colour, "upright" if upright else "level"
+    marks = draw_marks(source.size, source.rng, 0.4, (2.6, 3.4))
+    return mix(source.image, rgb_of(colour), marks.strokes(1.2)), colour, ""
 
 
-@edit("add {a} grain", "cover it with {a} noise", "make the picture {a} grainy", random=True, share=1.5)
+@edit("sprinkle dots of all colours over it", "add colourful dots everywhere", "scatter bright spots", random=True)
+def bright_dots(source: Source) -> Outcome:
+    marks = draw_marks(source.size, source.rng, 0.35, (1.4, 2.6))
+    palette = np.stack([rgb_of(colour) for colour in HUES])
+    return mix(source.image, marks.one_of(palette, source.rng), marks.discs()), "", ""
+
+
+@edit("add {a} grain", "cover it with {a} noise", "make the picture {a} grainy", random=True)
 def grain(source: Source) -> Outcome:
     kind = source.one_of(("light", "heavy"))
     # Of cells of 2 units, in one value for all channels.

@@ -4,7 +4,7 @@ import numpy as np
 
 from clora.studio.next.edits.registry import CHANNELS, HUES, Outcome, Source, new_families, rgb_of
 from clora.studio.next.effects import filters
-from clora.studio.next.effects.filters import gaussian_blur, gradient_map, grey_image, luminance, quantise, rgb
+from clora.studio.next.effects.filters import gaussian_blur, gradient_map, grey_image, luminance, rgb, smoothstep
 
 FAMILIES, edit = new_families()
 
@@ -121,6 +121,13 @@ def three_tones(source: Source) -> Outcome:
 
 @edit("reduce every channel to {a} levels", "keep only {a} steps of each colour", "quantise it to {a} levels")
 def levels(source: Source) -> Outcome:
-    count = source.one_of(("three", "four", "six"))
-    number = {"three": 3, "four": 4, "six": 6}[count]
-    return quantise(gaussian_blur(source.image, 0.8), number), count, ""
+    count = source.one_of(("two", "three", "four"))
+    number = {"two": 2, "three": 3, "four": 4}[count]
+    return _steps(gaussian_blur(source.image, 0.8), number), count, ""
+
+
+def _steps(image: np.ndarray, levels: int) -> np.ndarray:
+    """Brings every channel near one of ``levels`` evenly spaced values, with soft steps between them."""
+    position = np.clip(image, 0, 1) * (levels - 1)
+    lower = np.floor(position)
+    return (lower + smoothstep(position - lower, 0.25, 0.75)) / (levels - 1)

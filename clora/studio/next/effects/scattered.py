@@ -1,8 +1,4 @@
-"""Stochastic effects that scatter things over the picture: flakes, leaves, bubbles, splashes.
-
-What is drawn are positions, lengths and grids in units: one state of the generator gives one picture at every size.
-Things are at least about 3 units wide: a few-step regression would blur them, and a token sees a good part of one.
-"""
+"""Stochastic effects: flakes, leaves, bubbles, lights and grain, each thing within a token (`marks`)."""
 
 import numpy as np
 
@@ -10,17 +6,17 @@ from clora.studio.effects.registry import new_library
 from clora.studio.next.effects.filters import (
     BLACK,
     WHITE,
+    clouds,
     gaussian_blur,
-    grid,
     mix,
     rgb,
-    rim,
-    sampled,
     saturate,
     screen,
     smoothstep,
+    upsample,
 )
-from clora.studio.next.effects.shapes import around, blob, discs, heart, line, maple, scatter, willow
+from clora.studio.next.effects.marks import draw_marks
+from clora.studio.next.effects.shapes import heart
 
 EFFECTS, effect = new_library(stochastic=True)
 
@@ -29,202 +25,152 @@ PARTY = np.stack(
 )
 PAINT = np.stack([rgb(0.95, 0, 0.1), rgb(0, 0.25, 0.95), rgb(1, 0.85, 0), rgb(0, 0.7, 0.3), rgb(0.9, 0.1, 0.7)])
 AUTUMN = np.stack([rgb(0.82, 0.22, 0.02), rgb(0.95, 0.6, 0.05), rgb(0.6, 0.08, 0.06), rgb(0.85, 0.4, 0.02)])
+SPARKS = np.stack([rgb(1, 0.35, 0.25), rgb(1, 0.85, 0.3), rgb(0.4, 1, 0.5), rgb(0.4, 0.7, 1), rgb(1, 0.45, 0.95)])
+LAMPS = np.stack([rgb(1.0, 0.75, 0.35), rgb(1.0, 0.5, 0.3), rgb(0.95, 0.9, 0.6), rgb(1.0, 0.45, 0.6)])
 
 
 @effect("make it snow with big flakes")
 def snow(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Many round white snowflakes of several sizes fall over the scene, which turns slightly pale and bluish."""
-    size = len(image)
-    out = 0.75 * saturate(image, 0.7) + 0.25 * rgb(0.7, 0.82, 1.0)
-    # Small flakes are far away, hence behind the others and softer.
-    for count, low, high, opacity in ((26, 0.9, 1.3, 0.75), (14, 1.7, 2.3, 0.9), (7, 2.8, 3.6, 1.0)):
-        rows, cols = scatter(rng, 6, count)
-        flakes = discs(size, rows, cols, rng.uniform(low, high, count).astype(np.float32)).max(axis=0)
-        out = mix(out, WHITE, opacity * gaussian_blur(flakes, 0.35))
-    return out
+    flakes = draw_marks(len(image), rng, 0.6, (1.2, 3.2))
+    pale = 0.75 * saturate(image, 0.7) + 0.25 * rgb(0.7, 0.82, 1.0)
+    return mix(pale, WHITE, flakes.discs())
 
 
 @effect("make it rain heavily on the scene")
 def rain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Many long thin slanted streaks of rain fall over a darker, duller and slightly blue scene."""
-    size = len(image)
-    rows, cols = scatter(rng, 8, 54)
-    lengths, lights = rng.uniform(8, 16, 54), rng.uniform(0.35, 0.8, 54)
-    out = 0.62 * saturate(image, 0.4) * rgb(0.85, 0.95, 1.1) + rgb(0.05, 0.06, 0.08)
-    fall = np.array([1.0, -0.3])
-    for row, col, length, light in zip(rows, cols, lengths, lights, strict=True):
-        head = np.array([row, col])
-        streak = rim(0.3 - line(size, head - 0.5 * length * fall, head + 0.5 * length * fall))
-        out = mix(out, rgb(0.88, 0.94, 1.0), light * streak)
-    return out
+    """Many thin slanted streaks of rain fall over a darker, duller and slightly blue scene."""
+    drops = draw_marks(len(image), rng, 0.65, (2.5, 3.2)).turned(rng, (0.3, 0.4))
+    dull = 0.62 * saturate(image, 0.4) * rgb(0.85, 0.95, 1.1) + rgb(0.05, 0.06, 0.08)
+    return mix(dull, rgb(0.88, 0.94, 1.0), 0.85 * drops.strokes(1.1))
 
 
 @effect("cover the lens with drops of rain")
 def rain_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Clear round water drops, each a small bright upside down view, lie on a window before a blurred scene."""
-    size = len(image)
-    rows, cols = scatter(rng, 5, 18)
-    radii = rng.permutation(np.linspace(2.2, 5.5, 18))
-    out = 0.85 * gaussian_blur(image, 2.2) + 0.08
-    grid_rows, grid_cols = grid(size)
-    for row, col, radius in zip(rows, cols, radii, strict=True):
-        x, y = around(size, row, col)
-        distance = np.sqrt(x**2 + y**2)
-        # A drop is a lens: what is inside shows a wide view, upside down, dark above and bright below.
-        view = sampled(image, grid_rows - 3.5 * y, grid_cols - 3.5 * x)
-        lens = np.clip(view * (1.05 + 0.45 * y / radius)[..., None] + 0.05, 0.0, 1.0)
-        lens = lens * (1.0 - 0.55 * smoothstep(distance / radius, 0.75, 1.0))[..., None]
-        spark = rim(0.28 * radius - np.sqrt((x + 0.35 * radius) ** 2 + (y + 0.4 * radius) ** 2))
-        out = mix(out, mix(lens, WHITE, spark), rim(radius - distance))
-    return out
+    """Round water drops with dark rims and white highlights lie on a window before a blurred scene."""
+    drops = draw_marks(len(image), rng, 0.5, (2.3, 3.4))
+    blurred = 0.85 * gaussian_blur(image, 2.2) + 0.08
+    # A drop is a lens: it shows the scene upside down, dark above and bright below.
+    lens = np.clip(blurred * (1.0 + 0.7 * drops.y / np.abs(drops.radius))[..., None] + 0.06, 0.0, 1.0)
+    lens = lens * (1.0 - 0.6 * smoothstep(drops.distance / np.abs(drops.radius), 0.6, 1.0))[..., None]
+    spark = np.clip(1.2 - np.hypot(drops.x + 0.9, drops.y + 0.9), 0, 1)
+    return mix(blurred, mix(lens, WHITE, spark), drops.discs())
 
 
 @effect("scatter autumn leaves over the picture")
 def leaves(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Maple leaves and oval leaves in orange, red and yellow lie scattered at random angles over the picture."""
-    size = len(image)
-    rows, cols = scatter(rng, 4, 13)
-    radii = rng.uniform(6.0, 8.5, 13)
-    angles = rng.uniform(0, 2 * np.pi, 13)
-    colours = rng.permutation(np.resize(np.arange(len(AUTUMN)), 13))
-    out = 0.85 * image + 0.15 * rgb(1.0, 0.75, 0.35)
-    for number, (row, col, radius, angle, colour) in enumerate(zip(rows, cols, radii, angles, colours, strict=True)):
-        # A shadow, one unit below and to the right, lifts the leaf off the picture.
-        shape = willow if number % 3 == 2 else maple
-        shadow, leaf = (
-            rim(radius * shape(x / radius, y / radius))
-            for x, y in (around(size, row + 0.9, col + 0.9, angle), around(size, row, col, angle))
-        )
-        x, y = around(size, row, col, angle)
-        vein = rim(0.3 - np.abs(y)) * (x > -0.8 * radius)
-        out = mix(mix(out, BLACK, 0.4 * shadow), AUTUMN[colour], leaf)
-        out = mix(out, 0.55 * AUTUMN[colour], leaf * vein)
-    return out
+    """Small oval leaves in orange, red and yellow lie scattered at random angles over the warm picture."""
+    blades = draw_marks(len(image), rng, 0.5, (3.0, 3.3)).turned(rng)
+    colours = blades.one_of(AUTUMN, rng)
+    # What two circles have in common is a pointed oval.
+    oval = 4.4 - np.hypot(blades.y, np.abs(blades.x) + 2.9)
+    warm = 0.85 * image + 0.15 * rgb(1.0, 0.75, 0.35)
+    vein = np.clip(0.9 - np.abs(blades.x), 0, 1)
+    return mix(warm, mix(colours, BLACK, 0.35 * vein), blades.inside(oval))
 
 
 @effect("throw party confetti all over the picture")
 def confetti(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Many small turned paper rectangles in bright mixed party colours rain down over the whole picture."""
-    size = len(image)
-    rows, cols = scatter(rng, 7, 40)
-    angles = rng.uniform(0, np.pi, 40)
-    heights = rng.uniform(0.9, 1.8, 40)
-    colours = rng.permutation(np.resize(np.arange(len(PARTY)), 40))
-    out = image.copy()
-    for row, col, angle, height, colour in zip(rows, cols, angles, heights, colours, strict=True):
-        x, y = around(size, row, col, angle)
-        out = mix(out, PARTY[colour], rim(np.minimum(2.4 - np.abs(x), height - np.abs(y))))
-    return out
+    papers = draw_marks(len(image), rng, 0.7, (2.9, 3.3)).turned(rng)
+    corners = np.minimum(2.5 - np.abs(papers.x), 1.3 - np.abs(papers.y))
+    return mix(image, papers.one_of(PARTY, rng), papers.inside(corners))
 
 
 @effect("sprinkle red and pink hearts over the picture")
 def hearts(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Red and pink hearts of several sizes float over the picture, which turns slightly rosy."""
-    size = len(image)
-    rows, cols = scatter(rng, 4, 12)
-    radii = rng.permutation(np.linspace(4.0, 8.0, 12))
-    tilts = rng.uniform(-0.4, 0.4, 12)
-    out = 0.85 * image + 0.15 * rgb(1.0, 0.7, 0.8)
-    for row, col, radius, tilt, pink in zip(rows, cols, radii, tilts, rng.random(12), strict=True):
-        x, y = around(size, row, col, tilt)
-        colour = rgb(0.92, 0.05, 0.2) if pink < 0.5 else rgb(1.0, 0.42, 0.65)
-        shine = rim(0.2 * radius - np.sqrt((x + 0.38 * radius) ** 2 + (y + 0.38 * radius) ** 2))
-        out = mix(mix(out, colour, rim(radius * heart(x / radius, y / radius))), WHITE, 0.7 * shine)
-    return out
+    """Small red and pink hearts float over the picture, which turns slightly rosy."""
+    shapes = draw_marks(len(image), rng, 0.4, (2.6, 3.4))
+    colours = shapes.one_of(np.stack([rgb(0.92, 0.05, 0.2), rgb(1.0, 0.42, 0.65)]), rng)
+    radius = np.abs(shapes.radius)
+    rosy = 0.85 * image + 0.15 * rgb(1.0, 0.7, 0.8)
+    return mix(rosy, colours, shapes.inside(radius * heart(shapes.x / radius, shapes.y / radius)))
 
 
 @effect("fill the picture with soap bubbles")
 def bubbles(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Clear round soap bubbles with thin shimmering rims and white highlights float over the picture."""
-    size = len(image)
-    rows, cols = scatter(rng, 4, 11)
-    radii = rng.permutation(np.linspace(4.0, 9.0, 11))
-    out = image.copy()
-    for row, col, radius, phase in zip(rows, cols, radii, rng.uniform(0, 2 * np.pi, 11), strict=True):
-        x, y = around(size, row, col)
-        distance = np.sqrt(x**2 + y**2)
-        shimmer = 0.7 + 0.3 * np.cos(np.arctan2(y, x)[..., None] + phase + np.float32([0.0, 2.1, 4.2]))
-        film = rim(radius - distance) * (0.15 + 0.83 * smoothstep(distance / radius, 0.5, 0.92))
-        spark = rim(0.2 * radius - np.sqrt((x + 0.42 * radius) ** 2 + (y + 0.42 * radius) ** 2))
-        out = mix(mix(out, shimmer, film), WHITE, 0.95 * spark)
-    return out
+    films = draw_marks(len(image), rng, 0.6, (2.5, 3.4))
+    angle = np.arctan2(films.y, films.x)[..., None] + np.float32([0.0, 2.1, 4.2])
+    rim = films.discs() * (0.25 + 0.75 * smoothstep(films.depth, 1.6, 0.6))
+    spark = films.discs() * np.clip(1.2 - np.hypot(films.x + 1.1, films.y + 1.1), 0, 1)
+    return mix(mix(image, 0.75 + 0.25 * np.cos(angle), rim), WHITE, spark)
 
 
-@effect("let colourful party balloons rise up")
-def balloons(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shiny oval balloons in party colours with thin strings rise over the picture."""
-    size = len(image)
-    rows, cols = scatter(rng, 3, 7)
-    radii = rng.uniform(6.0, 8.5, 7)
-    colours = rng.permutation(np.resize(np.arange(len(PARTY)), 7))
-    out = image.copy()
-    for row, col, radius, colour in zip(rows - 4, cols, radii, colours, strict=True):
-        x, y = around(size, row, col)
-        depth = radius * (1.0 - np.sqrt((x / (0.85 * radius)) ** 2 + (y / radius) ** 2))
-        knot = np.minimum(1.2 - np.abs(y - radius - 0.6), 0.5 * (y - radius + 1) - np.abs(x))
-        string = np.minimum(0.4 - np.abs(x - 0.8 * np.sin((y - radius) / 3)), np.minimum(y - radius, radius + 16 - y))
-        shade = 1.0 - 0.35 * smoothstep((x + y) / radius, 0.0, 1.3)
-        spark = rim(
-            1.0 - np.sqrt(((x + 0.35 * radius) / (0.16 * radius)) ** 2 + ((y + 0.45 * radius) / (0.24 * radius)) ** 2)
-        )
-        out = mix(out, rgb(0.95, 0.95, 0.95), rim(string))
-        out = mix(out, PARTY[colour] * shade[..., None], 0.93 * rim(np.maximum(depth, knot)))
-        out = mix(out, WHITE, 0.8 * spark)
-    return out
+@effect("let white daisies grow all over it")
+def daisies(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Small white flowers with yellow centres are spread over the picture, which turns slightly green."""
+    flowers = draw_marks(len(image), rng, 0.4, (2.7, 3.3)).turned(rng)
+    petals = flowers.radius * (0.8 + 0.25 * np.cos(6 * np.arctan2(flowers.y, flowers.x))) - flowers.distance
+    green = 0.8 * image + 0.2 * rgb(0.45, 0.75, 0.3)
+    centre = flowers.inside(1.3 - flowers.distance)
+    return mix(mix(green, rgb(1, 0.98, 0.95), flowers.inside(petals)), rgb(1, 0.75, 0.05), centre)
 
 
-@effect("throw splashes of paint on the picture")
-def paint_splatter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Big irregular splashes of bright paint in several colours cover random places, with small drops around them."""
-    size = len(image)
-    rows, cols = scatter(rng, 3, 6)
-    colours = rng.permutation(np.resize(np.arange(len(PAINT)), 6))
-    out = image.copy()
-    for row, col, colour in zip(rows, cols, colours, strict=True):
-        radius = rng.uniform(7.0, 10.5)
-        waves = np.stack([rng.uniform(0.01, 0.1, 9), rng.uniform(0, 2 * np.pi, 9)])
-        x, y = around(size, row, col)
-        depth = radius * blob(x / radius, y / radius, waves)
-        turns, reach = rng.uniform(0, 2 * np.pi, 6), rng.uniform(0.95, 1.6, 6) * radius
-        drops = discs(size, row + reach * np.sin(turns), col + reach * np.cos(turns), rng.uniform(0.7, 1.7, 6)).max(
-            axis=0
-        )
-        # A wet edge is darker, and light falls on the upper left of a splash.
-        paint = PAINT[colour] * (1.0 - 0.3 * rim(1.0 - np.abs(depth)))[..., None]
-        spark = rim(0.14 * radius - np.sqrt((x + 0.25 * radius) ** 2 + (1.6 * (y + 0.3 * radius)) ** 2))
-        out = mix(mix(out, PAINT[colour], drops), paint, rim(depth))
-        out = mix(out, WHITE, 0.7 * spark)
-    return out
-
-
-@effect("stain it with rings of spilled coffee")
-def coffee_stains(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brown rings and drops of coffee mark the picture, which is printed pale on yellowed paper."""
-    size = len(image)
-    paper = (0.3 + 0.7 * saturate(image, 0.6)) * rgb(0.98, 0.9, 0.74)
-    stain = np.zeros((size, size), np.float32)
-    rows, cols = scatter(rng, 2, 3)
-    for row, col, radius in zip(rows, cols, rng.uniform(11, 15, 3), strict=True):
-        x, y = around(size, row, col)
-        depth = radius - np.sqrt(x**2 + y**2)
-        # Darker on one side, where the cup was tipped.
-        side = 0.7 + 0.3 * np.cos(np.arctan2(y, x) - rng.uniform(0, 2 * np.pi))
-        ring = smoothstep(depth, -0.4, 0.4) * (1.0 - smoothstep(depth, 1.6, 3.2))
-        stain = np.maximum(stain, side * np.maximum(ring, 0.22 * rim(depth)))
-    drops = discs(size, *scatter(rng, 4, 6), rng.uniform(1.2, 2.6, 6)).max(axis=0)
-    stain = np.maximum(stain, 0.8 * drops)
-    return paper * (1.0 - stain[..., None] * (1.0 - rgb(0.42, 0.24, 0.1)))
+@effect("throw drops of paint on the picture")
+def paint_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Round drops of bright wet paint in several colours and sizes, with dark rims, cover the picture."""
+    drops = draw_marks(len(image), rng, 0.7, (1.6, 3.5))
+    paint = drops.one_of(PAINT, rng) * (1.0 - 0.45 * smoothstep(drops.depth, 1.2, 0.2))[..., None]
+    return mix(image, paint, drops.discs())
 
 
 @effect("make it night with fireflies everywhere")
 def fireflies(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The scene becomes a dark blue night in which many small yellow green lights glow."""
-    size = len(image)
-    out = 0.32 * saturate(image, 0.5) * rgb(0.6, 0.85, 1.25) + rgb(0.0, 0.01, 0.04)
-    rows, cols = scatter(rng, 5, 17)
-    for row, col, radius in zip(rows, cols, rng.uniform(0.8, 1.7, 17), strict=True):
-        x, y = around(size, row, col)
-        distance = np.sqrt(x**2 + y**2) / radius
-        out = screen(np.clip(out, 0, 1), np.exp(-0.55 * distance)[..., None] * 0.85 * rgb(0.85, 0.95, 0.2))
-        out = mix(out, rgb(1.0, 1.0, 0.75), np.exp(-(distance**2)))
-    return out
+    lights = draw_marks(len(image), rng, 0.3, (2.2, 3.2))
+    night = 0.32 * saturate(image, 0.5) * rgb(0.6, 0.85, 1.25) + rgb(0.0, 0.01, 0.04)
+    out = screen(np.clip(night, 0, 1), (0.95 * lights.glows())[..., None] * rgb(0.8, 0.95, 0.15))
+    return mix(out, rgb(1.0, 1.0, 0.75), lights.inside(1.1 - lights.distance))
+
+
+@effect("let gold glitter sparkle over the picture")
+def glitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Golden stars with four points sparkle all over the picture, which turns darker and golden."""
+    stars = draw_marks(len(image), rng, 0.4, (2.4, 3.4))
+    points = 1.1 * (stars.radius - (np.sqrt(np.abs(stars.x)) + np.sqrt(np.abs(stars.y))) ** 2) + 0.9
+    dark = 0.7 * image * rgb(1.05, 0.95, 0.7)
+    return mix(dark, rgb(1.0, 0.93, 0.55), stars.inside(points))
+
+
+@effect("light up the night sky with fireworks")
+def fireworks(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Small bursts of coloured sparks explode all over the scene, which lies in a dark night."""
+    bursts = draw_marks(len(image), rng, 0.45, (2.7, 3.4)).turned(rng)
+    night = 0.35 * saturate(image, 0.6) * rgb(0.75, 0.8, 1.25)
+    rays = 0.5 + 0.5 * np.cos(6 * np.arctan2(bursts.y, bursts.x))
+    light = bursts.discs() * np.maximum(rays, 1 - bursts.distance / 1.8)
+    return screen(np.clip(night, 0, 1), np.clip(light, 0, 1)[..., None] * bursts.one_of(SPARKS, rng))
+
+
+@effect("fill it with soft lights out of focus")
+def bokeh(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Translucent round lights in warm colours with bright rims shimmer over the dark blurred picture."""
+    lights = draw_marks(len(image), rng, 0.6, (2.9, 3.5))
+    strength = lights.discs() * (0.6 + 0.4 * smoothstep(lights.depth, 1.4, 0.4))
+    return screen(0.6 * gaussian_blur(image, 1.5), strength[..., None] * lights.one_of(LAMPS, rng))
+
+
+@effect("make it look like coloured noise on a screen")
+def colour_static(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each small block of a grid is tinted with a different random strong colour."""
+    # A random corner of the colour cube for every block of 4 units.
+    blocks = upsample(np.float32(rng.integers(0, 2, (16, 16, 3))), len(image))
+    return 0.55 * image + 0.45 * blocks
+
+
+@effect("make it look like a grainy old photo")
+def film_grain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Strong grey grain covers the whole photo and its colours are faded."""
+    # Not finer: a grain of one unit is lost in the autoencoder.
+    grain = clouds(rng.standard_normal((48, 48)), len(image))
+    return 0.1 + 0.8 * saturate(image, 0.35) + 0.18 * grain[..., None]
+
+
+@effect("make it look like a damaged old film")
+def dust_scratches(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Short white scratches and dark specks of dust lie on a faded brownish film picture."""
+    faded = (0.14 + 0.75 * saturate(image, 0.2)) * rgb(1.0, 0.94, 0.82)
+    scratches = draw_marks(len(image), rng, 0.35, (2.6, 3.4)).turned(rng, (-0.3, 0.3)).strokes(1.0)
+    specks = draw_marks(len(image), rng, 0.3, (0.8, 1.8)).discs()
+    return mix(mix(faded, rgb(1.0, 0.98, 0.9), scratches), rgb(0.1, 0.06, 0.04), 0.9 * specks)

@@ -40,13 +40,14 @@ ROWS = {64: 24, 128: 8}
 TEXT_LENGTHS = (40, MAX_SEQUENCE_LENGTH, 40)
 """Positions of the text, padding included, of updates in turn: a pipeline may be called with either."""
 FOCUS = {
-    **dict.fromkeys(scattering.FAMILIES, 6.0),
-    **dict.fromkeys(drawing.FAMILIES, 2.0),
-    **dict.fromkeys(objects.FAMILIES, 2.5),
     **dict.fromkeys(tones.FAMILIES, 0.5),
-    **dict.fromkeys(("edges", "inked", "outline", "levels", "three_tones"), 3.0),
+    **dict.fromkeys(drawing.FAMILIES, 1.5),
+    **dict.fromkeys((*scattering.FAMILIES, "edges", "levels", "mesh", "three_tones", "two_tones"), 2.0),
+    **dict.fromkeys(objects.FAMILIES, 3.0),
+    **dict.fromkeys(("recolour", "remove"), 5.0),
+    "add_thing": 0.5,
 }
-"""How often the kinds of edit are drawn that came out worst: marks at random places, lines, single objects."""
+"""How often the kinds of edit are drawn that came out worst: objects, marks, lines, steep tones."""
 
 
 class Phase(NamedTuple):
@@ -66,7 +67,7 @@ class Phase(NamedTuple):
     shares: Mapping[str, float] | None = None
 
 
-PHASES = (Phase(7500, fixed=200, small=2 / 3), Phase(7500, shares=FOCUS))
+PHASES = (Phase(7500, fixed=200, small=2 / 3), Phase(5600, small=0.6, shares=FOCUS))
 
 
 def make_transformer():
