@@ -36,7 +36,7 @@ from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import features
 from clora.studio.pixels import to_images, to_tensor
-from clora.studio.teachers import load_teachers, teacher_path
+from clora.studio.teacher_files import load_teachers, teacher_path
 from clora.training.student import first_student, train_student
 
 SEEDS = (0, 1, 2)

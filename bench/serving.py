@@ -29,7 +29,8 @@ from clora.progress import say
 from clora.studio import assets, evaluation
 from clora.studio.effects import EFFECTS
 from clora.studio.pixels import to_tensor
-from clora.studio.teachers import TEACHERS, load_teachers
+from clora.studio.teacher_files import load_teachers
+from clora.studio.teachers import TEACHERS
 
 ADAPTERS = (1, 8, 50)
 REQUESTS = 200

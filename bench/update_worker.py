@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from clora.studio import assets
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
-from clora.studio.teachers import load_teachers
+from clora.studio.teacher_files import load_teachers
 
 try:
     from clora.heap import keep_freed_memory

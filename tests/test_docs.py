@@ -61,7 +61,7 @@ def test_the_example_of_readme_runs_as_printed(tmp_path, monkeypatch):
     from clora.lora.load import read_lora
     from clora.studio import assets, evaluation
     from clora.studio.demo_config import demo_config
-    from clora.studio.teachers import teacher_path
+    from clora.studio.teacher_files import teacher_path
 
     monkeypatch.setattr(evaluation, "NUM_SCENES", 1)
     adapter, names = assets.load_studio(assets.ASSETS, "cpu"), ["snow", "sepia"]

@@ -37,7 +37,8 @@ from clora.studio.effects import EFFECTS
 from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects
 from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes
-from clora.studio.teachers import TEACHERS, load_teachers, teacher_path
+from clora.studio.teacher_files import load_teachers, teacher_path
+from clora.studio.teachers import TEACHERS
 from clora.threads import idle_threads
 from clora.training.student import first_student, train_student
 

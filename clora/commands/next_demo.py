@@ -39,7 +39,7 @@ from clora.studio.next.targets import Targets
 from clora.studio.next.teachers import check_effects
 from clora.studio.photographs import load_photographs
 from clora.studio.pixels import to_bytes
-from clora.studio.teachers import load_teachers, teacher_path
+from clora.studio.teacher_files import load_teachers, teacher_path
 from clora.training.student import first_student, train_student
 
 PHOTOGRAPHS = (5, 31, 1, 17, 23, 19, 21, 11)

@@ -20,7 +20,8 @@ from clora.studio.effects import EFFECTS
 from clora.studio.judges import Judge
 from clora.studio.pixels import to_images, to_tensor
 from clora.studio.ranking import measure_judges
-from clora.studio.teachers import TEACHERS, load_teachers
+from clora.studio.teacher_files import load_teachers
+from clora.studio.teachers import TEACHERS
 
 FLOORS = {
     "vae_psnr": 30.0,

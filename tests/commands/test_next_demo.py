@@ -18,14 +18,13 @@ from clora.errors import CloraError
 from clora.models.loading import load_pipeline
 from clora.studio import assets
 from clora.studio.assets import ASSETS
-from clora.studio.making.teachers import save_teacher
 from clora.studio.next import baselines, evaluation, targets
 from clora.studio.next.demo_config import demo_config
 from clora.studio.next.evaluation import held_out_sources
 from clora.studio.next.making.teachers import fresh_loras
 from clora.studio.next.teachers import SPECS, TEACHERS
 from clora.studio.pixels import to_bytes
-from clora.studio.teachers import load_teachers, teacher_path
+from clora.studio.teacher_files import load_teachers, save_teacher, teacher_path
 
 NAMES = ["thermal", "snow"]
 

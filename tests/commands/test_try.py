@@ -20,7 +20,7 @@ from clora.lora.load import read_lora
 from clora.models.loading import load_pipeline
 from clora.studio import assets
 from clora.studio.demo_config import demo_config
-from clora.studio.teachers import teacher_path
+from clora.studio.teacher_files import teacher_path
 from clora.testing import random_lora
 
 # A file that anyone may have made has any name in it.

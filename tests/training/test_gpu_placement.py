@@ -16,7 +16,8 @@ from clora.lora.state import fresh_lora
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio import text
-from clora.studio.making import base, teachers, text_training, vae
+from clora.studio.making import base, text_training, vae
+from clora.studio.making.pairs import Pairs, pair_losses
 
 DEVICE = torch.device("meta")
 
@@ -71,9 +72,9 @@ def test_the_teachers(adapter):
     generator = torch.Generator().manual_seed(0)
     loras = {name: fresh_lora(shapes, rank, generator) for name, rank in (("a", 4), ("b", 8))}
     bank = AdapterBank(adapter.pipeline.transformer, loras, dtype=torch.float32)
-    pairs = teachers.Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
+    pairs = Pairs(latents(2, 3), latents(2, 3), Text(prompts(2)))
     ids = torch.tensor([0, 0, 1, 1])
-    losses = teachers.pair_losses(adapter, bank, bank.slots(trainable=True), pairs, ids, None)
+    losses = pair_losses(adapter, bank, bank.slots(trainable=True), pairs, ids, None)
     losses.sum().backward()
     assert (losses.device, losses.shape) == (DEVICE, (4,))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clora.files import write_atomic
 from clora.flow.matching import flow_matching_losses
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.edits import FAMILIES, sample_edit
+from clora.studio.making.optimizers import RATES, make_optimizers, resume
 from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
-from clora.training.checkpoint import load_state, save_state
-from clora.training.optimizers import Muon
-from clora.training.resume import check_same
+from clora.training.checkpoint import save_state
 
 BATCH = 16
-RATES = {"matrices": 3e-3, "rest": 1.5e-3}
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
@@ -55,35 +51,6 @@ def make_transformer():
         if "modulation" in name or name.startswith(("proj_out", "norm_out.linear")):
             torch.nn.init.zeros_(parameter)
     return transformer
-
-
-def make_pipeline(vae, text_encoder, tokenizer, transformer):
-    """Makes the stock pipeline with a static time shift of 3."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-
-    return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-
-
-def save_pipeline(pipeline, folder: Path) -> None:
-    """Saves the pipeline with fp16 weights, which diffusers loads as fp32; transformers would keep fp16."""
-    for component in (pipeline.transformer, pipeline.vae):
-        component.half()
-    # A call leaves its padding and truncation in the tokenizer.
-    words = pipeline.tokenizer.backend_tokenizer
-    words.no_padding()
-    words.no_truncation()
-    pipeline.save_pretrained(folder)
-    # diffusers writes where the parts were loaded from, a path of this machine.
-    for config in folder.rglob("*.json"):
-        values = json.loads(config.read_text())
-        if values.pop("_name_or_path", None) is not None:
-            write_atomic(config, json.dumps(values, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -186,28 +153,6 @@ def train_base(
     for name, weight in average.items():
         parameters[name].data.copy_(weight)
     transformer.eval().requires_grad_(False)
-
-
-def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
-    """Makes Muon for the matrices of the blocks, AdamW for embeddings, modulation, biases, norms and the output."""
-    matrices, rest = [], []
-    for name, parameter in parameters.items():
-        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else rest).append(parameter)
-    return {
-        "matrices": Muon(matrices, RATES["matrices"]),
-        "rest": torch.optim.AdamW(rest, RATES["rest"], betas=(0.9, 0.98), weight_decay=0.01),
-    }
-
-
-def resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:
-    """Restores a run in place and returns its next update; 0 without a checkpoint. Refuses one of another recipe."""
-    if not checkpoint.exists():
-        return 0
-    tensors, values = load_state(checkpoint, optimizers, generator)
-    check_same(values.get("recipe", {}), recipe, checkpoint)
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
-    return values["update"]
 
 
 def learning_rate_factor(update: int, updates: int) -> float:

@@ -22,9 +22,11 @@ from clora.studio.assets import ASSETS, PROVENANCE, SEED, load_studio, provenanc
 from clora.studio.baselines import measure_baselines
 from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
 from clora.studio.making import base, teachers, text_training, vae
+from clora.studio.making.pipelines import make_pipeline, save_pipeline
 from clora.studio.quality import general_quality, vae_quality
 from clora.studio.targets import TARGET_SOURCES, TARGETS, make_targets
-from clora.studio.teachers import SPECS, TEACHERS, load_teachers
+from clora.studio.teacher_files import load_teachers, save_teacher
+from clora.studio.teachers import SPECS, TEACHERS
 
 VAE_UPDATES = 1800
 TEXT_UPDATES = 400
@@ -138,14 +140,14 @@ def _base_stage(folder: Path, device: torch.device) -> Made:
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer")
     encoder = Qwen3ForCausalLM.from_pretrained(folder / "pipeline" / "text_encoder").eval()
     autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
-    pipeline = base.make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
+    pipeline = make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
     adapter = studio_adapter(pipeline.to(device))
     with stage("training edits", BASE_SCENES) as advance:
         pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
     checkpoint = folder / ".base.safetensors"
     with stage("base model", BASE_UPDATES) as advance:
         base.train_base(adapter, pool, BASE_UPDATES, SEED, checkpoint, up_to(advance))
-    base.save_pipeline(pipeline, folder / "pipeline")
+    save_pipeline(pipeline, folder / "pipeline")
     checkpoint.unlink(missing_ok=True)
     measured = {"general_accuracy": general_quality(load_studio(folder, device))}
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
@@ -157,7 +159,7 @@ def _teacher_stage(folder: Path, device: torch.device) -> Made:
         trained = teachers.train_teachers(adapter, SPECS, SEED, up_to(advance))
     files = []
     for spec in SPECS:
-        path = teachers.save_teacher(spec, trained[spec.effect], folder / "teachers")
+        path = save_teacher(spec, trained[spec.effect], folder / "teachers")
         files += [path] if path.is_file() else sorted(path.iterdir())
     return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
 

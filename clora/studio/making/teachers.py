@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clora.bank.bank import AdapterBank
 from clora.bank.slots import Slots
-from clora.devices import send
-from clora.errors import CloraError
-from clora.flow.matching import flow_matching_losses
-from clora.lora.families import FLUX2
 from clora.lora.layers import block_layers, linear_shapes
-from clora.lora.save import save_lora
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models import ModelAdapter
-from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.effects import EFFECTS
+from clora.studio.making.pairs import Pairs, check_finite, gradient_sizes, pair_losses
 from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
-from clora.studio.teachers import SPECS, TeacherSpec
+from clora.studio.teacher_files import TeacherSpec
+from clora.studio.teachers import SPECS
 
 FIRST_SCENE = 200_000_000
 PAIRS = 20
 UPDATES = 700
 ROWS_PER_LORA = 2  # in every batch
 LEARNING_RATE = 2e-3
-SHIFT = 2.0  # of the noise levels
-KOHYA_ALPHA = 4.0
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Encoded before/after pairs of E LoRAs, on the CPU.
-
-    Attributes:
-        sources: ``[E, M, T, C]``.
-        targets: ``[E, M, T, C]``.
-        text: encoded prompts, E rows.
-    """
-
-    sources: Tensor
-    targets: Tensor
-    text: Text
 
 
 def encode_pairs(adapter: Flux2KleinAdapter, specs: Sequence[TeacherSpec]) -> Pairs:
@@ -126,46 +101,3 @@ def train_loras(
         check_finite(gradient_sizes(slots), slots.names, update, "gradient")
         optimizer.step()
         report(update + 1, {"loss": float(losses.detach().mean())})
-
-
-def pair_losses(
-    adapter: ModelAdapter,
-    bank: AdapterBank,
-    slots: Slots,
-    pairs: Pairs,
-    ids: Tensor,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Computes the flow-matching loss of each row, ``[B]``."""
-    device = adapter.pipeline.transformer.device
-    sample = torch.randint(pairs.sources.shape[1], ids.shape, generator=generator)
-    x0 = send(pairs.targets[ids, sample].float(), device)
-    conditioning = Conditioning(pairs.text[ids], pairs.sources[ids, sample].float()).to(device)
-    with bank.route(slots, ids):
-        return flow_matching_losses(lambda x, s: adapter.velocity(x, s, conditioning), x0, SHIFT, generator)
-
-
-def gradient_sizes(slots: Slots) -> Tensor:
-    """Returns the sum ``[E]`` of the absolute gradients of each slot."""
-    per_stack = []
-    for stack in slots.stacks:
-        gradients = [factor.grad for factor in chain.from_iterable(stack.factors.values()) if factor.grad is not None]
-        per_stack.append(sum(gradient.flatten(1).abs().sum(1) for gradient in gradients))
-    places = [slots.places[slot] for slot in range(len(slots.names))]
-    return torch.stack([per_stack[stack][row] for stack, row in places])
-
-
-def check_finite(values: Tensor, names: tuple[str, ...], update: int, what: str) -> None:
-    """Raises CloraError where one of ``values [E]`` is not finite."""
-    bad = ~torch.isfinite(values)
-    if bad.any():
-        name = names[int(bad.nonzero()[0, 0])]
-        raise CloraError(f"update {update + 1}: the {what} of LoRA {name!r} is not finite; lower the learning rate")
-
-
-def save_teacher(spec: TeacherSpec, state: LoRAState, folder: Path) -> Path:
-    """Writes one teacher in its format under ``folder``; returns the file or folder that a user would point at."""
-    path = folder / (spec.effect if spec.format == "peft" else f"{spec.effect}.safetensors")
-    alpha = KOHYA_ALPHA if spec.format == "kohya" else None
-    save_lora(state, path, spec.format, alpha=alpha, dtype=torch.float16, family=FLUX2)
-    return path

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from clora.errors import CloraError, nearest
 from clora.studio.next.effects import EFFECTS
-from clora.studio.teachers import TeacherSpec
+from clora.studio.teacher_files import TeacherSpec
 
 COLOUR_MAPS = (
     "negative",

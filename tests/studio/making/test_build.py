@@ -14,7 +14,8 @@ from clora.hashing import file_digest
 from clora.studio import assets, baselines, evaluation, quality, targets
 from clora.studio.demo_config import demo_config
 from clora.studio.making import build, teachers
-from clora.studio.teachers import SPECS, TEACHERS, load_teachers
+from clora.studio.teacher_files import load_teachers
+from clora.studio.teachers import SPECS, TEACHERS
 
 NAMES = ["sepia", "snow"]
 

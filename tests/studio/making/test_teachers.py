@@ -14,7 +14,8 @@ from clora.lora.layers import linear_shapes
 from clora.lora.state import fresh_lora
 from clora.models.conditioning import Text
 from clora.studio.making import teachers
-from clora.studio.making.teachers import Pairs, train_loras
+from clora.studio.making.pairs import Pairs
+from clora.studio.making.teachers import train_loras
 
 NAMES = ("first", "second")
 ROWS = 4

@@ -8,7 +8,7 @@ import torch
 
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
-from clora.studio.making.base import save_pipeline
+from clora.studio.making.pipelines import save_pipeline
 from clora.studio.next.edits import FAMILIES, objects
 from clora.studio.next.evaluation import general_cases
 from clora.studio.next.making import base, vae

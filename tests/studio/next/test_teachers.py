@@ -11,7 +11,6 @@ import torch
 from clora.errors import CloraError
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
-from clora.studio.making.teachers import save_teacher
 from clora.studio.next import quality
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.evaluation import held_out_sources
@@ -19,7 +18,7 @@ from clora.studio.next.making import build, teachers
 from clora.studio.next.scenes import make_scene, render
 from clora.studio.next.teachers import COLOUR_MAPS, PAIRS, SPECS, TEACHERS, kind_of
 from clora.studio.photographs import load_photographs
-from clora.studio.teachers import load_teachers
+from clora.studio.teacher_files import load_teachers, save_teacher
 
 THERMAL, SNOW = (SPECS[TEACHERS.index(effect)] for effect in ("thermal", "snow"))
 
@@ -52,7 +51,7 @@ def random_states(pipeline, specs):
 def test_fifty_teachers_of_the_library():
     assert len(SPECS) == len(set(TEACHERS)) == 50
     assert set(TEACHERS) <= set(EFFECTS)
-    assert sum(EFFECTS[effect].stochastic for effect in TEACHERS) == 21
+    assert sum(EFFECTS[effect].stochastic for effect in TEACHERS) == 16
     formats = [spec.format for spec in SPECS]
     assert {name: formats.count(name) for name in set(formats)} == {
         "diffusers": 13,

@@ -15,7 +15,7 @@ from clora.flow.matching import flow_matching_losses
 from clora.hashing import tensor_digest
 from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
-from clora.studio.making.base import RATES, make_optimizers, resume
+from clora.studio.making.optimizers import RATES, make_optimizers, resume
 from clora.studio.next.edits import FAMILIES, Edit, drawing, objects, sample_edit, scattering, tones
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene

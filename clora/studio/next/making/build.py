@@ -21,8 +21,7 @@ from clora.files import check_writable, write_atomic
 from clora.hashing import file_digest
 from clora.progress import stage, up_to
 from clora.studio.assets import PROVENANCE, SEED, load_studio, provenance, studio_adapter
-from clora.studio.making.base import make_pipeline, save_pipeline
-from clora.studio.making.teachers import save_teacher
+from clora.studio.making.pipelines import make_pipeline, save_pipeline
 from clora.studio.making.text_training import train_text_encoder
 from clora.studio.next import targets
 from clora.studio.next.baselines import measure_baselines
@@ -34,7 +33,7 @@ from clora.studio.next.scenes import SIZE
 from clora.studio.next.teachers import PAIRS, SPECS, TEACHERS
 from clora.studio.next.text import prompt_corpus
 from clora.studio.photographs import PHOTOGRAPHS, TABLE, Photographs, load_photographs
-from clora.studio.teachers import load_teachers
+from clora.studio.teacher_files import load_teachers, save_teacher
 from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000

@@ -16,8 +16,8 @@ from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.assets import studio_adapter
-from clora.studio.making.base import resume
-from clora.studio.making.teachers import Pairs, check_finite, gradient_sizes, pair_losses
+from clora.studio.making.optimizers import resume
+from clora.studio.making.pairs import Pairs, check_finite, gradient_sizes, pair_losses
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.making.base import pipeline_digest
 from clora.studio.next.making.precision import reduced_precision
@@ -25,7 +25,7 @@ from clora.studio.next.scenes import make_scene, render
 from clora.studio.next.teachers import PAIRS, TEACHERS, kind_of
 from clora.studio.photographs import Photographs
 from clora.studio.pixels import to_tensor
-from clora.studio.teachers import TeacherSpec
+from clora.studio.teacher_files import TeacherSpec
 from clora.training.checkpoint import save_state
 
 FIRST_SCENE = 200_000_000

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clora.studio.making.base import resume
 from clora.studio.making.linear_encoder import set_linear_encoder, zero_residual_branches
+from clora.studio.making.optimizers import resume
 from clora.studio.next.edits import sample_edit
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.making.precision import reduced_precision
