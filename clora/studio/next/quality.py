@@ -60,7 +60,7 @@ def vae_quality(vae, count: int = 32) -> dict[str, float]:
     for size in (64, 128):
         scenes = held_out_sources(count, size)
         decoded = round_trip(vae, scenes)
-        found[f"psnr_{size}"] = _mean_psnr(decoded, scenes)
+        found[f"vae_psnr_{size}"] = _mean_psnr(decoded, scenes)
     return found
 
 

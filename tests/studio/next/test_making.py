@@ -51,7 +51,7 @@ def test_a_stopped_autoencoder_goes_on(small, tmp_path):
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
     found = vae_quality(resumed, 2)
-    assert set(found) == {"psnr_64", "psnr_128"}
+    assert set(found) == {"vae_psnr_64", "vae_psnr_128"}
 
 
 def test_the_encoder_keeps_what_matters():
