@@ -283,20 +283,10 @@ def _placed(thing: Thing, size: int) -> tuple[np.ndarray, np.ndarray]:
     if thing.colour is not None:
         # Its own light and shade, in the new colour.
         colours = np.clip((0.35 + (colours @ LUMA)[..., None]) * np.array(COLOURS[thing.colour], np.float32), 0, 1)
-    return 1 + inside[..., None] * (colours - 1), _grown(inside, STICKER_RIM)
-
-
-def _grown(cover: np.ndarray, width: float) -> np.ndarray:
-    """Widens a mask ``[S, S]`` by a number of units on all sides."""
-    reach = 2 * round(width * len(cover) / UNITS) + 1
-    grown = Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(reach))
-    return np.asarray(grown, np.float32) / 255
-
-
-def contour(thing: Shape | Thing, size: int = SIZE, width: float = 2.0) -> np.ndarray:
-    """Returns the mask ``[S, S]`` of a line along an object's edge, outside of it; its width is in units."""
-    _, cover = painted(thing, size)
-    return np.clip(_grown(cover, width) - cover, 0, 1)
+    # The rim: white wherever the cut-out is near.
+    reach = 2 * round(STICKER_RIM * scale) + 1
+    cover = np.asarray(whole.getchannel("A").filter(ImageFilter.MaxFilter(reach)), np.float32) / 255
+    return 1 + inside[..., None] * (colours - 1), cover
 
 
 def recoloured(thing: Shape | Thing, colour: str) -> Shape | Thing:

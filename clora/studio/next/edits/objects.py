@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
-from clora.studio.next.edits.registry import Outcome, Source, new_families, rgb_of
-from clora.studio.next.effects.filters import mix
+from clora.studio.next.edits.registry import Outcome, Source, new_families
 from clora.studio.next.scenes import (
     KINDS,
     Shape,
-    contour,
     draw,
     random_pattern,
     random_thing,
@@ -36,12 +34,6 @@ def recolour(source: Source) -> Outcome:
     return source.with_objects(objects), name, colour
 
 
-@edit("make every object {a}", "paint all the objects {a}", "turn all things {a}", of_objects=True)
-def recolour_all(source: Source) -> Outcome:
-    colour = source.colour()
-    return source.with_objects(recoloured(thing, colour) for thing in source.scene.objects), colour, ""
-
-
 @edit(
     "remove the {a}",
     "delete the {a}",
@@ -57,11 +49,6 @@ def remove(source: Source) -> Outcome:
     return source.with_objects(objects), gone.name, ""
 
 
-@edit("remove all objects", "leave only the background", "erase every object", of_objects=True)
-def remove_all(source: Source) -> Outcome:
-    return source.with_objects(()), "", ""
-
-
 @edit(
     "make the background {a}",
     "change the background to {a}",
@@ -74,20 +61,6 @@ def background(source: Source) -> Outcome:
     colour = source.colour(*source.scene.background.colours)
     plain = replace(random_pattern(source.rng, colour), noise=0.0)
     return render(replace(source.scene, background=plain), source.size), colour, ""
-
-
-@edit(
-    "outline every object in {a}",
-    "draw {a} contours around the objects",
-    "give all things a {a} outline",
-    of_objects=True,
-)
-def outline(source: Source) -> Outcome:
-    colour = source.colour()
-    image = source.image
-    for thing in source.scene.objects:
-        image = mix(image, rgb_of(colour), contour(thing, source.size))
-    return image, colour, ""
 
 
 @edit("add a {a} in the {b} corner", "put a {a} at the {b}", "draw a {a} on the {b}", share=1.5)
