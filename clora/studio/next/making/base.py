@@ -69,7 +69,7 @@ class Phase(NamedTuple):
     shares: Mapping[str, float] | None = None
 
 
-PHASES = (Phase(7500, fixed=200, small=2 / 3), Phase(5000, small=0.6, shares=FOCUS))
+PHASES = (Phase(7500, fixed=200, small=2 / 3), Phase(4600, small=0.6, shares=FOCUS))
 
 
 def make_transformer():
