@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clora.bank.slots import fill
-from clora.devices import copies_later, find_device, find_dtype, has_amx, send, take
+from clora.devices import copies_later, find_device, find_dtype, has_amx, multiplies_bfloat16, send, take
 from clora.errors import CloraError
 
 gpu = pytest.mark.gpu
@@ -95,7 +95,24 @@ def test_a_user_may_keep_onednn_from_amx(monkeypatch, limits, amx):
         monkeypatch.delenv(name, raising=False)
     for name, value in limits.items():
         monkeypatch.setenv(name, value)
-    assert has_amx() == amx
+    assert has_amx() == multiplies_bfloat16() == amx
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("ALL", True),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+        ("AVX512_CORE_VNNI", False),
+        ("AVX2", False),
+    ],
+)
+def test_avx512_multiplies_bfloat16_without_amx(monkeypatch, limit, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert multiplies_bfloat16() == expected
+    assert not has_amx()
 
 
 def test_a_named_dtype_is_taken_anywhere():

@@ -12,7 +12,7 @@ import torch
 from clora.collection.metadata import LORA_FILE, read_collection
 from clora.collection.write import has_settings
 from clora.config.settings import DistillConfig
-from clora.devices import DTYPES, earlier_auto, has_amx
+from clora.devices import DTYPES, earlier_auto, multiplies_bfloat16
 from clora.errors import CloraError
 from clora.files import user_path
 from clora.models.loading import run_dtype
@@ -36,11 +36,11 @@ def with_run_dtype(config: DistillConfig, device: torch.device) -> tuple[Distill
     usual = run_dtype(config)
     kept = _kept_dtype(config, user_path(config.output), device) if config.dtype == "auto" else None
     found = kept or usual
-    is_slow = found == "bfloat16" and device.type == "cpu" and not has_amx()
+    is_slow = found == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16()
     line = f"dtype: auto is {found} here, as of the run that {config.output} holds" if found != usual else ""
     if is_slow:
         anew = "float32 and another output to begin anew" if kept else "float32"
-        slow = f"mostly several times slower than float32 on a CPU without AMX, and PyTorch finds none here; set {anew}"
+        slow = f"mostly several times slower than float32 on a CPU that does not multiply in it, as PyTorch finds of this one; set {anew}"
         line = f"{line}: {slow}" if line else f"dtype: bfloat16 is {slow}"
     return config.model_copy(update={"dtype": found}), line
 

@@ -283,7 +283,7 @@ def test_another_run_s_checkpoint_is_refused_by_what_differs(stopped, machine):
         distill(config.model_copy(update={"seed": 5}))
 
 
-def test_bfloat16_on_a_cpu_without_amx_is_named_slow(make_config, machine, capsys):
+def test_bfloat16_on_a_cpu_that_does_not_multiply_in_it_is_named_slow(make_config, machine, capsys):
     cpu, config = torch.device("cpu"), make_config(dtype="bfloat16")
     machine("bfloat16")
     assert with_run_dtype(config, cpu)[1] == ""
@@ -291,7 +291,7 @@ def test_bfloat16_on_a_cpu_without_amx_is_named_slow(make_config, machine, capsy
     assert "dtype: auto is bfloat16 here\n" in capsys.readouterr().err
     machine("float32")
     capsys.readouterr()
-    slow = "mostly several times slower than float32 on a CPU without AMX, and PyTorch finds none here; set float32"
+    slow = "mostly several times slower than float32 on a CPU that does not multiply in it, as PyTorch finds of this one; set float32"
     assert with_run_dtype(config, cpu)[1] == f"dtype: bfloat16 is {slow}"
     assert [note for note in make_plan(config)["notes"] if slow in note]
     inherited = with_run_dtype(config.model_copy(update={"dtype": "auto"}), cpu)[1]

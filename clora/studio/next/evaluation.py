@@ -52,7 +52,7 @@ def _general_case(index: int, size: int) -> GeneralCase:
     scene = make_scene(FIRST_GENERAL + index, "held_out", min_objects=1)
     rng = np.random.default_rng([index, 5])
     family = GENERAL_FAMILIES[index % len(GENERAL_FAMILIES)]
-    # The first draw that shows: the removal of an object that is hidden behind another does not.
+    # The first draw that shows: the removal of an object at the border may not.
     draws = [sample_edit(scene, rng, family, size) for _ in range(8)]
     edit = next((edit for edit in draws if _differ(edit.result, edit.source)), draws[0])
     # Other things that could have been done to this scene, two of them of the same kind with other words.

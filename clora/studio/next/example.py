@@ -12,7 +12,7 @@ import yaml
 from clora.data.images import encode_png
 from clora.errors import CloraError
 from clora.files import check_writable, write_atomic
-from clora.studio.assets import ASSETS, pipeline_folder
+from clora.studio.assets import pipeline_folder
 from clora.studio.next.demo_config import GUIDANCE, SHIFT, STEPS, TEACHER_STEPS, student_prompts
 from clora.studio.next.edits import FAMILIES, sample_edit
 from clora.studio.next.effects import EFFECTS
@@ -30,22 +30,25 @@ FIRST_SCENE = 500_000_000
 EDITS_PER_FAMILY = 3
 HEADER = """\
 # One LoRA of the studio's teachers: clora distill {folder}/distill.yaml
-# The pictures are parts of photographs; ATTRIBUTION.md names authors and licences.
+# ATTRIBUTION.md names the authors and licences of the photographs that the pictures are made of.
 """
 
 
-def write_example(folder: Path, effects: Sequence[str] | None = None, studio: Path = ASSETS) -> Path:
+def write_example(folder: Path, studio: Path, effects: Sequence[str] | None = None) -> Path:
     """Writes a config, pictures to edit with their attribution, and general instructions; returns the config's path.
 
     Args:
         folder: new, or without a config.
-        effects: some of the studio's teachers; None for all.
         studio: a built studio, whose pipeline and teachers the config names.
+        effects: some of its teachers; None for all.
 
     Raises:
-        CloraError: unknown effect, the folder holds a config already, or it cannot be written.
+        CloraError: unknown effect, a teacher is missing, the folder holds a config already, or it cannot be written.
     """
     names = check_effects(effects or TEACHERS)
+    for name in names:
+        if not teacher_path(studio, name).exists():
+            raise CloraError(f"{studio} holds no teacher of {name!r}; run the stage `teachers` of its build")
     folder = check_writable(folder)
     path = folder / CONFIG
     if path.exists():

@@ -22,6 +22,8 @@ from clora.studio.next.teachers import kind_of
 from clora.studio.pixels import to_images, to_tensor
 
 STEPS = 20
+CASES = 160
+"""Held-out edits that a base is measured on."""
 TEACHER_ACCURACY = 0.9
 TEACHER_PSNR = {"colour": 26.0, "spatial": 21.0}
 """Floors in dB, by the kind of effect; a stochastic effect has no one exact result."""
@@ -36,7 +38,7 @@ def base_outputs(adapter: Flux2KleinAdapter, count: int) -> np.ndarray:
         return to_images(adapter.decode(Generator(adapter, report=advance).euler(*rows, STEPS)))
 
 
-def base_quality(adapter: Flux2KleinAdapter, count: int) -> dict[str, object]:
+def base_quality(adapter: Flux2KleinAdapter, count: int = CASES) -> dict[str, object]:
     """Measures a base on ``count`` held-out edits: the share that is right, and the PSNR in dB of each kind of edit."""
     cases = general_cases(count, adapter.size[0])
     outputs = base_outputs(adapter, count)

@@ -1,9 +1,8 @@
 """Scenes with a known scene graph, so that the exact result of an edit is known.
 
-A scene is a background and up to three objects beside one another. The background is a part of a photograph or a pattern,
-an object a shape or, once at most, a cut-out of a photograph with a white rim, as a sticker has. Every name ("red circle",
-"apple") occurs once, so that it names one object; and a transformer that has seen a noun on two pictures only can still tell
-which thing is meant.
+A scene is a background and objects that lie apart: up to two on a part of a photograph, up to three on a pattern. An object is a
+shape or, on a photograph and once at most, a cut-out with a white rim, as a sticker has. Every name ("red circle", "apple")
+occurs once, so that it names one object. Of most nouns training has one or two pictures: by the rim, a base still finds the thing.
 
 Lengths are in units of 1/64 of the side: a scene can be drawn at any size S. Images are float32 ``[S, S, 3]`` in [0, 1].
 """
@@ -67,6 +66,11 @@ class Shape:
     def name(self) -> str:
         return f"{self.colour} {self.kind}"
 
+    @property
+    def reach(self) -> float:
+        """How far it extends from its centre, in units; squares and diamonds have the farthest corners."""
+        return 1.21 * self.radius
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Thing:
@@ -81,6 +85,12 @@ class Thing:
     @property
     def name(self) -> str:
         return self.cutout.noun
+
+    @property
+    def reach(self) -> float:
+        """How far it extends from its centre, in units: to the corners of its picture, and its rim."""
+        height, width = self.cutout.image.shape[:2]
+        return self.radius * math.hypot(height, width) / max(height, width) + STICKER_RIM
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,7 @@ def make_scene(seed: int, split: str = "train", min_objects: int = 0, photograph
     colours = [colour for colour in COLOURS if colour not in background.colours]
     names = list(itertools.product(colours, KINDS))
     for i in rng.permutation(len(names))[: count - has_cutout]:
-        objects.append(_random_shape(rng, *names[i], objects))
+        objects += _random_shape(rng, *names[i], objects)
     return Scene(background, tuple(objects))
 
 
@@ -185,8 +195,8 @@ def random_pattern(rng: np.random.Generator, colour: str | None = None) -> Patte
     )
 
 
-def _random_shape(rng: np.random.Generator, colour: str, kind: str, others: Sequence[Shape | Thing]) -> Shape:
-    """Draws a shape, apart from other objects if there is room."""
+def _random_shape(rng: np.random.Generator, colour: str, kind: str, others: Sequence[Shape | Thing]) -> list[Shape]:
+    """Draws a shape apart from other objects, or none where there is no room."""
     for _ in range(PLACES):
         shape = Shape(
             kind=kind,
@@ -196,9 +206,9 @@ def _random_shape(rng: np.random.Generator, colour: str, kind: str, others: Sequ
             angle=float(rng.uniform(-0.5, 0.5)),
             shading=float(rng.uniform(0.0, 0.35)),
         )
-        if all(math.dist(shape.centre, other.centre) > shape.radius + other.radius for other in others):
-            break
-    return shape
+        if all(math.dist(shape.centre, other.centre) > shape.reach + other.reach for other in others):
+            return [shape]
+    return []
 
 
 def render(scene: Scene, size: int = SIZE) -> np.ndarray:

@@ -20,7 +20,7 @@ COLOUR_MAPS = (
     "rainbow",
     "vignette",
 )
-"""Effects in which a pixel depends on its own colour and its place, not on what surrounds it (but for thermal's slight blur)."""
+"""Effects in which a pixel depends on its own colour and, smoothly, on its place (but for thermal's slight blur)."""
 PAIRS = {"colour": 20, "spatial": 100, "stochastic": 100}
 """Before/after pairs that a teacher is trained on, by its effect's kind: 20 are what real LoRAs have."""
 

@@ -3,8 +3,9 @@
 import pytest
 
 from clora.errors import CloraError
+from clora.studio.assets import ASSETS
 from clora.studio.next import check
-from clora.studio.next.edits import FAMILIES
+from clora.studio.next.evaluation import GENERAL_FAMILIES
 from clora.studio.next.quality import TeacherQuality
 
 
@@ -14,19 +15,19 @@ def measured(monkeypatch):
     values = {
         "vae": {"vae_psnr_64": 33.0, "vae_psnr_128": 35.0},
         "judges": {"judge_auroc": 0.999},
-        "base": {"general_accuracy": 0.95, "psnr": dict.fromkeys(FAMILIES, 30.0)},
+        "base": {"general_accuracy": 0.95, "psnr": dict.fromkeys(GENERAL_FAMILIES, 30.0)},
         "teachers": {"thermal": TeacherQuality(0.95, 26.0, 27.0), "snow": TeacherQuality(0.95)},
     }
     monkeypatch.setattr(check, "measure_judges", lambda *_: (values["judges"], ["judge: described"]))
     monkeypatch.setattr(check.quality, "vae_quality", lambda vae: values["vae"])
-    monkeypatch.setattr(check.quality, "base_quality", lambda adapter, count: values["base"])
+    monkeypatch.setattr(check.quality, "base_quality", lambda adapter: values["base"])
     monkeypatch.setattr(check.quality, "teacher_quality", lambda adapter, loras: values["teachers"])
     monkeypatch.setattr(check, "load_teachers", lambda *_: {})
     return values
 
 
 def test_a_studio_above_its_floors_passes(measured, capsys):
-    check.check(device="cpu")
+    check.check(ASSETS, "cpu")
     shown = capsys.readouterr()
     for word in ("base_general_accuracy_128", "thermal", "judge_auroc"):
         assert word in shown.out
@@ -50,4 +51,4 @@ def test_a_studio_above_its_floors_passes(measured, capsys):
 def test_what_is_below_its_floor_is_named(measured, part, change, names):
     measured[part].update(change)
     with pytest.raises(CloraError, match=f"below the floor: {', '.join(names)}; "):
-        check.check(device="cpu")
+        check.check(ASSETS, "cpu")

@@ -1,5 +1,6 @@
 """``clora studio example``: the folder is one that ``clora distill`` takes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,22 @@ from clora.studio.next.effects import EFFECTS
 
 
 @pytest.fixture
-def few(monkeypatch):
+def studio(monkeypatch, tmp_path):
+    """A studio whose teachers are empty files."""
     monkeypatch.setattr(example, "NUM_IMAGES", 2)
+    folder = tmp_path / "studio"
+    shutil.copytree(pipeline_folder(), folder / "pipeline")
+    (folder / "teachers").mkdir()
+    for name in ("snow", "negative"):
+        (folder / "teachers" / f"{name}.safetensors").touch()
+    return folder
 
 
-def test_an_example_is_a_config_with_its_pictures(few, tmp_path):
-    path = example.write_example(tmp_path / "mine", ["snow", "negative"])
+def test_an_example_is_a_config_with_its_pictures(studio, tmp_path):
+    path = example.write_example(tmp_path / "mine", studio, ["snow", "negative"])
     config = load_config(path)
     assert [effect.name for effect in config.effects] == ["snow", "negative"]
-    assert config.pipeline == str(pipeline_folder())
+    assert config.pipeline == str(studio / "pipeline")
     assert config.effects[0].prompt == EFFECTS["snow"].prompt
     assert len({*config.effects[0].student_prompts, *config.effects[1].student_prompts}) == 6
     pictures = sorted(Path(config.data.sources).iterdir())
@@ -36,14 +44,17 @@ def test_an_example_is_a_config_with_its_pictures(few, tmp_path):
     assert str(path) in path.read_text("utf-8").splitlines()[0]
 
 
-def test_a_config_is_not_replaced(few, tmp_path):
-    (tmp_path / "distill.yaml").write_text("mine")
+def test_a_config_is_not_replaced(studio, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "distill.yaml").write_text("mine")
     with pytest.raises(CloraError, match=r"distill\.yaml exists; name another folder"):
-        example.write_example(tmp_path, ["snow"])
-    assert [file.name for file in tmp_path.iterdir()] == ["distill.yaml"]
+        example.write_example(folder, studio, ["snow"])
+    assert [file.name for file in folder.iterdir()] == ["distill.yaml"]
 
 
-def test_an_unknown_effect_is_named_before_anything_is_written(tmp_path):
-    with pytest.raises(CloraError, match=r"unknown effect 'snwo'.*snow"):
-        example.write_example(tmp_path / "new", ["snwo"])
+@pytest.mark.parametrize(("name", "words"), [("snwo", "unknown effect 'snwo'.*snow"), ("rain", "no teacher of 'rain'")])
+def test_an_effect_that_is_not_there_is_named_before_anything_is_written(studio, tmp_path, name, words):
+    with pytest.raises(CloraError, match=words):
+        example.write_example(tmp_path / "new", studio, [name])
     assert not (tmp_path / "new").exists()

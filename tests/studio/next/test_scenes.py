@@ -91,12 +91,10 @@ def test_a_cut_out_has_a_white_rim():
 
 
 def test_objects_lie_apart():
-    apart = []
-    for seed in range(80):
-        objects = make_scene(seed, min_objects=1).objects
-        covers = sum((painted(thing)[1] for thing in objects), np.zeros((64, 64)))
-        apart.append(covers.max() <= 1.01)
-    assert np.mean(apart) > 0.9
+    several = [scene.objects for scene in map(make_scene, range(80)) if len(scene.objects) > 1]
+    assert len(several) > 20
+    for objects in several:
+        assert sum(painted(thing)[1] for thing in objects).max() <= 1.001
 
 
 @pytest.mark.parametrize("family", FAMILIES)

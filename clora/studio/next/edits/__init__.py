@@ -1,7 +1,7 @@
 """General edits: what the studio's base model can do, each with its exact result from the scene graph.
 
 The base is trained on these, and the general stream of the distillation uses them. They give it the skills that effects
-are made of (tones, channels, edges, relief, blur, grids, scattered discs), but share no outcome with the effect library.
+are made of (tones, channels, edges, relief, blur, grids, scattered marks), but share no outcome with the effect library.
 Several have random outcomes, so that the base has learned to make up texture.
 """
 

@@ -67,7 +67,10 @@ def background(source: Source) -> Outcome:
 def add_shape(source: Source) -> Outcome:
     row, column = (source.one_of(sides) for sides in (("top", "bottom"), ("left", "right")))
     centre = (16.0 if column == "left" else 48.0, 16.0 if row == "top" else 48.0)
-    shape = Shape(source.one_of(KINDS), source.colour(), centre, 11.0, 0.0, 0.1)
+    # A colour that nothing in the scene has, by which the new shape shows and its name stays its own.
+    taken = [thing.colour for thing in source.scene.objects if thing.colour]
+    colour = source.colour(*source.scene.background.colours, *taken)
+    shape = Shape(source.one_of(KINDS), colour, centre, 11.0, 0.0, 0.1)
     return draw(source.image, shape), shape.name, f"{row} {column}"
 
 

@@ -126,13 +126,14 @@ def smooth_regions(image: np.ndarray, width: int) -> np.ndarray:
 
 
 def outlines(image: np.ndarray, sigma: float = 0.65) -> np.ndarray:
-    """Mask ``[S, S]`` of soft lines along the visible edges, as wide as about 3 x `sigma` units.
+    """Mask ``[S, S]`` of soft lines along the visible edges; a larger `sigma` makes them wider.
 
-    A line is as strong as the steepest colour's slope. Which lines stand out in a picture, and their texture, is left to its
-    looks: a transformer of the studio's size does not learn what depends on the whole picture.
+    A line is as strong as the slope of the steepest colour there. It does not depend on the other edges of the picture: a
+    transformer of the studio's size does not learn what does.
     """
     slopes = np.hypot(*gradients(gaussian_blur(image, 1.2 * sigma)))
-    return smoothstep(slopes.max(axis=-1), 0.03, 0.17)
+    # In brightness per unit: grain stays below, and an edge of a fifth of the range makes a full line.
+    return smoothstep(slopes.max(axis=-1) * (sigma / 0.65), 0.03, 0.17)
 
 
 def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Stochastic effects: flakes, leaves, bubbles, lights and grain, each thing within a token (`marks`)."""
+"""Stochastic effects: flakes, leaves, bubbles and lights, each within a token (`marks`), and grain all over."""
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from clora.studio.next.effects.filters import (
     upsample,
 )
 from clora.studio.next.effects.marks import draw_marks
-from clora.studio.next.effects.shapes import heart
 
 EFFECTS, effect = new_library(stochastic=True)
 
@@ -50,7 +49,7 @@ def rain_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Round water drops with dark rims and white highlights lie on a window before a blurred scene."""
     drops = draw_marks(len(image), rng, 0.5, (2.3, 3.4))
     blurred = 0.85 * gaussian_blur(image, 2.2) + 0.08
-    # A drop is a lens: it shows the scene upside down, dark above and bright below.
+    # A drop is a lens, which turns what is above down: it is dark above and bright below.
     lens = np.clip(blurred * (1.0 + 0.7 * drops.y / np.abs(drops.radius))[..., None] + 0.06, 0.0, 1.0)
     lens = lens * (1.0 - 0.6 * smoothstep(drops.distance / np.abs(drops.radius), 0.6, 1.0))[..., None]
     spark = np.clip(1.2 - np.hypot(drops.x + 0.9, drops.y + 0.9), 0, 1)
@@ -60,7 +59,7 @@ def rain_drops(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 @effect("scatter autumn leaves over the picture")
 def leaves(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Small oval leaves in orange, red and yellow lie scattered at random angles over the warm picture."""
-    blades = draw_marks(len(image), rng, 0.5, (3.0, 3.3)).turned(rng)
+    blades = draw_marks(len(image), rng, 0.5, (3.35, 3.35)).turned(rng)
     colours = blades.one_of(AUTUMN, rng)
     # What two circles have in common is a pointed oval.
     oval = 4.4 - np.hypot(blades.y, np.abs(blades.x) + 2.9)
@@ -73,8 +72,8 @@ def leaves(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def confetti(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Many small turned paper rectangles in bright mixed party colours rain down over the whole picture."""
     papers = draw_marks(len(image), rng, 0.7, (2.9, 3.3)).turned(rng)
-    corners = np.minimum(2.5 - np.abs(papers.x), 1.3 - np.abs(papers.y))
-    return mix(image, papers.one_of(PARTY, rng), papers.inside(corners))
+    depth = np.minimum(2.5 - np.abs(papers.x), 1.3 - np.abs(papers.y))
+    return mix(image, papers.one_of(PARTY, rng), papers.inside(depth))
 
 
 @effect("sprinkle red and pink hearts over the picture")
@@ -84,7 +83,7 @@ def hearts(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     colours = shapes.one_of(np.stack([rgb(0.92, 0.05, 0.2), rgb(1.0, 0.42, 0.65)]), rng)
     radius = np.abs(shapes.radius)
     rosy = 0.85 * image + 0.15 * rgb(1.0, 0.7, 0.8)
-    return mix(rosy, colours, shapes.inside(radius * heart(shapes.x / radius, shapes.y / radius)))
+    return mix(rosy, colours, shapes.inside(radius * _heart(1.1 * shapes.x / radius, 1.1 * shapes.y / radius) / 1.1))
 
 
 @effect("fill the picture with soap bubbles")
@@ -174,3 +173,12 @@ def dust_scratches(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     scratches = draw_marks(len(image), rng, 0.35, (2.6, 3.4)).turned(rng, (-0.3, 0.3)).strokes(1.0)
     specks = draw_marks(len(image), rng, 0.3, (0.8, 1.8)).discs()
     return mix(mix(faded, rgb(1.0, 0.98, 0.9), scratches), rgb(0.1, 0.06, 0.04), 0.9 * specks)
+
+
+def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns how far inside a heart that stands on its point positions are (x to the right, y down), in its radii."""
+    x, y = 0.6 * np.abs(x), 0.6 * (0.95 - y)
+    lobe = np.sqrt(2) / 4 - np.sqrt((x - 0.25) ** 2 + (y - 0.75) ** 2)
+    middle = np.maximum(x + y, 0.0) / 2
+    to_sides = np.sqrt(np.minimum(x**2 + (y - 1) ** 2, (x - middle) ** 2 + (y - middle) ** 2))
+    return np.where(x + y > 1, lobe, to_sides * np.sign(y - x)) / 0.6

@@ -17,6 +17,7 @@ from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.studio.making.optimizers import RATES, make_optimizers, resume
 from clora.studio.next.edits import FAMILIES, Edit, drawing, sample_edit, scattering, tones
+from clora.studio.next.effects.marks import CELL
 from clora.studio.next.making.precision import reduced_precision
 from clora.studio.next.scenes import make_scene
 from clora.studio.photographs import Photographs
@@ -30,8 +31,6 @@ Encoder = Callable[[Tensor], Tensor]
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.998
 CHECKPOINT_EVERY = 250
-TOKEN = 8
-"""Pixels along a side of a token."""
 FITTED = 32
 """Pictures from which the encoder's linear map is found."""
 SHIFT = 5.0
@@ -49,7 +48,7 @@ FOCUS = {
     **dict.fromkeys(("recolour", "remove"), 9.0),
     "add_thing": 0.5,
 }
-"""How often the kinds of edit are drawn that came out worst: objects, marks, lines, steep tones."""
+"""How often each kind of edit is drawn in the second part: most often those that came out worst."""
 
 
 class Phase(NamedTuple):
@@ -125,6 +124,16 @@ def draw_edits(
     return edits
 
 
+def edits_digest(photographs: Photographs) -> str:
+    """Returns the hash of some edits, with which that of all changes where kinds of edit, scenes or photographs do."""
+    edits = [
+        sample_edit(make_scene(i, "train", 1, photographs), np.random.default_rng(i), name, 64, photographs)
+        for i, name in enumerate(FAMILIES)
+    ]
+    pictures = {f"{i}.{edit.instruction}": torch.from_numpy(edit.result) for i, edit in enumerate(edits)}
+    return tensor_digest(pictures)
+
+
 def train_base(
     pipeline,
     phase: Phase,
@@ -151,7 +160,8 @@ def train_base(
         "phase": str(phase),
         "seed": seed,
         "rows": str(ROWS),
-        "pictures": photographs.digest(),
+        "shift": SHIFT,
+        "edits": edits_digest(photographs),
         "pipeline": pipeline_digest(pipeline, ("transformer", "vae", "text_encoder")),
     }
     # Views of all that training changes: read by checkpoints, written by a resumed run.
@@ -218,7 +228,7 @@ def linear_encoder(adapter: Flux2KleinAdapter) -> Encoder:
     """
 
     def patches(pictures: Tensor) -> Tensor:
-        pixels = nn.functional.pixel_unshuffle(pictures, TOKEN).flatten(2).mT
+        pixels = nn.functional.pixel_unshuffle(pictures, CELL).flatten(2).mT
         return torch.cat([pixels, pixels.new_ones(*pixels.shape[:2], 1)], dim=-1)
 
     noise = 0.3 * torch.randn(FITTED, 3, *adapter.size, generator=torch.Generator().manual_seed(0))

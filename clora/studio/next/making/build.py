@@ -38,7 +38,6 @@ from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
-CASES = 160
 
 Made = tuple[dict[str, object], list[str]]
 """Measured numbers, and the files to hash."""
@@ -160,7 +159,7 @@ def _base_stage(folder: Path, device: torch.device, photographs: Photographs) ->
             base.train_base(pipeline, phase, seed, file, photographs, up_to(advance))
     save_pipeline(pipeline, folder / "pipeline")
     pipeline = load_studio(folder, device).pipeline
-    measured = {str(size): base_quality(studio_adapter(pipeline, size), CASES) for size in base.ROWS}
+    measured = {str(size): base_quality(studio_adapter(pipeline, size)) for size in base.ROWS}
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
 

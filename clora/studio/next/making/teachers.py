@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clora.bank.bank import AdapterBank
 from clora.bank.slots import Slots
+from clora.hashing import tensor_digest
 from clora.lora.layers import block_layers, linear_shapes
 from clora.lora.state import LoRAState, fresh_lora
 from clora.models.families.flux2 import Flux2KleinAdapter
@@ -112,6 +113,7 @@ def train_group(
         "seed": seed,
         "rows": str(ROWS),
         "pictures": photographs.digest(),
+        "pairs": pairs_digest(specs, photographs),
         "teachers": ", ".join(f"{spec} on {num_pairs(spec)} pairs" for spec in specs),
         "pipeline": pipeline_digest(pipeline, ("transformer", "vae", "text_encoder")),
     }
@@ -156,14 +158,25 @@ def encode_pairs(adapter: Flux2KleinAdapter, specs: Sequence[TeacherSpec], photo
     return Pairs(torch.stack(sources), torch.stack(targets), text)
 
 
-def draw_pairs(spec: TeacherSpec, size: int, photographs: Photographs) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a teacher's pairs: pictures before and after, ``[M, size, size, 3]`` each; no other teacher has their scenes."""
+def draw_pairs(
+    spec: TeacherSpec, size: int, photographs: Photographs, count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a teacher's pairs, or the first ``count``: pictures before and after, ``[M, size, size, 3]`` each.
+
+    No other teacher has their scenes.
+    """
     first = FIRST_SCENE + 1000 * TEACHERS.index(spec.effect)
     before, after = [], []
-    for seed in range(first, first + num_pairs(spec)):
+    for seed in range(first, first + (count or num_pairs(spec))):
         before.append(render(make_scene(seed, "train", photographs=photographs), size))
         after.append(EFFECTS[spec.effect].apply(before[-1], np.random.default_rng([seed, 4])))
     return np.stack(before), np.stack(after)
+
+
+def pairs_digest(specs: Sequence[TeacherSpec], photographs: Photographs) -> str:
+    """Returns the hash of each teacher's first pair, with which that of all changes where scenes or effects do."""
+    first = {spec.effect: draw_pairs(spec, 64, photographs, 1) for spec in specs}
+    return tensor_digest({name: torch.from_numpy(np.stack(pair)) for name, pair in first.items()})
 
 
 def _step(
