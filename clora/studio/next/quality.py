@@ -18,6 +18,7 @@ from clora.studio.judges import psnr
 from clora.studio.next.baselines import TEACHER_STEPS, EvaluationSet, full_renders, general_rows
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.evaluation import general_cases, held_out_sources, judge_effects, judges
+from clora.studio.next.scenes import SIZE
 from clora.studio.next.teachers import kind_of
 from clora.studio.pixels import to_images, to_tensor
 
@@ -122,9 +123,9 @@ def is_low(effect: str, found: TeacherQuality) -> bool:
     return not (found.accuracy >= TEACHER_ACCURACY and (floor is None or found.psnr >= floor))
 
 
-def teacher_table(measured: Mapping[str, TeacherQuality]) -> Table:
+def teacher_table(measured: Mapping[str, TeacherQuality], size: int = SIZE) -> Table:
     """Shows teachers against their floors; those below one are red."""
-    title = f"{len(measured)} teachers, held-out scenes, accuracy of {TEACHER_ACCURACY:.2f} or more"
+    title = f"{len(measured)} teachers, held-out scenes at {size} x {size}, accuracy of {TEACHER_ACCURACY:.2f} or more"
     table = Table("teacher", "accuracy", "PSNR", "floor", "round trip", title=title)
     for effect, found in measured.items():
         floor = psnr_floor(effect, found.ceiling)

@@ -12,6 +12,7 @@ from clora.errors import CloraError
 from clora.models.loading import load_pipeline
 from clora.studio.assets import pipeline_folder, studio_adapter
 from clora.studio.next import quality
+from clora.studio.next.demo_config import DEFAULT_EFFECTS
 from clora.studio.next.effects import EFFECTS
 from clora.studio.next.evaluation import held_out_sources
 from clora.studio.next.making import build, teachers
@@ -71,6 +72,10 @@ def test_groups_hold_every_teacher_once():
     for group in groups:
         assert len(group) <= teachers.GROUP
         assert len({teachers.num_pairs(spec) for spec in group}) == 1
+    # The demo's are there early.
+    early = {spec.effect for name in ("teachers-1", "teachers-2") for spec in build.TEACHER_STAGES[name]}
+    assert set(DEFAULT_EFFECTS) <= early
+    assert build.STAGES["targets"].needs == ("vae", "text", "base", "teachers-1", "teachers-2")
 
 
 def test_pairs_are_exact_and_a_teachers_own(small):
@@ -88,28 +93,25 @@ def test_pairs_are_exact_and_a_teachers_own(small):
     assert max(PAIRS.values()) < 1000
 
 
-def test_stopped_teachers_go_on(small, pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "GROUP", 1)
+def test_stopped_teachers_go_on(small, pipeline, tmp_path):
     reported = []
 
-    def train(name, last=None):
+    def train(name, last=None, pipeline=pipeline):
         def report(update, values):
             reported.append(update)
             if update == last:
                 raise Stopped
 
-        checkpoint = tmp_path / name
-        return teachers.train_teachers(pipeline, (THERMAL, SNOW), 0, checkpoint, load_photographs(), report)
+        return teachers.train_group(pipeline, (THERMAL, SNOW), 0, tmp_path / name, load_photographs(), report)
 
     whole = train("whole.safetensors")
     assert list(whole) == ["thermal", "snow"]
     assert all(module.lora_B.any() for state in whole.values() for module in state.modules.values())
     with pytest.raises(Stopped):
-        train("state.safetensors", last=7)
+        train("state.safetensors", last=3)
     reported.clear()
     resumed = train("state.safetensors")
-    # The first teacher is done, the second goes on after its checkpoint.
-    assert reported == [7, 8]
+    assert reported == [3, 4]
     for effect, state in whole.items():
         for name, module in state.modules.items():
             assert torch.equal(resumed[effect].modules[name].lora_A, module.lora_A)
@@ -118,7 +120,7 @@ def test_stopped_teachers_go_on(small, pipeline, tmp_path, monkeypatch):
     changed = load_pipeline(str(pipeline_folder()), "cpu")
     changed.transformer.proj_out.weight.data.mul_(2)
     with pytest.raises(CloraError, match="pipeline was .* is "):
-        teachers.train_teachers(changed, (THERMAL,), 0, tmp_path / "state.safetensors", load_photographs(), print)
+        train("state.safetensors", pipeline=changed)
 
 
 def test_a_loss_that_is_not_finite_names_the_teacher(small, pipeline, tmp_path, monkeypatch):
@@ -132,7 +134,7 @@ def test_a_loss_that_is_not_finite_names_the_teacher(small, pipeline, tmp_path, 
 
     monkeypatch.setattr(teachers, "encode_pairs", broken)
     with pytest.raises(CloraError, match="update 1: the loss of LoRA 'snow' is not finite"):
-        teachers.train_teachers(
+        teachers.train_group(
             pipeline, (THERMAL, SNOW), 0, tmp_path / "state.safetensors", load_photographs(), lambda *_: None
         )
 
@@ -186,14 +188,14 @@ def test_teachers_make_pictures_of_every_source(pipeline, monkeypatch):
 
 def test_the_stage_records_its_files(pipeline, tmp_path, monkeypatch, capsys):
     specs = SPECS[:3]
-    monkeypatch.setattr(build, "SPECS", specs)
-    monkeypatch.setattr(build, "TEACHERS", tuple(spec.effect for spec in specs))
+    monkeypatch.setitem(build.TEACHER_STAGES, "teachers-1", specs)
     monkeypatch.setattr(build, "load_studio", lambda folder, device: studio_adapter(pipeline))
-    monkeypatch.setattr(teachers, "train_teachers", lambda *arguments: random_states(pipeline, specs))
+    monkeypatch.setattr(teachers, "train_group", lambda *arguments: random_states(pipeline, specs))
     found = quality.TeacherQuality(0.5, 20.0, 30.0)
-    monkeypatch.setattr(build, "teacher_quality", lambda adapter, loras: dict.fromkeys(loras, found))
-    measured, files = build.STAGES["teachers"].make(tmp_path, torch.device("cpu"), load_photographs())
-    assert measured["teachers"]["sepia"] == {"accuracy": 0.5, "psnr": 20.0, "ceiling": 30.0}
+    monkeypatch.setattr(build, "teacher_quality", lambda adapter, loras, scenes: dict.fromkeys(loras, found))
+    measured, files = build.STAGES["teachers-1"].make(tmp_path, torch.device("cpu"), load_photographs())
+    for size in ("64", "128"):
+        assert measured[size]["sepia"] == {"accuracy": 0.5, "psnr": 20.0, "ceiling": 30.0}
     folder = "teachers/sepia/adapter_"
     assert files == [
         "teachers/negative.safetensors",

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,7 @@ from clora.studio.next.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.next.making import base, teachers, vae
 from clora.studio.next.making.text_training import draw_sentences
 from clora.studio.next.quality import base_quality, teacher_quality, teacher_table, vae_quality
-from clora.studio.next.scenes import SIZE
-from clora.studio.next.teachers import PAIRS, SPECS, TEACHERS
+from clora.studio.next.teachers import PAIRS, SPECS
 from clora.studio.next.text import prompt_corpus
 from clora.studio.photographs import PHOTOGRAPHS, TABLE, Photographs, load_photographs
 from clora.studio.teacher_files import load_teachers, save_teacher
@@ -38,6 +38,8 @@ from clora.studio.text import make_text_encoder, train_tokenizer
 
 VAE_UPDATES = 4000
 TEXT_UPDATES = 900
+MEASURED = {64: 24, 128: 6}
+"""Held-out scenes that teachers are measured on, by the side of their pictures."""
 
 Made = tuple[dict[str, object], list[str]]
 """Measured numbers, and the files to hash."""
@@ -163,20 +165,26 @@ def _base_stage(folder: Path, device: torch.device, photographs: Photographs) ->
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
 
-def _teacher_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+def _teacher_stage(name: str, folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    specs = TEACHER_STAGES[name]
     pipeline = load_studio(folder, device).pipeline
-    checkpoint = folder / ".teachers.safetensors"
-    with stage(f"{len(SPECS)} teachers", teachers.UPDATES * len(teachers.groups(SPECS))) as advance:
-        trained = teachers.train_teachers(pipeline, SPECS, SEED, checkpoint, photographs, up_to(advance))
+    # Other first weights and draws in every group.
+    seed = 1000 * SEED + list(TEACHER_STAGES).index(name)
+    with stage(f"{name}: {len(specs)} teachers", teachers.UPDATES) as advance:
+        trained = teachers.train_group(
+            pipeline, specs, seed, folder / f".{name}.safetensors", photographs, up_to(advance)
+        )
     files = []
-    for spec in SPECS:
+    for spec in specs:
         path = save_teacher(spec, trained[spec.effect], folder / "teachers")
         files += [path] if path.is_file() else sorted(path.iterdir())
-    # Measured as they were written, in 16 bits.
-    adapter = studio_adapter(pipeline, SIZE)
-    quality = teacher_quality(adapter, load_teachers(adapter, folder, TEACHERS))
-    Console().print(teacher_table(quality))
-    measured = {"pairs": PAIRS, "teachers": {effect: asdict(found) for effect, found in quality.items()}}
+    measured: dict[str, object] = {"pairs": PAIRS}
+    for size, scenes in MEASURED.items():
+        # As they were written, in 16 bits.
+        adapter = studio_adapter(pipeline, size)
+        quality = teacher_quality(adapter, load_teachers(adapter, folder, [spec.effect for spec in specs]), scenes)
+        Console().print(teacher_table(quality, size))
+        measured[str(size)] = {effect: asdict(found) for effect, found in quality.items()}
     return measured, [str(file.relative_to(folder)) for file in files]
 
 
@@ -197,13 +205,18 @@ def _baseline_stage(folder: Path, device: torch.device, photographs: Photographs
     return {name: row.row() for name, row in rows.items()}, ["baselines.json", "baselines.safetensors"]
 
 
+TEACHER_STAGES = {f"teachers-{number}": group for number, group in enumerate(teachers.groups(SPECS), start=1)}
+_BASE = ("vae", "text", "base")
+_OF_THE_DEMO = tuple(
+    name for name, group in TEACHER_STAGES.items() if any(spec.effect in DEFAULT_EFFECTS for spec in group)
+)
 STAGES = {
     "vae": Stage(_vae_stage, ()),
     "text": Stage(_text_stage, ()),
     "base": Stage(_base_stage, ("vae", "text")),
-    "teachers": Stage(_teacher_stage, ("vae", "text", "base")),
-    "targets": Stage(_target_stage, ("vae", "text", "base", "teachers")),
-    "baselines": Stage(_baseline_stage, ("vae", "text", "base", "teachers")),
+    **{name: Stage(partial(_teacher_stage, name), _BASE) for name in TEACHER_STAGES},
+    "targets": Stage(_target_stage, (*_BASE, *_OF_THE_DEMO)),
+    "baselines": Stage(_baseline_stage, (*_BASE, *_OF_THE_DEMO)),
 }
 
 

@@ -56,46 +56,6 @@ def num_pairs(spec: TeacherSpec) -> int:
     return PAIRS[kind_of(spec.effect)]
 
 
-def train_teachers(
-    pipeline,
-    specs: Sequence[TeacherSpec],
-    seed: int,
-    checkpoint: Path,
-    photographs: Photographs,
-    report: Callable[[int, Mapping[str, float]], None],
-) -> dict[str, LoRAState]:
-    """Trains teachers, group after group; returns effect name to LoRA.
-
-    A stopped run goes on to the same bits: every group has a checkpoint of its own, which stays when it is done.
-
-    Args:
-        pipeline: the studio's, with its base.
-        specs: the teachers; a teacher's scenes depend on its effect only.
-        seed: of the first weights and the draws.
-        checkpoint: a name; a group's file has the group's number added to it (`checkpoints`).
-        photographs: whose train split the pairs are made of.
-        report: called as ``report(update, {"loss": ...})``; updates count on from group to group.
-
-    Raises:
-        CloraError: a checkpoint is of another run, or a loss or gradient is not finite; the latter names update and LoRA.
-    """
-    states: dict[str, LoRAState] = {}
-    files = checkpoints(checkpoint, specs)
-    for number, (group, file) in enumerate(zip(groups(specs), files, strict=True)):
-
-        def reported(update: int, values: Mapping[str, float], before: int = number * UPDATES) -> None:
-            report(before + update, values)
-
-        # Other first weights and draws in every group.
-        states |= train_group(pipeline, group, 1000 * seed + number, file, photographs, reported)
-    return {spec.effect: states[spec.effect] for spec in specs}
-
-
-def checkpoints(checkpoint: Path, specs: Sequence[TeacherSpec]) -> list[Path]:
-    """Returns the file of each group: ``.teachers.safetensors`` becomes ``.teachers-0.safetensors`` and so on."""
-    return [checkpoint.with_stem(f"{checkpoint.stem}-{number}") for number in range(len(groups(specs)))]
-
-
 def train_group(
     pipeline,
     specs: Sequence[TeacherSpec],
@@ -104,7 +64,21 @@ def train_group(
     photographs: Photographs,
     report: Callable[[int, Mapping[str, float]], None],
 ) -> dict[str, LoRAState]:
-    """Trains teachers with equal numbers of pairs in one bank (see `train_teachers`); they do not influence one another."""
+    """Trains teachers with equal numbers of pairs in one bank; returns effect name to LoRA. They do not influence one another.
+
+    A stopped run goes on to the same bits.
+
+    Args:
+        pipeline: the studio's, with its base.
+        specs: the teachers; a teacher's scenes depend on its effect only.
+        seed: of the first weights and the draws.
+        checkpoint: a file, which stays when the training is done.
+        photographs: whose train split the pairs are made of.
+        report: called as ``report(update, {"loss": ...})``.
+
+    Raises:
+        CloraError: the checkpoint is of another run, or a loss or gradient is not finite; the latter names update and LoRA.
+    """
     transformer = pipeline.transformer
     generator = torch.Generator().manual_seed(seed)
     # A checkpoint belongs to one recipe, and to the pipeline that it was trained on.
