@@ -22,7 +22,6 @@ from clora.studio.next.teachers import TEACHERS
 from clora.studio.ranking import measure_judges
 from clora.studio.teacher_files import load_teachers
 
-SIZES = (64, 128)
 JUDGED = 4
 """Held-out pictures on which the judges are measured with every effect."""
 FLOORS = {
@@ -30,9 +29,9 @@ FLOORS = {
     "vae_psnr_128": 33.0,
     "judge_auroc": 0.99,
     "second_opinion_auroc": 0.99,
-    **{f"base_colour_psnr_{size}": 28.0 for size in SIZES},
-    **{f"base_spatial_psnr_{size}": 22.0 for size in SIZES},
-    **{f"base_general_accuracy_{size}": 0.92 for size in SIZES},
+    **{f"base_colour_psnr_{size}": 28.0 for size in quality.SIZES},
+    **{f"base_spatial_psnr_{size}": 22.0 for size in quality.SIZES},
+    **{f"base_general_accuracy_{size}": 0.92 for size in quality.SIZES},
 }
 
 
@@ -61,7 +60,7 @@ def check(folder: Path, device: str = "auto") -> None:
         held_out_sources(JUDGED, SIZE), EFFECTS, lambda images: quality.round_trip(vae, images), device
     )
     measured = quality.vae_quality(vae) | ranked
-    for size in SIZES:
+    for size in quality.SIZES:
         found = quality.base_quality(studio_adapter(adapter.pipeline, size))
         measured |= base_numbers(found, size)
     teachers = quality.teacher_quality(adapter, loras)

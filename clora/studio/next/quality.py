@@ -22,6 +22,8 @@ from clora.studio.next.scenes import SIZE
 from clora.studio.next.teachers import kind_of
 from clora.studio.pixels import to_images, to_tensor
 
+SIZES = (64, 128)
+"""Of the pictures on which a studio is measured."""
 STEPS = 20
 CASES = 160
 """Held-out edits that a base is measured on."""
@@ -60,7 +62,7 @@ def round_trip(vae, images: np.ndarray) -> np.ndarray:
 def vae_quality(vae, count: int = 32) -> dict[str, float]:
     """Measures the PSNR in dB of a round trip of held-out scenes, at 64 and 128 pixels."""
     found = {}
-    for size in (64, 128):
+    for size in SIZES:
         scenes = held_out_sources(count, size)
         decoded = round_trip(vae, scenes)
         found[f"vae_psnr_{size}"] = _mean_psnr(decoded, scenes)

@@ -1,10 +1,12 @@
 """Edits with random outcomes: scattered marks and grain."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from clora.studio.next.edits.registry import HUES, Outcome, Source, new_families, rgb_of
 from clora.studio.next.effects.filters import UNITS, gaussian_blur, mix, upsample
-from clora.studio.next.effects.marks import draw_marks
+from clora.studio.next.effects.marks import Marks, draw_marks
 
 FAMILIES, edit = new_families()
 
@@ -16,23 +18,25 @@ FAMILIES, edit = new_families()
     random=True,
 )
 def dots(source: Source) -> Outcome:
-    colour = source.colour()
-    marks = draw_marks(source.size, source.rng, 0.3, (1.2, 2.2))
-    return mix(source.image, rgb_of(colour), marks.discs()), colour, ""
+    return _scattered(source, source.colour(), 0.3, (1.2, 2.2), Marks.discs)
+
+
+def _scattered(
+    source: Source, colour: str, share: float, radii: tuple[float, float], draw: Callable[[Marks], np.ndarray]
+) -> Outcome:
+    """Paints marks in one colour; ``draw`` makes their mask ``[S, S]``."""
+    marks = draw_marks(source.size, source.rng, share, radii)
+    return mix(source.image, rgb_of(colour), draw(marks)), colour, ""
 
 
 @edit("scatter large {a} discs over it", "throw some {a} balls into the picture", "add big {a} spots", random=True)
 def discs(source: Source) -> Outcome:
-    colour = source.colour()
-    marks = draw_marks(source.size, source.rng, 0.2, (2.4, 3.4))
-    return mix(source.image, rgb_of(colour), marks.discs()), colour, ""
+    return _scattered(source, source.colour(), 0.2, (2.4, 3.4), Marks.discs)
 
 
 @edit("scatter {a} rings over it", "let {a} rings float in the picture", "add many {a} rings", random=True)
 def rings(source: Source) -> Outcome:
-    colour = source.colour()
-    marks = draw_marks(source.size, source.rng, 0.25, (2.4, 3.4))
-    return mix(source.image, rgb_of(colour), marks.rings(1.2)), colour, ""
+    return _scattered(source, source.colour(), 0.25, (2.4, 3.4), lambda marks: marks.rings(1.2))
 
 
 @edit(
@@ -42,23 +46,18 @@ def rings(source: Source) -> Outcome:
     random=True,
 )
 def glows(source: Source) -> Outcome:
-    colour = source.colour("black", "brown")
-    marks = draw_marks(source.size, source.rng, 0.3, (2.6, 3.4))
-    return mix(source.image, rgb_of(colour), marks.glows()), colour, ""
+    return _scattered(source, source.colour("black", "brown"), 0.3, (2.6, 3.4), Marks.glows)
 
 
 @edit("draw short {a} strokes all over", "scatter {a} sticks over it", "add many small {a} lines", random=True)
 def strokes(source: Source) -> Outcome:
     colour = source.colour()
-    marks = draw_marks(source.size, source.rng, 0.3, (2.6, 3.4))
-    return mix(source.image, rgb_of(colour), marks.turned(source.rng).strokes(1.6)), colour, ""
+    return _scattered(source, colour, 0.3, (2.6, 3.4), lambda marks: marks.turned(source.rng).strokes(1.6))
 
 
 @edit("let {a} drops fall over it", "make it rain {a} streaks", "add upright {a} dashes", random=True)
 def streaks(source: Source) -> Outcome:
-    colour = source.colour()
-    marks = draw_marks(source.size, source.rng, 0.4, (2.6, 3.4))
-    return mix(source.image, rgb_of(colour), marks.strokes(1.2)), colour, ""
+    return _scattered(source, source.colour(), 0.4, (2.6, 3.4), lambda marks: marks.strokes(1.2))
 
 
 @edit("sprinkle dots of all colours over it", "add colourful dots everywhere", "scatter bright spots", random=True)
