@@ -8,8 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0
@@ -81,18 +92,30 @@ def up_to(advance: Advance) -> Callable[[int, Mapping[str, Any]], None]:
     return report
 
 
+class _TwoLines(Progress):
+    """One task, whose values have a line of their own: at 80 columns they would push the time left off the screen."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if values := task.fields["values"]:
+                yield Text(values, style="dim")
+
+
+def _columns(total: int | None, width: int) -> tuple[ProgressColumn, ...]:
+    """What a line of this width shows. Of a stage without a total nobody knows which share is done, nor the time left."""
+    # A long title is cut before a figure is.
+    longest = min(32, max(10, width - 48))
+    title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=longest))
+    if total is None:
+        return title, SpinnerColumn(), TimeElapsedColumn()
+    bar = BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8, max_width=40))
+    return title, bar, TaskProgressColumn(), MofNCompleteColumn(), TextColumn("eta"), TimeRemainingColumn()
+
+
 @contextmanager
 def _live(title: str, total: int | None, console: Console) -> Iterator[Advance]:
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[values]}", markup=False),
-        console=console,
-    ) as progress:
+    with _TwoLines(*_columns(total, console.width), console=console, expand=total is not None) as progress:
         task = progress.add_task(title, total=total, values="")
         shown = -math.inf
 

@@ -45,12 +45,31 @@ def test_progress_is_sparse_and_shows_a_failure(console):
     assert last.startswith("load: stopped after")
 
 
-def test_progress_in_a_terminal():
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    with stage("training", 4, console) as advance:
-        advance(4, loss=0.25)
-    assert "100%" in console.file.getvalue()
-    assert "loss 0.25" in console.file.getvalue()
+def shown(width, title, total, done, **values):
+    """Returns the last lines that a terminal of this width shows."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    with stage(title, total, console) as advance:
+        advance(done, **values)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    return text[text.rindex(title[:5]) :].splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_figures_stay_in_a_narrow_terminal(width):
+    """However long the title, and however many values there are: these have a line of their own."""
+    values = {"loss": 0.25, "distribution_matching": 1.2345, "critic": 0.3, "learning_rate": 1e-4, "gradient_norm": 3.0}
+    line, *below = shown(width, "distil into my-collection-of-fifty-effects", 500_000, 125_000, **values)
+    assert len(line) <= width
+    for figure in ("━━━", "25%", "125000/500000", "eta -:--:--"):
+        assert figure in line
+    assert "loss" not in line
+    assert "loss 0.25" in below[0]
+    assert all(name.replace("_", " ") in " ".join(below) for name in values)
+
+
+def test_a_stage_without_a_total_does_not_pretend():
+    (line,) = shown(80, "load the pipeline", None, 3)
+    assert re.fullmatch(r"load the pipeline \S 0:00:00 *", line)
 
 
 def test_libraries_are_quiet_while_a_pipeline_loads_and_as_before_afterwards(tiny_folder, capfd):
