@@ -14,7 +14,6 @@ REQUIRES = [
     "diffusers>=0.39",  # the first release that runs ZImageOmniPipeline
     "huggingface_hub>=1.3",
     "jinja2>=3.1",
-    "matplotlib>=3.8",
     "numpy>=1.26",
     "peft>=0.18",  # the first release for transformers 5
     "pillow>=10.1",  # ImageFont.load_default(size)

@@ -1,7 +1,6 @@
 """Two effects in one picture, on the studio: one composed call against two calls in a row, paired.
 
-`python -m bench.compose train` trains one student per seed as the default run of `clora demo` does, with a fixed number of
-updates; `python -m bench.compose` measures all of them and writes ``bench/results/studio/compose.json``.
+`python -m bench.compose train` trains one student per seed as `clora demo` does; `python -m bench.compose` measures all of them and writes ``bench/results/studio/compose.json``.
 
 An output counts as right if the exact result of one effect after the other, in any order, is nearer to it than the unchanged
 picture, every single effect of the library and every other pair (`clora.studio.judges.features`).
@@ -23,7 +22,7 @@ import torch
 import clora
 from bench.arguments import RESULTS, Parser, new_folder, run, whole
 from clora.collection.write import make_collection, write_collection
-from clora.commands.demo import demo_data, stock_edit
+from clora.commands.demo import stock_edit
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
 from clora.errors import CloraError
@@ -31,11 +30,13 @@ from clora.files import write_atomic
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.models.loading import load_pipeline
 from clora.progress import stage
-from clora.studio import assets, evaluation
+from clora.studio import assets, targets
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.effects import EFFECTS
+from clora.studio.evaluation import held_out_sources
 from clora.studio.judges import features
 from clora.studio.pixels import to_images, to_tensor
+from clora.studio.scenes import SIZE
 from clora.studio.teacher_files import load_teachers, teacher_path
 from clora.training.student import first_student, train_student
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("bench.compose", __doc__.splitlines()[0])
     parser.add_argument("action", nargs="?", choices=("measure", "train"), default="measure")
     parser.add_argument("--folder", type=new_folder, default="compose", help="where the students are")
-    parser.add_argument("--updates", type=whole(), default=976, help="of each student")
+    parser.add_argument("--updates", type=whole(), help="of each student; by default those of the demo")
     parser.add_argument("--seeds", type=whole(0, 2**31 - 1), nargs="+", default=list(SEEDS))
     parser.add_out(RESULTS / "studio")
     arguments = parser.parse_args(argv)
@@ -68,19 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(folder: Path, seed: int, updates: int) -> None:
+def train(folder: Path, seed: int, updates: int | None) -> None:
     """Trains the student of one seed, or goes on from its checkpoint, and writes its collection."""
     config = demo_config(DEFAULT_EFFECTS, seed)
-    settings = config.train.model_copy(update={"updates": updates, "minutes": None})
-    config = config.model_copy(update={"train": settings})
+    if updates is not None:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"updates": updates})})
     adapter = assets.load_studio(assets.ASSETS, "cpu")
     loras = load_teachers(adapter, assets.ASSETS, DEFAULT_EFFECTS)
-    data = demo_data(adapter, loras, config, assets.ASSETS, recompute=False)
+    data = targets.training_data(adapter, DEFAULT_EFFECTS, config, targets.load_targets(assets.ASSETS))
     start = first_student(config, adapter, loras, data)
     with training_bar(f"seed {seed}", config.train) as report:
         student = train_student(config, adapter, dict(loras), data, report, start=start)
     files = {name: teacher_path(assets.ASSETS, name) for name in loras}
-    about = make_collection(config, adapter, "clora-studio", files, dict.fromkeys(loras, "Apache-2.0"))
+    about = make_collection(config, adapter, assets.BASE_MODEL, files, dict.fromkeys(loras, "Apache-2.0"))
     write_collection(student, about, folder, torch.float16)
 
 
@@ -93,7 +94,7 @@ def measure(folder: Path, seeds: Sequence[int]) -> dict[str, object]:
     if missing := [seed for seed in seeds if not (folder / f"seed{seed}").is_dir()]:
         wanted = f"expected a folder seed{missing[0]} with its student in {folder}, found none"
         raise CloraError(f"{wanted}; run python -m bench.compose train --seeds {' '.join(map(str, missing))}")
-    judges = [PairJudge.of(source, i) for i, source in enumerate(evaluation.held_out_sources(NUM_SCENES))]
+    judges = [PairJudge.of(source, i) for i, source in enumerate(held_out_sources(NUM_SCENES, SIZE))]
     start = time.monotonic()
     found: dict[str, list[list[Verdict]]] = {}
     with stage("two effects", len(seeds) * len(PAIRS) * NUM_SCENES) as advance:

@@ -32,7 +32,7 @@ SLICES = (1, 2, 3, 4, 5)
 ARCHIVE = "clora-gpu.tar.gz"
 KEPT = (".json", ".md", ".log", ".csv")
 DEMO_S = 450.0
-"""The demo trains by the clock, however fast the GPU is: 6.2 minutes. Loading and judging come on top."""
+"""Left to the demo, which takes minutes on two CPU cores; not measured on a GPU."""
 MAX_BYTES = 4 << 20
 """Larger files stay out of the archive."""
 KERNEL_TESTS = ("pytest", "-q", "-n", "auto", "tests/csrc_triton", "tests/training", "tests/bank")

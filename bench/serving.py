@@ -26,9 +26,11 @@ from clora.data.generation import Generator
 from clora.lora.state import LoRAState
 from clora.models.conditioning import Conditioning
 from clora.progress import say
-from clora.studio import assets, evaluation
+from clora.studio import assets
 from clora.studio.effects import EFFECTS
+from clora.studio.evaluation import held_out_sources
 from clora.studio.pixels import to_tensor
+from clora.studio.scenes import SIZE
 from clora.studio.teacher_files import load_teachers
 from clora.studio.teachers import TEACHERS
 
@@ -67,13 +69,12 @@ class Studio:
 
     def __init__(self, device: torch.device, num_loras: int):
         self.adapter = assets.load_studio(assets.ASSETS, device)
-        # The twelve teachers, again and again under other names.
         self.effects = {f"lora_{i}": TEACHERS[i % len(TEACHERS)] for i in range(num_loras)}
         teachers = load_teachers(self.adapter, assets.ASSETS, set(self.effects.values()))
         self.loras = {name: teachers[effect] for name, effect in self.effects.items()}
         prompts = [EFFECTS[effect].prompt for effect in TEACHERS]
         self.text = self.adapter.encode_prompts(prompts)
-        self.sources = self.adapter.encode_images(to_tensor(evaluation.held_out_sources(MAX_BATCH)))
+        self.sources = self.adapter.encode_images(to_tensor(held_out_sources(MAX_BATCH, SIZE)))
         self.generator = Generator(self.adapter)
 
     def render(self, requests: Sequence[Request]) -> Tensor:

@@ -1,6 +1,6 @@
 """Makes updates of the studio's demo, one for each line of its input, and prints their times, losses and memory.
 
-A script, not a module: it also runs on earlier commits, whose modules had other places (``PYTHONPATH``).
+A script, not a module: it also runs on other commits (``PYTHONPATH``).
 """
 
 from __future__ import annotations
@@ -16,16 +16,12 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import pad
 
-from clora.studio import assets
+from clora.heap import keep_freed_memory
+from clora.studio import targets
+from clora.studio.assets import ASSETS, load_studio
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.teacher_files import load_teachers
-
-try:
-    from clora.heap import keep_freed_memory
-except ModuleNotFoundError:  # earlier commits
-    pass
-else:
-    keep_freed_memory()
+from clora.training.student import train_student
 
 EFFECTS = list(DEFAULT_EFFECTS)
 STATUS = Path("/proc/self/status")
@@ -43,14 +39,16 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="three copies of the model, one row a pass")
     parser.add_argument("--adamw", action="store_true", help="for the student too, as the peers have it")
     arguments = parser.parse_args()
-    adapter, loras, demo_data, train_student = studio()
+    keep_freed_memory()
+    adapter = load_studio(ASSETS, "cpu")
+    loras = load_teachers(adapter, ASSETS, EFFECTS)
     config = demo_config(EFFECTS, 0)
-    train = {"gradient_rows": arguments.rows, "minutes": None, "updates": 10**6}
+    train = {"gradient_rows": arguments.rows, "updates": 10**6}
     train["anchor_share"] = float(arguments.kind == "anchoring")
     if arguments.adamw:
         train["optimizer"] = "adamw"
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
-    data = demo_data(adapter, loras, config, assets_folder(), False)
+    data = targets.training_data(adapter, EFFECTS, config, targets.load_targets(ASSETS))
     gc.collect()
     before = peak_mib(reset=True)
     clock = [time.process_time()]
@@ -81,27 +79,6 @@ def gradient_rows(text: str) -> int | None:
     return None if text == "null" else int(text)
 
 
-def assets_folder() -> Path:
-    """Returns the studio's files."""
-    return assets.ASSETS if hasattr(assets, "ASSETS") else assets.assets_folder()
-
-
-def studio():
-    """Loads the studio: adapter, teachers, and the two functions that train with them."""
-    try:
-        from clora.commands.demo import demo_data
-        from clora.training.student import train_student
-    except ModuleNotFoundError:  # commit 5a1f9a1
-        from clora.demo import demo_data
-        from clora.student import train_student
-        from clora.studio import build
-
-        adapter = build.studio(assets_folder(), "cpu")
-        return adapter, load_teachers(adapter, assets_folder() / "teachers", EFFECTS), demo_data, train_student
-    adapter = assets.load_studio(assets_folder(), "cpu")
-    return adapter, load_teachers(adapter, assets_folder(), EFFECTS), demo_data, train_student
-
-
 def world(config, adapter, loras, data) -> SimpleNamespace:
     """Returns what the peers' trainer asks for. Their teachers have all layers of the blocks, of one rank."""
     from clora.lora.layers import block_layers, linear_shapes
@@ -125,7 +102,7 @@ def world(config, adapter, loras, data) -> SimpleNamespace:
         device=torch.device("cpu"),
         effects=tuple(loras),
         case=SimpleNamespace(samples=config.train.batch_size),
-        adapter=lambda: next(copies, None) or assets.load_studio(assets_folder(), "cpu"),
+        adapter=lambda: next(copies, None) or load_studio(ASSETS, "cpu"),
         teachers=lambda transformer: padded,
         data=lambda adapter: data,
     )

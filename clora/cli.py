@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Many effect LoRAs and few-step sampling in one LoRA.\n\nStart with [bold]clora demo[/bold]: it needs no GPU "
-    "and no download, and takes several minutes.",
+    "and no download, and takes minutes.",
     epilog="Examples:\n\n[bold]clora demo[/bold]\n\n[bold]clora distill my.yaml train.updates=500[/bold]\n\n"
     "[bold]clora inspect my_lora.safetensors[/bold]\n\n[bold]clora studio path[/bold]",
 )
@@ -124,7 +124,7 @@ def demo(
 ) -> None:
     """Distil the studio's effect LoRAs into one, measure it and write a report.
 
-    Example: [bold]clora demo --effects snow,blueprint,leaves,thermal --out my-demo[/bold]
+    Example: [bold]clora demo --effects snow,mirror,thermal --out my-demo[/bold]
     """
     from clora.commands.demo import run_demo
 
@@ -156,7 +156,7 @@ def try_(
 
     Runs the stock pipeline of the collection's base model. The picture is cropped around its centre.
 
-    Example: [bold]clora try clora-demo/collection photo.jpg --effects snow,sepia[/bold]
+    Example: [bold]clora try clora-demo/collection photo.jpg --effects snow,mirror[/bold]
     """
     from clora.commands.try_ import try_collection
 
@@ -304,28 +304,50 @@ def export(
 
 @studio.command()
 def build(
-    folder: Folder = None,
+    folder: Annotated[Path, typer.Argument(help="Where to build: new, or a copy of a studio to go on from.")],
     stages: Annotated[str | None, typer.Option(help="Stages to run, separated by commas; by default all.")] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="Folder of photographs with their table; by default those that ship.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Rebuild the studio from its seeds; finished stages are skipped.
+    """Build a studio from its seeds; finished stages are skipped, one that was cut off goes on.
 
-    Example: [bold]clora studio build ./my-studio[/bold]
+    Example: [bold]clora studio build ./my-studio --stages teachers-1[/bold]
     """
     from clora.studio.making.build import build as run
 
-    run(folder, None if stages is None else _split(stages), device)
+    run(folder, None if stages is None else _split(stages), device, photos)
 
 
 @studio.command()
 def check(folder: Folder = None, device: Device = "auto") -> None:
-    """Measure the studio against its floors: the VAE, every teacher, the general edits.
+    """Measure the studio against its floors: autoencoder, judges, general edits, every teacher.
 
     Example: [bold]clora studio check[/bold]
     """
-    from clora.studio.quality import check as run
+    from clora.studio.check import check as run
 
     run(folder, device)
+
+
+@studio.command()
+def example(
+    folder: Annotated[Path, typer.Argument(help="New folder for the config, pictures and instructions.")],
+    effects: Annotated[
+        str | None, typer.Option(help="Teachers to distil, separated by commas; by default all.")
+    ] = None,
+    studio_folder: Annotated[
+        Path | None, typer.Option("--studio", help="Folder of a built studio; by default the one that ships.")
+    ] = None,
+) -> None:
+    """Write all that [bold]clora distill[/bold] needs to make one LoRA of the studio's teachers.
+
+    Example: [bold]clora studio example ./example --effects snow,mirror[/bold]
+    """
+    from clora.studio.example import write_example as run
+
+    typer.echo(str(run(folder, studio_folder, None if effects is None else _split(effects))))
 
 
 @studio.command()

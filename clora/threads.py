@@ -62,11 +62,6 @@ def choose_threads(current: int, before: int | None = None) -> tuple[int, str]:
     )
 
 
-def idle_threads(current: int) -> int:
-    """Returns the threads that `choose_threads` would choose for a new training on a machine without other work."""
-    return current if is_users(current, usable_cores()) else _within(cpu_quota(), current)
-
-
 def _within(quota: float | None, threads: int) -> int:
     return threads if quota is None else max(1, min(threads, math.ceil(quota)))
 

@@ -257,11 +257,18 @@ def test_a_bad_config_has_the_same_message_in_every_command(run, tmp_path):
 
 def test_studio(run, engine, tmp_path):
     builds = engine("clora.studio.making.build", "build")
-    assert run("studio", "build", tmp_path, "--stages", "vae,base")[0] == 0
-    assert run("studio", "build")[0] == 0
-    assert builds == [(tmp_path, ["vae", "base"], "auto"), (None, None, "auto")]
-    checks = engine("clora.studio.quality", "check")
+    assert run("studio", "build", tmp_path, "--stages", "vae,base", "--photos", tmp_path / "photos")[0] == 0
+    assert run("studio", "build", tmp_path)[0] == 0
+    assert builds == [(tmp_path, ["vae", "base"], "auto", tmp_path / "photos"), (tmp_path, None, "auto", None)]
+    # Without a folder, what ships would be overwritten.
+    assert run("studio", "build")[0] == 2
+    assert len(builds) == 2
+    checks = engine("clora.studio.check", "check")
     assert run("studio", "check", "--device", "cuda:1")[0] == 0
     assert checks == [(None, "cuda:1")]
+    examples = engine("clora.studio.example", "write_example")
+    assert run("studio", "example", tmp_path, "--effects", "snow,mirror")[:2] == (0, "/studio\n")
+    assert run("studio", "example", tmp_path, "--studio", tmp_path / "mine")[0] == 0
+    assert examples == [(tmp_path, None, ["snow", "mirror"]), (tmp_path, tmp_path / "mine", None)]
     engine("clora.studio.assets", "pipeline_folder")
     assert run("studio", "path") == (0, "/studio\n", "")

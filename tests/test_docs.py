@@ -59,17 +59,16 @@ def test_the_example_of_readme_runs_as_printed(tmp_path, monkeypatch):
     from clora.commands.demo import save_held_out
     from clora.lora.layers import linear_shapes
     from clora.lora.load import read_lora
-    from clora.studio import assets, evaluation
+    from clora.studio import assets
     from clora.studio.demo_config import demo_config
     from clora.studio.teacher_files import teacher_path
 
-    monkeypatch.setattr(evaluation, "NUM_SCENES", 1)
-    adapter, names = assets.load_studio(assets.ASSETS, "cpu"), ["snow", "sepia"]
+    adapter, names = assets.load_studio(assets.ASSETS, "cpu"), ["snow", "thermal"]
     loras = {name: teacher_path(assets.ASSETS, name) for name in names}
     student = read_lora(loras["snow"], linear_shapes(adapter.pipeline.transformer))
     described = make_collection(demo_config(names, 0), adapter, "studio", loras, dict.fromkeys(names))
     write_collection(student, described, tmp_path / "clora-demo" / "collection", torch.float16)
-    save_held_out(tmp_path / "clora-demo")
+    save_held_out(tmp_path / "clora-demo", (64, 64))
     (section,) = re.findall(r"^## Use the result\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     # The command of this interpreter's environment, whether it is activated or not.

@@ -51,7 +51,6 @@ INSIDE_FUNCTIONS = {
     "diffusers": "slow",
     "huggingface_hub": "slow",
     "jinja2": "slow",
-    "matplotlib": "slow",
     "peft": "slow",
     "tokenizers": "slow",
     "torch": "slow in part",

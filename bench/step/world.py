@@ -54,7 +54,7 @@ class StepCase:
 
 
 SMALL = {"layers": 5, "heads": 4, "head_size": 32, "axes": (8, 12, 12), "text_width": 96}
-"""3 million parameters, as the studio's transformer has."""
+"""3 million parameters."""
 MEDIUM = {"layers": 5, "heads": 6, "head_size": 128, "axes": (16, 56, 56), "text_width": 768}
 """109 million parameters."""
 CPU_CASES = (

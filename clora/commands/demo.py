@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +19,31 @@ from clora.collection.metadata import LORA_FILE
 from clora.collection.write import check_output, make_collection, write_collection
 from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
-from clora.data.batches import DistillData, EffectSamples
-from clora.data.images import encode_png
+from clora.data.batches import DistillData
+from clora.data.images import encode_png, fit
 from clora.devices import find_device
-from clora.errors import CloraError, nearest
 from clora.files import check_writable, write_atomic
 from clora.lora.state import LoRAState
-from clora.models.conditioning import Text
 from clora.models.loading import load_pipeline
 from clora.progress import say, stage
 from clora.studio import assets, baselines, evaluation, targets
-from clora.studio.baselines import Measured, grid_pictures, grid_scene
-from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
+from clora.studio.baselines import grid_scene
+from clora.studio.demo_config import DEFAULT_EFFECTS, STEPS, TEACHER_STEPS, demo_config
 from clora.studio.demo_report import Shown, write_report
 from clora.studio.effects import EFFECTS
-from clora.studio.evaluation import general_accuracy, general_cases, held_out_sources, judge_effects
-from clora.studio.judges import Verdict
+from clora.studio.evaluation import held_out_sources
+from clora.studio.photographs import load_photographs
 from clora.studio.pixels import to_bytes
+from clora.studio.results import Measured
+from clora.studio.scenes import SIZE
+from clora.studio.targets import Targets
 from clora.studio.teacher_files import load_teachers, teacher_path
-from clora.studio.teachers import TEACHERS
-from clora.threads import idle_threads
+from clora.studio.teachers import check_effects
 from clora.training.student import first_student, train_student
 
-# 496 updates reached an effect accuracy of 70 %, 861 of 86 %.
-ENOUGH_UPDATES = 700
+SHOWN = ("chelsea", "windmill12", "brandenburg_gate", "kingfisher", "pika", "lemur", "mount_rushmore_2", "fish1")
+"""Of the held-out photographs, the ones that the report shows."""
+NOT_STATED = ("intervals", "outputs")  # in the collection
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Run:
 
     folder: Path
     config: DistillConfig
-    full: bool
+    precomputed_targets: bool = False
     threads: int | None = None  # of a training on a CPU
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -62,24 +62,6 @@ class Run:
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 1)
-
-    @property
-    def updates(self) -> int:
-        """The updates that were made: as many as fitted into the time."""
-        return self.curves["loss"][-1][0]
-
-    @property
-    def warning(self) -> str | None:
-        """Explains poor effects, where the time held too few updates."""
-        if self.full or self.updates >= ENOUGH_UPDATES:
-            return None
-        idle = idle_threads(torch.get_num_threads())
-        few = self.threads is not None and self.threads < idle
-        used = f" on {self.threads} of {idle} threads" if few else ""
-        return (
-            f"only {self.updates} updates fitted into the time{used}, where two idle cores make about 860: expect poor "
-            "effects. Run it again with less running beside it, or with --full"
-        )
 
 
 def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, device: str = "auto") -> Path:
@@ -100,15 +82,17 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
     """
     names = check_effects(effects or DEFAULT_EFFECTS)
     folder = assets.ASSETS
-    config = demo_config(names, seed, None) if full else demo_config(names, seed)
-    run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}), full)
+    config = demo_config(names, seed, full)
+    run = Run(check_writable(out), config.model_copy(update={"device": str(find_device(device))}))
     if (check_output(run.folder / "collection") / LORA_FILE).exists():
         say(f"{run.folder} holds a finished demo, which this run replaces at its end; name another --out to keep it")
     with run.timed("load"), stage("load the studio", None):
         adapter = assets.load_studio(folder, run.config.device)
         loras = load_teachers(adapter, folder, names)
     with run.timed("targets"):
-        data = demo_data(adapter, loras, run.config, folder, recompute=full)
+        shipped = None if full else shipped_targets(folder, names)
+        run.precomputed_targets = shipped is not None
+        data = targets.training_data(adapter, names, config, shipped or targets.make_targets(adapter, loras, config))
     # A row of results for each method: merges, teachers and base; at the end the collection.
     rows = None if full else shipped_rows(folder, names)
     with run.timed("train"):
@@ -120,52 +104,39 @@ def run_demo(out: Path, seed: int, effects: Sequence[str] | None, full: bool, de
         collection = write_collection(student, description, run.folder / "collection", torch.float16)
     if rows is None:
         with run.timed("baselines"):
-            rows = baselines.measure_baselines(adapter, loras, list(loras))
+            rows = baselines.measure_baselines(adapter, loras)
     with run.timed("evaluate"):
-        outputs, general = run_collection(run.config, folder / "pipeline", collection)
-        with stage("judge", len(outputs)) as advance:
-            rows["clora"] = Measured(grid_pictures(outputs), judge_effects(outputs, advance), general)
-    save_held_out(run.folder)
+        rows["clora"], gallery = evaluate_collection(run.config, folder, collection)
+    save_held_out(run.folder, run.config.data.size)
     # The same weights again, now with the measured values in their metadata.
-    metrics = {name: value for name, value in rows["clora"].row().items() if value is not None}
+    metrics = {
+        name: value for name, value in rows["clora"].row().items() if value is not None and name not in NOT_STATED
+    }
     measured = description.model_copy(update={"metrics": metrics})
     write_collection(student, measured, collection, torch.float16)
-    return _report(run, rows, folder, collection)
+    return _report(run, rows, gallery, folder, collection)
 
 
-def save_held_out(folder: Path) -> None:
-    """Writes the scenes that a demo is judged on as ``held-out/0.png``, ..., for a user's own calls."""
-    for index, scene in enumerate(held_out_sources(evaluation.NUM_SCENES)):
-        write_atomic(folder / "held-out" / f"{index}.png", encode_png(to_bytes(scene)))
+def held_out_photographs(size: tuple[int, int]) -> list[Image.Image]:
+    """Returns photographs that no training has seen, cropped around their centres, in ``size`` (height, width)."""
+    photographs = load_photographs()
+    return [fit(Image.fromarray(photographs.background("held_out", name)), size).image for name in SHOWN]
 
 
-def check_effects(names: Sequence[str]) -> list[str]:
-    """Returns each name once. Raises CloraError with the nearest name where the studio has no teacher."""
-    known = list(TEACHERS)
-    for name in names:
-        if name not in known:
-            raise CloraError(f"unknown effect {name!r}; the studio has teachers for {known}{nearest(name, known)}")
-    return list(dict.fromkeys(names))
+def save_held_out(folder: Path, size: tuple[int, int]) -> None:
+    """Writes the photographs of the report as ``held-out/0.png``, ..., for a user's own calls."""
+    for index, picture in enumerate(held_out_photographs(size)):
+        write_atomic(folder / "held-out" / f"{index}.png", encode_png(np.asarray(picture)))
 
 
-def demo_data(adapter, loras, config: DistillConfig, folder: Path, recompute: bool) -> DistillData:
-    """Encodes the training data of the chosen effects; targets are the shipped ones unless recomputed."""
-    made = targets.make_targets(adapter, loras, config) if recompute else targets.load_targets(folder)
-    with stage("encode scenes and prompts", None):
-        sources = targets.target_sources(adapter)
-        general_sources, general_text = targets.general_pairs(adapter, len(made.general))
-        teacher = adapter.encode_prompts([effect.prompt for effect in config.effects])
-        student = adapter.encode_prompts(list(chain.from_iterable(effect.student_prompts for effect in config.effects)))
-    # The table of prompts is these four parts, one after the other; each gets its rows of it.
-    parts = [teacher, student, general_text, adapter.encode_prompts([""])]
-    teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
-    phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
-    samples = [
-        EffectSamples(name, sources, made.effects[name], row, asked[:, None], empty_row)
-        for name, row, asked in zip(loras, teacher_rows[:, None], phrasings, strict=True)
-    ]
-    pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)
-    return DistillData.of(Text.cat(parts), samples, general_sources, pairs, made.general)
+def shipped_targets(folder: Path, names: Sequence[str]) -> Targets | None:
+    """Reads the targets that the studio ships; None where it lacks those of an effect.
+
+    Raises:
+        CloraError: a shipped file is not the one that was built.
+    """
+    made = targets.load_targets(folder)
+    return made if set(names) <= made.effects.keys() else None
 
 
 def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
@@ -181,8 +152,6 @@ def train(run: Run, adapter, loras, data: DistillData) -> LoRAState:
             show(update, values)
 
         student = train_student(run.config, adapter, dict(loras), data, report, start=start)
-    if run.warning is not None:
-        say(run.warning)
     return student
 
 
@@ -196,27 +165,24 @@ def shipped_rows(folder: Path, names: Sequence[str]) -> dict[str, Measured] | No
         return None
     stored = json.loads(assets.verified(folder, "baselines.json").read_text())
     images = load_file(assets.verified(folder, "baselines.safetensors"))
-    rows = {}
-    for method, row in stored.items():
-        rows[method] = Measured(
-            pictures={name: images[f"{method}/{name}"] for name in names},
-            verdicts={name: [Verdict(**values) for values in row["verdicts"][name]] for name in names},
-            general=row["general"],
-            megabytes=row["megabytes"],
-            precomputed=True,
-        )
-    return rows
+    return {
+        method: Measured.from_json(row, {name: images[f"{method}/{name}"] for name in names})
+        for method, row in stored.items()
+    }
 
 
-def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Path):
-    """Loads the collection into a fresh stock pipeline and runs it on the held-out scenes, as its users would.
+def evaluate_collection(config: DistillConfig, folder: Path, collection: Path) -> tuple[Measured, list[Shown]]:
+    """Loads the collection into a fresh stock pipeline; measures it, and makes pictures as its users would.
+
+    The outputs that are judged are made in batches, by the sampler that the stock pipeline's own call equals: it takes one
+    picture a call.
 
     Returns:
-        Effect name to outputs ``[N, 64, 64, 3]``, and the general accuracy.
+        Its row of the table, and a picture of each effect by the pipeline's own call.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    pipe = load_pipeline(str(pipeline_folder), config.device)
+    pipe = load_pipeline(str(folder / "pipeline"), config.device)
     pipe.load_lora_weights(collection)
     # In fp32 merged weights lose nothing, and a pass costs what the base's does. They are not restored, which PEFT would do
     # with other bits: this pipeline has no other use.
@@ -224,25 +190,24 @@ def run_collection(config: DistillConfig, pipeline_folder: Path, collection: Pat
     pipe.unload_lora_weights()  # PEFT's layers around them
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(collection / "scheduler")
     pipe.set_progress_bar_config(disable=True)
-    sources = held_out_sources(evaluation.NUM_SCENES)
-    cases = general_cases(evaluation.NUM_GENERAL)
-    with stage("evaluate", len(config.effects) * len(sources) + len(cases)) as advance:
-
-        def edit(image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
-            advance(1)
-            return stock_edit(pipe, config, image, prompt, seed)
-
-        # Seeds do not depend on the run: 100 for the scenes of each effect, 9000 and up for general edits.
-        outputs = {}
-        for i, effect in enumerate(config.effects):
-            prompt = effect.student_prompts[0]
-            outputs[effect.name] = np.stack([edit(source, prompt, 100 * i + j) for j, source in enumerate(sources)])
-        general = general_accuracy([edit(c.source, c.edit.instruction, 9000 + i) for i, c in enumerate(cases)])
-    return outputs, general
+    names = [effect.name for effect in config.effects]
+    adapter = assets.studio_adapter(pipe)
+    rows = baselines.EvaluationSet.encode(adapter, names)
+    general = baselines.general_rows(adapter, evaluation.NUM_GENERAL)
+    text = adapter.encode_prompts([effect.student_prompts[0] for effect in config.effects])
+    with stage("evaluate", (len(rows.ids) + evaluation.NUM_GENERAL) * STEPS) as advance:
+        measured = baselines.measure_one_lora(None, rows, text, general, advance)
+    photographs = held_out_photographs(config.data.size)
+    gallery = []
+    for index, effect in enumerate(config.effects):
+        source = np.asarray(photographs[index % len(photographs)])
+        result = stock_edit(pipe, config, source / 255, effect.student_prompts[0], seed=index)
+        gallery.append(Shown(effect.name, EFFECTS[effect.name].prompt, source, to_bytes(result)))
+    return measured, gallery
 
 
 def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed: int) -> np.ndarray:
-    """Edits one picture by the stock pipeline's own call: ``[64, 64, 3]`` in and out."""
+    """Edits one picture by the stock pipeline's own call: ``[H, W, 3]`` in [0, 1], of ``config.data.size``, to the same."""
     # As users call it: the pipeline draws its noise from the global generator.
     torch.manual_seed(seed)
     result = pipe(
@@ -258,7 +223,7 @@ def stock_edit(pipe, config: DistillConfig, image: np.ndarray, prompt: str, seed
     return result.images[0]
 
 
-def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Path) -> Path:
+def _report(run: Run, rows: Mapping[str, Measured], gallery: Sequence[Shown], folder: Path, collection: Path) -> Path:
     """Prints the accuracies and writes the report."""
     names = [effect.name for effect in run.config.effects]
     sizes = _sizes(names, rows, folder, collection)
@@ -269,9 +234,8 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": run.threads,
         "dtype": run.config.dtype,
-        "updates": run.updates,
-        "warning": run.warning,
-        "targets_precomputed": not run.full,
+        "updates": run.config.train.updates,
+        "targets_precomputed": run.precomputed_targets,
         "seconds": run.seconds,
         "peak_rss_mb": _peak_megabytes(),
         "effects": names,
@@ -279,6 +243,8 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
             {"method": method, "precomputed": row.precomputed, **sizes[method], **measured[method]}
             for method, row in rows.items()
         ],
+        "against_teachers": rows["clora"].difference(rows["teachers_80"]),
+        "against_base": {"general_accuracy": rows["clora"].difference(rows["base"])["general_accuracy"]},
     }
     accuracy = {method: values["effect_accuracy"] for method, values in measured.items()}
     # The merge that a user would choose, by the measured accuracy.
@@ -287,13 +253,10 @@ def _report(run: Run, rows: Mapping[str, Measured], folder: Path, collection: Pa
         f"effect accuracy on held-out scenes: clora {accuracy['clora']:.1%}; one LoRA each, 80 passes: "
         f"{accuracy['teachers_80']:.1%}, 8 passes: {accuracy['teachers_8']:.1%}; best merge {accuracy[best]:.1%}"
     )
-    sources = held_out_sources(evaluation.NUM_SCENES)
-    gallery = [
-        Shown(name, EFFECTS[name].prompt, to_bytes(sources[grid_scene(name)]), rows["clora"].pictures[name])
-        for name in names
-    ]
     columns, images = _grid(names, rows, best)
-    return write_report(run.folder, metrics, gallery, columns, images, run.curves)
+    train = run.config.train
+    phases = (("anchoring", round(train.anchor_share * train.updates)), ("matching", train.updates))
+    return write_report(run.folder, metrics, gallery, columns, images, run.curves, phases)
 
 
 def _peak_megabytes() -> int | None:
@@ -309,7 +272,7 @@ def _peak_megabytes() -> int | None:
 def _sizes(
     names: Sequence[str], rows: Mapping[str, Measured], folder: Path, collection: Path
 ) -> dict[str, dict[str, float]]:
-    """Files a user keeps, their megabytes, and passes per picture, by method."""
+    """Returns the files to keep, their megabytes, and the passes for a picture, by method."""
 
     def megabytes(path: Path) -> float:
         files = [path] if path.is_file() else path.rglob("*.safetensors")
@@ -317,12 +280,12 @@ def _sizes(
 
     # A user of single LoRAs keeps one file for each effect.
     many = sum(megabytes(teacher_path(folder, name)) for name in names)
-    merges = {name: {"files": 1, "megabytes": rows[name].megabytes, "nfe": 8} for name in baselines.MERGES}
+    merges = {name: {"files": 1, "megabytes": rows[name].megabytes, "nfe": STEPS} for name in baselines.MERGES}
     return merges | {
-        "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 80},
-        "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": 8},
-        "base": {"files": 0, "megabytes": 0.0, "nfe": 8},
-        "clora": {"files": 1, "megabytes": round(megabytes(collection), 2), "nfe": 8},
+        "teachers_80": {"files": len(names), "megabytes": round(many, 2), "nfe": 2 * TEACHER_STEPS},
+        "teachers_8": {"files": len(names), "megabytes": round(many, 2), "nfe": STEPS},
+        "base": {"files": 0, "megabytes": 0.0, "nfe": STEPS},
+        "clora": {"files": 1, "megabytes": round(megabytes(collection), 2), "nfe": STEPS},
     }
 
 
@@ -331,7 +294,7 @@ def _grid(names: Sequence[str], rows: Mapping[str, Measured], best: str) -> tupl
     columns = ("source", "exact effect", "teacher, 80 passes", "teacher, 8 passes", "best merge", "clora, 8 passes")
     images = []
     for name in names:
-        source = held_out_sources(evaluation.NUM_SCENES)[grid_scene(name)]
+        source = held_out_sources(evaluation.NUM_SCENES, SIZE)[grid_scene(name)]
         exact = EFFECTS[name].apply(source, np.random.default_rng(0))
         results = [rows[method].pictures[name] / 255 for method in ("teachers_80", "teachers_8", best, "clora")]
         images.append(np.stack([source, exact, *results]))

@@ -22,8 +22,7 @@ from clora.models.loading import load_pipeline
 from clora.progress import say, stage
 from clora.report.drawing import draw_sheet
 from clora.studio import assets
-from clora.studio.evaluation import held_out_sources
-from clora.studio.pixels import to_bytes
+from clora.studio.photographs import load_photographs
 
 OF_THE_DEMO = Path("clora-demo") / "collection"
 SOURCE = "source"
@@ -46,7 +45,7 @@ def try_collection(
     Args:
         collection: its folder, its file or its hub id; None for the demo's in the working directory. A picture that stands
             here is the photo.
-        photo: a picture of any size and proportion; None for a held-out scene, if the collection is of the studio.
+        photo: a picture of any size and proportion; None for a held-out photograph, if the collection is of the studio.
         names: the effects, in the order of the sheet; None for all.
         out: the sheet, a PNG file.
         pictures: folder for the single pictures in the collection's size; None to write none.
@@ -133,9 +132,10 @@ def _read_photo(photo: Path | None, collection: Collection) -> Fitted:
     if photo is None:
         if collection.base_model != assets.BASE_MODEL:
             raise CloraError(
-                f"expected a picture after the collection, found none; only one of {assets.BASE_MODEL} brings a scene of its own"
+                f"expected a picture after the collection, found none; only one of {assets.BASE_MODEL} brings a photograph of its own"
             )
-        name, image = "a held-out scene of the studio", Image.fromarray(to_bytes(held_out_sources(1)[0]))
+        name = "a kingfisher, which no training has seen"
+        image = Image.fromarray(load_photographs().background("held_out", "kingfisher"))
     else:
         if not photo.is_file():
             found = "a folder" if photo.is_dir() else "a device or a pipe" if photo.exists() else "nothing"

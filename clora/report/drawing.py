@@ -1,8 +1,7 @@
-"""Pictures of a report: the labelled grid, the sheet of one picture's edits and the curves of a training."""
+"""Pictures of a report: the labelled grid and the sheet of one picture's edits."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,37 +90,6 @@ def _sheet_cell(picture: Image.Image) -> Image.Image:
 def _enlarged(picture: Image.Image, factor: int) -> Image.Image:
     """Enlarges smoothly: of a photograph nobody wants to see the squares."""
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
-
-
-def draw_curve(points: Sequence[tuple[int, float]]) -> bytes:
-    """Draws one curve as PNG: raw in a light line, smoothed in a strong one, legible on light and dark ground."""
-    from matplotlib.figure import Figure
-
-    x, y = np.array(points, dtype=float).T
-    figure = Figure(figsize=(4.4, 2.5), dpi=130, layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    axes.plot(x, y, color="#4f83e0", alpha=0.35, linewidth=0.9)
-    axes.plot(x, smooth(y), color="#4f83e0", linewidth=2)
-    axes.set_xlabel("update", color="#808890")
-    axes.tick_params(colors="#808890", labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#808890")
-    axes.grid(color="#808890", alpha=0.2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def smooth(y: np.ndarray) -> np.ndarray:
-    """Returns the centred moving average over about a twentieth of the curve, narrower at the ends."""
-    radius = max(1, len(y) // 40)
-    # Sums of windows as differences of running sums.
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    i = np.arange(len(y))
-    reach = np.minimum(radius, np.minimum(i, len(y) - 1 - i))
-    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

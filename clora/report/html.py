@@ -1,17 +1,23 @@
-"""Self-contained pages: templates filled in, pictures and curves embedded, numbers as plain JSON."""
+"""Self-contained pages: templates filled in, pictures embedded, curves drawn, numbers as plain JSON."""
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from clora.files import TEMPLATES
-from clora.report.drawing import draw_curve
+from clora.report.curves import Curve, Phases, draw_curve
 
-Curve = Sequence[tuple[int, float]]
-"""(update, value) pairs."""
+MEANINGS = {
+    "loss": "What the student's update minimises: its terms, weighted.",
+    "anchor": "Flow matching on the teachers' renders: how far the student's prediction is from the target.",
+    "dmd_bs": "Distribution matching on the student's own few-step samples (backward simulation).",
+    "dmd_ts": "Distribution matching on noised renders (target simulation): the last steps of the student's schedule.",
+    "critic": "Flow matching of the critic on the student's samples: how well it knows what the student makes.",
+}
+"""What a curve shows, by its name."""
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -28,14 +34,22 @@ def render_page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def embedded_curves(curves: Mapping[str, Curve]) -> list[tuple[str, str]]:
-    """Draws each curve's finite values; returns names and pictures, without the curves that have no such value."""
-    pictures = []
+class DrawnCurve(NamedTuple):
+    """A curve of a page: its title, what it shows, and its ``<svg>`` element."""
+
+    title: str
+    meaning: str
+    svg: str
+
+
+def drawn_curves(curves: Mapping[str, Curve], phases: Phases = ()) -> list[DrawnCurve]:
+    """Draws each curve's finite values, without the curves that have no such value or only zeros."""
+    drawn = []
     for name, curve in curves.items():
         points = [(x, y) for x, y in curve if math.isfinite(y)]
-        if points:
-            pictures.append((name.replace("_", " "), data_uri(draw_curve(points))))
-    return pictures
+        if any(y for _, y in points):
+            drawn.append(DrawnCurve(name.replace("_", " "), MEANINGS.get(name, ""), draw_curve(points, phases)))
+    return drawn
 
 
 def data_uri(png: bytes) -> str:

@@ -15,7 +15,7 @@ from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
 ASSETS = Path(__file__).parent / "assets"  # the shipped studio
-BASE_MODEL = "clora-studio"  # as collections name the shipped pipeline
+BASE_MODEL = "clora-studio-2"  # as collections name the shipped pipeline; the first one was a studio of shapes
 PROVENANCE = "provenance.json"
 SEED = 0  # of every stage of the build
 

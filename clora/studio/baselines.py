@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,17 +19,15 @@ from clora.models.conditioning import Conditioning, Text
 from clora.models.families.flux2 import Flux2KleinAdapter
 from clora.progress import stage
 from clora.studio import evaluation
-from clora.studio.demo_config import GUIDANCE, student_prompts
+from clora.studio.demo_config import GUIDANCE, SHIFT, STEPS, TEACHER_STEPS, student_prompts
 from clora.studio.effects import EFFECTS
-from clora.studio.judges import Verdict
 from clora.studio.pixels import to_bytes, to_images, to_tensor
+from clora.studio.results import Measured
 from clora.studio.teachers import TEACHERS
 
 MERGES = {"merge_svd": "svd", "merge_ties_svd": "ties_svd", "merge_dare_ties_svd": "dare_ties_svd"}
 MERGE_RANK = 64
-STEPS = 8
-TEACHER_STEPS = 40
-SHIFT = 3.0
+MERGE_SCENES = 12  # on which the weight of a merge is chosen
 FIRST_EFFECT_SEED = 7_000_000
 FIRST_GENERAL_SEED = 8_000_000
 
@@ -38,93 +36,74 @@ Rows = tuple[Tensor, Conditioning, list[int]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One row of the table of methods.
-
-    Attributes:
-        pictures: effect to its output for the grid, uint8 ``[64, 64, 3]`` (see `grid_pictures`).
-        verdicts: effect to the verdict on each held-out scene.
-        general: accuracy of general edits.
-        megabytes: size of one LoRA in fp16.
-        precomputed: the row ships with the studio.
-    """
-
-    pictures: Mapping[str, np.ndarray]
-    verdicts: Mapping[str, Sequence[Verdict]]
-    general: float | None
-    megabytes: float | None = None
-    precomputed: bool = False
-
-    def row(self) -> dict[str, object]:
-        """Returns the measured columns of the table of results; None for the mean of nothing."""
-
-        def mean(values: Sequence[float]) -> float | None:
-            return float(np.mean(values)) if values else None
-
-        everything, stochastic, per_effect = [], [], {}
-        for effect, verdicts in self.verdicts.items():
-            everything += verdicts
-            stochastic += verdicts if EFFECTS[effect].stochastic else []
-            per_effect[effect] = mean([v.accurate for v in verdicts])
-        return {
-            "effect_accuracy": mean([v.accurate for v in everything]),
-            "bad_case_rate": mean([v.bad_case for v in everything]),
-            "bad_case_rate_stochastic": mean([v.bad_case for v in stochastic]),
-            "psnr": mean([v.psnr for v in everything if v.psnr is not None]),
-            "subject_alignment": mean([v.subject_alignment for v in everything]),
-            "general_accuracy": self.general,
-            "per_effect": per_effect,
-        }
-
-    def to_json(self) -> dict[str, object]:
-        verdicts = {effect: list(map(asdict, row)) for effect, row in self.verdicts.items()}
-        return {"verdicts": verdicts, "general": self.general, "megabytes": self.megabytes}
-
-
-@dataclass(frozen=True)
 class EvaluationSet:
-    """Encoded held-out scenes of every effect: E effects on N scenes each, ``E x N`` rows.
+    """Encoded held-out scenes of every effect: E effects on N outputs each, ``E x N`` rows.
 
     Attributes:
         adapter: the studio.
         effects: the effects.
+        scenes: how many there are.
         ids: ``[E x N]``, the effect of each row.
-        sources: ``[E x N, T, C]``.
-        seeds: of the noise, one for each row.
+        sources: ``[E x N, T, C]``; an effect's rows are the scenes in order, once for each noise.
+        seeds: of the noise, one for each row; a method's output has the noise of all others' of its row.
     """
 
     adapter: Flux2KleinAdapter
     effects: tuple[str, ...]
+    scenes: int
     ids: Tensor
     sources: Tensor
     seeds: list[int]
 
     @staticmethod
-    def encode(adapter: Flux2KleinAdapter, effects: Sequence[str]) -> EvaluationSet:
-        sources = adapter.encode_images(to_tensor(evaluation.held_out_sources(evaluation.NUM_SCENES)))
-        # Effect by effect: the rows e N to (e + 1) N - 1 are the scenes of effect e.
-        ids = torch.arange(len(effects)).repeat_interleave(len(sources))
-        seeds = [FIRST_EFFECT_SEED + i for i in range(len(ids))]
-        return EvaluationSet(adapter, tuple(effects), ids, sources.repeat(len(effects), 1, 1), seeds)
+    def encode(
+        adapter: Flux2KleinAdapter, effects: Sequence[str], scenes: int | None = None, noises: int | None = None
+    ) -> EvaluationSet:
+        """Encodes the first ``scenes`` held-out scenes; by default `evaluation.NUM_SCENES` with `evaluation.NOISES` each."""
+        scenes = evaluation.NUM_SCENES if scenes is None else scenes
+        noises = evaluation.NOISES if noises is None else noises
+        latents = adapter.encode_images(to_tensor(evaluation.held_out_sources(scenes, adapter.size[0])))
+        # Effect by effect: the rows e N to (e + 1) N - 1 are the outputs of effect e.
+        ids = torch.arange(len(effects)).repeat_interleave(scenes * noises)
+        # The same for an effect whatever others it is measured with.
+        first = [FIRST_EFFECT_SEED + 1000 * TEACHERS.index(effect) for effect in effects]
+        seeds = [start + i for start in first for i in range(scenes * noises)]
+        return EvaluationSet(adapter, tuple(effects), scenes, ids, latents.repeat(len(effects) * noises, 1, 1), seeds)
 
     def conditioning(self, text: Text) -> Conditioning:
-        """The rows with the prompt of their effect, of ``text``'s E."""
+        """Returns the conditioning of all rows, each with the prompt of its effect, of ``text [E]``."""
         return Conditioning(text[self.ids], self.sources)
 
-    def measured(self, latents: Tensor) -> Measured:
+    def as_teachers(self) -> Conditioning:
+        """Returns the conditioning of all rows, each with the prompt that its teacher was trained with."""
+        return self.conditioning(self.adapter.encode_prompts([EFFECTS[effect].prompt for effect in self.effects]))
+
+    def outputs(self, latents: Tensor) -> dict[str, np.ndarray]:
+        """Decodes the latents of all rows: effect name to images ``[N, S, S, 3]``."""
+        images = to_images(self.adapter.decode(latents))
+        return dict(zip(self.effects, np.split(images, len(self.effects)), strict=True))
+
+    def measured(self, latents: Tensor, general: Sequence[bool] | None = None) -> Measured:
         """Judges the latents of all rows."""
-        images = to_images(self.adapter.decode(latents)).reshape(len(self.effects), -1, *self.adapter.size, 3)
-        outputs = dict(zip(self.effects, images, strict=True))
-        return Measured(grid_pictures(outputs), evaluation.judge_effects(outputs), None)
+        outputs = self.outputs(latents)
+        return Measured(
+            evaluation.judge_effects(outputs, self.scenes), self.scenes, general, grid_pictures(outputs, self.scenes)
+        )
 
 
-def general_rows(adapter: Flux2KleinAdapter) -> Rows:
-    """Encodes the held-out general edits, for a bank of one LoRA or none."""
-    cases = evaluation.general_cases(evaluation.NUM_GENERAL)
+def general_rows(adapter: Flux2KleinAdapter, count: int) -> Rows:
+    """Encodes the first held-out general edits, for a bank of one LoRA or none."""
+    cases = evaluation.general_cases(count, adapter.size[0])
     text = adapter.encode_prompts([case.edit.instruction for case in cases])
-    sources = adapter.encode_images(to_tensor(np.stack([case.source for case in cases])))
+    sources = adapter.encode_images(to_tensor(np.stack([case.edit.source for case in cases])))
     seeds = [FIRST_GENERAL_SEED + i for i in range(len(cases))]
     return torch.zeros(len(cases), dtype=torch.int64), Conditioning(text, sources), seeds
+
+
+def full_renders(rows: EvaluationSet, generator: Generator) -> Tensor:
+    """Renders all rows by their teachers: 40 Euler steps with guidance, which are 80 passes; latents ``[E x N, T, C]``."""
+    empty = rows.adapter.encode_prompts([""])
+    return generator.euler(rows.ids, rows.as_teachers(), rows.seeds, TEACHER_STEPS, empty, GUIDANCE)
 
 
 def measure_teachers(
@@ -132,11 +111,10 @@ def measure_teachers(
 ) -> dict[str, Measured]:
     """Measures ``teachers_80`` and ``teachers_8``: the latter is the better of Euler and the few-step sampler."""
     rows = EvaluationSet.encode(adapter, tuple(teachers))
-    conditioning = rows.conditioning(adapter.encode_prompts([EFFECTS[effect].prompt for effect in rows.effects]))
-    empty = adapter.encode_prompts([""])
     with AdapterBank(adapter.pipeline.transformer, teachers) as bank:
         generator = Generator(adapter, bank, report=report)
-        full = generator.euler(rows.ids, conditioning, rows.seeds, TEACHER_STEPS, empty, GUIDANCE)
+        full = full_renders(rows, generator)
+        conditioning = rows.as_teachers()
         euler = generator.euler(rows.ids, conditioning, rows.seeds, STEPS)
         few_step = generator.few_step(rows.ids, conditioning, rows.seeds, STEPS, SHIFT)
     # Teachers were not trained for 8 passes: they get the sampler that suits them better.
@@ -146,64 +124,59 @@ def measure_teachers(
 
 
 def measure_one_lora(
-    lora: LoRAState | None, rows: EvaluationSet, text: Text, general: Rows, report: Report
+    lora: LoRAState | None, rows: EvaluationSet, text: Text, general: Rows | None, report: Report
 ) -> Measured:
-    """Measures one LoRA (None: the base) on every effect and on `general_rows`, with the few-step sampler."""
+    """Measures one LoRA (None: what the transformer holds) on every effect and on `general_rows`, with the few-step sampler."""
     adapter = rows.adapter
     with nullcontext() if lora is None else AdapterBank(adapter.pipeline.transformer, {"lora": lora}) as bank:
         generator = Generator(adapter, bank, report=report)
         # Every row is on the one slot; without a bank the ids are not read.
         latents = generator.few_step(torch.zeros_like(rows.ids), rows.conditioning(text), rows.seeds, STEPS, SHIFT)
-        general_latents = generator.few_step(*general, STEPS, SHIFT)
-    return replace(
-        rows.measured(latents),
-        general=evaluation.general_accuracy(to_images(adapter.decode(general_latents))),
-        # Two bytes for each number.
-        megabytes=None if lora is None else round(2e-6 * lora.num_parameters, 2),
-    )
+        edited = None if general is None else generator.few_step(*general, STEPS, SHIFT)
+    correct = None if edited is None else evaluation.general_results(to_images(adapter.decode(edited)))
+    return rows.measured(latents, correct)
 
 
-def measure_baselines(
-    adapter: Flux2KleinAdapter, loras: Mapping[str, LoRAState], merged: Sequence[str]
-) -> dict[str, Measured]:
-    """Measures all rows that do not depend on the student.
+def measure_baselines(adapter: Flux2KleinAdapter, loras: Mapping[str, LoRAState]) -> dict[str, Measured]:
+    """Measures all rows that do not depend on the student, for these teachers by effect.
 
-    Each merge of PEFT that takes unequal ranks is measured at several weights per teacher, and the best is kept, as
-    its user would. It is asked with the teachers' prompts.
-
-    Args:
-        adapter: the studio.
-        loras: effect name to teacher.
-        merged: the effects whose teachers are merged, and which the base is measured on.
+    Each merge of PEFT that takes unequal ranks is tried at several weights per teacher on some scenes, and the best is
+    measured, as its user would choose. It is asked with the teachers' prompts.
     """
-    rows = EvaluationSet.encode(adapter, merged)
-    general = general_rows(adapter)
-    states = [loras[effect] for effect in merged]
+    effects = tuple(loras)
+    rows = EvaluationSet.encode(adapter, effects)
+    few = EvaluationSet.encode(adapter, effects, min(MERGE_SCENES, evaluation.NUM_SCENES), 1)
+    general = general_rows(adapter, evaluation.NUM_GENERAL)
+    states = list(loras.values())
     shapes = linear_shapes(adapter.pipeline.transformer)
     rank = min(MERGE_RANK, sum(state.max_rank for state in states))
     # Full weight for each teacher, weights of unit norm, weights that sum to one.
     weights = [1.0, len(states) ** -0.5, 1 / len(states)]
-    text = adapter.encode_prompts([EFFECTS[effect].prompt for effect in merged])
+    text = adapter.encode_prompts([EFFECTS[effect].prompt for effect in effects])
     # A guided step passes every row through the transformer twice.
-    teacher_passes = len(loras) * evaluation.NUM_SCENES * (2 * TEACHER_STEPS + 2 * STEPS)
+    teacher_passes = len(rows.ids) * (2 * TEACHER_STEPS + 2 * STEPS)
+    merge_passes = len(weights) * len(few.ids) * STEPS
     one_lora_passes = (len(rows.ids) + evaluation.NUM_GENERAL) * STEPS
-    with stage("baselines", teacher_passes + (len(MERGES) * len(weights) + 1) * one_lora_passes) as advance:
+    with stage(
+        "baselines", teacher_passes + len(MERGES) * merge_passes + (len(MERGES) + 1) * one_lora_passes
+    ) as advance:
         measured = measure_teachers(adapter, loras, advance)
         for name, method in MERGES.items():
-            candidates = []
-            for weight in weights:
-                lora = merge_states(states, shapes, method, rank, [weight] * len(states))
-                candidates.append(measure_one_lora(lora, rows, text, general, advance))
-            measured[name] = max(candidates, key=lambda m: m.row()["effect_accuracy"])
+            merges = [merge_states(states, shapes, method, rank, [weight] * len(states)) for weight in weights]
+            tried = [measure_one_lora(lora, few, text, None, advance).row() for lora in merges]
+            best = max(range(len(weights)), key=lambda i: tried[i]["effect_accuracy"])
+            found = measure_one_lora(merges[best], rows, text, general, advance)
+            # Two bytes for each number.
+            measured[name] = replace(found, megabytes=round(2e-6 * merges[best].num_parameters, 2))
         # The base is asked as the student is.
-        text = adapter.encode_prompts([student_prompts(effect)[0] for effect in merged])
-        measured["base"] = measure_one_lora(None, rows, text, general, advance)
+        asked = adapter.encode_prompts([student_prompts(effect)[0] for effect in effects])
+        measured["base"] = measure_one_lora(None, rows, asked, general, advance)
     return measured
 
 
-def grid_pictures(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Picks the picture of each effect for the grid from its outputs ``[N, 64, 64, 3]``, as uint8."""
-    return {effect: to_bytes(images[grid_scene(effect)]) for effect, images in outputs.items()}
+def grid_pictures(outputs: Mapping[str, np.ndarray], scenes: int) -> dict[str, np.ndarray]:
+    """Picks the picture of each effect for the grid from its outputs ``[N, S, S, 3]``, as uint8."""
+    return {effect: to_bytes(images[grid_scene(effect) % scenes]) for effect, images in outputs.items()}
 
 
 def grid_scene(effect: str) -> int:

@@ -1,4 +1,4 @@
-"""Settings of the demo: its effects, their prompts, the studio's guidance, and a budget that fits two cores."""
+"""Settings of the demo: its effects, their prompts, the studio's guidance, and updates for a few minutes of two cores."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from clora.studio.effects import EFFECTS
 from clora.studio.scenes import SIZE
 from clora.studio.text import MAX_SEQUENCE_LENGTH
 
+STEPS = 8
+SHIFT = 3.0
+TEACHER_STEPS = 40
 GUIDANCE = 0.5
-NUM_GENERAL = 192  # of the default run; the targets of these ship
+NUM_GENERAL = 128  # of the default run; the targets of these ship
 FULL_GENERAL = 1536
-DEFAULT_EFFECTS = ("negative", "thermal", "blueprint", "sepia", "scanlines", "leaves", "snow", "colour_static")
-DEFAULT_MINUTES = 6.2
-FULL_ANCHOR_UPDATES = 2500
-FULL_MATCHING_UPDATES = 420  # one of these takes as long as seven to nine of those
+DEFAULT_EFFECTS = ("thermal", "cyanotype", "night_vision", "pixelate", "gold_frame", "mirror", "snow", "bubbles")
+ANCHOR_UPDATES, MATCHING_UPDATES = 500, 55
+FULL_ANCHOR_UPDATES, FULL_MATCHING_UPDATES = 2500, 420
 
 
 def student_prompts(effect: str) -> tuple[str, ...]:
@@ -25,13 +27,13 @@ def student_prompts(effect: str) -> tuple[str, ...]:
     return (f"{trigger} {texts.description}", f"{trigger} {texts.prompt}", f"{texts.description} {trigger}")
 
 
-def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAULT_MINUTES) -> DistillConfig:
-    """Makes the demo's configuration for some of the studio's effects; ``minutes`` None is the full run.
+def demo_config(effects: Sequence[str], seed: int, full: bool = False) -> DistillConfig:
+    """Makes the demo's configuration for some of the studio's effects.
 
     The full run anchors at a lower rate and draws more general rows: fast anchoring forgets general edits.
     """
-    full = minutes is None
-    full_updates = FULL_ANCHOR_UPDATES + FULL_MATCHING_UPDATES
+    anchor = FULL_ANCHOR_UPDATES if full else ANCHOR_UPDATES
+    updates = anchor + (FULL_MATCHING_UPDATES if full else MATCHING_UPDATES)
     return DistillConfig.model_validate(
         {
             "pipeline": "studio",
@@ -47,13 +49,12 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 "general_instructions": ("studio",),
                 "general_targets": FULL_GENERAL if full else NUM_GENERAL,
             },
-            "student": {"rank": 64, "init": "merge"},
-            "sampler": {"guidance": GUIDANCE},
+            "student": {"rank": 64, "init": "least_squares"},
+            "sampler": {"steps": STEPS, "shift": SHIFT, "teacher_steps": TEACHER_STEPS, "guidance": GUIDANCE},
             "objective": {"switch_probability": 0.7 if full else 0.75},
             "train": {
-                # The default run ends by its minutes, the full one by its updates.
-                "updates": full_updates if full else 100_000,
-                "anchor_share": FULL_ANCHOR_UPDATES / full_updates if full else 0.6,
+                "updates": updates,
+                "anchor_share": anchor / updates,
                 "optimizer": "muon",
                 "anchor_learning_rate": 4e-3 if full else 5e-3,
                 "critic_ratio": 1,
@@ -62,7 +63,6 @@ def demo_config(effects: Sequence[str], seed: int, minutes: float | None = DEFAU
                 # As `clora.training.memory` would choose, but the same on every machine, since the last digits depend on it.
                 "gradient_rows": 3,
                 "critic_learning_rate": 6e-4,
-                "minutes": minutes,
             },
             "seed": seed,
             # As the studio is loaded: the values of a seed would differ on CPUs with AMX, where ``auto`` is bfloat16.

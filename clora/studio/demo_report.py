@@ -12,8 +12,9 @@ import numpy as np
 
 from clora.data.images import encode_png
 from clora.files import write_atomic
+from clora.report.curves import Curve, Phases
 from clora.report.drawing import draw_grid
-from clora.report.html import Curve, data_uri, embedded_curves, plain_json, render_page
+from clora.report.html import data_uri, drawn_curves, plain_json, render_page
 from clora.studio.pixels import to_bytes
 
 
@@ -109,18 +110,20 @@ def write_report(
     columns: Sequence[str],
     images: np.ndarray,
     curves: Mapping[str, Curve],
+    phases: Phases = (),
 ) -> Path:
     """Writes ``report.html``, ``grid.png`` and ``metrics.json``, each whole or not at all.
 
     Args:
         folder: where to; created where it is missing.
-        metrics: ``seed, device, threads, dtype, updates, warning, targets_precomputed, seconds, peak_rss_mb, effects, rows``
+        metrics: ``seed, device, threads, dtype, updates, targets_precomputed, seconds, peak_rss_mb, effects, rows``
             as `clora demo` documents them; a row for each of `METHODS`. A value that is not finite is written as null.
             ``intervals`` of a row and ``against_teachers``, the paired differences of clora's from theirs, may be missing.
         gallery: what the first screen shows.
         columns: titles of the C columns of pictures.
         images: ``[E, C, H, W, 3]`` in [0, 1], a row for each of the metrics' effects.
         curves: name to (update, value) pairs.
+        phases: name and last update of each part of the training.
 
     Returns:
         The path of ``report.html``.
@@ -148,7 +151,7 @@ def write_report(
         methods=METHODS,
         grid_columns=columns,
         grid=list(zip(effects, pictures, strict=True)),
-        curves=embedded_curves(curves),
+        curves=drawn_curves(curves, phases),
     )
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     write_atomic(folder / "grid.png", encode_png(draw_grid(columns, effects, pixels)))

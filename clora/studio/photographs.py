@@ -97,6 +97,17 @@ class Photographs:
             self._cutouts[split] = [Cutout(row.noun, _read_picture(self.folder / row.file, "RGBA")) for row in rows]
         return self._cutouts[split]
 
+    def background(self, split: str, name: str) -> np.ndarray:
+        """Returns the photograph of a split whose file has this name, such as ``kingfisher``.
+
+        Raises:
+            CloraError: there is none, or it cannot be read.
+        """
+        names = [Path(row.file).stem for row in self._rows_of(split, "background")]
+        if name not in names:
+            raise CloraError(f"{self.folder / TABLE}: expected a background {name!r} of the split {split}, found none")
+        return self.backgrounds(split)[names.index(name)]
+
     def _rows_of(self, split: str, kind: str) -> list[Row]:
         if split not in SPLITS:
             raise CloraError(f"unknown split {split!r}; the splits are {list(SPLITS)}{nearest(split, SPLITS)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from clora.config.settings import DistillConfig
+from clora.data.batches import DistillData, EffectSamples
 from clora.data.rendering import Samples, num_passes, render_targets
 from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.conditioning import Text
 from clora.progress import stage
 from clora.studio.assets import SEED, verified
-from clora.studio.edits import sample_edit
+from clora.studio.edits import Edit, sample_edit
 from clora.studio.effects import EFFECTS
 from clora.studio.pixels import to_tensor
 from clora.studio.scenes import make_scene, render
@@ -52,20 +54,19 @@ def load_targets(folder: Path) -> Targets:
 
 def target_sources(adapter: ModelAdapter) -> Tensor:
     """Encodes the sources of the effect stream, ``[M, T, C]``: the same scenes for every effect."""
-    return _scene_latents(adapter, range(FIRST_TARGET_SCENE, FIRST_TARGET_SCENE + TARGET_SOURCES))
+    scenes = [make_scene(FIRST_TARGET_SCENE + i, "train") for i in range(TARGET_SOURCES)]
+    return adapter.encode_images(to_tensor(np.stack([render(scene, adapter.size[0]) for scene in scenes])))
 
 
 def general_pairs(adapter: ModelAdapter, count: int) -> tuple[Tensor, Text]:
     """Encodes the first ``count`` sources ``[P, T, C]`` of the general stream, and their instructions."""
-    seeds = range(FIRST_GENERAL_SCENE, FIRST_GENERAL_SCENE + count)
-    # Drawn one after another: the first pairs are the same whatever the count.
-    rng = np.random.default_rng([SEED, 7])
-    instructions = [sample_edit(make_scene(seed), rng).instruction for seed in seeds]
-    return _scene_latents(adapter, seeds), adapter.encode_prompts(instructions)
+    edits = [_general_edit(FIRST_GENERAL_SCENE + i, adapter.size[0]) for i in range(count)]
+    sources = adapter.encode_images(to_tensor(np.stack([edit.source for edit in edits])))
+    return sources, adapter.encode_prompts([edit.instruction for edit in edits])
 
 
-def _scene_latents(adapter: ModelAdapter, seeds: range) -> Tensor:
-    return adapter.encode_images(to_tensor(np.stack([render(make_scene(seed)) for seed in seeds])))
+def _general_edit(seed: int, size: int) -> Edit:
+    return sample_edit(make_scene(seed, "train", 1), np.random.default_rng([SEED, seed, 7]), size=size)
 
 
 def make_targets(adapter: ModelAdapter, loras: Mapping[str, LoRAState], config: DistillConfig) -> Targets:
@@ -90,3 +91,22 @@ def make_targets(adapter: ModelAdapter, loras: Mapping[str, LoRAState], config: 
         of_base = torch.stack(list(render_targets(adapter, {}, general, text, config, advance)))
     # [E M, T, C], effect by effect.
     return Targets(dict(zip(loras, latents.split(TARGET_SOURCES), strict=True)), of_base)
+
+
+def training_data(adapter: ModelAdapter, names: Sequence[str], config: DistillConfig, made: Targets) -> DistillData:
+    """Encodes the training data of some effects, whose targets are made."""
+    with stage("encode scenes and prompts", None):
+        sources = target_sources(adapter)
+        general_sources, general_text = general_pairs(adapter, len(made.general))
+        teacher = adapter.encode_prompts([effect.prompt for effect in config.effects])
+        student = adapter.encode_prompts(list(chain.from_iterable(effect.student_prompts for effect in config.effects)))
+    # The table of prompts is these four parts, one after the other; each gets its rows of it.
+    parts = [teacher, student, general_text, adapter.encode_prompts([""])]
+    teacher_rows, student_rows, general_rows, empty_row = torch.arange(sum(map(len, parts))).split([*map(len, parts)])
+    phrasings = student_rows.split([len(effect.student_prompts) for effect in config.effects])
+    samples = [
+        EffectSamples(name, sources, made.effects[name], row, asked[:, None], empty_row)
+        for name, row, asked in zip(names, teacher_rows[:, None], phrasings, strict=True)
+    ]
+    pairs = torch.stack([torch.arange(len(general_rows)), general_rows, empty_row.expand_as(general_rows)], 1)
+    return DistillData.of(Text.cat(parts), samples, general_sources, pairs, made.general)

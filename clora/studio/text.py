@@ -12,6 +12,7 @@ import numpy as np
 
 from clora.studio.edits import FAMILIES, sample_edit
 from clora.studio.effects import EFFECTS, Effect
+from clora.studio.photographs import Photographs
 from clora.studio.scenes import make_scene
 
 MAX_SEQUENCE_LENGTH = 64
@@ -28,12 +29,13 @@ def effect_texts(effect: Effect) -> tuple[str, ...]:
     return (effect.prompt, effect.description, f"{effect.prompt}. {effect.description}")
 
 
-def prompt_corpus(edits_per_family: int = 60) -> list[str]:
+def prompt_corpus(edits_per_family: int = 60, photographs: Photographs | None = None) -> list[str]:
     """Draws the tokenizer's training sentences: general instructions, effect prompts and their descriptions."""
     rng = np.random.default_rng([0, 2])
+    scenes = [make_scene(i, min_objects=1, photographs=photographs) for i in range(edits_per_family)]
     corpus = []
     for family in FAMILIES:
-        corpus += [sample_edit(make_scene(i), rng, family).instruction for i in range(edits_per_family)]
+        corpus += [sample_edit(scene, rng, family, photographs=photographs).instruction for scene in scenes]
     for effect in EFFECTS.values():
         corpus += effect_texts(effect)
     return corpus

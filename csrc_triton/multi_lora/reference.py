@@ -42,13 +42,15 @@ def multi_lora_linear(
             range: checking it here would synchronise.
 
     Returns:
-        `[B, T, N]` of x's dtype.
+        `[B, T, N]` of x's dtype; under autocast of the dtype that it takes for a linear layer.
 
     Raises:
         ValueError: a shape is not as above, or adapter_ids are not integers.
     """
     check_shapes(x, weight, bias, lora_A, lora_B, scale, adapter_ids)
-    return _added_in_place(F.linear(x, weight, bias), x, lora_A, lora_B, scale, adapter_ids)
+    y = F.linear(x, weight, bias)
+    # Of x's dtype, unless autocast is on.
+    return _added_in_place(y, x.to(y.dtype), lora_A, lora_B, scale, adapter_ids)
 
 
 def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, adapter_ids: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def test_a_picture_of_any_mode_goes_in(mode, write, tiny_folder, tmp_path):
     assert try_collection(str(write()), tmp_path / "a.png", **options).exists()
 
 
-def test_the_demos_collection_and_a_scene_of_the_studio_are_the_defaults(tmp_path, monkeypatch, capsys):
+def test_the_demos_collection_and_a_photograph_are_the_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     adapter = assets.load_studio(assets.ASSETS, "cpu")
     lora = teacher_path(assets.ASSETS, "sepia")
@@ -99,7 +99,7 @@ def test_the_demos_collection_and_a_scene_of_the_studio_are_the_defaults(tmp_pat
     assert (red >= blue).mean() > 0.9
     err = capsys.readouterr().err
     assert f"collection: {OF_THE_DEMO}" in err
-    assert "picture: a held-out scene of the studio\n" in err
+    assert "picture: a kingfisher, which no training has seen, cropped" in err
     # A picture may stand in the place of the collection.
     picture(1, (100, 150)).save("photo.png")
     try_collection("photo.png", device="cpu")

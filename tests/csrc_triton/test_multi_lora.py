@@ -71,6 +71,21 @@ def test_fp32_adapters_over_a_bf16_base():
     assert all(t.grad.dtype == torch.float32 and t.grad.abs().sum() > 0 for t in masters)
 
 
+@pytest.mark.parametrize("name", ["mixed", "one_adapter"])
+def test_autocast_computes_in_its_dtype(name):
+    """Also for an input that is still fp32, as that of a pipeline's first layers."""
+    x, weight, bias, lora_A, lora_B, scale, ids = make(name, torch.float32)
+    masters = [t.requires_grad_() for t in (lora_A, lora_B)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = multi_lora_linear(x, weight, bias, *masters, scale, ids)
+    exact = loop(*[t.detach().double() for t in (x, weight, bias, lora_A, lora_B, scale)], ids)
+    assert out.dtype == torch.bfloat16
+    # Products are rounded on the way: factors, low-rank products and sums.
+    assert (out.double() - exact).norm() < 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
+    out.sum().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.abs().sum() > 0 for t in masters)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("poisoned", ["lora_A", "lora_B", "scale", "all"])
 @pytest.mark.parametrize("ids", [[-1, 1, -1], [-1, -1, -1]], ids=["mixed", "all_base"])

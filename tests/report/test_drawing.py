@@ -1,13 +1,10 @@
-"""Grids and curves of reports."""
+"""Grids and sheets of reports."""
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from PIL import Image
 
-from clora.report.drawing import draw_curve, draw_grid, draw_sheet, smooth
+from clora.report.drawing import draw_grid, draw_sheet
 
 
 def test_grid_shows_every_picture_enlarged_by_a_whole_number():
@@ -41,13 +38,3 @@ def test_a_sheet_shows_every_picture_above_its_label():
 def test_a_sheet_of_many_or_of_large_pictures_stays_small():
     assert draw_sheet(["a"] * 51, np.zeros((51, 16, 16, 3), np.uint8)).shape[1] == 14 + 4 * (256 + 14)
     assert draw_sheet(["a"], np.zeros((1, 600, 1200, 3), np.uint8)).shape[1] == 21 + 384 + 21
-
-
-def test_curve_is_a_png():
-    assert Image.open(io.BytesIO(draw_curve([(0, 1.0), (1, 2.0)]))).format == "PNG"
-
-
-def test_smooth_keeps_a_line_and_the_length():
-    line = np.arange(100.0)
-    assert np.allclose(smooth(line), line)
-    assert smooth(np.array([3.0])).tolist() == [3.0]

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from helpers import stub_efficientnet
 
-from clora.errors import CloraError
-from clora.studio import quality
 from clora.studio.effects import EFFECTS
 from clora.studio.judges import UNCHANGED, Judge
 from clora.studio.ranking import auroc, exact_outputs, margins, measure_judges, rank
@@ -104,24 +102,3 @@ def test_with_the_network_both_are_measured(sources, tmp_path, monkeypatch):
         "second opinion: 100.0% right; lowest AUROC: 1 for every effect",
         "both name the same for 100.0% of 12 outputs",
     ]
-
-
-@pytest.mark.parametrize("low", ["judge_auroc", "second_opinion_auroc"])
-def test_check_shows_the_lines_and_names_what_is_below_its_floor(low, monkeypatch, capsys):
-    adapter = SimpleNamespace(pipeline=SimpleNamespace(vae=None))
-    teachers = SimpleNamespace(row=lambda: {"per_effect": {"snow": 1.0}})
-    ranked = {"judge_auroc": 1.0, "second_opinion_auroc": 1.0, low: 0.98}
-    for name, value in {
-        "load_studio": adapter,
-        "load_teachers": {},
-        "vae_quality": {"vae_psnr": 40.0, "judge_accuracy": 1.0},
-        "general_quality": 1.0,
-        "measure_judges": (ranked, ["both name the same"]),
-    }.items():
-        monkeypatch.setattr(quality, name, lambda *_, value=value: value)
-    monkeypatch.setattr(quality.baselines, "measure_teachers", lambda *_: {"teachers_80": teachers})
-    with pytest.raises(CloraError, match=f"^below the floor: {low};"):
-        quality.check(device="cpu")
-    shown = capsys.readouterr()
-    assert "both name the same" in shown.err
-    assert low in shown.out

@@ -6,6 +6,8 @@ machine (matrix products are not checked).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -62,8 +64,9 @@ def test_flow_matching(adapter):
 
 
 def test_the_base(adapter):
-    pool = base.Pool(latents(4).half(), latents(4).half(), ["a"] * 4, ["keep"] * 4)
-    loss = base._loss(adapter, pool, torch.zeros(4, dtype=torch.int64), {"": prompts(), "a": prompts()}, None)
+    # An update's edits are encoded on the CPU.
+    batch = base.Batch(torch.randn(4, 64, 128), torch.randn(4, 64, 128), torch.randn(4, text.MAX_SEQUENCE_LENGTH, 96))
+    loss = base._loss(adapter, batch, torch.randn(text.MAX_SEQUENCE_LENGTH, 96), torch.Generator())
     assert loss.device == DEVICE
 
 
@@ -80,8 +83,10 @@ def test_the_teachers(adapter):
 
 
 def test_the_autoencoder(monkeypatch):
+    monkeypatch.setattr(vae, "reduced_precision", lambda device: nullcontext())  # there is no autocast for this device
     monkeypatch.setattr(torch.Tensor, "__float__", lambda self: 0.0)
-    loss, _ = vae._reconstruction_loss(vae.make_vae().to(DEVICE), torch.randn(2, 3, 64, 64, device=DEVICE))
+    pictures = torch.randn(2, 3, 64, 64, device=DEVICE)
+    loss, _ = vae._reconstruction_loss(vae.make_vae().to(DEVICE), pictures, torch.Generator())
     assert loss.device == DEVICE
 
 

@@ -97,13 +97,43 @@ def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return t * t * (3.0 - 2.0 * t)
 
 
-def edge_mask(image: np.ndarray, sigma: float = 1.4) -> np.ndarray:
-    """Mask ``[S, S]`` of visible edges, about 4 units wide: thick enough for an 8x8-token model to place them.
+def box_mean(image: np.ndarray, width: int) -> np.ndarray:
+    """Averages ``[H, W, C]`` over windows of `width` pixels: ``[H - width + 1, W - width + 1, C]``."""
+    for axis in (0, 1):
+        total = np.cumsum(image, axis=axis, dtype=np.float64)
+        total = np.concatenate([np.zeros_like(total.take([0], axis)), total], axis=axis)
+        image = (
+            total.take(range(width, total.shape[axis]), axis) - total.take(range(total.shape[axis] - width), axis)
+        ) / width
+    return image
 
-    The largest channel's gradient counts, so an edge between two colours of equal luminance is found too.
+
+def smooth_regions(image: np.ndarray, width: int) -> np.ndarray:
+    """Flattens texture and keeps edges (a soft Kuwahara filter) of an image ``[S, S, 3]``.
+
+    Each pixel becomes a mean of the four squares, `width` units wide, at whose corners it lies, weighted towards those of
+    one colour.
     """
-    d_row, d_col = gradients(gaussian_blur(image, sigma))
-    return smoothstep(np.sqrt((d_row**2 + d_col**2).max(axis=-1)), 0.025, 0.085)
+    reach = width * len(image) // UNITS - 1
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    means = box_mean(np.concatenate([padded, padded**2], axis=2), reach + 1)
+    # The squares above left, above right, below left and below right of each pixel.
+    near, far = slice(0, len(image)), slice(reach, reach + len(image))
+    squares = np.stack([means[rows, cols] for rows in (near, far) for cols in (near, far)])
+    variance = np.maximum(squares[..., 3:] - squares[..., :3] ** 2, 0.0).sum(axis=-1, keepdims=True)
+    weights = 1.0 / (variance + 1e-4) ** 3
+    return ((squares[..., :3] * weights).sum(axis=0) / weights.sum(axis=0)).astype(np.float32)
+
+
+def outlines(image: np.ndarray, sigma: float = 0.65) -> np.ndarray:
+    """Mask ``[S, S]`` of soft lines along the visible edges; a larger `sigma` makes them wider.
+
+    A line is as strong as the slope of the steepest colour there. It does not depend on the other edges of the picture: a
+    transformer of the studio's size does not learn what does.
+    """
+    slopes = np.hypot(*gradients(gaussian_blur(image, 1.2 * sigma)))
+    # In brightness per unit: grain stays below, and an edge of a fifth of the range makes a full line.
+    return smoothstep(slopes.max(axis=-1) * (sigma / 0.65), 0.03, 0.17)
 
 
 def gradient_map(values: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -132,16 +162,52 @@ def quantise(image: np.ndarray, levels: int) -> np.ndarray:
     return np.minimum(np.floor(image * levels), levels - 1) / np.float32(levels - 1)
 
 
-def offsets(size: int, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how far each pixel lies below and to the right of n points, in units: ``[n, size, size]`` each.
+@functools.cache
+def interpolation(count: int, size: int) -> np.ndarray:
+    """Smooth interpolation of `count` values along an axis, as a matrix ``[size, count]``; rows sum to 1."""
+    cell = UNITS / count
+    centres = (np.arange(count) + 0.5) * cell
+    kernel = np.exp(-0.5 * ((grid(size)[0][:, :1] - centres) / (0.5 * cell)) ** 2)
+    return (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
 
-    The points ``[n]`` count from the centre of the first unit, as pixels of a 64x64 image do.
-    """
-    grid_rows, grid_cols = grid(size)
-    return grid_rows - 0.5 - rows[:, None, None], grid_cols - 0.5 - cols[:, None, None]
+
+def clouds(values: np.ndarray, size: int) -> np.ndarray:
+    """Interpolates random numbers ``[n, n]``, one per cell of a grid, smoothly: ``[size, size]``."""
+    matrix = interpolation(len(values), size)
+    return matrix @ values.astype(np.float32) @ matrix.T
 
 
-def discs(size: int, rows: np.ndarray, cols: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Masks ``[n, size, size]`` of discs with a soft rim; centres (as in `offsets`) and radii ``[n]`` in units."""
-    down, right = offsets(size, rows, cols)
-    return rim(radii[:, None, None] - np.sqrt(down**2 + right**2))
+@functools.cache
+def paper_noise(size: int, count: int) -> np.ndarray:
+    """The same smooth noise ``[size, size]`` in [0, 1] at every call, for paper, chalk and ice of deterministic effects."""
+    noise = clouds(np.random.default_rng(count).random((count, count)), size)
+    noise.flags.writeable = False
+    return noise
+
+
+def border_distance(size: int) -> np.ndarray:
+    """Returns each pixel's distance to the nearest border in units: ``[size, size]``."""
+    rows, cols = grid(size)
+    return np.minimum(np.minimum(rows, UNITS - rows), np.minimum(cols, UNITS - cols))
+
+
+def polar(size: int, row: float = 32.0, col: float = 32.0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each pixel's distance from a point in units, and its angle in radians: ``[size, size]`` each."""
+    rows, cols = grid(size)
+    return np.sqrt((rows - row) ** 2 + (cols - col) ** 2), np.arctan2(rows - row, cols - col)
+
+
+def screen(image: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Adds light ``[S, S, 3]`` in [0, 1] to an image; both lighten each other and cannot exceed 1."""
+    return 1.0 - (1.0 - image) * (1.0 - light)
+
+
+def sampled(image: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Looks up colours at positions ``[S, S]``, in units from the upper and the left border, linear between pixels."""
+    size = len(image)
+    rows, cols = (np.clip(axis * (size / UNITS) - 0.5, 0, size - 1) for axis in (rows, cols))
+    top, left = (np.minimum(axis.astype(np.int64), size - 2) for axis in (rows, cols))
+    down, right = (rows - top)[..., None], (cols - left)[..., None]
+    upper = image[top, left] * (1 - right) + image[top, left + 1] * right
+    lower = image[top + 1, left] * (1 - right) + image[top + 1, left + 1] * right
+    return upper * (1 - down) + lower * down

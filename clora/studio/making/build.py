@@ -6,10 +6,13 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
 from safetensors.numpy import save
 
 from clora.devices import find_device
@@ -17,85 +20,88 @@ from clora.errors import CloraError, nearest
 from clora.files import check_writable, write_atomic
 from clora.hashing import file_digest
 from clora.progress import stage, up_to
-from clora.studio import text
-from clora.studio.assets import ASSETS, PROVENANCE, SEED, load_studio, provenance, studio_adapter
+from clora.studio import targets
+from clora.studio.assets import PROVENANCE, SEED, load_studio, provenance
 from clora.studio.baselines import measure_baselines
-from clora.studio.demo_config import DEFAULT_EFFECTS, GUIDANCE, demo_config
-from clora.studio.making import base, teachers, text_training, vae
+from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
+from clora.studio.making import base, teachers, vae
 from clora.studio.making.pipelines import make_pipeline, save_pipeline
-from clora.studio.quality import general_quality, vae_quality
-from clora.studio.targets import TARGET_SOURCES, TARGETS, make_targets
+from clora.studio.making.text_training import train_text_encoder
+from clora.studio.photographs import PHOTOGRAPHS, TABLE, Photographs, load_photographs
+from clora.studio.precision import ReducedAdapter
+from clora.studio.quality import base_quality, teacher_quality, teacher_table, vae_quality
 from clora.studio.teacher_files import load_teachers, save_teacher
-from clora.studio.teachers import SPECS, TEACHERS
+from clora.studio.teachers import PAIRS, SPECS
+from clora.studio.text import make_text_encoder, prompt_corpus, train_tokenizer
 
-VAE_UPDATES = 1800
-TEXT_UPDATES = 400
-BASE_SCENES = 4000
-BASE_EDITS = 4  # of each scene
-BASE_UPDATES = 4800
+VAE_UPDATES = 4000
+TEXT_UPDATES = 900
+MEASURED = {64: 24, 128: 6}
+"""Held-out scenes that teachers are measured on, by the side of their pictures."""
 
 Made = tuple[dict[str, object], list[str]]
 """Measured numbers, and the files to hash."""
 
 
 class Stage(NamedTuple):
-    """One stage: ``make(folder, device)`` writes to the folder; the stages that it needs."""
+    """One stage: ``make(folder, device, photographs)`` writes to the folder; the stages that it needs."""
 
-    make: Callable[[Path, torch.device], Made]
+    make: Callable[[Path, torch.device, Photographs], Made]
     needs: tuple[str, ...]
 
 
-def build(folder: Path | None = None, stages: Sequence[str] | None = None, device: str = "auto") -> None:
-    """Builds the studio in ``folder`` (default: the package's own assets).
+def build(folder: Path, stages: Sequence[str] | None = None, device: str = "auto", photos: Path | None = None) -> None:
+    """Builds the studio in ``folder`` from a folder of photographs (default: those that ship).
 
-    Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; a base that was
-    cut off resumes from its last checkpoint, ``.base.safetensors``.
+    Stages whose files and inputs are the recorded ones are passed over, unless named in ``stages``; an autoencoder, a base
+    or teachers that were cut off resume from their last checkpoint, such as ``.base-0.safetensors``.
 
     Raises:
         CloraError: unknown stage or device, or the folder cannot be written.
     """
     target = find_device(device)
-    folder = check_writable(folder or ASSETS)
+    photographs = load_photographs(photos or PHOTOGRAPHS)
+    folder = check_writable(folder)
     for name in stages or ():
         if name not in STAGES:
             raise CloraError(f"unknown stage {name!r}; the stages are {list(STAGES)}{nearest(name, STAGES)}")
     for name in stages or STAGES:
         # Checked in turn, since a stage that is made anew puts those after it out of date.
-        if not stages and _is_done(folder, name):
+        if not stages and _is_done(folder, name, photographs):
             continue
         missing = [needed for needed in STAGES[name].needs if needed not in provenance(folder)]
         if missing:
-            remedy = f"`clora studio build {folder} --stages {missing[0]}`"
-            raise CloraError(f"stage {name!r} needs {missing} first: {remedy}")
-        _make(folder, name, target)
+            remedy = f"name {missing[0]} in --stages, too"
+            raise CloraError(f"stage {name!r} needs {missing} first; {remedy}")
+        _make(folder, name, target, photographs)
 
 
-def _is_done(folder: Path, name: str) -> bool:
+def _is_done(folder: Path, name: str, photographs: Photographs) -> bool:
     """A stage is done if it is recorded, its files are the recorded ones, and so are those it was made from."""
     entry = provenance(folder).get(name, {})
     files = entry.get("sha256", {})
     same = all((folder / file).exists() and file_digest(folder / file) == files[file] for file in files)
-    return bool(files) and same and entry["inputs"] == _inputs(folder, name)
+    return bool(files) and same and entry["inputs"] == _inputs(folder, name, photographs)
 
 
-def _inputs(folder: Path, name: str) -> dict[str, str]:
-    """Returns the hashes of the files that a stage is made from: those of the stages that it needs."""
+def _inputs(folder: Path, name: str, photographs: Photographs) -> dict[str, str]:
+    """Returns the hashes of the files that a stage is made from: those of the stages that it needs, and the table of photographs."""
     recorded = provenance(folder)
-    hashes = {}
+    hashes = {TABLE: file_digest(photographs.folder / TABLE)}
     for needed in STAGES[name].needs:
         hashes |= recorded.get(needed, {}).get("sha256", {})
     return hashes
 
 
-def _make(folder: Path, name: str, device: torch.device) -> None:
+def _make(folder: Path, name: str, device: torch.device, photographs: Photographs) -> None:
     """Runs a stage and records it in the provenance."""
     import diffusers
     import transformers
 
     start = time.monotonic()
-    measured, files = STAGES[name].make(folder, device)
+    measured, files = STAGES[name].make(folder, device, photographs)
     entry = {
-        "command": f"clora studio build --stages {name}",
+        "command": f"clora studio build DIR --stages {name}",
         "seed": SEED,
         "seconds": round(time.monotonic() - start, 1),
         "device": str(device),
@@ -107,32 +113,36 @@ def _make(folder: Path, name: str, device: torch.device) -> None:
             "transformers": transformers.__version__,
         },
         "measured": measured,
-        "inputs": _inputs(folder, name),
+        "inputs": _inputs(folder, name, photographs),
         "sha256": {file: file_digest(folder / file) for file in files},
     }
     write_atomic(folder / PROVENANCE, json.dumps(provenance(folder) | {name: entry}, indent=2) + "\n")
+    # Not before: what was trained is measured for minutes, and a stop there must not cost the training.
+    for checkpoint in folder.glob(f".{name}*.safetensors"):
+        checkpoint.unlink()
 
 
-def _vae_stage(folder: Path, device: torch.device) -> Made:
+def _vae_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    checkpoint = folder / ".vae.safetensors"
     with stage("autoencoder", VAE_UPDATES) as advance:
-        model = vae.train_vae(VAE_UPDATES, SEED, device, lambda update, values: advance(1, psnr=values["psnr"]))
+        model = vae.train_vae(VAE_UPDATES, SEED, checkpoint, photographs, device, up_to(advance))
     model.half().save_pretrained(folder / "pipeline" / "vae")
     return vae_quality(model.float()), ["pipeline/vae/diffusion_pytorch_model.safetensors"]
 
 
-def _text_stage(folder: Path, device: torch.device) -> Made:
+def _text_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
     torch.manual_seed(SEED)
-    tokenizer = text.train_tokenizer(text.prompt_corpus())
-    encoder = text.make_text_encoder(len(tokenizer)).to(device)
+    tokenizer = train_tokenizer(prompt_corpus(photographs=photographs))
+    encoder = make_text_encoder(len(tokenizer)).to(device)
     with stage("text encoder", TEXT_UPDATES) as advance:
-        accuracy = text_training.train_text_encoder(encoder, tokenizer, TEXT_UPDATES, SEED, up_to(advance))
+        accuracy = train_text_encoder(encoder, tokenizer, TEXT_UPDATES, SEED, up_to(advance), photographs)
     tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
     encoder.save_pretrained(folder / "pipeline" / "text_encoder")
     files = ["pipeline/text_encoder/model.safetensors", "pipeline/tokenizer/tokenizer.json"]
     return {"reading_accuracy": accuracy}, files
 
 
-def _base_stage(folder: Path, device: torch.device) -> Made:
+def _base_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
     from diffusers import AutoencoderKLFlux2
     from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
@@ -141,54 +151,68 @@ def _base_stage(folder: Path, device: torch.device) -> Made:
     encoder = Qwen3ForCausalLM.from_pretrained(folder / "pipeline" / "text_encoder").eval()
     autoencoder = AutoencoderKLFlux2.from_pretrained(folder / "pipeline" / "vae").eval()
     pipeline = make_pipeline(autoencoder, encoder, tokenizer, base.make_transformer())
-    adapter = studio_adapter(pipeline.to(device))
-    with stage("training edits", BASE_SCENES) as advance:
-        pool = base.make_pool(adapter, range(BASE_SCENES), BASE_EDITS, advance)
-    checkpoint = folder / ".base.safetensors"
-    with stage("base model", BASE_UPDATES) as advance:
-        base.train_base(adapter, pool, BASE_UPDATES, SEED, checkpoint, up_to(advance))
+    pipeline.to(device)
+    for number, phase in enumerate(base.PHASES):
+        # Other draws in each phase. A phase that is done is read from its checkpoint.
+        file, seed = folder / f".base-{number}.safetensors", SEED + 1000 * number
+        with stage(f"base model, part {number + 1} of {len(base.PHASES)}", phase.updates) as advance:
+            base.train_base(pipeline, phase, seed, file, photographs, up_to(advance))
     save_pipeline(pipeline, folder / "pipeline")
-    checkpoint.unlink(missing_ok=True)
-    measured = {"general_accuracy": general_quality(load_studio(folder, device))}
+    pipeline = load_studio(folder, device).pipeline
+    measured = {str(size): base_quality(ReducedAdapter(pipeline, size)) for size in base.ROWS}
     return measured, ["pipeline/transformer/diffusion_pytorch_model.safetensors"]
 
 
-def _teacher_stage(folder: Path, device: torch.device) -> Made:
-    adapter = load_studio(folder, device)
-    with stage(f"{len(SPECS)} teachers", teachers.UPDATES) as advance:
-        trained = teachers.train_teachers(adapter, SPECS, SEED, up_to(advance))
+def _teacher_stage(name: str, folder: Path, device: torch.device, photographs: Photographs) -> Made:
+    specs = TEACHER_STAGES[name]
+    pipeline = load_studio(folder, device).pipeline
+    # Other first weights and draws in every group.
+    seed = 1000 * SEED + list(TEACHER_STAGES).index(name)
+    with stage(f"{name}: {len(specs)} teachers", teachers.UPDATES) as advance:
+        trained = teachers.train_group(
+            pipeline, specs, seed, folder / f".{name}.safetensors", photographs, up_to(advance)
+        )
     files = []
-    for spec in SPECS:
+    for spec in specs:
         path = save_teacher(spec, trained[spec.effect], folder / "teachers")
         files += [path] if path.is_file() else sorted(path.iterdir())
-    return {"pairs": teachers.PAIRS}, [str(file.relative_to(folder)) for file in files]
+    measured: dict[str, object] = {"pairs": PAIRS}
+    for size, scenes in MEASURED.items():
+        # As they were written, in 16 bits.
+        adapter = ReducedAdapter(pipeline, size)
+        quality = teacher_quality(adapter, load_teachers(adapter, folder, [spec.effect for spec in specs]), scenes)
+        Console().print(teacher_table(quality, size))
+        measured[str(size)] = {effect: asdict(found) for effect, found in quality.items()}
+    return measured, [str(file.relative_to(folder)) for file in files]
 
 
-def _target_stage(folder: Path, device: torch.device) -> Made:
+def _target_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
     adapter = load_studio(folder, device)
-    made = make_targets(adapter, load_teachers(adapter, folder, TEACHERS), demo_config(TEACHERS, SEED))
-    write_atomic(folder / TARGETS, made.serialise())
-    return {"sources_per_effect": TARGET_SOURCES, "general": len(made.general)}, [TARGETS]
+    loras = load_teachers(adapter, folder, DEFAULT_EFFECTS)
+    made = targets.make_targets(adapter, loras, demo_config(DEFAULT_EFFECTS, SEED))
+    write_atomic(folder / targets.TARGETS, made.serialise())
+    return {"sources_per_effect": targets.TARGET_SOURCES, "general": len(made.general)}, [targets.TARGETS]
 
 
-def _baseline_stage(folder: Path, device: torch.device) -> Made:
+def _baseline_stage(folder: Path, device: torch.device, photographs: Photographs) -> Made:
     adapter = load_studio(folder, device)
-    loras = load_teachers(adapter, folder, TEACHERS)
-    rows = measure_baselines(adapter, loras, DEFAULT_EFFECTS)
-    images = {}
-    for name, row in rows.items():
-        images |= {f"{name}/{effect}": picture for effect, picture in row.pictures.items()}
+    rows = measure_baselines(adapter, load_teachers(adapter, folder, DEFAULT_EFFECTS))
+    images = {f"{name}/{effect}": picture for name, row in rows.items() for effect, picture in row.pictures.items()}
     write_atomic(folder / "baselines.json", json.dumps({name: row.to_json() for name, row in rows.items()}) + "\n")
     write_atomic(folder / "baselines.safetensors", save(images))
-    accuracy = rows["teachers_80"].row()["per_effect"]
-    return {"teacher_accuracy": accuracy, "guidance": GUIDANCE}, ["baselines.json", "baselines.safetensors"]
+    return {name: row.row() for name, row in rows.items()}, ["baselines.json", "baselines.safetensors"]
 
 
+TEACHER_STAGES = {f"teachers-{number}": group for number, group in enumerate(teachers.groups(SPECS), start=1)}
+_BASE = ("vae", "text", "base")
+_OF_THE_DEMO = tuple(
+    name for name, group in TEACHER_STAGES.items() if any(spec.effect in DEFAULT_EFFECTS for spec in group)
+)
 STAGES = {
     "vae": Stage(_vae_stage, ()),
     "text": Stage(_text_stage, ()),
     "base": Stage(_base_stage, ("vae", "text")),
-    "teachers": Stage(_teacher_stage, ("vae", "text", "base")),
-    "targets": Stage(_target_stage, ("vae", "text", "base", "teachers")),
-    "baselines": Stage(_baseline_stage, ("vae", "text", "base", "teachers")),
+    **{name: Stage(partial(_teacher_stage, name), _BASE) for name in TEACHER_STAGES},
+    "targets": Stage(_target_stage, (*_BASE, *_OF_THE_DEMO)),
+    "baselines": Stage(_baseline_stage, (*_BASE, *_OF_THE_DEMO)),
 }

@@ -1,4 +1,4 @@
-"""The optimizers of the studio's base, and how a training that was stopped goes on."""
+"""Optimizers and learning rates of the studio's training, and how one that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def make_optimizers(parameters: dict[str, Tensor]) -> dict[str, torch.optim.Opti
         "matrices": Muon(matrices, RATES["matrices"]),
         "rest": torch.optim.AdamW(rest, RATES["rest"], betas=(0.9, 0.98), weight_decay=0.01),
     }
+
+
+def rate_factor(update: int, updates: int, warmup: float, decay: float) -> float:
+    """Returns the factor of a learning rate: linear warm-up over updates, flat, linear decay to zero over the last share."""
+    return min((update + 1) / warmup, 1.0, (updates - update) / (decay * updates))
 
 
 def resume(checkpoint: Path, state: dict[str, Tensor], optimizers, generator, recipe: dict[str, object]) -> int:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from clora.studio.edits import FAMILIES, sample_edit
 from clora.studio.effects import EFFECTS
-from clora.studio.scenes import make_scene
+from clora.studio.making.optimizers import rate_factor
+from clora.studio.photographs import Photographs
+from clora.studio.scenes import COLOURS, make_scene
 from clora.studio.text import MAX_SEQUENCE_LENGTH, effect_texts
 
 TAPS = (9, 18, 27)
@@ -30,7 +32,7 @@ Meaning = tuple[str, str, str, str]
 """The kind of edit or effect, and up to three words from the slots of a prompt."""
 
 
-def draw_sentences(seed: int, count: int) -> list[tuple[str, Meaning]]:
+def draw_sentences(seed: int, count: int, photographs: Photographs | None = None) -> list[tuple[str, Meaning]]:
     """Draws prompts of general edits and, one in four, of effects, each with its meaning."""
     rng = np.random.default_rng([seed, 8])
     sentences = []
@@ -40,10 +42,12 @@ def draw_sentences(seed: int, count: int) -> list[tuple[str, Meaning]]:
             text = str(rng.choice(effect_texts(effect)))
             sentences.append((text, (f"effect {effect.name}", "", "", "")))
         else:
-            scene = make_scene(int(rng.integers(1 << 30)))
-            edit = sample_edit(scene, rng, str(rng.choice(list(FAMILIES))))
-            # The first slot may hold a colour and a shape.
-            first, second = (edit.slots[0].split() + ["", ""])[:2]
+            scene = make_scene(int(rng.integers(1 << 30)), min_objects=1, photographs=photographs)
+            edit = sample_edit(scene, rng, str(rng.choice(list(FAMILIES))), photographs=photographs)
+            # The first slot may hold a colour and a shape, or the noun of a cut-out, of one word or more.
+            first, _, second = edit.slots[0].partition(" ")
+            if first not in COLOURS:
+                first, second = edit.slots[0], ""
             sentences.append((edit.instruction, (edit.family, first, second, edit.slots[1])))
     return sentences
 
@@ -54,16 +58,16 @@ def train_text_encoder(
     updates: int,
     seed: int,
     report: Callable[[int, dict[str, float]], None],
-    draw: Callable[[int, int], list[tuple[str, Meaning]]] = draw_sentences,
+    photographs: Photographs | None = None,
 ) -> float:
     """Trains the encoder in place and freezes it; ``report(update, {"loss": ...})`` after each update.
 
-    ``draw(seed, count)`` draws the sentences. The reading is asked for at the last tokens and all of the padding, which the transformer sees too.
+    The reading is asked for at the last tokens and all of the padding, which the transformer sees too.
 
     Returns:
         The share of held-out sentences that are read wholly right at the last position.
     """
-    texts, meanings = zip(*draw(seed, NUM_SENTENCES + NUM_CHECKED), strict=True)
+    texts, meanings = zip(*draw_sentences(seed, NUM_SENTENCES + NUM_CHECKED, photographs), strict=True)
     tokens, mask = (tensor.to(encoder.device) for tensor in tokenize(tokenizer, texts))
     # The four parts of a meaning, [N, 4]; a part's values are numbered apart from those of the others.
     parts = [np.unique(part, return_inverse=True)[1] for part in zip(*meanings, strict=True)]
@@ -74,9 +78,7 @@ def train_text_encoder(
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     for update in range(updates):
-        # Warm-up over 30 updates, then flat, then down to zero over the last 40 %.
-        factor = min((update + 1) / 30, 1, (updates - update) / (0.4 * updates))
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate_factor(update, updates, warmup=30, decay=0.4)
         rows = torch.randint(NUM_SENTENCES, (BATCH,), generator=generator)
         loss = _reading_loss(heads, taps(encoder, tokens[rows], mask[rows]), mask[rows], labels[rows])
         optimizer.zero_grad(set_to_none=True)

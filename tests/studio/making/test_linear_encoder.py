@@ -6,11 +6,12 @@ import torch
 
 from clora.studio.making import vae as studio_vae
 from clora.studio.making.linear_encoder import latent_basis, principal_components, set_linear_encoder
+from clora.studio.photographs import load_photographs
 
 
 @pytest.fixture(scope="module")
 def images():
-    return studio_vae.training_images(np.random.default_rng(0), 48)
+    return studio_vae.training_images(np.random.default_rng(0), 48, 64, load_photographs())
 
 
 @pytest.fixture(scope="module")

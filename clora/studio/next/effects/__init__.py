@@ -1,9 +1,0 @@
-"""The studio's library of effects: exact image functions, each with a name, a prompt and a description."""
-
-from clora.studio.effects.registry import Effect
-from clora.studio.next.effects import colour, drawing, light, scattered, structure
-
-# The order is part of every seeded draw of an effect.
-EFFECTS: dict[str, Effect] = colour.EFFECTS | drawing.EFFECTS | structure.EFFECTS | scattered.EFFECTS | light.EFFECTS
-
-__all__ = ["EFFECTS", "Effect"]
