@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "clora" / "version.py").r
 README = ROOT / "README.md"
 
 REQUIRES = [
-    "accelerate>=1.0",  # not imported: from_pretrained uses it to load without a second copy in memory
+    "accelerate>=1.0",
     "diffusers>=0.39",  # the first release that runs ZImageOmniPipeline
     "huggingface_hub>=1.3",
     "jinja2>=3.1",

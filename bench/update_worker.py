@@ -21,6 +21,7 @@ from clora.studio import targets
 from clora.studio.assets import ASSETS, load_studio
 from clora.studio.demo_config import DEFAULT_EFFECTS, demo_config
 from clora.studio.teacher_files import load_teachers
+from clora.training.faults import LOSSES
 from clora.training.student import train_student
 
 EFFECTS = list(DEFAULT_EFFECTS)
@@ -55,7 +56,7 @@ def main() -> None:
 
     def report(update, values) -> None:
         seconds = time.process_time() - clock[0]
-        losses = {name: float(value) for name, value in values.items() if name != "loss"}
+        losses = {name: values[name] for name in LOSSES[1:] if name in values}
         print(json.dumps({"seconds": seconds, "losses": losses, "peak_mib": peak_mib() - before}), flush=True)
         if not sys.stdin.readline():
             raise Ended

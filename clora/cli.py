@@ -261,6 +261,21 @@ def inspect(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of a run, finished or not.")],
+) -> None:
+    """Write a run's report.html anew from its history: losses, gradients, rates, memory.
+
+    A run writes it too, every half a minute.
+
+    Example: [bold]clora report my-collection[/bold]
+    """
+    from clora.report.run_report import write_run_report
+
+    typer.echo(f"report: {write_run_report(run)}")
+
+
+@app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="A LoRA of any format (file or folder), or a collection.")],
     output: Annotated[Path, typer.Option(help="The new .safetensors file; for peft the new folder.")],

@@ -6,7 +6,9 @@ of tensors to send, from noise levels and routes to encoded prompts.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -125,3 +127,15 @@ def earlier_auto(device: torch.device) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the name that configs and records have for a dtype, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Returns the most memory, in GB, that tensors have had on a GPU, else that the process has had; NaN where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -137,7 +137,7 @@ def random_data(adapter: ModelAdapter, effects: Sequence[str], sources: int = 3)
 
 
 def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections: Any) -> DistillConfig:
-    """Makes a config of two updates of six rows.
+    """Makes a config of two updates of six rows, without previews and tracker.
 
     Args:
         effects: names, or whole effect entries.
@@ -162,6 +162,8 @@ def tiny_config(effects: Sequence[str] | Sequence[Mapping[str, Any]], **sections
             "batch_size": 6,
             "learning_rate": 1e-2,
             "critic_learning_rate": 1e-2,
+            "preview_every": 0,
+            "tracker": None,
         },
         "device": "cpu",
         "dtype": "float32",  # the same on every CPU

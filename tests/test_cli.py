@@ -195,6 +195,12 @@ def test_demo_bad_input(run, engine, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_report(run, engine, tmp_path):
+    calls = engine("clora.report.run_report", "write_run_report")
+    assert run("report", tmp_path)[:2] == (0, "report: /studio\n")
+    assert calls == [(tmp_path,)]
+
+
 def test_try_arguments(run, engine, tmp_path):
     calls = engine("clora.commands.try_", "try_collection")
     options = ("--effects", "a, b", "--out", "o.png", "--pictures", "p", "--seed", 3, "--pipeline", "me/base")

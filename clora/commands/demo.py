@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from clora.commands.distill import training_bar
 from clora.config.settings import DistillConfig
 from clora.data.batches import DistillData
 from clora.data.images import encode_png, fit
-from clora.devices import find_device
+from clora.devices import find_device, peak_memory_gb
 from clora.files import check_writable, write_atomic
 from clora.lora.state import LoRAState
 from clora.models.loading import load_pipeline
@@ -237,7 +236,7 @@ def _report(run: Run, rows: Mapping[str, Measured], gallery: Sequence[Shown], fo
         "updates": run.config.train.updates,
         "targets_precomputed": run.precomputed_targets,
         "seconds": run.seconds,
-        "peak_rss_mb": _peak_megabytes(),
+        "peak_memory_gb": round(peak_memory_gb(torch.device(device)), 2),
         "effects": names,
         "rows": [
             {"method": method, "precomputed": row.precomputed, **sizes[method], **measured[method]}
@@ -257,16 +256,6 @@ def _report(run: Run, rows: Mapping[str, Measured], gallery: Sequence[Shown], fo
     train = run.config.train
     phases = (("anchoring", round(train.anchor_share * train.updates)), ("matching", train.updates))
     return write_report(run.folder, metrics, gallery, columns, images, run.curves, phases)
-
-
-def _peak_megabytes() -> int | None:
-    """Returns the process's peak memory; None where the system does not report it (Windows)."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return None
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kilobytes
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def _sizes(

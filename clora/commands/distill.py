@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from clora.collection.write import (
 from clora.commands.checks import find_file_problems
 from clora.commands.folder import CACHE, CHECKPOINT, EARLIER_CHECKPOINT, FINISHED, with_run_dtype
 from clora.commands.inputs import Inputs, hash_pictures, inputs_digest, read_inputs, trained_on
+from clora.commands.tracking import find_tracker, tracked
+from clora.commands.watching import watched
 from clora.config.settings import DistillConfig
 from clora.config.training import TrainConfig
 from clora.data.cache import Cache
@@ -39,8 +42,13 @@ from clora.lora.state import LoRAState
 from clora.models import ModelAdapter
 from clora.models.loading import load_adapter, load_teacher
 from clora.progress import say, stage, up_to
+from clora.report.history import HISTORY
+from clora.report.previews import PREVIEWS
+from clora.report.run_report import RUN_REPORT
 from clora.stopping import Stopped, StopRequest, stop_requests
 from clora.studio import assets
+from clora.training.faults import LOSSES
+from clora.training.previews import Previews
 from clora.training.resume import Checkpoints
 from clora.training.student import first_student, student_layers, train_student
 from clora.training.trainer import Report
@@ -133,8 +141,16 @@ def _distill(
             data = encode_data(config, adapter, teachers, cache, device)
             _check_unchanged(inputs, config)
             start = first_student(config, adapter, teachers, data, checkpoints)
-            with training_bar(f"distil into {output.name}", config.train) as report:
-                student = train_student(config, adapter, teachers, data, report, checkpoints, stop, start)
+            first = checkpoints.last_update() or 0
+            with (
+                training_bar(f"distil into {output.name}", config.train) as show,
+                tracked(find_tracker(config.train.tracker), output, config.model_dump(mode="json")) as log,
+                watched(output, first, device, show, log) as report,
+            ):
+                previews = None
+                if data.previews is not None:
+                    previews = Previews(config, adapter, data, output / PREVIEWS, device, first)
+                student = train_student(config, adapter, teachers, data, report, checkpoints, stop, start, previews)
             write_collection(student, collection, output, transformer.dtype, repo_id)
             _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
         _tidy_up(output, config, checkpoints)
@@ -277,10 +293,13 @@ def _add_samples(output: Path, destination: Destination | None, draw: Callable[[
         say(f"no {SAMPLES_FILE} is made: {reason}")
 
 
+OWN_FILES = "|".join(map(re.escape, ("README.md", LORA_FILE, SAMPLES_FILE, HISTORY, RUN_REPORT)))
+
+
 def remove_run_orphans(output: Path) -> None:
     """Removes what killed runs left half-written in an output folder, which this run holds."""
     for folder in (output, output / "scheduler"):
-        remove_orphans(folder, rf"README\.md|{LORA_FILE}|{SAMPLES_FILE}|scheduler_config\.json|{EARLIER_CHECKPOINT}")
+        remove_orphans(folder, rf"{OWN_FILES}|scheduler_config\.json|{EARLIER_CHECKPOINT}")
     remove_orphans(output / CHECKPOINT, r"\d+\.safetensors")
     with suppress(OSError):  # not empty, or not there
         (output / CHECKPOINT).rmdir()
@@ -308,9 +327,10 @@ def training_bar(title: str, train: TrainConfig) -> Iterator[Report]:
         move = up_to(advance)
 
         def report(update: int, values: Mapping[str, float]) -> None:
+            losses = {name: values[name] for name in LOSSES if name in values}
             if seconds is None:
-                move(update, values)
+                move(update, losses)
             else:
-                move(min(round(time.monotonic() - start), seconds), {"update": update, **values})
+                move(min(round(time.monotonic() - start), seconds), {"update": update, **losses})
 
         yield report

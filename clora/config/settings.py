@@ -56,7 +56,7 @@ ADDED: dict[str, dict[str, Any]] = {
     },
 }
 """Settings that earlier versions lacked, and the values that they acted by."""
-NEVER_RECORDED = {"train": {"keep_checkpoints", "stop_after"}}
+NEVER_RECORDED = {"train": {"keep_checkpoints", "preview_every", "stop_after", "tracker"}}
 """Settings that no result depends on, and that earlier versions lacked."""
 
 

@@ -95,6 +95,11 @@ class TrainConfig(FrozenModel):
             host, which count at small pictures and batches. Only on NVIDIA GPUs, with all teachers and weights on the GPU.
             It changes the result in its last digits; nothing is merged. Not measured yet.
         checkpoint_every: updates between two checkpoints.
+        preview_every: updates between two previews, what the student makes of fixed pictures; ``auto`` draws them as often as
+            takes 2 % of the time, 0 never.
+        tracker: where the numbers of a run go besides its report: a tracker that accelerate knows (``tensorboard``, ``wandb``,
+            ``trackio``, ``mlflow``, ...), which takes its key from its own environment; ``auto`` is TensorBoard where that is
+            installed, None is none.
         keep_checkpoints: number of the newest checkpoints that are kept; if one is damaged, the one before is continued.
         minutes: end the training, and write the collection, after this time; None for no limit.
         stop_after: stop the run, with a checkpoint and the exit code 75, after this number of minutes since its start, to be
@@ -123,6 +128,8 @@ class TrainConfig(FrozenModel):
     compile: bool = False
     cuda_graphs: bool = False
     checkpoint_every: Positive = 500
+    preview_every: Count | Literal["auto"] = "auto"
+    tracker: str | None = "auto"
     keep_checkpoints: Positive = 2
     minutes: PositiveFloat | None = None
     stop_after: PositiveFloat | None = None

@@ -40,6 +40,22 @@ class EffectSamples(NamedTuple):
     empty_text: Tensor
 
 
+class Previews(NamedTuple):
+    """What people watch a training by: one picture for each of E effects, which no training sees if some are held out.
+
+    Attributes:
+        pictures: E images ``[3, H, W]`` in [-1, 1].
+        sources: ``[E, S, C]`` the same encoded.
+        targets: ``[E, T, C]`` what the teachers make of them.
+        student_text: ``[E]`` rows of the student's first prompt in `DistillData.text`.
+    """
+
+    pictures: list[Tensor]
+    sources: Latents
+    targets: Latents
+    student_text: Tensor
+
+
 @dataclass(frozen=True)
 class DistillData:
     """Everything a distillation reads, encoded once, on the CPU or in files; built by `of`.
@@ -56,6 +72,7 @@ class DistillData:
         general_pairs: ``[Q, 3]`` the general stream's pairs: source, row of the instruction, row of the empty prompt.
         general_targets: ``[Q, T, C]`` what the base makes of these pairs, or None. With them the general stream is
             anchored like effects.
+        previews: None where a training shows none.
     """
 
     effects: tuple[str, ...]
@@ -68,6 +85,7 @@ class DistillData:
     general_sources: Latents
     general_pairs: Tensor
     general_targets: Latents | None = None
+    previews: Previews | None = None
 
     def __post_init__(self) -> None:
         if self.general_targets is not None and len(self.general_targets) != len(self.general_pairs):
@@ -82,6 +100,7 @@ class DistillData:
         general_sources: Latents,
         general_pairs: Tensor,
         general_targets: Latents | None = None,
+        previews: Previews | None = None,
     ) -> DistillData:
         """Stacks the effects; one with fewer samples or phrasings than others repeats its own in turn."""
         samples = torch.arange(max(len(effect.targets) for effect in effects))
@@ -97,7 +116,7 @@ class DistillData:
             prompts.append((teacher, student, empty))
         names = tuple(effect.name for effect in effects)
         stacked = (*map(stack, zip(*latents, strict=True)), *map(torch.stack, zip(*prompts, strict=True)))
-        return cls(names, text, *stacked, general_sources, general_pairs, general_targets)
+        return cls(names, text, *stacked, general_sources, general_pairs, general_targets, previews)
 
 
 def general_pair(pair: Tensor, num_sources: int, num_texts: int) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from clora.bank.bank import AdapterBank
+from clora.bank.slots import Slots
 from clora.devices import send
 from clora.flow.matching import student_schedule
 from clora.flow.sampling import euler_sample, few_step_sample, guided
@@ -20,7 +22,7 @@ Report = Callable[[int], None]
 
 
 class Generator:
-    """Samples from the LoRAs of a bank, or from a plain transformer where the bank is None.
+    """Samples from the LoRAs of a bank (or from ``slots``, such as trained ones), or from a plain transformer where it is None.
 
     Noise is drawn per sample from its own seed, so that a result does not depend on the batch it was computed in.
     Inputs and outputs are on the CPU; one batch at a time is on the transformer's device. Latents are in the dtype
@@ -33,11 +35,13 @@ class Generator:
         bank: AdapterBank | None = None,
         batch_size: int = 24,
         report: Report = lambda passes: None,
+        slots: Slots | None = None,
     ):
         self.adapter = adapter
         self.bank = bank
         self.batch_size = batch_size
         self.report = report
+        self.slots = slots
         self.device = adapter.pipeline.transformer.device
 
     def euler(
@@ -97,10 +101,13 @@ class Generator:
             self.report(len(x))
             if self.bank is None:
                 return self.adapter.velocity(x, sigma, conditioning)
-            with self.bank.placed(ids) as slots, self.bank.route(slots, ids):
+            with self._slots(ids) as slots, self.bank.route(slots, ids):
                 return self.adapter.velocity(x, sigma, conditioning)
 
         return velocity
+
+    def _slots(self, ids: Tensor) -> AbstractContextManager[Slots]:
+        return self.bank.placed(ids) if self.slots is None else nullcontext(self.slots)
 
     def _noise(self, seeds: list[int], draw: int = 0) -> Tensor:
         """Noise of each sample ``[B, T, C]``, in the latents' dtype on the device; ``draw`` counts those of a sample."""

@@ -29,11 +29,11 @@ class ImageFolder:
     Args:
         folder: as in `load_images`.
         size: height and width.
-        limit: at most this number; None for all.
+        chosen: which of them, in the order of `list_images`.
     """
 
-    def __init__(self, folder: str | Path, size: tuple[int, int], limit: int | None = None):
-        self._files = list_images(folder)[:limit]
+    def __init__(self, folder: str | Path, size: tuple[int, int], chosen: slice = slice(None)):
+        self._files = list_images(folder)[chosen]
         self._size = size
 
     def __len__(self) -> int:

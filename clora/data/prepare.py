@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clora.config.settings import DistillConfig, general_instructions
-from clora.data.batches import DistillData, EffectSamples, general_pair
+from clora.data.batches import DistillData, EffectSamples, Previews, general_pair
 from clora.data.cache import Cache
 from clora.data.encoders import Encoders, Pictures, PromptTable
 from clora.data.images import ImageFolder, list_images
@@ -30,9 +30,12 @@ from clora.progress import say, stage
 
 MAX_PAIRS = 512  # general pairs, where each needs its own encoding and no general targets limit them
 NO_CACHE = Cache(None)
+HELD_OUT = " "
+"""Name of the set of pictures that are held out; no effect has a blank one."""
+PREVIEW_PICTURES = 4
 
-Read = Callable[[str, int | None], Tensor | ImageFolder]
-"""Finds the first images of a folder ``[N, 3, H, W]``, all of them for None."""
+Read = Callable[[str, slice], Tensor | ImageFolder]
+"""Finds some images of a folder: ``[N, 3, H, W]``."""
 
 
 @dataclass(frozen=True)
@@ -76,26 +79,26 @@ def encode_data(
         CloraError: images, pairs or prompts that cannot be used.
     """
 
-    def read(folder: str, limit: int | None) -> ImageFolder:
-        return ImageFolder(folder, config.data.size, limit)
+    def read(folder: str, chosen: slice) -> ImageFolder:
+        return ImageFolder(folder, config.data.size, chosen)
 
     if note := pairs_note(config, adapter.text_sees_image):
         say(note)
     with stage("encode images and prompts", None), Encoders(adapter, cache, device) as encoders:
         check_pairs(config)
-        shared, effects, pairs, table = _rows(config, adapter.text_sees_image, read)
+        shared, effects, pairs, previewed, table = _rows(config, adapter.text_sees_image, read)
         text = table.encode(encoders)
         # Images that several effects use are encoded once, under the name of their set.
         latents = {shared.name: encoders.sources(shared, config.data.sources)}
-        for name, effect in effects.items():
+        for name, effect in [*effects.items(), *previewed.items()]:
             if effect.pictures.name not in latents:
-                latents[name] = encoders.sources(effect.pictures, _folder(config, name))
+                latents[effect.pictures.name] = encoders.sources(effect.pictures, _folder(config, name))
         sources = {name: select(latents[effect.pictures.name], effect.used) for name, effect in effects.items()}
         # Given results are encoded as they are; what is missing here is rendered below.
         targets: dict[str, Latents] = {}
         for effect in config.effects:
             if effect.targets is not None:
-                results = Pictures(effect.name, read(effect.targets, None))
+                results = Pictures(effect.name, read(effect.targets, slice(None)))
                 targets[effect.name] = encoders.results(results, effect.targets)
     # The encoders have left the device: the transformer takes their place, first to render, then to train.
     if device is not None:
@@ -103,14 +106,15 @@ def encode_data(
     renders = CachedTargets(config, adapter, table, text, cache, encoders.components)
     rendering = {name: lora for name, lora in teachers.items() if name not in targets}
     if rendering:
-        targets |= _rendered(renders, rendering, effects, sources)
+        targets |= _rendered("render targets", renders, rendering, effects, sources)
     samples = [
         EffectSamples(name, sources[name], targets[name], effect.teacher, effect.student, effect.empty)
         for name, effect in effects.items()
     ]
     general = latents[shared.name]
     general_targets = _general_targets(renders, shared, general, pairs)
-    return DistillData.of(text, samples, general, pairs, general_targets)
+    previews = _previews(renders, teachers, previewed, latents) if previewed else None
+    return DistillData.of(text, samples, general, pairs, general_targets, previews)
 
 
 class DataCount(NamedTuple):
@@ -132,16 +136,17 @@ def count_data(config: DistillConfig, text_sees_image: bool) -> DataCount:
         CloraError: a folder of images or a file of instructions cannot be read.
     """
 
-    def read(folder: str, limit: int | None) -> Tensor:
-        return torch.empty(len(list_images(folder)[:limit]), 0)  # images without pixels
+    def read(folder: str, chosen: slice) -> Tensor:
+        return torch.empty(len(list_images(folder)[chosen]), 0)  # images without pixels
 
-    shared, effects, pairs, table = _rows(config, text_sees_image, read)
+    shared, effects, pairs, previewed, table = _rows(config, text_sees_image, read)
     own = [effect.pictures for effect in effects.values() if effect.pictures is not shared]
+    own += [effect.pictures for effect in [*previewed.values()][:1] if effect.pictures is not shared]
     rendered = [len(effects[effect.name].used) for effect in config.effects if effect.targets is None]
     return DataCount(
         sources=sum(len(pictures.pixels) for pictures in (shared, *own)),
         prompts=len(table.prompts),
-        renders=sum(rendered) + (len(pairs) if renders_general(config) else 0),
+        renders=sum(rendered) + len(previewed) + (len(pairs) if renders_general(config) else 0),
     )
 
 
@@ -167,13 +172,32 @@ def renders_general(config: DistillConfig) -> bool:
 
 def _rows(
     config: DistillConfig, text_sees_image: bool, read: Read
-) -> tuple[Pictures, dict[str, EffectRows], Tensor, PromptTable]:
-    """The shared images, each effect's rows, the general pairs, and the table of all their prompts."""
+) -> tuple[Pictures, dict[str, EffectRows], Tensor, dict[str, EffectRows], PromptTable]:
+    """The shared images, each effect's rows, the general pairs, the rows of previews, and the table of all their prompts."""
     # Effects without images of their own and the general stream share these; no effect can have the name "".
-    shared = Pictures("", read(config.data.sources, num_shared(config)))
+    shared = Pictures("", read(config.data.sources, slice(num_shared(config))))
     table = PromptTable(text_sees_image)
     effects = _effect_rows(config, shared, table, read)
-    return shared, effects, _general_pairs(config, shared, table), table
+    pairs = _general_pairs(config, shared, table)
+    return shared, effects, pairs, _previewed(config, shared, table, read), table
+
+
+def _previewed(config: DistillConfig, shared: Pictures, table: PromptTable, read: Read) -> dict[str, EffectRows]:
+    """One row for each effect: a held-out picture, else one that is trained on; none where previews are switched off."""
+    if config.train.preview_every == 0:
+        return {}
+    pictures = shared
+    if config.data.held_out:
+        first = num_shared(config)
+        pictures = Pictures(HELD_OUT, read(config.data.sources, slice(first, first + PREVIEW_PICTURES)))
+    count = min(len(pictures.pixels), PREVIEW_PICTURES)
+    rows = {}
+    for i, effect in enumerate(config.effects):
+        used = torch.tensor([i % count])
+        prompts = effect.prompt, effect.student_prompts[0], ""
+        teacher, student, empty = (table.rows(prompt, pictures, used) for prompt in prompts)
+        rows[effect.name] = EffectRows(pictures, used, teacher, student[None], empty)
+    return rows
 
 
 def num_shared(config: DistillConfig) -> int:
@@ -194,7 +218,7 @@ def _effect_rows(config: DistillConfig, shared: Pictures, table: PromptTable, re
     for effect in config.effects:
         # Given pairs are all used; a teacher renders no more than ``sources_per_effect``.
         limit = config.data.sources_per_effect if effect.targets is None else None
-        own = shared if effect.sources is None else Pictures(effect.name, read(effect.sources, limit))
+        own = shared if effect.sources is None else Pictures(effect.name, read(effect.sources, slice(limit)))
         pictures.append(own)
         counts.append(min(len(own.pixels), limit or len(own.pixels)))
     # Every teacher renders as many as the one with the most sources: fewer are rendered again with other seeds.
@@ -234,7 +258,25 @@ def _general_pairs(config: DistillConfig, shared: Pictures, table: PromptTable) 
     return torch.stack([source, torch.cat(prompt), table.rows("", shared, source)], dim=1)
 
 
+def _previews(
+    renders: CachedTargets,
+    teachers: Mapping[str, LoRAState],
+    rows: Mapping[str, EffectRows],
+    latents: Mapping[str, Latents],
+) -> Previews:
+    """Renders what the teachers make of the pictures of previews."""
+    sources = {name: select(latents[row.pictures.name], row.used) for name, row in rows.items()}
+    targets = _rendered("render previews", renders, teachers, rows, sources)
+    return Previews(
+        [row.pictures.pixels[int(row.used)] for row in rows.values()],
+        stack(list(sources.values())).flatten(0, 1),
+        stack(list(targets.values())).flatten(0, 1),
+        torch.cat([row.student[0] for row in rows.values()]),
+    )
+
+
 def _rendered(
+    title: str,
     renders: CachedTargets,
     teachers: Mapping[str, LoRAState],
     effects: Mapping[str, EffectRows],
@@ -253,7 +295,7 @@ def _rendered(
         images += [effect.pictures.digests[i] for i in effect.used.tolist()]
         names += [f"picture {i + 1} of {_folder(renders.config, name)}" for i in effect.used.tolist()]
     # The renders come teacher by teacher: [E M, T, C], cut into one [M, T, C] for each.
-    latents = renders.render("render targets", teachers, samples, images, names)
+    latents = renders.render(title, teachers, samples, images, names)
     rows = torch.arange(len(latents)).view(len(teachers), -1)
     return {name: select(latents, own) for name, own in zip(teachers, rows, strict=True)}
 

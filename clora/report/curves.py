@@ -103,10 +103,13 @@ class _Axes:
             yield f'fill-opacity="{opacity}"/><text x="{left + 4:.1f}" y="{TOP - 8}" fill-opacity=".65">{html.escape(name)}</text>'
 
     def ticks(self) -> Iterator[str]:
+        # As many digits as tell neighbours apart.
+        largest = max(abs(self.low), abs(self.high))
+        digits = max(4, 2 + math.ceil(math.log10(largest / (self.high - self.low))))
         for value in ticks(self.low, self.high, self.logarithmic):
             y = self.y(value)
             yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity=".15"/>'
-            yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" fill-opacity=".65">{value:.4g}</text>'
+            yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" fill-opacity=".65">{value:.{digits}g}</text>'
         for value in ticks(self.first, self.last, logarithmic=False):
             x = self.x(value)
             if value == round(value) and LEFT + 8 < x < WIDTH - 8:

@@ -16,6 +16,14 @@ MEANINGS = {
     "dmd_bs": "Distribution matching on the student's own few-step samples (backward simulation).",
     "dmd_ts": "Distribution matching on noised renders (target simulation): the last steps of the student's schedule.",
     "critic": "Flow matching of the critic on the student's samples: how well it knows what the student makes.",
+    "student_gradient": "Norm of the student's gradient, before it is clipped.",
+    "critic_gradient": "Norm of the critic's gradient, before it is clipped.",
+    "student_change": "How much the student changes the base's weights, as a share of their size; a run stops at 10.",
+    "critic_change": "How much the critic changes the base's weights, as a share of their size; a run stops at 10.",
+    "student_rate": "Learning rate of the student.",
+    "critic_rate": "Learning rate of the critic.",
+    "updates_per_second": "Speed of the training.",
+    "memory_gb": "Peak memory of the process (on a GPU: of its tensors there) so far, in GB.",
 }
 """What a curve shows, by its name."""
 
@@ -52,9 +60,9 @@ def drawn_curves(curves: Mapping[str, Curve], phases: Phases = ()) -> list[Drawn
     return drawn
 
 
-def data_uri(png: bytes) -> str:
-    """Returns a picture as an address that a page can hold."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def data_uri(picture: bytes, kind: str = "png") -> str:
+    """Returns a picture's file as an address that a page can hold."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
 
 
 def plain_json(value: Any) -> Any:

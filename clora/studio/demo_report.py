@@ -116,7 +116,7 @@ def write_report(
 
     Args:
         folder: where to; created where it is missing.
-        metrics: ``seed, device, threads, dtype, updates, targets_precomputed, seconds, peak_rss_mb, effects, rows``
+        metrics: ``seed, device, threads, dtype, updates, targets_precomputed, seconds, peak_memory_gb, effects, rows``
             as `clora demo` documents them; a row for each of `METHODS`. A value that is not finite is written as null.
             ``intervals`` of a row and ``against_teachers``, the paired differences of clora's from theirs, may be missing.
         gallery: what the first screen shows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,16 @@ from torch import Tensor
 from clora.errors import CloraError
 from clora.training.divergence import LARGEST_CHANGE, LossLevels
 
+LOSSES = ("loss", "anchor", "dmd_bs", "dmd_ts", "critic")
+"""Names of the student's loss, its terms and the critic's loss among an update's numbers."""
+
 
 @dataclass(frozen=True)
 class StepCheck:
     """The outcome of an optimizer step, still on the device: numbers for the report, and the signs of a fault.
 
     Attributes:
-        step: update and LoRA, as in ``update 3: the student``.
+        step: the LoRA, as in ``the student``.
         values: numbers for the report, ``[]`` each.
         nonfinite: ``[R]`` bool: rows whose loss is not finite.
         gradient_norm: ``[]`` norm of the gradient of all parameters.
@@ -48,15 +52,16 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
     """Reads the checks of an update, which waits for the device once.
 
     Returns:
-        The numbers of all steps; of two with the same name the later one's.
+        The numbers of all steps, and for each LoRA, such as the student, ``student_gradient`` and ``student_change``, the norm of
+        its gradient and `StepCheck.change`; of two with the same name the later one's.
 
     Raises:
         CloraError: a loss or a gradient is not finite, or the weights have exploded; describes the first such step.
     """
-    # Two flags, the change and then the numbers of each step, in one tensor: reading it is the only wait.
+    # A flag, the norm, the change and then the numbers of each step, in one tensor: reading it is the only wait.
     found = []
     for check in checks:
-        found += [check.nonfinite.any(), ~torch.isfinite(check.gradient_norm), check.change, *check.values.values()]
+        found += [check.nonfinite.any(), check.gradient_norm, check.change, *check.values.values()]
     read = iter(torch.stack(found).tolist())
     values = {}
     for check in checks:
@@ -65,15 +70,17 @@ def raise_first(checks: Sequence[StepCheck]) -> dict[str, float]:
             raise CloraError(
                 f"{check.step}'s loss is not finite ({source}); lower the learning rates, or check this effect's teacher"
             )
-        if next(read):
+        norm, change = next(read), next(read)
+        if not math.isfinite(norm):
             raise CloraError(f"{check.step}'s gradient is not finite; {check.strongest_source}; lower {check.rates}")
-        change = next(read)
         if not change <= LARGEST_CHANGE:
             raise CloraError(
                 f"{check.step}'s weights have exploded: they change the base by {change:.3g} times its own size, expected "
                 f"at most {LARGEST_CHANGE:g}; {check.strongest_source}; lower {check.rates}"
             )
         values |= {name: next(read) for name in check.values}
+        name = check.step.removeprefix("the ")
+        values |= {f"{name}_gradient": norm, f"{name}_change": change}
     return values
 
 

@@ -24,6 +24,8 @@ FREE_TO_CHANGE = {
         "stop_after",
         "checkpoint_every",
         "keep_checkpoints",
+        "preview_every",
+        "tracker",
         "export",
         "gradient_rows",
         "forward_rows",

@@ -17,6 +17,7 @@ from clora.lora.state import LoRAModule, LoRAState, fresh_lora
 from clora.models import ModelAdapter
 from clora.stopping import StopRequest
 from clora.training.least_squares import least_squares_start
+from clora.training.previews import Previews
 from clora.training.resume import Checkpoints
 from clora.training.steps import CRITIC
 from clora.training.trainer import DistillTrainer, Report
@@ -31,6 +32,7 @@ def train_student(
     checkpoints: Checkpoints | None = None,
     stop: StopRequest | None = None,
     start: LoRAState | None = None,
+    previews: Previews | None = None,
 ) -> LoRAState:
     """Distils the teachers into one LoRA of rank ``config.student.rank``; the transformer is left as it was.
 
@@ -45,6 +47,7 @@ def train_student(
         stop: looked at after every update.
         start: from `first_student`, which shows a progress of its own: a caller with a bar for the training makes it before.
             None to make it here.
+        previews: drawn while it trains.
 
     Raises:
         CloraError: training diverged; names update, effect and term.
@@ -61,7 +64,7 @@ def train_student(
         trainer = DistillTrainer(config, adapter, bank, data, student, student)
         del student  # bank and trainer have copies
         teachers.clear()
-        trainer.fit(report, checkpoints, stop)
+        trainer.fit(report, checkpoints, stop, previews)
     return trainer.exported()
 
 

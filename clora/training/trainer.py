@@ -32,12 +32,13 @@ from clora.training.checkpoint import DamagedCheckpoint, load_state, save_state
 from clora.training.divergence import CALM_CHANGE, CALM_RISE, SOON, LossLevels
 from clora.training.faults import StepCheck, raise_explosion, raise_first
 from clora.training.optimizers import make_average, make_optimizer
+from clora.training.previews import Previews
 from clora.training.resume import Checkpoints, check_resumable, check_same, resumable_settings
 from clora.training.schedules import LearningRates
 from clora.training.steps import CRITIC, STUDENT, TrainingSteps, teacher_ids
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""``report(update, values)``, called after every student update."""
+"""``report(update, values)``, called after every student update with the terms of the losses (`LOSSES`), gradients and rates."""
 
 
 class DistillTrainer:
@@ -86,13 +87,20 @@ class DistillTrainer:
         self.matching = False
         self.threads: int | None = None
 
-    def fit(self, report: Report, checkpoints: Checkpoints | None = None, stop: StopRequest | None = None) -> None:
+    def fit(
+        self,
+        report: Report,
+        checkpoints: Checkpoints | None = None,
+        stop: StopRequest | None = None,
+        previews: Previews | None = None,
+    ) -> None:
         """Trains to ``train.updates`` student updates, or until ``train.minutes`` have passed.
 
         Args:
             report: called after every student update.
             checkpoints: the newest is resumed from, one is written every ``train.checkpoint_every`` updates and at the
                 end.
+            previews: drawn of the student as it would be exported, before the first update too.
             stop: looked at after every update, the last one too; a checkpoint is written before the run stops.
 
         Raises:
@@ -116,6 +124,7 @@ class DistillTrainer:
                 ways.enter_context(graphed_blocks(self.bank))
             if train.gradient_checkpointing:
                 ways.enter_context(recomputed_blocks(self.bank))
+            self._preview(previews)
             while (progress := self._progress()) < 1:
                 self._set_learning_rates(progress)
                 with about(f"update {self.update + 1}"):
@@ -124,7 +133,8 @@ class DistillTrainer:
                     self.average.step(self.student.parameters())
                 self.update += 1
                 self.seconds = time.monotonic() - start
-                report(self.update, values)
+                report(self.update, values | self._rates())
+                self._preview(previews)
                 if self.update % train.checkpoint_every == 0:
                     self._keep(checkpoints)
                 if stop.is_requested:
@@ -222,16 +232,34 @@ class DistillTrainer:
         for optimizer, rate in zip(self.optimizers.values(), rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
 
+    def _rates(self) -> dict[str, float]:
+        """The learning rates of the update that was made; the critic's where it learns."""
+        names = (STUDENT, CRITIC) if self.matching and self._has_critic else (STUDENT,)
+        return {f"{name}_rate": self.optimizers[name].param_groups[0]["lr"] for name in names}
+
+    def _preview(self, previews: Previews | None) -> None:
+        if previews is not None and (previews.is_due(self.update) or self._progress() >= 1):
+            with self._as_exported():
+                previews.draw(self.bank, self.student, self.update)
+
     def exported(self) -> LoRAState:
         """Copies the LoRA that the collection gets: the student, or its moving average (``train.export``)."""
-        if self.average is None or self.config.train.export == "student":
+        with self._as_exported():
             return self.student.state(STUDENT)
+
+    @contextmanager
+    def _as_exported(self) -> Iterator[None]:
+        """Inside, the student has the weights that the collection gets."""
+        if self.average is None or self.config.train.export == "student":
+            yield
+            return
         parameters = self.student.parameters()
         self.average.store(parameters)
         self.average.copy_to(parameters)
-        state = self.student.state(STUDENT)
-        self.average.restore(parameters)
-        return state
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
 
     def save(self, path: Path, inputs: Mapping[str, str] | None = None) -> None:
         """Writes everything that a bit-exact resume needs, and the hashes of what was trained on (`Checkpoints`)."""

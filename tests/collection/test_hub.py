@@ -138,6 +138,7 @@ def test_distill_uploads_the_collection_and_nothing_else(hub, config, monkeypatc
     def encode(config, adapter, teachers, cache, device):
         assert hub.created == [], "no repository before there is a collection"
         assert "samples.png, which shows pictures from training, is " in capsys.readouterr().err
+        return SimpleNamespace(previews=None)
 
     def train(config, adapter, teachers, data, report, *rest):
         (tmp_path / "out" / "mine.txt").write_text("not the collection's")
@@ -161,7 +162,7 @@ def test_what_has_changed_is_not_uploaded(hub, config, monkeypatch, tmp_path):
         file = tmp_path / "out" / LORA_FILE
         file.write_bytes(file.read_bytes()[:-1] + b"x")
 
-    monkeypatch.setattr(engine, "encode_data", lambda *arguments: None)
+    monkeypatch.setattr(engine, "encode_data", lambda *arguments: SimpleNamespace(previews=None))
     monkeypatch.setattr(engine, "train_student", lambda config, adapter, teachers, *rest: teachers["snow"])
     monkeypatch.setattr(engine, "_add_samples", damage)
     with pytest.raises(CloraError, match="is not uploaded: its files are no longer as they were written"):
@@ -171,7 +172,7 @@ def test_what_has_changed_is_not_uploaded(hub, config, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("is_edited", [False, True])
 def test_a_finished_collection_is_uploaded_without_training_again(hub, config, monkeypatch, is_edited):
-    monkeypatch.setattr(engine, "encode_data", lambda *arguments: None)
+    monkeypatch.setattr(engine, "encode_data", lambda *arguments: SimpleNamespace(previews=None))
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_student", lambda config, adapter, teachers, *rest: teachers["snow"])
         card = distill(config) / "README.md"

@@ -28,6 +28,7 @@ from clora.studio import assets
 from clora.testing import SIZE, tiny_config, tiny_pipeline
 
 EFFECTS = ("blueprint", "snow")
+WATCHED = ("history.jsonl", "previews", "report.html")
 
 
 def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_encoded(make_config, monkeypatch):
@@ -37,10 +38,10 @@ def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_encoded(make_c
 
 
 def test_two_files_become_one_collection(make_config, loras, tiny_folder, tmp_path):
-    config = make_config()
+    config = make_config(train={"preview_every": "auto"})
     folder = distill(config)
     assert folder == tmp_path / "out"
-    assert {"README.md", LORA_FILE, "samples.png", "scheduler"} == {
+    assert {"README.md", LORA_FILE, "samples.png", "scheduler", *WATCHED} == {
         p.name for p in folder.iterdir() if not p.name.startswith(".")
     }
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder)

@@ -21,6 +21,7 @@ from clora.data import rendering as targets_module
 from clora.errors import CloraError
 from clora.hashing import digest
 from clora.models.fingerprint import component_fingerprints
+from clora.report.history import HISTORY, read_history
 from clora.testing import tiny_pipeline
 from clora.training.checkpoint import save_state
 from clora.training.resume import FREE_TO_CHANGE, Checkpoints
@@ -31,7 +32,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_config, monkeypatch, capsys):
+def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_config, monkeypatch, capsys, tmp_path):
     config, stop_after = make_config(train={"updates": 3, "checkpoint_every": 2}), 1
     iterate = DistillTrainer._iterate
 
@@ -51,6 +52,8 @@ def test_a_stopped_run_reports_what_it_kept_and_from_where_it_goes_on(make_confi
     stop_after = None
     distill(config)
     assert "resuming at update 2 of" in capsys.readouterr().err
+    records = read_history(tmp_path / "out" / HISTORY)
+    assert [record.update for record in records] == [2, 3], "what was stopped and what went on"
     distill(config.model_copy(update={"seed": 1}))
     assert "finished collection of other settings or inputs, which this run replaces" in capsys.readouterr().err
 

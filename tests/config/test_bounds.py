@@ -75,6 +75,7 @@ NUMBERS = [
     "train.forward_rows",
     "train.teacher_memory_gb",
     "train.checkpoint_every",
+    "train.preview_every",
     "train.keep_checkpoints",
     "train.minutes",
     "train.stop_after",

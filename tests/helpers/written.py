@@ -15,6 +15,8 @@ from clora.collection.metadata import LORA_FILE, SAMPLES_FILE, read_collection
 from clora.collection.write import SCHEDULER_FILE, WEIGHTS_DIGEST, _scheduler_text
 from clora.commands.distill import CACHE, FINISHED
 from clora.hashing import digest, tensor_digest
+from clora.report.history import HISTORY
+from clora.report.run_report import RUN_REPORT
 from clora.training.checkpoint import load_values
 
 # The first place of each phase is the first that has this in its path.
@@ -28,9 +30,13 @@ BEGINNINGS = {
 }
 
 
+TIMED = (HISTORY, RUN_REPORT)
+"""What states how long a run took, and so differs from another's."""
+
+
 def files_of(folder: Path) -> dict[Path, bytes]:
-    """Returns the bytes of every file in a folder."""
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """Returns the bytes of every file in a folder but for `TIMED`."""
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name not in TIMED}
 
 
 def phases(places: Sequence[str]) -> dict[str, range]:
@@ -49,7 +55,7 @@ class Written:
 
     Attributes:
         folders: names of all folders in it.
-        files: the bytes of each file by its name, except for the last checkpoint, which states how long the run took.
+        files: the bytes of each file by its name, except for the last checkpoint and `TIMED`, which state how long it took.
         finished: digest of the tensors of that checkpoint.
     """
 
@@ -59,7 +65,7 @@ class Written:
 
     @staticmethod
     def read(output: Path) -> Written:
-        paths = {str(path.relative_to(output)): path for path in output.rglob("*")}
+        paths = {str(path.relative_to(output)): path for path in output.rglob("*") if path.name not in TIMED}
         finished = tensor_digest(load_file(paths.pop(FINISHED)))
         files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
         return Written(frozenset({*paths} - {*files}), files, finished)

@@ -74,6 +74,12 @@ def test_ticks_are_few_and_round(low, high, logarithmic):
     assert all(re.fullmatch(r"-?\d(\.?\d{0,4})e[+-]\d+", f"{value:.4e}".replace("0000e", "e")) for value in found)
 
 
+def test_marks_of_a_narrow_range_differ():
+    root = ElementTree.fromstring(draw_curve([(1, 0.29981), (2, 0.299812), (3, 0.299815)]))
+    texts = [text.text for text in root.iter("text") if text.get("text-anchor") == "end"]
+    assert len(texts) == len(set(texts)) >= 3
+
+
 def test_smooth_keeps_a_line_and_the_length():
     line = np.arange(100.0)
     assert np.allclose(smooth(line), line)

@@ -49,7 +49,7 @@ def metrics():
         "updates": 496,
         "targets_precomputed": True,
         "seconds": seconds,
-        "peak_rss_mb": 9.0,
+        "peak_memory_gb": 9.0,
         "effects": EFFECTS,
         "rows": rows,
     }
@@ -84,7 +84,7 @@ def test_metrics_are_valid_json(folder):
     assert by_method["base"]["psnr"] is None
     assert by_method["clora"]["general_accuracy"] == 0.5
     assert found["updates"] == 496
-    assert list(found)[5:] == ["targets_precomputed", "seconds", "peak_rss_mb", "effects", "rows"]
+    assert list(found)[5:] == ["targets_precomputed", "seconds", "peak_memory_gb", "effects", "rows"]
 
 
 def test_page_is_self_contained(folder):

@@ -15,7 +15,7 @@ from clora.data.batches import GENERAL
 from clora.flow.matching import time_shift
 from clora.ops import ANCHOR, BACKWARD_SIMULATION, TARGET_SIMULATION
 from clora.testing import merge_lora, random_data
-from clora.training.faults import raise_first
+from clora.training.faults import LOSSES, raise_first
 from clora.training.steps import CRITIC, STUDENT
 
 TERMS = {"backward_simulation": "dmd_bs", "target_simulation": "dmd_ts", "trajectory_anchoring": "anchor"}
@@ -30,7 +30,8 @@ def test_two_updates_with_every_part(adapter):
         assert changed(trainer, before) == {STUDENT, CRITIC}
     assert [update for update, _ in reports] == [1, 2]
     for _, values in reports:
-        assert set(values) == {"dmd_bs", "dmd_ts", "anchor", "loss", "critic"}
+        parts = ("gradient", "change", "rate")
+        assert set(values) == {*LOSSES, *(f"{name}_{part}" for name in (STUDENT, CRITIC) for part in parts)}
         assert values["loss"] == pytest.approx(values["dmd_bs"] + values["dmd_ts"] + values["anchor"], rel=1e-5)
         assert values["dmd_bs"] > 0
         assert values["critic"] > 0
@@ -61,7 +62,8 @@ def test_weights_scale_their_terms(adapter):
     values = []
     for weight in (1.0, 3.0):
         with make_trainer(adapter, objective={"weights": dict.fromkeys(TERMS, weight)}) as trainer:
-            values.append(raise_first([trainer.steps.student_step(*rolled(trainer))]))
+            found = raise_first([trainer.steps.student_step(*rolled(trainer))])
+            values.append({name: found[name] for name in LOSSES if name in found})
     assert values[1] == pytest.approx({name: 3 * value for name, value in values[0].items()}, rel=1e-4)
 
 
