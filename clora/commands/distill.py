@@ -32,6 +32,7 @@ from clora.commands.tracking import find_tracker, tracked
 from clora.commands.watching import watched
 from clora.config.settings import DistillConfig
 from clora.config.training import TrainConfig
+from clora.data.batches import DistillData
 from clora.data.cache import Cache
 from clora.data.prepare import encode_data
 from clora.devices import find_device
@@ -137,20 +138,10 @@ def _distill(
         say(_upload_notice(destination))
     repo_id = None if destination is None else destination.repo_id
     if not is_done:
-        with _told_what_is_kept(checkpoints):
+        with _reporting_what_is_kept(checkpoints):
             data = encode_data(config, adapter, teachers, cache, device)
             _check_unchanged(inputs, config)
-            start = first_student(config, adapter, teachers, data, checkpoints)
-            first = checkpoints.last_update() or 0
-            with (
-                training_bar(f"distil into {output.name}", config.train) as show,
-                tracked(find_tracker(config.train.tracker), output, config.model_dump(mode="json")) as log,
-                watched(output, first, device, show, log) as report,
-            ):
-                previews = None
-                if data.previews is not None:
-                    previews = Previews(config, adapter, data, output / PREVIEWS, device, first)
-                student = train_student(config, adapter, teachers, data, report, checkpoints, stop, start, previews)
+            student = _train(config, adapter, teachers, data, output, checkpoints, stop)
             write_collection(student, collection, output, transformer.dtype, repo_id)
             _add_samples(output, destination, lambda: draw_samples(config, adapter, student, data, device))
         _tidy_up(output, config, checkpoints)
@@ -159,6 +150,30 @@ def _distill(
     if destination is not None:
         _upload_verified(output, same, destination)
     return output
+
+
+def _train(
+    config: DistillConfig,
+    adapter: ModelAdapter,
+    teachers: dict[str, LoRAState],
+    data: DistillData,
+    output: Path,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+) -> LoRAState:
+    """Trains the student under a bar; numbers go to history, report and tracker, pictures to the previews."""
+    device = find_device(config.device)
+    start = first_student(config, adapter, teachers, data, checkpoints)
+    first = checkpoints.last_update() or 0
+    with (
+        training_bar(f"distil into {output.name}", config.train) as show,
+        tracked(find_tracker(config.train.tracker), output, config.model_dump(mode="json")) as log,
+        watched(output, first, device, show, log) as report,
+    ):
+        previews = None
+        if data.previews is not None:
+            previews = Previews(config, adapter, data, output / PREVIEWS, device, first)
+        return train_student(config, adapter, teachers, data, report, checkpoints, stop, start, previews)
 
 
 def _tidy_up(output: Path, config: DistillConfig, checkpoints: Checkpoints) -> None:
@@ -265,7 +280,7 @@ def _check_unchanged(inputs: Inputs, config: DistillConfig) -> None:
 
 
 @contextmanager
-def _told_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
+def _reporting_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
     """Reports, where a run is stopped, what the next one begins with."""
     try:
         yield
